@@ -1,0 +1,34 @@
+"""Finds the YAML files under `configs/`, so that no other module needs to know where data lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration file is missing, unreadable, or not a mapping."""
+
+
+def load_yaml(name: str) -> dict[str, Any]:
+    """Read `configs/<name>` (the ending `.yaml` may be left out) as a mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping; one line naming the file.
+    """
+    path = CONFIG_DIR / (name if name.endswith(".yaml") else f"{name}.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} is missing: adaskip reads configs/ from the repository; use a checkout or `pip install -e .`"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping, not {type(content).__name__}")
+    return content
