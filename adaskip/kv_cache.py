@@ -1,0 +1,91 @@
+"""No K/V for a skipped attention.
+
+Masks and positions ask one layer of the cache for its length. A skipped attention never fills its layer, so stock
+caches would answer wrongly as soon as that one is skipped. `SkippedLayer` takes the place of such a layer: it
+stores nothing and passes every question of length on to a live layer of the same kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SkippedLayer(CacheLayerMixin):
+    """Stand-in for the cache layer of a skipped attention: no storage, lengths of `live`."""
+
+    keys = None
+    values = None
+
+    def __init__(self, replaced: CacheLayerMixin, live: CacheLayerMixin):  # no super(): it would give us state
+        self.live = live
+        self.is_sliding = getattr(replaced, "is_sliding", False)
+        self.is_compileable = replaced.is_compileable
+        self.is_croppable = getattr(replaced, "is_croppable", True)
+        self.supports_early_init = False
+
+    def __repr__(self) -> str:
+        return "SkippedLayer()"
+
+    @property
+    def is_initialized(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.live.is_initialized
+
+    def get_seq_length(self) -> int:
+        return self.live.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.live.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return self.live.get_max_length()
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise ValueError(
+            "this KV cache was filled while the attention of some layers was skipped, and one of them asks for its K/V "
+            "now; go on with the same skipping(model, strategy), or start with a new cache"
+        )
+
+    def lazy_initialization(self, key_states, value_states) -> None: ...
+    def offload(self) -> None: ...
+    def prefetch(self) -> None: ...
+    def reset(self) -> None: ...
+    def reorder_cache(self, beam_idx) -> None: ...
+    def crop(self, tokens_to_remove: int) -> None: ...
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+    def batch_select_indices(self, indices) -> None: ...
+
+
+def skipped_layers(cache: Cache) -> frozenset[int]:
+    """The layers of `cache` that hold a stand-in."""
+    return frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedLayer))
+
+
+def release_skipped(cache: Cache, skipped: Collection[int], num_layers: int) -> None:
+    """Put a stand-in in the place of every layer in `skipped`, and let go of whatever K/V it held.
+
+    Call before masks are built. `skipped` may only grow while a cache is in use, and must leave one layer live.
+    Raises ValueError if a layer that holds no K/V any more is to run again.
+    """
+    if lost := sorted(skipped_layers(cache) - frozenset(skipped)):
+        raise ValueError(
+            f"the attention of layers {lost} was skipped earlier on this KV cache and holds no K/V, so it cannot run now; "
+            "an attention once skipped stays skipped while its cache is in use"
+        )
+    while len(cache.layers) < num_layers:  # a DynamicCache built without a config grows its layers lazily
+        assert cache.layer_class_to_replicate is not None
+        cache.layers.append(cache.layer_class_to_replicate())
+    live = {i: layer for i, layer in enumerate(cache.layers) if i not in skipped}
+    assert live, "at least one attention must stay live"
+    for i in skipped:
+        kind = getattr(cache.layers[i], "is_sliding", False)
+        same_kind = (layer for layer in live.values() if getattr(layer, "is_sliding", False) == kind)
+        # Where a whole kind is skipped nobody uses its mask, and any live layer's length keeps it well-formed.
+        cache.layers[i] = SkippedLayer(cache.layers[i], next(same_kind, next(iter(live.values()))))
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of keys and values that `cache` holds (for a static cache: has allocated)."""
+    held = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.nbytes for tensor in held if tensor is not None)

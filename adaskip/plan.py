@@ -1,0 +1,162 @@
+"""What is skipped: sublayers, budgets and the frozen plan every other module speaks of.
+
+A model of M decoder layers has 2M sublayers: M attention and M FFN. A `SkipPlan` names the sublayers that are not
+computed and the scale that stands in for each (`h <- scale * h`, Eq. 4). A `Budget` says how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple, get_args
+
+Phase = Literal["prefill", "decode", "e2e"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+SublayerKind = Literal["attention", "ffn"]
+
+
+class Sublayer(NamedTuple):
+    """One attention or FFN sublayer of a decoder layer (0-based)."""
+
+    kind: SublayerKind
+    layer: int
+
+
+def check_phase(phase: str) -> Phase:
+    """`phase` itself if it is one of the three phases, else a ValueError that lists them."""
+    if phase not in PHASES:
+        raise ValueError(f"unknown phase {phase!r}; allowed: {', '.join(PHASES)}")
+    return phase
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """The sublayers that are not computed, and their scales.
+
+    attention, ffn: 0-based layer indices. scales: the compensation of a skipped sublayer; 1.0 where none is given
+    (the whole-layer baselines have none). The empty plan is the full model.
+    """
+
+    attention: frozenset[int] = frozenset()
+    ffn: frozenset[int] = frozenset()
+    scales: Mapping[Sublayer, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", frozenset(self.attention))
+        object.__setattr__(self, "ffn", frozenset(self.ffn))
+        scales = {Sublayer(*key): float(value) for key, value in self.scales.items()}
+        object.__setattr__(self, "scales", MappingProxyType(scales))
+        if min(self.attention | self.ffn, default=0) < 0:
+            raise ValueError(f"layer indices start at 0, got {min(self.attention | self.ffn)}")
+        if stray := [sublayer for sublayer in scales if sublayer not in self]:
+            raise ValueError(f"scale given for sublayers that are not skipped: {stray}")
+
+    @classmethod
+    def of_layers(cls, layers: Iterable[int]) -> SkipPlan:
+        """Whole layers, attention and FFN alike, without scales."""
+        layers = frozenset(layers)
+        return cls(attention=layers, ffn=layers)
+
+    @classmethod
+    def of_sublayers(cls, scales: Mapping[Sublayer, float]) -> SkipPlan:
+        """The sublayers that are keys of `scales`, compensated by its values."""
+        return cls(
+            attention=frozenset(s.layer for s in scales if s.kind == "attention"),
+            ffn=frozenset(s.layer for s in scales if s.kind == "ffn"),
+            scales=scales,
+        )
+
+    def __contains__(self, sublayer: Sublayer) -> bool:
+        return sublayer.layer in (self.attention if sublayer.kind == "attention" else self.ffn)
+
+    def __len__(self) -> int:
+        """Number of skipped sublayers."""
+        return len(self.attention) + len(self.ffn)
+
+    def __hash__(self) -> int:
+        return hash((self.attention, self.ffn, frozenset(self.scales.items())))
+
+    def __reduce__(self):  # a mapping proxy cannot be pickled or deep-copied by itself
+        return type(self), (self.attention, self.ffn, dict(self.scales))
+
+    def scale(self, kind: SublayerKind, layer: int) -> float:
+        """The scale of a skipped sublayer, 1.0 if the plan gives none."""
+        return self.scales.get(Sublayer(kind, layer), 1.0)
+
+    def union(self, other: SkipPlan) -> SkipPlan:
+        """Everything either plan skips; where both give a scale, this plan's."""
+        return SkipPlan(self.attention | other.attention, self.ffn | other.ffn, {**other.scales, **self.scales})
+
+    def attention_only(self) -> SkipPlan:
+        """The part of the plan that decides which layers hold K/V."""
+        return SkipPlan(self.attention, scales={s: v for s, v in self.scales.items() if s.kind == "attention"})
+
+    def check_fits(self, num_layers: int) -> None:
+        """Raise ValueError unless all layers exist and at least one attention stays live."""
+        beyond = sorted(layer for layer in self.attention | self.ffn if layer >= num_layers)
+        if beyond:
+            raise ValueError(f"plan skips layers {beyond}, but the model has layers 0..{num_layers - 1}")
+        if len(self.attention) == num_layers:
+            raise ValueError(f"plan skips the attention of all {num_layers} layers; at least one must stay live")
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """The two sets as sorted lists, as they stand in a run's records."""
+        return {"attention": sorted(self.attention), "ffn": sorted(self.ffn)}
+
+
+EMPTY_PLAN = SkipPlan()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is skipped, in exactly one unit.
+
+    sublayers: number of sublayers. layers: whole layers (one layer = 2 sublayers). alpha: the paper's acceleration
+    ratio, of which follow m = M - M / alpha layers (rounded to the nearest unit the strategy can skip).
+    """
+
+    sublayers: int | None = None
+    layers: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of sublayers, layers, alpha; got {given or 'none'}")
+        (unit, value) = next(iter(given.items()))
+        if unit != "alpha" and (isinstance(value, bool) or int(value) != value or value < 0):
+            raise ValueError(f"budget must be a whole number of {unit}, at least 0; got {value}")
+        if unit == "alpha" and not 1.0 <= value < float("inf"):
+            raise ValueError(f"acceleration ratio alpha must be at least 1.0 and finite; got {value}")
+
+    def num_sublayers(self, num_layers: int) -> int:
+        """Number of sublayers of a model of `num_layers` layers; at most 2 * num_layers - 1 (one attention stays)."""
+        if self.alpha is not None:
+            count = round(2 * (num_layers - num_layers / self.alpha))
+        else:
+            count = int(self.sublayers) if self.sublayers is not None else 2 * int(self.layers or 0)
+        most = 2 * num_layers - 1
+        if count > most:
+            raise ValueError(f"budget of {count} sublayers ({self}) is too large; allowed for {num_layers} layers: 0..{most}")
+        return count
+
+    def num_whole_layers(self, num_layers: int, most: int) -> int:
+        """Number of whole layers; ValueError if that is not whole or more than `most`."""
+        if self.alpha is not None:
+            count = round(num_layers - num_layers / self.alpha)
+        elif self.layers is not None:
+            count = int(self.layers)
+        elif int(self.sublayers or 0) % 2:
+            raise ValueError(f"a whole-layer strategy needs an even number of sublayers; got {self.sublayers}")
+        else:
+            count = int(self.sublayers or 0) // 2
+        if count > most:
+            raise ValueError(
+                f"budget of {count} layers = {2 * count} sublayers ({self}) is too large; "
+                f"allowed for {num_layers} layers: 0..{most} layers = 0..{2 * most} sublayers"
+            )
+        return count
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in vars(self).items() if value is not None)

@@ -1,0 +1,69 @@
+"""AdaSkip: the most similar sublayers, found offline, and further FFNs learnt from each request's first tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from adaskip.importance import ImportanceProfile
+from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
+from adaskip.strategies.base import FFNSimilarity, Strategy
+
+LEARNING_WINDOW = 20  # P, as in the paper's experiments
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaSkip(Strategy):
+    """Skip the sublayers of highest offline IO similarity, each compensated by its offline scale.
+
+    While decoding (phases decode and e2e), the FFNs outside the set run and are measured over the first
+    `learning_window` tokens of a request; those more similar than `beta` join the set for the rest of it.
+
+    profile: the offline importance learning. learning_window: P; 0 switches online learning off.
+    Paper: Eq. (2)-(5).
+    """
+
+    name = "adaskip"
+
+    profile: ImportanceProfile
+    learning_window: int = LEARNING_WINDOW  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __post_init__(self) -> None:
+        if self.learning_window < 0:
+            raise ValueError(f"learning_window must be at least 0 tokens; got {self.learning_window}")
+        if self.phase == "prefill":  # the few answer tokens use the prompt's set
+            object.__setattr__(self, "learning_window", 0)
+        super().__post_init__()
+
+    @cached_property
+    def skipped(self) -> SkipPlan:
+        self.profile.check_num_layers(self.num_layers)
+        count = self.budget.num_sublayers(self.num_layers)
+        chosen: dict[Sublayer, float] = {}
+        live_attention = self.num_layers
+        for sublayer in self.profile.ranking():
+            if len(chosen) == count:
+                break
+            if sublayer.kind == "attention":
+                if live_attention == 1:  # one attention has to hold the cache's length
+                    continue
+                live_attention -= 1
+            chosen[sublayer] = self.profile.scale_of(sublayer)
+        return SkipPlan.of_sublayers(chosen)
+
+    @cached_property
+    def beta(self) -> float:
+        """The threshold: the least offline similarity in the set; above every similarity if the set is empty."""
+        sublayers = [Sublayer("attention", i) for i in self.skipped.attention]
+        sublayers += [Sublayer("ffn", i) for i in self.skipped.ffn]
+        return min((self.profile.similarity_of(s) for s in sublayers), default=float("inf"))
+
+    def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:
+        """FFNs whose similarity in the window is above `beta`, with the scale measured there."""
+        joining = {
+            Sublayer("ffn", layer): measured.scale
+            for layer, measured in window.items()
+            if layer not in self.skipped.ffn and measured.similarity > self.beta
+        }
+        return SkipPlan.of_sublayers(joining) if joining else EMPTY_PLAN

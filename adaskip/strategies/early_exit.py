@@ -1,0 +1,21 @@
+"""Early Exit: the last n layers, always."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from adaskip.plan import SkipPlan
+from adaskip.strategies.base import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExit(Strategy):
+    """Leave the model n layers before its end."""
+
+    name = "early_exit"
+
+    @cached_property
+    def skipped(self) -> SkipPlan:
+        n = self.budget.num_whole_layers(self.num_layers, most=self.num_layers - 1)
+        return SkipPlan.of_layers(range(self.num_layers - n, self.num_layers))

@@ -1,0 +1,56 @@
+"""SkipDecode: the layers after the first one, more of them the longer the answer gets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from adaskip.plan import SkipPlan
+from adaskip.strategies.base import Strategy
+
+MAX_DECODE_STEPS = 512  # the paper's output cap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipDecode(Strategy):
+    """Skip layers 1..n; when only decode is skipped, from one layer at the first step to n at the last.
+
+    max_decode_steps: T_max, the step at which all n layers are skipped.
+
+    End to end, the prompt leaves no K/V in layers 1..n. An attention without the prompt's K/V cannot come back, and
+    the schedule never exceeds n, so decode skips the same n layers there, as it does in the prefill phase.
+    """
+
+    name = "skipdecode"
+
+    max_decode_steps: int = MAX_DECODE_STEPS
+
+    def __post_init__(self) -> None:
+        if self.max_decode_steps < 1:
+            raise ValueError(f"max_decode_steps must be at least 1; got {self.max_decode_steps}")
+        super().__post_init__()
+
+    @cached_property
+    def skipped(self) -> SkipPlan:
+        return self._first(self._num_whole_layers)
+
+    @cached_property
+    def _num_whole_layers(self) -> int:
+        return self.budget.num_whole_layers(self.num_layers, most=self.num_layers - 1)
+
+    @cached_property
+    def _schedule(self) -> tuple[SkipPlan, ...]:
+        """Plan by number of skipped layers, 0..n."""
+        return tuple(self._first(n) for n in range(self._num_whole_layers + 1))
+
+    @staticmethod
+    def _first(n: int) -> SkipPlan:
+        return SkipPlan.of_layers(range(1, n + 1))
+
+    def decode_plan(self, step: int) -> SkipPlan:
+        """Progressive in the decode phase: ceil(t / T_max * (n - 1)) + 1 layers at step t."""
+        n = self._num_whole_layers
+        if self.phase != "decode" or n == 0:
+            return self.skipped
+        return self._schedule[min(n, math.ceil(step / self.max_decode_steps * (n - 1)) + 1)]

@@ -1,0 +1,27 @@
+"""Unified Skipping: n layers, evenly spaced, never the first or the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from adaskip.plan import SkipPlan
+from adaskip.strategies.base import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedSkipping(Strategy):
+    """Skip layers 1 + floor(i * M / n), i = 0..n-1.
+
+    From n = M / 2 on that formula would reach the last layer; there the n layers are spread over the M - 2 inner ones
+    in the same way. It is exactly n layers for every allowed n.
+    """
+
+    name = "unified"
+
+    @cached_property
+    def skipped(self) -> SkipPlan:
+        total = self.num_layers
+        n = self.budget.num_whole_layers(total, most=max(total - 2, 0))
+        spread = total if 2 * n < total else total - 2
+        return SkipPlan.of_layers(1 + i * spread // n for i in range(n))

@@ -1,0 +1,45 @@
+"""MostSkip and LeastSkip: whole layers by IO similarity, the check that similarity measures importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from adaskip.importance import ImportanceProfile
+from adaskip.plan import SkipPlan
+from adaskip.strategies.base import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WholeLayerSimilarity(Strategy):
+    profile: ImportanceProfile
+
+    def _ranked(self, most_similar_first: bool) -> SkipPlan:
+        self.profile.check_num_layers(self.num_layers)
+        n = self.budget.num_whole_layers(self.num_layers, most=self.num_layers - 1)
+        similarity = self.profile.layer.similarity
+        sign = -1.0 if most_similar_first else 1.0
+        order = sorted(range(self.num_layers), key=lambda layer: (sign * similarity[layer], layer))
+        return SkipPlan.of_layers(order[:n])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MostSkip(_WholeLayerSimilarity):
+    """Skip the n layers whose output is most similar to their input."""
+
+    name = "most_skip"
+
+    @cached_property
+    def skipped(self) -> SkipPlan:
+        return self._ranked(most_similar_first=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSkip(_WholeLayerSimilarity):
+    """Skip the n layers whose output is least similar to their input."""
+
+    name = "least_skip"
+
+    @cached_property
+    def skipped(self) -> SkipPlan:
+        return self._ranked(most_similar_first=False)
