@@ -27,13 +27,11 @@ class AdaSkip(Strategy):
     name = "adaskip"
 
     profile: ImportanceProfile
-    learning_window: int = LEARNING_WINDOW  # pyright: ignore[reportIncompatibleVariableOverride]
+    learning_window: int = LEARNING_WINDOW
 
     def __post_init__(self) -> None:
         if self.learning_window < 0:
             raise ValueError(f"learning_window must be at least 0 tokens; got {self.learning_window}")
-        if self.phase == "prefill":  # the few answer tokens use the prompt's set
-            object.__setattr__(self, "learning_window", 0)
         super().__post_init__()
 
     @cached_property
@@ -58,6 +56,11 @@ class AdaSkip(Strategy):
         sublayers = [Sublayer("attention", i) for i in self.skipped.attention]
         sublayers += [Sublayer("ffn", i) for i in self.skipped.ffn]
         return min((self.profile.similarity_of(s) for s in sublayers), default=float("inf"))
+
+    @property
+    def window_tokens(self) -> int:
+        """P where answers are long enough to learn from; in the prefill phase the few answer tokens use the prompt's set."""
+        return 0 if self.phase == "prefill" or not self.skipped else self.learning_window
 
     def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:
         """FFNs whose similarity in the window is above `beta`, with the scale measured there."""

@@ -31,8 +31,6 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
-    learning_window: ClassVar[int] = 0
-    """Decoded tokens at the start of a request during which FFN similarity is measured; 0 for none."""
 
     num_layers: int
     budget: Budget
@@ -55,6 +53,11 @@ class Strategy(ABC):
     def decode_plan(self, step: int) -> SkipPlan:
         """What is skipped in decode step `step` (the first generated token is the input of step 1)."""
         return self.skipped
+
+    @property
+    def window_tokens(self) -> int:
+        """Decoded tokens at the start of a request during which FFN similarity is measured; 0 for none."""
+        return 0
 
     def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:
         """FFNs that join the set for the rest of the request, from one request's window (layer -> similarity)."""

@@ -14,12 +14,12 @@ MAX_DECODE_STEPS = 512  # the paper's output cap
 
 @dataclass(frozen=True, kw_only=True)
 class SkipDecode(Strategy):
-    """Skip layers 1..n; when only decode is skipped, from one layer at the first step to n at the last.
+    """Skip layers 1..n of the prompt; while decoding, one layer at the first step and all n at the last.
 
     max_decode_steps: T_max, the step at which all n layers are skipped.
 
-    End to end, the prompt leaves no K/V in layers 1..n. An attention without the prompt's K/V cannot come back, and
-    the schedule never exceeds n, so decode skips the same n layers there, as it does in the prefill phase.
+    End to end, the prompt leaves no K/V in layers 1..n and an attention without it cannot come back, so there the
+    schedule moves the FFNs alone: the attentions of layers 1..n stay skipped for the life of the cache.
     """
 
     name = "skipdecode"
@@ -49,8 +49,8 @@ class SkipDecode(Strategy):
         return SkipPlan.of_layers(range(1, n + 1))
 
     def decode_plan(self, step: int) -> SkipPlan:
-        """Progressive in the decode phase: ceil(t / T_max * (n - 1)) + 1 layers at step t."""
+        """ceil(t / T_max * (n - 1)) + 1 layers at step t; in the prefill phase the prompt's n layers throughout."""
         n = self._num_whole_layers
-        if self.phase != "decode" or n == 0:
+        if self.phase == "prefill" or n == 0:
             return self.skipped
         return self._schedule[min(n, math.ceil(step / self.max_decode_steps * (n - 1)) + 1)]
