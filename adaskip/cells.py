@@ -1,0 +1,143 @@
+"""What a cell is: one model under one strategy in one phase at one budget, and how its run and its folder are called.
+
+The names are the paper's artifact's (`llama-EE-PREFILL`); what a phase runs is data in `configs/phases.yaml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaskip.configs import load_yaml
+from adaskip.plan import PHASES
+
+MODELS = ("llama", "internlm", "vicuna")
+SHORT_NAMES = {
+    "full": "FULL",
+    "early_exit": "EE",
+    "skipdecode": "SD",
+    "unified": "US",
+    "adaskip": "ADA",
+    "most_skip": "MOST",
+    "least_skip": "LEAST",
+}
+GRID_STRATEGIES = ("full", "early_exit", "skipdecode", "unified", "adaskip")
+"""The strategies of the paper's Tables 3 and 4, the full model first."""
+
+
+def check_choice(what: str, given: str, allowed: Iterable[str]) -> str:
+    """`given` if it is one of `allowed`; else a ValueError that suggests the nearest and lists them all."""
+    allowed = tuple(allowed)
+    if given in allowed:
+        return given
+    close = difflib.get_close_matches(str(given).lower(), allowed, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown {what} {given!r}.{hint} Allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the paper's tables."""
+
+    model: str
+    phase: str
+    strategy: str
+    sublayers: int
+    """Skipped sublayers; 0 exactly for the full model."""
+
+    def __post_init__(self) -> None:
+        check_choice("phase", self.phase, PHASES)
+        check_choice("strategy", self.strategy, SHORT_NAMES)
+        if (self.sublayers == 0) != (self.strategy == "full"):
+            raise ValueError(
+                f"strategy {self.strategy!r} with a budget of {self.sublayers} sublayers: "
+                "'full' skips 0, every other strategy at least 1"
+            )
+
+    @property
+    def run_name(self) -> str:
+        """The artifact's name, e.g. `llama-EE-PREFILL`; the budget is not in it."""
+        return run_name(self.model, self.phase, self.strategy)
+
+    @property
+    def label(self) -> str:
+        """Run name and budget, e.g. `llama-EE-PREFILL/8-sublayers`; also the folder below the output directory."""
+        return f"{self.run_name}/{self.sublayers}-sublayers"
+
+    def folder(self, output_dir: str | Path) -> Path:
+        return Path(output_dir) / self.label
+
+
+def run_name(model: str, phase: str, strategy: str) -> str:
+    """`llama-EE-PREFILL` for ("llama", "prefill", "early_exit")."""
+    return f"{model}-{SHORT_NAMES[strategy]}-{phase.upper()}"
+
+
+def parse_run_name(name: str) -> tuple[str, str, str]:
+    """(model, phase, strategy) of a run name, in any case.
+
+    Raises:
+        ValueError: not of the form `<model>-<EE|SD|US|ADA|...>-<PREFILL|DECODE|E2E>`.
+    """
+    strategies = {short: strategy for strategy, short in SHORT_NAMES.items()}
+    model, _, rest = name.partition("-")
+    short, _, phase = rest.partition("-")
+    if not model or short.upper() not in strategies or phase.lower() not in PHASES:
+        raise ValueError(
+            f"{name!r} is no run name: expected <model>-<{'|'.join(strategies)}>-<{'|'.join(PHASES).upper()}>, "
+            "e.g. llama-EE-PREFILL"
+        )
+    return model.lower(), phase.lower(), strategies[short.upper()]
+
+
+def grid(
+    models: Iterable[str], phases: Iterable[str], strategies: Iterable[str], budgets: Iterable[int]
+) -> Iterator[Cell]:
+    """Every cell, ordered by model, phase, strategy, budget; the full model once per phase."""
+    budgets = tuple(budgets)
+    for model in models:
+        for phase in phases:
+            for strategy in strategies:
+                for sublayers in (0,) if strategy == "full" else budgets:
+                    yield Cell(model, phase, strategy, sublayers)
+
+
+@dataclass(frozen=True)
+class PhaseSpec:
+    """What one phase of the experiments runs."""
+
+    tasks: tuple[str, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One block of `configs/phases.yaml`: the experiments on real checkpoints, or on the testbed."""
+
+    budgets: tuple[int, ...]
+    min_length: int
+    limit: int | None
+    batch_size: int
+    calibration_task: str
+    calibration_samples: int
+    phases: dict[str, PhaseSpec]
+
+
+def load_setup(name: str) -> Setup:
+    """The block `real` or `testbed` of `configs/phases.yaml`."""
+    block = load_yaml("phases")[name]
+    phases = {
+        phase: PhaseSpec(tasks=tuple(spec["tasks"]), max_new_tokens=spec["max_new_tokens"])
+        for phase, spec in block["phases"].items()
+    }
+    return Setup(
+        budgets=tuple(block["budgets"]),
+        min_length=block["min_length"],
+        limit=block["limit"],
+        batch_size=block["batch_size"],
+        calibration_task=block["calibration"]["task"],
+        calibration_samples=block["calibration"]["samples"],
+        phases=phases,
+    )

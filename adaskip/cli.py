@@ -1,0 +1,128 @@
+"""The command line: `adaskip run`, `calibrate` and `grid`, and the door through which the run scripts come in.
+
+A user's mistake is one line and exit code 2; a run that stops half-way (out of memory, disk full) is one line and exit
+code 1; a signal is 128 plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from adaskip.cells import parse_run_name, run_name
+from adaskip.grid import listing, run_grid
+from adaskip.options import Parser, add_options, resolve
+from adaskip.profiles import calibrate_to
+from adaskip.run_config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runner import RunError, run
+
+USER_MISTAKE = 2
+STOPPED = 1
+
+
+class Signalled(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`adaskip <command> ...`; returns the exit code."""
+    return _guarded(lambda: _command(sys.argv[1:] if argv is None else argv))
+
+
+def run_cell(*, phase: str, model: str, strategy: str) -> NoReturn:
+    """What a run script does: run its cell with the options of `adaskip run`, where `--model` names the run itself."""
+    sys.exit(_guarded(lambda: _run_script(phase, model, strategy, sys.argv)))
+
+
+def _command(argv: Sequence[str]) -> int:
+    parser = Parser(prog="adaskip", description="Sublayer skipping for long-context LLMs on stock transformers models.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (config, _, help_text) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False), config)
+    given = vars(parser.parse_args(argv))
+    config, execute, _ = COMMANDS[given.pop("command")]
+    return execute(resolve(config, given, given.pop("config")))
+
+
+def _run_script(phase: str, model: str, strategy: str, argv: Sequence[str]) -> int:
+    name = run_name(model, phase, strategy)
+    parser = Parser(prog=argv[0], description=f"Runs {name}.", allow_abbrev=False)
+    parser.add_argument("--model", metavar="RUN_NAME", default=name, help=f"name of the run; here always {name}")
+    add_options(parser, RunConfig, leave_out=("model", "phase", "strategy"))
+    given = vars(parser.parse_args(argv[1:]))
+    if parse_run_name(asked := given.pop("model")) != (model, phase, strategy):
+        raise ValueError(
+            f"{argv[0]} runs {name}, but --model is {asked!r}; run that with its own script or leave --model out"
+        )
+    yaml_file = given.pop("config")
+    return _run(resolve(RunConfig, {**given, "phase": phase, "model": model, "strategy": strategy}, yaml_file))
+
+
+def _run(config: RunConfig) -> int:
+    outcome = run(config, show_progress=True)
+    before = f", {outcome.found} of them before" if outcome.found else ""
+    print(f"{outcome.cell.label}: {outcome.made + outcome.found} samples{before}, in {outcome.folder}")
+    return 0
+
+
+def _calibrate(config: CalibrateConfig) -> int:
+    profile = calibrate_to(config, Path(config.output))
+    print(f"profile of {config.model} over {profile.tokens} tokens written to {config.output}")
+    return 0
+
+
+def _grid(config: GridConfig) -> int:
+    if config.dry_run:
+        states = list(listing(config))
+        for label, done in states:
+            print(f"{label:40} {'done' if done else 'missing'}")
+        print(f"{sum(done for _, done in states)} of {len(states)} cells done in {config.runs_dir}")
+        return 0
+    outcome = run_grid(config)
+    complete, failed = len(outcome.complete), len(outcome.failed)
+    print(f"{complete} of {complete + failed} cells complete in {config.runs_dir}, {outcome.made} samples made now")
+    if failed:
+        print(f"{failed} cells failed; the same command tries them again", file=sys.stderr)
+    return STOPPED if outcome.failed else 0
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
+    "run": (RunConfig, _run, "Run one cell: a model under a strategy in a phase at a budget."),
+    "grid": (
+        GridConfig,
+        _grid,
+        "Run many cells, the whole grid if nothing is narrowed down; finished cells are passed over.",
+    ),
+    "calibrate": (CalibrateConfig, _calibrate, "Measure a model's importance profile."),
+}
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Run `command` and turn what may go wrong into one line and an exit code."""
+    handlers = {number: signal.signal(number, _raise_signalled) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return command()
+    except Signalled as stopped:
+        print(f"stopped by {signal.Signals(stopped.number).name}; the same command continues", file=sys.stderr)
+        return 128 + stopped.number
+    except (ValueError, RunError, OSError) as error:
+        if os.environ.get("ADASKIP_DEBUG") == "1":
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE if isinstance(error, ValueError) else STOPPED
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _raise_signalled(number: int, frame: FrameType | None) -> NoReturn:
+    raise Signalled(number)

@@ -1,0 +1,182 @@
+"""Runs many cells side by side: one process per job, each with one CPU thread and its model kept loaded.
+
+A cell that fails is reported and the others go on; a process that dies (killed, out of memory) fails its cell and is
+replaced.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+
+import torch
+from tqdm import tqdm
+
+from adaskip.job import find_cell, find_job
+from adaskip.manifest import is_done
+from adaskip.run_config import GridConfig, RunConfig
+from adaskip.runner import Progress, RunError, run
+
+
+@dataclass(frozen=True)
+class Done:
+    """A worker's cell is complete."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker's cell did not end; the one line says why."""
+
+    line: str
+
+
+Message = Progress | Done | Failed
+
+
+@dataclass(frozen=True)
+class GridOutcome:
+    """Labels of the cells that are complete and of those that failed, and how many samples this call made."""
+
+    complete: tuple[str, ...]
+    failed: tuple[str, ...]
+    made: int
+
+
+def listing(config: GridConfig) -> Iterator[tuple[str, bool]]:
+    """(label, whether its manifest says that it is done as configured) of every cell; loads no model."""
+    for cell in config.runs():
+        job = find_job(cell)
+        yield job.cell.label, is_done(job)
+
+
+def run_grid(config: GridConfig) -> GridOutcome:
+    """Bring every cell to its end; the finished ones are only checked."""
+    cells = config.runs()
+    jobs = min(config.jobs or default_jobs(config), len(cells))
+    if jobs > 1 and config.threads is None:
+        cells = [replace(cell, threads=1) for cell in cells]
+    total = sum(find_job(cell).num_samples for cell in cells)
+    with tqdm(total=total, unit="sample", desc="grid", smoothing=0.05, disable=None) as bar:
+        return Pool(jobs, bar).run(cells)
+
+
+def default_jobs(config: GridConfig) -> int:
+    """One per CPU core; one if the cells share a GPU."""
+    on_cpu = config.device == "cpu" or (config.device is None and not torch.cuda.is_available())
+    return (os.cpu_count() or 1) if on_cpu and config.device_map is None else 1
+
+
+class Worker:
+    """One process that runs the cells sent to it, one at a time."""
+
+    def __init__(self) -> None:
+        self.config: RunConfig | None = None
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def assign(self, config: RunConfig) -> None:
+        self.config = config
+        self.connection.send(config)
+
+    def receive(self) -> Message | None:
+        """The next message; None if the process died."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+
+    def restart(self) -> None:
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        """End the process at once; its run folder stays valid, as after any kill."""
+        self.process.terminate()
+        self.process.join()
+        self.connection.close()
+
+
+class Pool:
+    """A queue of cells and the workers that empty it."""
+
+    def __init__(self, jobs: int, bar: tqdm):
+        self.jobs, self.bar = jobs, bar
+        self.workers: list[Worker] = []
+        self.complete: list[str] = []
+        self.failed: list[str] = []
+        self.made = 0
+
+    def run(self, cells: Sequence[RunConfig]) -> GridOutcome:
+        queue = deque(cells)
+        try:
+            for _ in range(self.jobs):
+                self.workers.append(Worker())
+                self.workers[-1].assign(queue.popleft())
+            while busy := [worker for worker in self.workers if worker.config is not None]:
+                ready = wait([worker.connection for worker in busy])
+                for worker in busy:
+                    if worker.connection in ready:
+                        self._handle(worker, worker.receive(), queue)
+        finally:
+            for worker in self.workers:
+                worker.stop()
+        return GridOutcome(tuple(self.complete), tuple(self.failed), self.made)
+
+    def _handle(self, worker: Worker, message: Message | None, queue: deque[RunConfig]) -> None:
+        assert worker.config is not None, "only a worker with a cell has something to say"
+        if isinstance(message, Progress):
+            self.made += message.made
+            self.bar.update(message.found + message.made)
+            return
+        label = find_cell(worker.config).label
+        if isinstance(message, Done):
+            self.complete.append(label)
+            self._tell(f"{label} complete", quiet=not self.bar.disable)
+        else:
+            self.failed.append(label)
+            self._tell(f"{label} failed: {message.line if message else 'its process died (killed, or out of memory)'}")
+        if message is None:
+            worker.restart()
+        worker.config = None
+        if queue:
+            worker.assign(queue.popleft())
+
+    def _tell(self, line: str, quiet: bool = False) -> None:
+        """One line above the bar; where there is no bar (a log file), finished cells are told as well."""
+        if not quiet:
+            number = len(self.complete) + len(self.failed)
+            tqdm.write(f"[{number}] {line}", file=sys.stderr)
+
+
+def serve(connection: Connection) -> None:
+    """A worker's life: run every cell that arrives and report; end with the parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    while True:
+        config: RunConfig = connection.recv()
+        try:
+            run(config, watch=connection.send)
+        except (ValueError, RunError, OSError) as error:
+            connection.send(Failed(" ".join(str(error).split())))
+        else:
+            connection.send(Done())
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "serve() runs in a child process"
+    parent.join()
+    os._exit(1)

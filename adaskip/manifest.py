@@ -1,0 +1,93 @@
+"""The manifest of a run: what was run, on what and with which code, so that it can be trusted and continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaskip.importance import ImportanceProfile
+from adaskip.job import Job
+from adaskip.models import LoadedModel, weights_fingerprint
+from adaskip.sources import fingerprint
+
+
+def describe_job(job: Job) -> dict[str, Any]:
+    """The part of the manifest that is known before the model is loaded."""
+    config = job.config
+    return {
+        "run_name": job.cell.run_name,
+        "model": config.model,
+        "testbed": config.testbed,
+        "strategy": config.strategy,
+        "phase": config.phase,
+        "tasks": {part.name: len(part.samples) for part in job.parts},
+        "max_new_tokens": {part.name: part.max_new_tokens for part in job.parts},
+        "limit": job.limit,
+        "batch_size": job.batch_size,
+        "seed": config.seed,
+        "device_map": config.device_map,
+        "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
+    }
+
+
+def describe_run(
+    job: Job, loaded: LoadedModel, profile: ImportanceProfile | None, profile_path: Path | None
+) -> dict[str, Any]:
+    """The whole manifest but for its times."""
+    model, sublayers, depth = loaded.model, job.cell.sublayers, loaded.model.config.num_hidden_layers
+    return {
+        **describe_job(job),
+        "num_layers": depth,
+        "budget": {"sublayers": sublayers, "layers": sublayers / 2, "fraction": sublayers / (2 * depth)},
+        "checkpoint": loaded.spec.checkpoint,
+        "revision": loaded.spec.revision,
+        "weights_fingerprint": weights_fingerprint(model),
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": model.config._attn_implementation,
+        "profile": None if profile_path is None else str(profile_path),
+        "profile_fingerprint": None if profile is None else _digest(profile),
+        "device_name": _device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "adaskip")},
+        },
+        "git_commit": _git_commit(),
+    }
+
+
+def is_done(job: Job) -> bool:
+    """Whether the folder's manifest says that this very job is finished; loads no model."""
+    manifest = job.folder.read_manifest()
+    if manifest is None or not manifest.get("finished"):
+        return False
+    return all(manifest.get(name) == value for name, value in describe_job(job).items())
+
+
+def _digest(profile: ImportanceProfile) -> str:
+    """SHA-256 over the measured numbers."""
+    numbers = {unit: asdict(getattr(profile, unit)) for unit in ("attention", "ffn", "layer")}
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this package lies in, with `-dirty` if files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,119 @@
+"""One frozen dataclass is configuration, command line and help text at once.
+
+A field made by `option` carries its help. Precedence: dataclass default < YAML file < command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Config = TypeVar("Config")
+
+
+def option(help: str, default: Any = None, *, required: bool = False, aliases: Sequence[str] = ()) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        required: `resolve` refuses a configuration that does not give it.
+        aliases: further spellings of the option, e.g. the paper's artifact's.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "required": required, "aliases": tuple(aliases)})
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are ValueErrors of one line, without the usage text."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def add_options(parser: argparse.ArgumentParser, config: type, *, leave_out: Sequence[str] = ()) -> None:
+    """Add one option per field of the dataclass `config`, and `--config FILE` for a YAML file of the same fields."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line goes before it")
+    for field in _fields(config):
+        if field.name in leave_out:
+            continue
+        kind, many = field_type(config, field.name)
+        arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments |= {"type": kind, "nargs": "+" if many else None, "metavar": kind.__name__.upper()}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", *field.metadata["aliases"], **arguments)
+
+
+def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | None = None) -> Config:
+    """Build `config` from its defaults, then `yaml_file`, then `given`.
+
+    Raises:
+        ValueError: an unknown name in the file, a value of the wrong type, or a required field that nobody gave.
+    """
+    values = {**(_read_yaml(config, yaml_file) if yaml_file else {}), **given}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    missing = [field.name for field in _fields(config) if field.metadata["required"] and values.get(field.name) is None]
+    if missing:
+        raise ValueError("missing " + ", ".join(f"--{name.replace('_', '-')}" for name in missing))
+    return config(**values)
+
+
+def field_type(config: type, name: str) -> tuple[type, bool]:
+    """(element type, whether many) of a field: (int, False) for `int | None`, (str, True) for `tuple[str, ...]`."""
+    hint = typing.get_type_hints(config)[name]
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _read_yaml(config: type, path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold a mapping of options, not {type(content).__name__}")
+    return {str(name): _checked(config, path, str(name), value) for name, value in content.items()}
+
+
+def _checked(config: type, path: str, name: str, value: Any) -> Any:
+    """`value` as the field's type; YAML's numbers and lists are taken as they are, nothing is parsed from strings."""
+    names = [field.name for field in _fields(config)]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"--config {path}: unknown option {name!r}.{hint} Allowed: {', '.join(names)}")
+    kind, many = field_type(config, name)
+    if value is None:
+        return None
+    if many and isinstance(value, list) and all(_is(kind, element) for element in value):
+        return tuple(value)
+    if not many and _is(kind, value):
+        return kind(value)
+    expected = f"a list of {kind.__name__}" if many else kind.__name__
+    raise ValueError(f"--config {path}: {name} must be {expected}, not {value!r}")
+
+
+def _is(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _fields(config: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(config) if "help" in field.metadata]
+
+
+def _help(field: dataclasses.Field) -> str:
+    return field.metadata["help"] + (f" (default: {field.default})" if field.default not in (None, False, ()) else "")

@@ -1,0 +1,170 @@
+"""What a user may choose: the options of `adaskip run`, `calibrate` and `grid`, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaskip.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, grid, load_setup
+from adaskip.longbench import get_task
+from adaskip.options import option
+from adaskip.plan import Budget
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedConfig:
+    """What every command that loads a model needs."""
+
+    testbed: bool = option("the embedded small models and their generated tasks instead of real checkpoints", False)
+    checkpoint: str | None = option("folder or Hub id of the weights instead of the model's own")
+    data_dir: str | None = option("folder of LongBench's jsonl files, or its data.zip, instead of the Hub")
+    device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
+    dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
+    attn_implementation: str = option("transformers' attention backend, e.g. sdpa, eager, flash_attention_2", "sdpa")
+    device_map: str | None = option("accelerate's device map, e.g. auto, to spread a model over several devices")
+    seed: int = option("seed of torch's generators", 0)
+    threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            check_choice("--dtype", self.dtype, DTYPES)
+        if self.testbed and self.data_dir is not None:
+            raise ValueError("--data-dir holds real LongBench data and --testbed generates its own: give one of them")
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("--device and --device-map both say where the model goes: give one of them")
+        for name in ("threads", "limit", "batch_size", "max_new_tokens", "jobs"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    @property
+    def setup(self) -> Setup:
+        """The defaults of `configs/phases.yaml` that hold here."""
+        return load_setup("testbed" if self.testbed else "real")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkConfig(SharedConfig):
+    """What `run` and `grid` share: how much of which task, and where it goes."""
+
+    tasks: tuple[str, ...] | None = option("LongBench tasks; if not given, the phase's")
+    limit: int | None = option("only the first N samples of each task; if not given, the setup's")
+    batch_size: int | None = option("samples generated together; if not given, the setup's")
+    max_new_tokens: int | None = option("most new tokens per sample; if not given, the task's and phase's cap")
+    output_dir: str | None = option("where runs go; if not given, results/runs, or results/testbed/runs with --testbed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for task in self.tasks or ():
+            get_task(task)
+        if self.tasks and len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"--tasks names a task twice: {' '.join(self.tasks)}")
+
+    @property
+    def runs_dir(self) -> Path:
+        return Path(self.output_dir or ("results/testbed/runs" if self.testbed else "results/runs"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(WorkConfig):
+    """One cell: a model under a strategy in a phase at a budget."""
+
+    model: str = option(f"model: {', '.join(MODELS)}", required=True)
+    phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
+    strategy: str = option(f"strategy: {', '.join(SHORT_NAMES)}", required=True)
+    budget: int | None = option("sublayers to skip; every strategy but full needs exactly one way of giving its budget")
+    skip_sub_layer_num: int | None = option("the same, in the artifact's spelling", aliases=["--skip_sub_layer_num"])
+    skip_full_layer_num: int | None = option(
+        "whole layers to skip, two sublayers each", aliases=["--skip_full_layer_num"]
+    )
+    alpha: float | None = option("acceleration ratio; of M layers M - M/alpha are skipped")
+    profile: str | None = option("importance profile of `adaskip calibrate`; if not given, made once and kept")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("model", self.model, MODELS)
+        check_choice("phase", self.phase, PHASES)
+        check_choice("strategy", self.strategy, SHORT_NAMES)
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        forms = ("budget", "skip_sub_layer_num", "skip_full_layer_num", "alpha")
+        given = {name: value for name in forms if (value := getattr(self, name)) is not None}
+        spelled = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items()) or "none"
+        if self.strategy == "full":
+            if set(given.values()) - {0}:
+                raise ValueError(f"the full model skips nothing and takes no budget; given: {spelled}")
+        elif len(given) != 1:
+            raise ValueError(
+                f"strategy {self.strategy!r} needs one budget: --budget or --skip-sub-layer-num (sublayers), "
+                f"--skip-full-layer-num (layers), or --alpha; given: {spelled}"
+            )
+
+    @property
+    def skip_budget(self) -> Budget | None:
+        """The budget in whichever form it was given; None for the full model."""
+        if self.strategy == "full":
+            return None
+        if self.alpha is not None:
+            return Budget(alpha=self.alpha)
+        if self.skip_full_layer_num is not None:
+            return Budget(layers=self.skip_full_layer_num)
+        return Budget(sublayers=self.budget if self.budget is not None else self.skip_sub_layer_num)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(SharedConfig):
+    """One importance profile."""
+
+    model: str = option(f"model: {', '.join(MODELS)}", required=True)
+    output: str = option("where the profile is written (JSON)", required=True)
+    samples: int | None = option("calibration prompts; if not given, the setup's 20")
+    batch_size: int = option("prompts measured together", 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("model", self.model, MODELS)
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"--samples must be at least 1, not {self.samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(WorkConfig):
+    """Many cells: every combination of models, phases, strategies and budgets."""
+
+    models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS)
+    phases: tuple[str, ...] = option(f"of {', '.join(PHASES)}", PHASES)
+    strategies: tuple[str, ...] = option(f"of {', '.join(SHORT_NAMES)}", GRID_STRATEGIES)
+    budgets: tuple[int, ...] | None = option("sublayers; if not given, the setup's three")
+    jobs: int | None = option("cells run at the same time; if not given, one per CPU core, or one on a GPU")
+    dry_run: bool = option("print the cells, done or missing, and run nothing", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for what, given, allowed in (
+            ("model", self.models, MODELS),
+            ("phase", self.phases, PHASES),
+            ("strategy", self.strategies, SHORT_NAMES),
+        ):
+            for name in given:
+                check_choice(what, name, allowed)
+        if self.checkpoint is not None and len(self.models) != 1:
+            raise ValueError("--checkpoint is one model's: give it with exactly one of --models")
+
+    def runs(self) -> list[RunConfig]:
+        """One configuration per cell, ordered by model, phase, strategy and budget."""
+        shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(WorkConfig)}
+        return [
+            RunConfig(
+                **shared,
+                model=cell.model,
+                phase=cell.phase,
+                strategy=cell.strategy,
+                budget=cell.sublayers or None,
+            )
+            for cell in grid(self.models, self.phases, self.strategies, self.budgets or self.setup.budgets)
+        ]

@@ -1,0 +1,186 @@
+"""Runs one cell: every sample of its tasks through the model under its strategy, continuing where a kill left it.
+
+The folder is the only state. A batch is `batch_size` consecutive samples in the data's order, so that a run that was
+killed and continued makes the same batches, and thereby the same predictions, as one that was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from adaskip.cells import Cell
+from adaskip.generate import Generation, generate
+from adaskip.job import Job, Part, find_job
+from adaskip.longbench import TaskSpec, build_prompt_ids
+from adaskip.manifest import describe_job, describe_run
+from adaskip.models import LoadedModel
+from adaskip.plan import Budget
+from adaskip.profiles import profile_for
+from adaskip.run_config import RunConfig
+from adaskip.sources import Sample, load
+from adaskip.strategies import Strategy, build, needs_profile
+
+Record = dict[str, Any]
+
+
+class RunError(RuntimeError):
+    """A run stopped half-way; what it has made is kept, and the same command continues it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of a run: samples that were already done, or samples just made."""
+
+    found: int = 0
+    made: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished cell: how many of its samples were done before, and how many this call made."""
+
+    cell: Cell
+    folder: Path
+    found: int
+    made: int
+
+
+def run(
+    config: RunConfig, *, show_progress: bool = False, watch: Callable[[Progress], object] | None = None
+) -> Outcome:
+    """Run the cell to its end, or continue it; a finished one is only checked.
+
+    Args:
+        show_progress: draw a progress bar if standard error is a terminal.
+        watch: called after each step.
+
+    Raises:
+        ValueError: the configuration cannot be run, or its folder holds another run or is in use.
+        RunError: generating or writing failed half-way.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    job = find_job(config)
+    found = made = 0
+    with (
+        job.folder.lock(),
+        tqdm(total=job.num_samples, desc=job.cell.label, unit="sample", disable=None if show_progress else True) as bar,
+    ):
+        for step in execute(job):
+            found, made = found + step.found, made + step.made
+            bar.update(step.found + step.made)
+            if watch is not None:
+                watch(step)
+    return Outcome(job.cell, job.folder.path, found, made)
+
+
+def execute(job: Job) -> Iterator[Progress]:
+    """Do what is left of a job whose folder is held, step by step."""
+    config, folder = job.config, job.folder
+    folder.check(describe_job(job))  # before the model is loaded, which may take minutes
+    loaded = load(config, config.model)
+    profile, profile_path = profile_for(config, loaded) if needs_profile(config.strategy) else (None, None)
+    budget = config.skip_budget or Budget(sublayers=0)
+    strategies = [  # all of them first: a budget that cannot be is refused before anything is written
+        build(
+            config.strategy,
+            phase=config.phase,
+            budget=budget,
+            num_layers=loaded.model.config.num_hidden_layers,
+            profile=profile,
+            max_decode_steps=part.max_new_tokens,
+        )
+        for part in job.parts
+    ]
+    folder.start(describe_run(job, loaded, profile, profile_path))
+    for part, strategy in zip(job.parts, strategies, strict=True):
+        done = folder.recover(part.name, part.ids, job.batch_size)
+        yield Progress(found=done)
+        for start in range(done, len(part.samples), job.batch_size):
+            yield Progress(made=_run_batch(job, part, start, loaded, strategy))
+    folder.finish()
+
+
+def _run_batch(job: Job, part: Part, start: int, loaded: LoadedModel, strategy: Strategy | None) -> int:
+    """Make and save the records of one batch; how many they were."""
+    batch = part.samples[start : start + job.batch_size]
+    try:
+        records = make_records(part, batch, start, loaded, strategy)
+        job.folder.append(part.name, records)
+    except (RuntimeError, MemoryError, OSError) as error:  # RuntimeError: torch's OutOfMemoryError among others
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RunError(
+            f"{job.cell.label} stopped at {part.name}, samples {start} to {start + len(batch) - 1}: {reason}; "
+            f"the {start} before are kept and the same command continues"
+        ) from error
+    return len(records)
+
+
+def make_records(
+    part: Part, batch: Sequence[Sample], start: int, loaded: LoadedModel, strategy: Strategy | None
+) -> list[Record]:
+    """Generate for a batch of samples, the first of which is number `start` of its task."""
+    spec, tokenizer = loaded.spec, loaded.tokenizer
+    prompts = [
+        torch.tensor(build_prompt_ids(sample, part.task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
+        for sample in batch
+    ]
+    stops = stop_token_ids(part.task, loaded)
+    generations = generate(
+        loaded.model,
+        strategy,
+        prompts,
+        max_new_tokens=part.max_new_tokens,
+        eos_token_ids=stops,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
+        min_new_tokens=part.task.min_new_tokens,
+    )
+    return [
+        _record(part, start + offset, sample, len(prompt), generation, loaded)
+        for offset, (sample, prompt, generation) in enumerate(zip(batch, prompts, generations, strict=True))
+    ]
+
+
+def _record(
+    part: Part, index: int, sample: Sample, prompt_tokens: int, generation: Generation, loaded: LoadedModel
+) -> Record:
+    return {
+        "id": sample["_id"],
+        "task": part.name,
+        "index": index,
+        "prediction": decode(generation.token_ids, loaded),
+        "references": sample["answers"],
+        "all_classes": sample["all_classes"],
+        "length": sample["length"],
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(generation.token_ids),
+        "ttft_s": generation.ttft_s,
+        "tpot_ms": generation.tpot_ms,
+        "kv_bytes": generation.kv_bytes,
+        "plan": generation.plan,
+        "online_ffns": generation.online_ffns,
+    }
+
+
+def stop_token_ids(task: TaskSpec, loaded: LoadedModel) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end of text, the model's own, a newline where the task says so."""
+    tokenizer = loaded.tokenizer
+    stops = [tokenizer.eos_token_id, *loaded.spec.stop_token_ids]
+    if task.stop_at_newline:
+        stops.append(tokenizer.encode("\n", add_special_tokens=False)[-1])
+    return list(dict.fromkeys(token for token in stops if token is not None))
+
+
+def decode(token_ids: Sequence[int], loaded: LoadedModel) -> str:
+    """The answer's text, up to the first of the model's stop strings."""
+    text = loaded.tokenizer.decode(token_ids, skip_special_tokens=True)
+    for stop in loaded.spec.stop_strings:
+        text = text.split(stop, 1)[0]
+    return text
