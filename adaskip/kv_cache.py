@@ -7,8 +7,10 @@ stores nothing and passes every question of length on to a live layer of the sam
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
@@ -20,6 +22,7 @@ class SkippedLayer(CacheLayerMixin):
 
     def __init__(self, replaced: CacheLayerMixin, live: CacheLayerMixin):  # no super(): it would give us state
         self.live = live
+        self.emptied = replaced.emptied if isinstance(replaced, SkippedLayer) else _emptied_twin(replaced)
         self.is_sliding = getattr(replaced, "is_sliding", False)
         self.is_compileable = replaced.is_compileable
         self.is_croppable = getattr(replaced, "is_croppable", True)
@@ -57,6 +60,17 @@ class SkippedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices) -> None: ...
 
 
+def _emptied_twin(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """A layer like `layer` that has stored nothing yet and shares no tensor with it."""
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):  # K/V are dropped, counters and constants copied
+            setattr(twin, name, value.clone() if value.dim() == 0 else None)
+    twin.is_initialized = False
+    twin.reset()
+    return twin
+
+
 def skipped_layers(cache: Cache) -> frozenset[int]:
     """The layers of `cache` that hold a stand-in."""
     return frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedLayer))
@@ -83,6 +97,12 @@ def release_skipped(cache: Cache, skipped: Collection[int], num_layers: int) -> 
         same_kind = (layer for layer in live.values() if getattr(layer, "is_sliding", False) == kind)
         # Where a whole kind is skipped nobody uses its mask, and any live layer's length keeps it well-formed.
         cache.layers[i] = SkippedLayer(cache.layers[i], next(same_kind, next(iter(live.values()))))
+
+
+def restore_emptied(cache: Cache) -> None:
+    """Give a cache that was emptied for a new request real layers again in the place of its stand-ins."""
+    for i in skipped_layers(cache):
+        cache.layers[i] = cache.layers[i].emptied
 
 
 def kv_bytes(cache: Cache) -> int:

@@ -1,0 +1,207 @@
+"""Offline importance learning: run prompts through the full model and measure every sublayer.
+
+Paper: Eq. (2), (3), token-weighted means over all calibration prompts.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from adaskip.blocks import find_decoder
+from adaskip.importance import ImportanceProfile, SublayerMeans, cosine_and_ratio
+from adaskip.models import weights_fingerprint
+from adaskip.patching import ModelPatches, patches_of
+
+UNITS = ("attention", "ffn", "layer")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sums over the tokens of one prompt (or of its answer), on the model's device.
+
+    sums: float32 [U, M, 2]: unit (attention, ffn, layer), decoder layer, (similarity, ratio of norms). tokens: 0-dim.
+    """
+
+    sums: Tensor
+    tokens: Tensor
+
+    def means(self) -> Tensor:
+        """Token means, float64 [U, M, 2] on the CPU; NaN if there was no token."""
+        return self.sums.double().cpu() / self.tokens.double().cpu()
+
+
+class _RowSums:
+    """Probe that sums similarity and ratio over the tokens of each row, without asking the device for anything."""
+
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
+        self.mask: Tensor | None = None  # [B, S], the tokens of the coming forward that count
+        self.tokens: Tensor | None = None  # [B]
+        self.sums: dict[tuple[str, int], Tensor] = {}  # each [2, B]
+
+    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor) -> None:
+        assert self.mask is not None
+        mask = self.mask.to(a.device)
+        step = torch.stack([(x * mask).sum(dim=-1) for x in cosine_and_ratio(a, b, change)])
+        known = self.sums.get((kind, layer))
+        self.sums[kind, layer] = step if known is None else known + step
+        if (kind, layer) == ("layer", 0):  # once per forward
+            counted = self.mask.sum(dim=-1)
+            self.tokens = counted if self.tokens is None else self.tokens + counted
+
+    def measurements(self) -> Iterator[Measurement]:
+        """One per row; none if nothing was recorded."""
+        if self.tokens is None:
+            return
+        device = self.tokens.device
+        sums = torch.stack(
+            [torch.stack([self.sums[unit, i].to(device) for i in range(self.num_layers)]) for unit in UNITS]
+        )  # [U, M, 2, B]
+        for row in range(sums.shape[-1]):
+            yield Measurement(sums[..., row], self.tokens[row])
+
+
+class _MeasureAnswers(StoppingCriteria):
+    """Stops nothing. `generate` calls it after each token: from the first one on, the probe sees the live rows."""
+
+    def __init__(self, patches: ModelPatches, probe: _RowSums, eos_token_ids: Sequence[int]):
+        self.patches, self.probe, self.eos_token_ids = patches, probe, list(eos_token_ids)
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
+        live = ~torch.isin(input_ids[:, -1:], torch.tensor(self.eos_token_ids, device=input_ids.device))
+        self.probe.mask = live if self.probe.mask is None else self.probe.mask & live
+        self.patches.set_probe(self.probe)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    prompts: Iterable[Tensor | Sequence[int]],
+    *,
+    phase: Literal["prefill", "decode"] = "prefill",
+    batch_size: int = 1,
+    max_new_tokens: int = 64,
+    eos_token_ids: Sequence[int] = (),
+) -> Iterator[Measurement]:
+    """IO similarity and scale sums of each prompt, measured on the full model, one by one.
+
+    prompts: token ids, 1-D. phase: "prefill" measures the prompts' tokens, "decode" the tokens of greedy answers of at
+    most `max_new_tokens` tokens to them. No value leaves the device. Raises ValueError for an empty prompt.
+    Paper: the inner sums of Eq. (2) and (3).
+    """
+    if phase not in ("prefill", "decode"):
+        raise ValueError(f"phase of a measurement is prefill or decode; got {phase!r}")
+    patches = patches_of(model)
+    for rows in _batches(prompts, batch_size):
+        with patches.install():
+            probe = _RowSums(len(patches.patches))
+            if phase == "prefill":
+                _run_prompts(model, patches, probe, rows)
+            else:
+                _run_answers(model, patches, probe, rows, max_new_tokens, eos_token_ids)
+        yield from probe.measurements()
+
+
+def _batches(prompts: Iterable[Tensor | Sequence[int]], batch_size: int) -> Iterator[list[Tensor]]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    rows: list[Tensor] = []
+    for number, prompt in enumerate(prompts):
+        row = torch.as_tensor(prompt, dtype=torch.long)
+        if row.dim() != 1 or not len(row):
+            raise ValueError(f"prompt {number} must be a non-empty 1-D sequence of token ids; got shape {tuple(row.shape)}")
+        rows.append(row)
+        if len(rows) == batch_size:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _run_prompts(model: PreTrainedModel, patches: ModelPatches, probe: _RowSums, rows: list[Tensor]) -> None:
+    """One prefill without logits. Pads stand on the right, where causal attention never sees them."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    lengths = torch.tensor([len(row) for row in rows])
+    probe.mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(model.device)
+    patches.set_probe(probe)
+    find_decoder(model)(input_ids=ids, use_cache=False)
+
+
+def _run_answers(
+    model: PreTrainedModel,
+    patches: ModelPatches,
+    probe: _RowSums,
+    rows: list[Tensor],
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+) -> None:
+    """Greedy answers; the prompt is not measured. Pads stand on the left."""
+    pad_token_id = (list(eos_token_ids) or [0])[0]
+    ids, mask = left_padded(rows, pad_token_id, model.device)
+    model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_token_ids) or None,
+        pad_token_id=pad_token_id,
+        stopping_criteria=StoppingCriteriaList([_MeasureAnswers(patches, probe, eos_token_ids)]),
+    )
+
+
+def calibrate(
+    model: PreTrainedModel,
+    prompts: Iterable[Tensor | Sequence[int]],
+    *,
+    dataset: str = "",
+    data_ids: Iterable[str] = (),
+    batch_size: int = 1,
+    phase: Literal["prefill", "decode"] = "prefill",
+    max_new_tokens: int = 64,
+    eos_token_ids: Sequence[int] = (),
+) -> ImportanceProfile:
+    """The importance of every sublayer of `model` over calibration prompts.
+
+    prompts: token ids, 1-D, at least one. dataset, data_ids: what they are, for the record. The other arguments are
+    those of `measure`. The means are over tokens, not over prompts. Raises ValueError if there is nothing to measure.
+    Paper: Eq. (2), (3).
+    """
+    measured = list(
+        measure(
+            model,
+            prompts,
+            phase=phase,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+        )
+    )
+    tokens = int(sum(m.tokens for m in measured))
+    if not tokens:
+        raise ValueError(f"calibration saw no {'generated' if phase == 'decode' else 'prompt'} token; give longer prompts")
+    means = torch.stack([m.sums for m in measured]).double().sum(dim=0).cpu() / tokens  # [U, M, 2]
+    attention, ffn, layer = (SublayerMeans(unit[:, 0].tolist(), unit[:, 1].tolist()) for unit in means)
+    return ImportanceProfile(
+        attention=attention,
+        ffn=ffn,
+        layer=layer,
+        tokens=tokens,
+        phase=phase,
+        model=getattr(model.config, "name_or_path", "") or type(model).__name__,
+        weights_fingerprint=weights_fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attn_implementation=str(model.config._attn_implementation),
+        dataset=dataset,
+        data_ids=tuple(data_ids),
+        versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
+    )

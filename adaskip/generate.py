@@ -1,0 +1,124 @@
+"""Greedy generation with the clock running: TTFT, TPOT, KV bytes and the plans that were used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from adaskip.kv_cache import kv_bytes
+from adaskip.plan import EMPTY_PLAN
+from adaskip.skipping import skipping
+from adaskip.strategies.base import Strategy
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample's answer and what it took.
+
+    token_ids: the new tokens without the end token. ttft_s: from the call to the first token. tpot_ms: mean time of
+    each further token, None if there was none. kv_bytes: bytes of K/V at the end, per row of the batch.
+    plan: the skipped layers in prefill and in the last decode step. online_ffns: layers whose FFN joined online.
+    Times are those of the batch the sample was generated in.
+    """
+
+    token_ids: list[int]
+    ttft_s: float
+    tpot_ms: float | None
+    kv_bytes: int
+    plan: dict[str, dict[str, list[int]]]
+    online_ffns: list[int]
+
+
+class _TokenClock(StoppingCriteria):
+    """Stops nothing; notes when the first token is there and how many followed."""
+
+    def __init__(self) -> None:
+        self.first_token_s: float | None = None
+        self.num_tokens = 0
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
+        self.num_tokens += 1
+        if self.first_token_s is None:
+            self.first_token_s = _now(input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def left_padded(rows: Sequence[Tensor], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both int64 [B, S], of 1-D rows of different lengths."""
+    pad_sequence = torch.nn.utils.rnn.pad_sequence
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    strategy: Strategy | None,
+    input_ids: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    min_new_tokens: int = 0,
+) -> list[Generation]:
+    """Greedy answers to a batch of prompts, one beam.
+
+    strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample.
+    """
+    ids, mask = left_padded(input_ids, pad_token_id, model.device)
+    clock = _TokenClock()
+    ends = list(eos_token_ids)
+    patched = nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=ends)
+    with patched as session:
+        start_s = _now(ids.device)
+        output: Any = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            eos_token_id=ends or None,
+            pad_token_id=pad_token_id,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        end_s = _now(ids.device)
+        trace = None if session is None else session.last_request
+    assert clock.first_token_s is not None
+    further = clock.num_tokens - 1
+    empty = EMPTY_PLAN.to_dict()
+    plan = {"prefill": empty, "decode": empty}
+    if trace is not None:
+        plan = {"prefill": trace.prefill_plan.to_dict(), "decode": trace.decode_plan.to_dict()}
+    return [
+        Generation(
+            token_ids=_until_end(row[ids.shape[1] :].tolist(), ends),
+            ttft_s=clock.first_token_s - start_s,
+            tpot_ms=1000 * (end_s - clock.first_token_s) / further if further else None,
+            kv_bytes=kv_bytes(output.past_key_values) // len(ids),
+            plan=plan,
+            online_ffns=[] if trace is None else list(trace.online_ffns),
+        )
+        for row in output.sequences
+    ]
+
+
+def _until_end(token_ids: list[int], ends: list[int]) -> list[int]:
+    """The tokens before the first end token."""
+    return token_ids[: next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))]

@@ -1,0 +1,193 @@
+"""`with skipping(model, strategy): model.generate(...)`: sublayer skipping on a stock transformers model.
+
+The plan of a step is chosen before masks and positions are built, in `prepare_inputs_for_generation` when `generate`
+runs, in a forward pre-hook of the decoder when the model is called directly; both are outside compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from adaskip.blocks import find_decoder, restore_attribute
+from adaskip.kv_cache import release_skipped, restore_emptied, skipped_layers
+from adaskip.patching import NOTHING, ModelPatches, patches_of
+from adaskip.request import LearningWindow, Request, RequestTrace
+from adaskip.strategies.base import Strategy
+
+StepKind = Literal["prefill", "decode"]
+
+
+@contextmanager
+def skipping(
+    model: PreTrainedModel, strategy: Strategy, *, eos_token_id: int | list[int] | None = None
+) -> Iterator[SkippingSession]:
+    """Skip sublayers of `model` as `strategy` says, as long as the context lasts.
+
+    Works with `generate` (greedy, sampling, beams, chunked prefill, dynamic and static cache, left-padded batches) and
+    with direct calls. State belongs to the request, which is as long-lived as its KV cache; the model is restored
+    exactly on exit. A cache filled inside the context lacks the K/V of skipped attention and is of no use outside.
+
+    eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config.
+    Raises UnsupportedModelError for blocks that cannot be skipped and ValueError if the strategy was made for another
+    number of layers, the model is in training mode, or the context is nested.
+    """
+    patches = patches_of(model)
+    if strategy.num_layers != len(patches.patches):
+        raise ValueError(
+            f"strategy {strategy.name} was made for {strategy.num_layers} layers, "
+            f"{type(model).__name__} has {len(patches.patches)}"
+        )
+    session = SkippingSession(model, strategy, patches, _end_tokens(model, eos_token_id))
+    own_prepare = model.__dict__.get("prepare_inputs_for_generation")
+    with patches.install():
+        hook = find_decoder(model).register_forward_pre_hook(session.before_forward, with_kwargs=True)
+        model.__dict__["prepare_inputs_for_generation"] = session.wrap_prepare_inputs()
+        try:
+            yield session
+        finally:
+            restore_attribute(model, "prepare_inputs_for_generation", own_prepare)
+            hook.remove()
+
+
+def _end_tokens(model: PreTrainedModel, given: int | list[int] | None) -> tuple[int, ...]:
+    if given is None:
+        given = getattr(model.generation_config, "eos_token_id", None)
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, int) else tuple(given)
+
+
+class SkippingSession:
+    """One `skipping` context: it follows the requests that run through the model."""
+
+    def __init__(
+        self, model: PreTrainedModel, strategy: Strategy, patches: ModelPatches, eos_token_ids: tuple[int, ...]
+    ):
+        self.model, self.strategy, self.patches, self.eos_token_ids = model, strategy, patches, eos_token_ids
+        self._requests: WeakKeyDictionary[Cache, Request] = WeakKeyDictionary()
+        self._last: Request | None = None
+        self._measuring: LearningWindow | None = None  # the window of the request whose step runs
+        self._step_ids: Tensor | None = None
+        self._prepared: ref[Tensor] | None = None
+        self._forced_kind: StepKind | None = None
+        self._signature = inspect.signature(find_decoder(model).forward)
+
+    @property
+    def last_request(self) -> RequestTrace:
+        """What happened in the request of the latest step. Raises ValueError before the first one."""
+        if self._last is None:
+            raise ValueError("no request has run in this context yet")
+        return self._last.trace
+
+    @contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """Direct calls inside are chunks of a prompt, also one-token chunks on a cache that is not empty."""
+        self._forced_kind = "prefill"
+        try:
+            yield
+        finally:
+            self._forced_kind = None
+
+    def wrap_prepare_inputs(self):
+        """The model's own `prepare_inputs_for_generation`, preceded by the choice of the step's plan."""
+        stock = self.model.prepare_inputs_for_generation
+
+        @functools.wraps(stock)
+        def prepare_inputs_for_generation(input_ids, *args, **kwargs):  # generate passes all the rest by keyword
+            cache = kwargs.get("past_key_values")
+            if cache is None and self.strategy.phase != "prefill":
+                raise ValueError(f"phase {self.strategy.phase!r} needs the KV cache; call generate with use_cache=True")
+            fresh = kwargs.get("next_sequence_length") is None or kwargs.get("is_first_iteration", False)
+            self._begin_step("prefill" if fresh else "decode", cache)
+            model_inputs = stock(input_ids, *args, **kwargs)
+            self._step_ids = model_inputs.get("input_ids")
+            tokens = model_inputs["inputs_embeds"] if self._step_ids is None else self._step_ids
+            self._prepared = ref(tokens)
+            return model_inputs
+
+        return prepare_inputs_for_generation
+
+    def _is_prepared(self, tokens: Tensor) -> bool:
+        """Whether the coming forward is the one `prepare_inputs_for_generation` has just chosen the plan for."""
+        prepared = None if self._prepared is None else self._prepared()
+        if prepared is None:
+            return False
+        moved = prepared.device != tokens.device and prepared.shape == tokens.shape  # by a device hook
+        return prepared is tokens or moved
+
+    def before_forward(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Forward pre-hook of the decoder: chooses the plan of a direct call."""
+        if torch.compiler.is_compiling():
+            return None
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        options = {**bound, **bound.get("kwargs", {})}
+        ids, embeds = options.get("input_ids"), options.get("inputs_embeds")
+        tokens = embeds if ids is None else ids
+        if tokens is None or self._is_prepared(tokens):
+            return None
+        cache, made = options.get("past_key_values"), {}
+        if cache is None and self._uses_cache(decoder, options):
+            cache = DynamicCache(config=decoder.config)  # what the decoder would make itself, but after this hook
+            made["past_key_values"] = cache
+        self._begin_step(self._kind_of_direct_call(cache, tokens.shape[1]), cache)
+        self._step_ids = ids
+        return (args, {**kwargs, **made}) if made else None
+
+    @staticmethod
+    def _uses_cache(decoder: Any, options: dict[str, Any]) -> bool:
+        asked = options.get("use_cache")
+        return bool(getattr(decoder.config, "use_cache", False) if asked is None else asked)
+
+    def _kind_of_direct_call(self, cache: Cache | None, num_tokens: int) -> StepKind:
+        """A single token on a filled cache is a decode step, everything else a prompt or a chunk of one."""
+        if self._forced_kind is not None:
+            return self._forced_kind
+        if cache is None or num_tokens > 1:
+            return "prefill"
+        # Asking a static cache on CUDA for its length would wait for the device: there a known cache counts as filled.
+        if cache in self._requests and _length_is_on_cuda(cache):
+            return "decode"
+        return "decode" if int(cache.get_seq_length()) > 0 else "prefill"
+
+    def _begin_step(self, kind: StepKind, cache: Cache | None) -> None:
+        """Choose and apply the plan of the coming forward, and let go of K/V that it no longer needs."""
+        self._finish_measuring()
+        request = self._last = self._request_of(cache, kind)
+        plan = request.prefill() if kind == "prefill" else request.decode()
+        self._measuring = request.window if kind == "decode" else None
+        self.patches.apply(plan, NOTHING if self._measuring is None else self._measuring.ffns)
+        if cache is not None and not plan.attention <= skipped_layers(cache):
+            release_skipped(cache, plan.attention, len(self.patches.patches))
+
+    def _request_of(self, cache: Cache | None, kind: StepKind) -> Request:
+        if cache is None:
+            return Request(self.strategy, self.eos_token_ids)
+        request = self._requests.get(cache)
+        emptied = kind == "prefill" and request is not None and int(cache.get_seq_length()) == 0
+        if emptied:
+            restore_emptied(cache)
+        if request is None or emptied:
+            request = Request(self.strategy, self.eos_token_ids, held=skipped_layers(cache))
+            self._requests[cache] = request
+        return request
+
+    def _finish_measuring(self) -> None:
+        """Fold what the previous decode step kept into the window of its request."""
+        window, self._measuring = self._measuring, None
+        if window is not None and (ffn_io := self.patches.take_ffn_io()):
+            window.add(ffn_io, self._step_ids)
+
+
+def _length_is_on_cuda(cache: Cache) -> bool:
+    length = cache.get_seq_length()
+    return isinstance(length, Tensor) and length.is_cuda
