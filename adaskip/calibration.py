@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from adaskip.blocks import find_decoder
 from adaskip.importance import ImportanceProfile, SublayerMeans, cosine_and_ratio
 from adaskip.models import weights_fingerprint
+from adaskip.padding import left_padded, right_padded
 from adaskip.patching import ModelPatches, patches_of
 
 UNITS = ("attention", "ffn", "layer")
@@ -129,9 +130,7 @@ def _batches(prompts: Iterable[Tensor | Sequence[int]], batch_size: int) -> Iter
 
 def _run_prompts(model: PreTrainedModel, patches: ModelPatches, probe: _RowSums, rows: list[Tensor]) -> None:
     """One prefill without logits. Pads stand on the right, where causal attention never sees them."""
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-    lengths = torch.tensor([len(row) for row in rows])
-    probe.mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(model.device)
+    ids, probe.mask = right_padded(rows, model.device)
     patches.set_probe(probe)
     find_decoder(model)(input_ids=ids, use_cache=False)
 

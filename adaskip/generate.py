@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adaskip.kv_cache import kv_bytes
+from adaskip.padding import left_padded
 from adaskip.plan import EMPTY_PLAN
 from adaskip.skipping import skipping
 from adaskip.strategies.base import Strategy
@@ -55,14 +56,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def left_padded(rows: Sequence[Tensor], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both int64 [B, S], of 1-D rows of different lengths."""
-    pad_sequence = torch.nn.utils.rnn.pad_sequence
-    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    return ids.to(device), mask.to(device)
 
 
 @torch.no_grad()

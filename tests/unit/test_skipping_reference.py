@@ -1,0 +1,101 @@
+"""Skipped models against a decoder that truly lacks the sublayers: families x plans x cache modes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from adaskip.padding import left_padded
+from adaskip.plan import Budget, Phase, SkipPlan, Sublayer
+from adaskip.skipping import skipping
+from adaskip.strategies.base import Strategy
+from tests.families import FAMILIES, VOCAB, random_model, random_prompts
+from tests.reference import ReferenceDecoder
+
+TOLERANCE = 1e-5
+NEW_TOKENS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPlan(Strategy):
+    """Skips what it is told."""
+
+    name = "fixed"
+    budget: Budget = Budget(sublayers=0)  # noqa: RUF009 - frozen
+    plan: SkipPlan
+
+    @property
+    def skipped(self) -> SkipPlan:
+        return self.plan
+
+
+PLANS = {
+    "empty": SkipPlan(),
+    "first attention": SkipPlan.of_sublayers({Sublayer("attention", 0): 1.3}),
+    "both of layer 1": SkipPlan.of_layers([1]),
+    "scaled mix": SkipPlan.of_sublayers({Sublayer("attention", 0): 1.1, Sublayer("ffn", 1): 0.8, Sublayer("attention", 3): 1.2}),
+    "one attention left": SkipPlan(attention={0, 1, 3}, ffn={0}),
+    "one kind of attention": SkipPlan(attention={0, 2}, ffn={3}),
+}
+
+
+def reference_run(model, prompts, plan: SkipPlan, phase: Phase, continuations):
+    """Logits [B, NEW_TOKENS, V]: after the prompt, and after each forced continuation token."""
+    rows = []
+    for prompt, forced in zip(prompts, continuations, strict=True):
+        decoder = ReferenceDecoder(model)
+        prompt_plan = SkipPlan() if phase == "decode" else plan
+        logits = [decoder.run(prompt.tolist(), prompt_plan)[-1]]
+        logits += [decoder.step(token, plan) for token in forced[:-1].tolist()]
+        rows.append(torch.stack(logits))
+    return torch.stack(rows)
+
+
+def skipped_run(model, prompts, strategy, continuations, *, cache_mode: str):
+    """The same through direct calls on the stock model inside `skipping`."""
+    ids, mask = left_padded(prompts, 0, torch.device("cpu"))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = StaticCache(config=model.config, max_cache_len=40) if cache_mode == "static" else None
+    chunks = [(0, 4), (4, ids.shape[1])] if cache_mode == "chunked" else [(0, ids.shape[1])]
+    collected = []
+    with skipping(model, strategy), torch.no_grad():
+        for start, end in chunks:
+            out = model(
+                input_ids=ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+        collected.append(out.logits[:, -1])
+        for step in range(NEW_TOKENS - 1):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            positions = positions[:, -1:] + 1
+            token = continuations[:, step : step + 1]
+            out = model(
+                input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            collected.append(out.logits[:, -1])
+    return torch.stack(collected, dim=1)
+
+
+@pytest.mark.parametrize("cache_mode", ["dynamic", "chunked", "static"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_match_a_model_that_lacks_the_sublayers(family, plan, cache_mode):
+    model = random_model(family)
+    continuations = torch.stack(random_prompts([NEW_TOKENS] * 3, seed=7))
+    for phase in ("e2e", "decode"):
+        strategy = FixedPlan(num_layers=4, phase=phase, plan=plan)
+        for lengths in ([9], [9, 3, 6]):
+            prompts = random_prompts(lengths)
+            forced = continuations[: len(lengths)]
+            expected = reference_run(model, prompts, plan, phase, forced)
+            got = skipped_run(model, prompts, strategy, forced, cache_mode=cache_mode)
+            assert got.shape == (len(lengths), NEW_TOKENS, VOCAB)
+            error = (got - expected).abs().max().item()
+            assert error < TOLERANCE, f"{phase}, lengths {lengths}: logit error {error:.2e}"
