@@ -117,7 +117,6 @@ class Setup:
     """One block of `configs/phases.yaml`: the experiments on real checkpoints, or on the testbed."""
 
     budgets: tuple[int, ...]
-    min_length: int
     limit: int | None
     batch_size: int
     calibration_task: str
@@ -134,7 +133,6 @@ def load_setup(name: str) -> Setup:
     }
     return Setup(
         budgets=tuple(block["budgets"]),
-        min_length=block["min_length"],
         limit=block["limit"],
         batch_size=block["batch_size"],
         calibration_task=block["calibration"]["task"],

@@ -1,20 +1,43 @@
-"""LongBench's protocol: which tasks there are, how a record becomes a prompt, and how a long prompt is cut.
+"""LongBench's protocol: which tasks there are, which records count, and how a record becomes a prompt.
 
-The protocol's data (templates, caps, metrics) is `configs/longbench.yaml`.
+The protocol's data (templates, caps, metrics) is `configs/longbench.yaml`; `longbench_data` finds and reads files.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from adaskip.configs import load_yaml
+from adaskip.configs import ConfigError, load_yaml
+from adaskip.longbench_data import HUB, JsonlFile, LongBenchError, list_sets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "EXTENDED_TASKS",
+    "HUB",
+    "PAPER_MIN_LENGTH",
+    "TASKS",
+    "LongBenchError",
+    "TaskSpec",
+    "build_prompt_ids",
+    "get_task",
+    "load_records",
+]
+
+logger = logging.getLogger(__name__)
 
 EXTENDED_SUFFIX = "_e"
+PAPER_MIN_LENGTH = 4000
+"""The paper keeps samples of more than 4000 words (AdaSkip, Experiments)."""
 
-
-class LongBenchError(ValueError):
-    """A task, a record or a data source is not what LongBench's protocol asks for."""
+_FIELD_TYPES: dict[str, type] = {"input": str, "context": str, "answers": list, "length": int, "_id": str}
 
 
 @dataclass(frozen=True)
@@ -27,8 +50,9 @@ class TaskSpec:
     max_new_tokens: int
     """LongBench's cap on generated tokens (the paper caps its prefill tasks at 32)."""
     metric: str
-    """Key of a metric in `adaskip.metrics.METRICS`."""
+    """Key of `adaskip.metrics.METRICS`."""
     language: str
+    """en, zh or code."""
     has_extended: bool = False
     """Whether LongBench-E has an `_e` set of this task."""
     first_line_only: bool = False
@@ -39,9 +63,18 @@ class TaskSpec:
     stop_at_newline: bool = False
     """Generation also ends at a newline token."""
 
+    def __post_init__(self) -> None:
+        if "{context}" not in self.template:
+            raise ConfigError(f"task {self.name}: the template has no {{context}}")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"task {self.name}: max_new_tokens is {self.max_new_tokens}, it must be at least 1")
+
 
 def _read_tasks() -> dict[str, TaskSpec]:
-    return {name: TaskSpec(name=name, **fields) for name, fields in load_yaml("longbench")["tasks"].items()}
+    try:
+        return {name: TaskSpec(name=name, **fields) for name, fields in load_yaml("longbench")["tasks"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"configs/longbench.yaml does not describe tasks: {error}") from None
 
 
 TASKS: dict[str, TaskSpec] = _read_tasks()
@@ -54,11 +87,133 @@ def get_task(name: str) -> TaskSpec:
     Raises:
         LongBenchError: no such task; the line suggests the nearest names and lists all.
     """
+    if name in TASKS:
+        return TASKS[name]
     base = name.removesuffix(EXTENDED_SUFFIX)
-    if name in TASKS or (base in EXTENDED_TASKS):
-        return TASKS[name if name in TASKS else base]
+    if base in EXTENDED_TASKS:
+        return TASKS[base]
     if base in TASKS:
         raise LongBenchError(f"LongBench-E has no set of {base!r}; it has: {', '.join(EXTENDED_TASKS)}")
-    close = difflib.get_close_matches(name.lower(), TASKS, n=2)
+    close = difflib.get_close_matches(base.lower(), TASKS, n=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise LongBenchError(f"unknown LongBench task {name!r}.{hint} Tasks: {', '.join(TASKS)}")
+
+
+def load_records(
+    task: str,
+    source: str | Path | None = HUB,
+    min_length: int | None = PAPER_MIN_LENGTH,
+    limit: int | None = None,
+    extended: bool | None = None,
+) -> list[dict[str, Any]]:
+    """The records of a task that count, in file order and in LongBench's record format.
+
+    Args:
+        task: a LongBench task; `trec_e` means `trec` with `extended=True`.
+        source: a folder of jsonl files, a zip archive, or `"hub"` (see `longbench_data.list_sets`).
+        min_length: keep records of more than so many words; None keeps all.
+        limit: keep the first so many of those; None keeps all.
+        extended: take the LongBench-E set `<task>_e`, as the paper does (True), or the plain one (False). None: the
+            LongBench-E set where the task and the source have one, else the plain one.
+
+    Raises:
+        LongBenchError: unknown task, missing or broken source, a record that lacks a field, or no record left.
+    """
+    if limit is not None and limit < 1:
+        raise LongBenchError(f"limit is {limit}, it must be at least 1")
+    spec = get_task(task)
+    extended = True if task not in TASKS else extended
+    file = _choose_set(spec, list_sets(source), source, extended)
+    records = (_checked(record, spec, f"{file}:{number}") for number, record in file.records())
+    kept = list(islice((r for r in records if min_length is None or r["length"] > min_length), limit))
+    if not kept:
+        wanted = "" if min_length is None else f" of more than {min_length} words"
+        raise LongBenchError(f"{file} holds no record{wanted}")
+    return kept
+
+
+def _choose_set(
+    spec: TaskSpec, sets: Mapping[str, JsonlFile], source: str | Path | None, extended: bool | None
+) -> JsonlFile:
+    if extended and not spec.has_extended:
+        raise LongBenchError(f"LongBench-E has no set of {spec.name!r}; it has: {', '.join(EXTENDED_TASKS)}")
+    plain, extended_name = spec.name, spec.name + EXTENDED_SUFFIX
+    if spec.has_extended and extended is not False and extended_name in sets:
+        return sets[extended_name]
+    if plain in sets and not extended:
+        if spec.has_extended and extended is None:
+            logger.warning("%s has no %s.jsonl (LongBench-E); taking %s.jsonl", source, extended_name, plain)
+        return sets[plain]
+    wanted = [extended_name] * (spec.has_extended and extended is not False) + [plain] * (not extended)
+    raise LongBenchError(f"{source or HUB} has no {' or '.join(wanted)} (.jsonl); it has: {', '.join(sets)}")
+
+
+def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, Any]:
+    """The record with `all_classes` filled in, once every field the protocol reads is there and of its type."""
+    for field, kind in _FIELD_TYPES.items():
+        if field not in record:
+            raise LongBenchError(f"{place}: the record has no field {field!r}; it has: {', '.join(record)}")
+        if not isinstance(record[field], kind) or isinstance(record[field], bool):
+            given = type(record[field]).__name__
+            raise LongBenchError(f"{place}: field {field!r} must be {kind.__name__}, not {given}")
+    if not record["answers"] or not all(isinstance(answer, str) for answer in record["answers"]):
+        raise LongBenchError(f"{place}: field 'answers' must be a list of at least one string")
+    classes = record.get("all_classes")
+    if spec.metric == "classification" and not (classes and all(isinstance(name, str) for name in classes)):
+        raise LongBenchError(f"{place}: field 'all_classes' must be a list of strings for {spec.name}")
+    return {**record, "all_classes": classes}
+
+
+def build_prompt_ids(
+    record: Mapping[str, Any],
+    task: TaskSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    chat_template: str | None = None,
+) -> list[int]:
+    """Token ids of a record's prompt, exactly as LongBench builds them.
+
+    A prompt of more than `max_prompt_tokens` loses its middle. The cut is on token ids, but what goes on is the decoded
+    text, wrapped and tokenised again: the result may differ from the limit by the wrapper and by tokens at the seam.
+
+    Args:
+        record: a record with the fields the task's template names.
+        max_prompt_tokens: the model's limit before wrapping (llama 31500, internlm 7500, vicuna 15500).
+        chat_template: text with `{prompt}`; used only if the task is wrapped at all. None: no wrapper.
+
+    Raises:
+        LongBenchError: the record lacks a field, the limit is below 2, or the chat template has no `{prompt}`.
+    """
+    if max_prompt_tokens < 2:
+        raise LongBenchError(f"max_prompt_tokens is {max_prompt_tokens}, it must be at least 2")
+    prompt = _cut_middle(_fill_template(record, task), tokenizer, max_prompt_tokens)
+    if task.chat and chat_template is not None:
+        prompt = _wrap(prompt, chat_template)
+    return _tokenise(prompt, tokenizer)
+
+
+def _fill_template(record: Mapping[str, Any], task: TaskSpec) -> str:
+    try:
+        return task.template.format(**record)
+    except KeyError as error:
+        name = record.get("_id", "?")
+        raise LongBenchError(f"record {name} has no field {error}, which the prompt of {task.name} needs") from None
+
+
+def _cut_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
+    ids = _tokenise(prompt, tokenizer)
+    if len(ids) <= max_tokens:
+        return prompt
+    half = max_tokens // 2
+    start, end = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+    return f"{start}{end}"
+
+
+def _wrap(prompt: str, chat_template: str) -> str:
+    if "{prompt}" not in chat_template:
+        raise LongBenchError(f"the chat template has no {{prompt}}: {chat_template!r}")
+    return chat_template.replace("{prompt}", prompt)  # not str.format: a template may hold other braces
+
+
+def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, truncation=False, verbose=False).input_ids)

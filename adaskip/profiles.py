@@ -1,4 +1,4 @@
-"""Gets the importance profile a strategy needs: the one the user names, or one measured once and kept beside the runs."""
+"""Gets the importance profile a strategy needs: the one the user names, or one measured once and kept by the runs."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ class WorkConfig(SharedConfig):
         super().__post_init__()
         for task in self.tasks or ():
             get_task(task)
-        if self.tasks and len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"--tasks names a task twice: {' '.join(self.tasks)}")
+        _refuse_repeats("task", self.tasks or ())
 
     @property
     def runs_dir(self) -> Path:
@@ -152,6 +152,8 @@ class GridConfig(WorkConfig):
         ):
             for name in given:
                 check_choice(what, name, allowed)
+            _refuse_repeats(what, given)
+        _refuse_repeats("budget", self.budgets or ())
         if self.checkpoint is not None and len(self.models) != 1:
             raise ValueError("--checkpoint is one model's: give it with exactly one of --models")
 
@@ -168,3 +170,9 @@ class GridConfig(WorkConfig):
             )
             for cell in grid(self.models, self.phases, self.strategies, self.budgets or self.setup.budgets)
         ]
+
+
+def _refuse_repeats(what: str, given: Sequence[str | int]) -> None:
+    repeated = [str(name) for name in dict.fromkeys(given) if given.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{what} given more than once: {', '.join(repeated)}")

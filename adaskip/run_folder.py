@@ -1,4 +1,4 @@
-"""A run's folder on disk: a manifest and one JSONL file per task, held by one process, safe against SIGKILL at any moment.
+"""A run's folder: a manifest and one JSONL file per task, held by one process, safe against SIGKILL at any moment.
 
 A record is complete once its line ends in a newline. Batches are the unit of work: after a kill, a torn line and an
 unfinished batch are cut off, so that the same batches are made again and the result equals an uninterrupted run's.

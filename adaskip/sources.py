@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from adaskip import testbed
-from adaskip.longbench import load_records
+from adaskip.longbench import HUB, load_records
 from adaskip.models import LoadedModel, load_model
 from adaskip.run_config import SharedConfig
 
@@ -52,26 +52,19 @@ def _load(
 
 def scored_samples(config: SharedConfig, task: str, limit: int | None) -> tuple[Sample, ...]:
     """The first `limit` samples a run is scored on, in LongBench's record format."""
-    return _samples(task, config.testbed, "test", config.data_dir, config.setup.min_length, limit)
+    return _samples(task, config.testbed, "test", config.data_dir, limit)
 
 
 def calibration_samples(config: SharedConfig, limit: int) -> tuple[Sample, ...]:
     """The first `limit` samples of the setup's calibration task."""
-    setup = config.setup
-    return _samples(setup.calibration_task, config.testbed, "calibration", config.data_dir, setup.min_length, limit)
+    return _samples(config.setup.calibration_task, config.testbed, "calibration", config.data_dir, limit)
 
 
 @lru_cache(maxsize=16)
-def _samples(
-    task: str, is_testbed: bool, split: str, data_dir: str | None, min_length: int, limit: int | None
-) -> tuple[Sample, ...]:
+def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limit: int | None) -> tuple[Sample, ...]:
     if is_testbed:
-        samples = testbed.records(task, split=split, limit=limit)
-    else:
-        samples = load_records(task, data_dir, min_length=min_length, limit=limit)
-    if not samples:
-        raise ValueError(f"task {task!r} has no samples longer than {min_length} words in {data_dir or 'its source'}")
-    return tuple(samples)
+        return tuple(testbed.records(task, split=split, limit=limit))
+    return tuple(load_records(task, data_dir or HUB, limit=limit))
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -1,0 +1,1 @@
+"""Saved runs turned into scores, tables and a summary; nothing here runs a model."""

@@ -1,0 +1,72 @@
+"""Percentile-bootstrap intervals over samples, so that no score is shown without how far chance could have moved it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+RESAMPLES = 5000
+CONFIDENCE = 0.95
+SEED = 0
+"""One seed for every interval: two runs over the same number of samples are resampled by the same draws."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic of the samples and its 95 % interval (None where fewer than two samples leave nothing to resample)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def as_dict(self) -> dict[str, float | None]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate | None:
+    """The mean of `values`; None for no values."""
+    if not values:
+        return None
+    return Estimate(mean(values), *_interval([values], lambda sample, axis: np.mean(sample, axis=axis)))
+
+
+def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate | None:
+    """mean(numerators) / mean(denominators) of paired samples; None where the denominator's mean is zero."""
+    if not numerators or mean(denominators) == 0:
+        return None
+    return Estimate(mean(numerators) / mean(denominators), *_interval([numerators, denominators], _ratio_of_means))
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, summed exactly: equal multisets of scores have equal means, whatever their order."""
+    return math.fsum(values) / len(values)
+
+
+def _ratio_of_means(numerators: np.ndarray, denominators: np.ndarray, axis: int) -> np.ndarray:
+    return np.mean(numerators, axis=axis) / np.mean(denominators, axis=axis)
+
+
+def _interval(
+    samples: Sequence[Sequence[float]], statistic: Callable[..., Any]
+) -> tuple[float, float] | tuple[None, None]:
+    if len(samples[0]) < 2:
+        return None, None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = bootstrap(
+            [np.asarray(sample, dtype=np.float64) for sample in samples],
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(SEED),
+        )
+    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
+    # A resample without a single non-zero denominator has no ratio, and an interval over it says nothing.
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)

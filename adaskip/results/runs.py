@@ -1,0 +1,164 @@
+"""Reads what the runner saved: one folder per run and budget, one JSON line per sample, and a manifest that says what should be there.
+
+A run may be unfinished or damaged. What is readable is used; what is missing or broken is named, never guessed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adaskip.cells import Cell, parse_run_name, run_name
+
+RUNS_DIR = Path("results/runs")
+TESTBED_RUNS_DIR = Path("results/testbed/runs")
+FOLDER_NAME = re.compile(r"(\d+)-sublayers")
+REQUIRED_FIELDS = ("id", "index", "prediction", "references", "all_classes")
+
+REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "testbed", "dtype", "device")
+
+Record = dict[str, Any]
+
+
+class ResultsError(ValueError):
+    """Saved results that were asked for are not there, or are not what the runner writes."""
+
+
+@dataclass(frozen=True)
+class TaskRecords:
+    """The records of one task in one run, in the order of the task's samples."""
+
+    task: str
+    records: tuple[Record, ...]
+    expected: int
+    """How many records the finished run has, by its manifest."""
+    problems: tuple[str, ...]
+    """One line per thing wrong with the file."""
+    sha256: str
+    """Of the file's bytes; of nothing where there is no file."""
+
+    @property
+    def complete(self) -> bool:
+        return not self.problems and len(self.records) == self.expected
+
+    @cached_property
+    def by_id(self) -> dict[str, Record]:
+        return {record["id"]: record for record in self.records}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell's folder of saved results."""
+
+    folder: Path
+    cell: Cell
+    num_layers: int
+    manifest: dict[str, Any]
+    tasks: dict[str, TaskRecords]
+
+    @property
+    def fraction(self) -> float:
+        """Skipped sublayers / all sublayers."""
+        return self.cell.sublayers / (2 * self.num_layers)
+
+
+def load_runs(runs_dir: str | Path) -> list[Run]:
+    """Every run below `runs_dir`, ordered by name and budget. Folders without a manifest hold no run yet and are passed over.
+
+    Raises:
+        ResultsError: there is no such folder, it holds no run, or a manifest cannot be read.
+    """
+    root = Path(runs_dir)
+    if not root.is_dir():
+        raise ResultsError(f"no results in {root}: there is no such folder")
+    runs = [load_run(manifest.parent) for manifest in root.glob("*/*-sublayers/manifest.json")]
+    if not runs:
+        raise ResultsError(f"no results in {root}: no <run name>/<N>-sublayers/manifest.json below it")
+    return sorted(runs, key=lambda run: (run.cell.run_name, run.cell.sublayers))
+
+
+def find_run(name: str, runs_dir: str | Path) -> list[Run]:
+    """Every budget of the run called `name` (the artifact's form, `llama-EE-PREFILL`), smallest first.
+
+    Raises:
+        ResultsError: the run is not there; the line says where it is, or which runs are.
+    """
+    root = Path(runs_dir)
+    wanted = run_name(*parse_run_name(name))
+    folders = [path.parent for path in root.glob(f"{wanted}/*-sublayers/manifest.json")]
+    if not folders:
+        raise ResultsError(_no_such_run(wanted, root))
+    return sorted((load_run(folder) for folder in folders), key=lambda run: run.cell.sublayers)
+
+
+def load_run(folder: Path) -> Run:
+    """Read one `<run name>/<N>-sublayers` folder."""
+    match = FOLDER_NAME.fullmatch(folder.name)
+    if match is None:
+        raise ResultsError(f"{folder} is no run's folder: expected <run name>/<N>-sublayers")
+    manifest = _read_manifest(folder / "manifest.json")
+    cell = Cell(*parse_run_name(folder.parent.name), sublayers=int(match[1]))
+    tasks = {task: read_task(folder, task, expected) for task, expected in manifest["tasks"].items()}
+    return Run(folder, cell, int(manifest["num_layers"]), manifest, tasks)
+
+
+def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
+    """Read `<task>.jsonl`, keeping the first whole record of each sample and naming everything else."""
+    path = folder / f"{task}.jsonl"
+    data = path.read_bytes() if path.exists() else b""
+    records: dict[str, Record] = {}
+    problems: list[str] = []
+    if not path.exists():
+        problems.append(f"{path.name} is missing")
+    lines = data.split(b"\n")
+    torn = lines.pop()
+    for number, line in enumerate(lines, start=1):
+        record, problem = _parse_line(line)
+        if problem is None and record["id"] in records:
+            problem = f"repeats sample {record['id']!r}"
+        if problem is None:
+            records[record["id"]] = record
+        else:
+            problems.append(f"{path.name}, line {number} {problem}")
+    if torn:
+        problems.append(f"{path.name}, line {len(lines) + 1} is torn (no end of line)")
+    ordered = sorted(records.values(), key=lambda record: record["index"])
+    return TaskRecords(task, tuple(ordered), expected, tuple(problems), hashlib.sha256(data).hexdigest())
+
+
+def _parse_line(line: bytes) -> tuple[Record, None] | tuple[Record, str]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}, "is not JSON"
+    if not isinstance(record, dict):
+        return {}, "is not a record"
+    missing = [field for field in REQUIRED_FIELDS if field not in record]
+    return (record, f"lacks {', '.join(missing)}") if missing else (record, None)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON ({error}); delete {path.parent} and run it again") from None
+    missing = [name for name in REQUIRED_IN_MANIFEST if name not in manifest]
+    if missing:
+        raise ResultsError(f"{path} lacks {', '.join(missing)}; delete {path.parent} and run it again")
+    return manifest
+
+
+def _no_such_run(name: str, root: Path) -> str:
+    for other, option in ((RUNS_DIR, "without --testbed"), (TESTBED_RUNS_DIR, "add --testbed")):
+        if other != root and any(other.glob(f"{name}/*-sublayers/manifest.json")):
+            return f"no run {name} in {root}; there is one in {other}: {option}"
+    present = sorted({path.parent.parent.name for path in root.glob("*/*-sublayers/manifest.json")})
+    close = difflib.get_close_matches(name, present, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"no run {name} in {root}.{hint} Runs there: {', '.join(present) or 'none'}"

@@ -1,0 +1,156 @@
+"""Options: a dataclass as command line and YAML file, and the configurations made of them."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+
+from adaskip.options import Parser, add_options, option, resolve
+from adaskip.plan import Budget
+from adaskip.run_config import CalibrateConfig, GridConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    name: str = option("a word", required=True)
+    count: int | None = option("a number")
+    ratio: float = option("a ratio", 1.5)
+    words: tuple[str, ...] = option("words", ())
+    loud: bool = option("say it loudly", False)
+    other: int | None = option("odd spelling", aliases=["--other_one"])
+
+
+def parse(*argv):
+    parser = Parser(prog="example", allow_abbrev=False)
+    add_options(parser, Example)
+    given = vars(parser.parse_args(argv))
+    return resolve(Example, given, given.pop("config"))
+
+
+def test_defaults_then_yaml_then_command_line(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("name: file\ncount: 3\nratio: 2\nwords: [a, b]\nloud: true\n")
+    assert parse("--name", "line") == Example(name="line")
+    assert parse("--config", str(file)) == Example(name="file", count=3, ratio=2.0, words=("a", "b"), loud=True)
+    assert parse("--config", str(file), "--count", "4", "--no-loud", "--words", "c") == Example(
+        name="file", count=4, ratio=2.0, words=("c",)
+    )
+
+
+def test_an_alias_is_the_same_option():
+    assert parse("--name", "x", "--other_one", "3") == parse("--name", "x", "--other", "3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "missing --name"),
+        (["--name", "x", "--count", "many"], "argument --count: invalid int value: 'many'"),
+        (["--name", "x", "--cou", "3"], "unrecognized arguments: --cou 3"),
+        (["--name"], "argument --name: expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(*argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nmae: x", "unknown option 'nmae'. Did you mean 'name'\\? Allowed: name, count"),
+        ("count: '3'", "count must be int, not '3'"),
+        ("count: true", "count must be int, not True"),
+        ("count: 1.5", "count must be int, not 1.5"),
+        ("words: a", "words must be a list of str, not 'a'"),
+        ("words: [1]", "words must be a list of str"),
+        ("loud: 1", "loud must be bool, not 1"),
+        ("- a", "must hold a mapping of options, not list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_line(tmp_path, content, message):
+    file = tmp_path / "x.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        parse("--name", "x", "--config", str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_yaml_file_is_one_line():
+    with pytest.raises(ValueError, match=r"--config nowhere\.yaml cannot be read: No such file"):
+        parse("--config", "nowhere.yaml")
+
+
+def test_every_option_has_a_help_text():
+    for config in (RunConfig, GridConfig, CalibrateConfig):
+        assert all(field.metadata["help"] for field in fields(config))
+        parser = Parser()
+        add_options(parser, config)
+        assert parser.format_help()
+
+
+CELL = {"model": "llama", "phase": "prefill", "strategy": "early_exit"}
+
+
+@pytest.mark.parametrize(
+    ("given", "budget"),
+    [
+        ({"budget": 8}, Budget(sublayers=8)),
+        ({"skip_sub_layer_num": 8}, Budget(sublayers=8)),
+        ({"skip_full_layer_num": 4}, Budget(layers=4)),
+        ({"alpha": 1.33}, Budget(alpha=1.33)),
+    ],
+)
+def test_every_form_of_the_budget(given, budget):
+    assert RunConfig(**CELL, **given).skip_budget == budget
+
+
+def test_the_full_model_has_no_budget():
+    assert RunConfig(**CELL | {"strategy": "full"}).skip_budget is None
+    assert RunConfig(**CELL | {"strategy": "full"}, budget=0).skip_budget is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "strategy 'early_exit' needs one budget: .* given: none"),
+        ({"budget": 8, "alpha": 1.2}, "given: --budget 8, --alpha 1.2"),
+        ({"strategy": "full", "budget": 4}, "the full model skips nothing and takes no budget; given: --budget 4"),
+        ({"model": "lama", "budget": 4}, "unknown model 'lama'. Did you mean 'llama'"),
+        ({"phase": "night", "budget": 4}, "unknown phase 'night'.* Allowed: prefill, decode, e2e"),
+        ({"strategy": "ADA", "budget": 4}, "unknown strategy 'ADA'. Did you mean 'adaskip'"),
+        ({"budget": 4, "limit": 0}, "--limit must be at least 1, not 0"),
+        ({"budget": 4, "batch_size": -1}, "--batch-size must be at least 1, not -1"),
+        ({"budget": 4, "dtype": "int8"}, "unknown --dtype 'int8'.* Allowed: float32, bfloat16, float16"),
+        ({"budget": 4, "tasks": ("terc",)}, "unknown LongBench task 'terc'"),
+        ({"budget": 4, "tasks": ("trec", "trec")}, "task given more than once: trec"),
+        ({"budget": 4, "testbed": True, "data_dir": "x"}, "give one of them"),
+        ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give one of them"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**CELL | given)
+
+
+def test_the_output_directory_follows_the_testbed():
+    assert str(RunConfig(**CELL, budget=8).runs_dir) == "results/runs"
+    assert str(RunConfig(**CELL, budget=8, testbed=True).runs_dir) == "results/testbed/runs"
+    assert str(RunConfig(**CELL, budget=8, testbed=True, output_dir="x").runs_dir) == "x"
+
+
+def test_a_grid_is_its_runs_in_order():
+    runs = GridConfig(testbed=True, models=("vicuna",), phases=("e2e",), limit=3, budgets=(4,)).runs()
+    assert [(run.model, run.strategy, run.budget, run.limit) for run in runs] == [
+        ("vicuna", "full", None, 3),
+        ("vicuna", "early_exit", 4, 3),
+        ("vicuna", "skipdecode", 4, 3),
+        ("vicuna", "unified", 4, 3),
+        ("vicuna", "adaskip", 4, 3),
+    ]
+
+
+def test_a_grid_of_several_models_has_no_checkpoint():
+    with pytest.raises(ValueError, match="exactly one of --models"):
+        GridConfig(checkpoint="x")
