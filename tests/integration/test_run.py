@@ -1,4 +1,4 @@
-"""`adaskip run`, `grid` and `calibrate` end to end on a random two-layer Llama and LongBench files of a few short records."""
+"""`adaskip run`, `grid` and `calibrate` end to end: a random two-layer Llama, LongBench files of a few short records."""
 
 import json
 import os
