@@ -1,0 +1,163 @@
+"""Finds a checkpoint's folder and looks at its files before a model is built.
+
+A folder, a Hub cache and a Hub id all end as one local folder, and what is wrong with it is said in one line here
+rather than in a library's traceback after minutes of loading.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+METADATA_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+WEIGHT_FILES: dict[str, str] = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
+WeightFormat = Literal["safetensors", "bin"]
+
+
+class ModelError(ValueError):
+    """A model or checkpoint cannot be used; the message is one line that says what to do."""
+
+
+def find_folder(checkpoint: str | Path, revision: str | None = None, *, offline: bool = True) -> Path:
+    """The local folder of a checkpoint: a folder, a Hub cache folder (`models--org--name`), or a Hub id.
+
+    Args:
+        checkpoint: an existing folder, or `org/name`, or `org/name@revision`.
+        revision: commit, branch or tag of a Hub id that names none itself; None: main.
+        offline: look for a Hub id in the local cache only.
+
+    Raises:
+        ModelError: there is no such folder, or the Hub id is not in the cache or cannot be downloaded.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return _snapshot_in_cache(path)
+    if path.exists():
+        raise ModelError(f"checkpoint {str(checkpoint)!r} is a file; a folder with config.json and weights is needed")
+    if not isinstance(checkpoint, str) or not HUB_ID.fullmatch(checkpoint):
+        raise ModelError(f"checkpoint folder {str(checkpoint)!r} does not exist")
+    repo, _, own_revision = checkpoint.partition("@")
+    return _from_hub(repo, own_revision or revision or "main", offline)
+
+
+def _snapshot_in_cache(folder: Path) -> Path:
+    """The snapshot inside a Hub cache folder: the one `refs/main` names, or the only one. Other folders: themselves."""
+    snapshots = folder / "snapshots"
+    if (folder / "config.json").is_file() or not snapshots.is_dir():
+        return folder
+    main = folder / "refs" / "main"
+    if main.is_file() and (named := snapshots / main.read_text(encoding="utf-8").strip()).is_dir():
+        return named
+    found = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ModelError(f"{folder} must hold one snapshot or say in refs/main which; found: {names}")
+    return found[0]
+
+
+def _from_hub(repo: str, revision: str, offline: bool) -> Path:
+    """Metadata first, then safetensors, and the older .bin only where there are none."""
+    folder = _download(repo, revision, offline, [*METADATA_FILES, WEIGHT_FILES["safetensors"]])
+    if not any(folder.glob(WEIGHT_FILES["safetensors"])):
+        folder = _download(repo, revision, offline, [*METADATA_FILES, WEIGHT_FILES["bin"]])
+    return folder
+
+
+def _download(repo: str, revision: str, offline: bool, patterns: list[str]) -> Path:
+    help_line = (
+        f"give a local folder (--checkpoint DIR), download it (--checkpoint {repo}, or "
+        f"`hf download {repo} --revision {revision}`), or use the embedded models (--testbed)"
+    )
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+    except LocalEntryNotFoundError:
+        unreachable = "" if offline else " and the Hub cannot be reached"
+        raise ModelError(
+            f"{repo} (revision {revision}) is not in the local Hub cache{unreachable}: {help_line}"
+        ) from None
+    except GatedRepoError:
+        raise ModelError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`, "
+            f"or give a local folder (--checkpoint DIR), or use the embedded models (--testbed)"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{repo!r} is neither a local folder nor a model on the Hub: {help_line}") from None
+    except Exception as error:  # the Hub's client passes on errors of the HTTP library it happens to use
+        raise ModelError(f"{repo} (revision {revision}): download failed ({one_line(error)}): {help_line}") from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit a Hub snapshot folder is named after; None for any other folder."""
+    return folder.name if COMMIT.fullmatch(folder.name) else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder, with at least a `model_type`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json: it is not a model checkpoint in Hugging Face's layout")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {one_line(error)}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path} has no model_type")
+    return config
+
+
+def check_weights(folder: Path) -> WeightFormat:
+    """Which weights the folder holds; safetensors are preferred, and each of them is opened to see that it is whole.
+
+    Raises:
+        ModelError: no weights, a shard of the index is missing, or a safetensors file is damaged.
+    """
+    for kind, pattern in WEIGHT_FILES.items():
+        files = sorted(folder.glob(pattern))
+        if files:
+            _check_shards(folder, kind)
+            if kind == "safetensors":
+                for path in files:
+                    _check_safetensors(path)
+                return "safetensors"
+            return "bin"
+    raise ModelError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES.values())}")
+
+
+def _check_shards(folder: Path, kind: str) -> None:
+    index = folder / ("model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json")
+    if not index.is_file():
+        return
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} is not a weight index: {one_line(error)}") from None
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}")
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} is truncated or no safetensors file ({path.stat().st_size} bytes; {one_line(error)}): get it again"
+        ) from None
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's text on one line, cut after `limit` characters; its class where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."
