@@ -18,7 +18,7 @@ NAMES = _words(
     Cedric Celia Clara Clement Cora Cyrus Dagny Dante Daphne Delia Dora Edgar Edith Egon Elias Elsa Emil Enzo Erik Esme
     Ewald Fabian Fay Felix Fergus Flora Frida Gemma Gideon Greta Gustav Hazel Hector Helga Hilda Hugo Ida Igor Ines Ivo
     Jasper Joan Judith Jules Karl Katya Klaus Lars Leona Lidia Linus Lorna Ludo Magda Marek Mavis Milo Mina Nadia Nils
-    Nora Odette Olaf Opal Oscar Otto Pavel Petra Quentin Ralf Ramona Rufus Selma Sigrid Tilda Ulric"""
+    Nora Odette Olaf Opal Oscar Otto Pavel Petra Quentin Ralf Ramona Rufus Selma Sigrid Tilda Ulric Vera Viola Wanda Wilma"""
 )
 KINDS = _words(
     """amber antique bitter blue bright bronze broken carved cheap clean copper crystal dark dried dusty faded fragile
@@ -37,9 +37,9 @@ ACTIONS = _words(
     returns sells sends ships shows supplies takes trades"""
 )
 PLACES = _words(
-    """Amiens Bergen Bremen Cadiz Calais Dover Dresden Exeter Faro Galway Genoa Ghent Graz Hull Izmir Jena Kiel Krakow
-    Leeds Lima Linz Lyon Malmo Metz Milan Namur Nantes Oslo Padua Parma Porto Quito Riga Seville Siena Tallinn Trieste
-    Turin Utrecht Verona"""
+    """Amiens Basel Bergen Bilbao Bologna Bremen Cadiz Calais Dover Dresden Exeter Faro Galway Gdansk Geneva Genoa Ghent Graz Hull Izmir Jena Kiel Krakow
+    Leeds Lille Lima Linz Lisbon Lyon Malmo Metz Milan Namur Nantes Oslo Padua Parma Porto Quito Riga Rouen Seville Siena Tallinn Trieste
+    Turin Utrecht Valencia Verona"""
 )
 CLASSES = _words(
     """Animal Building City Color Currency Disease Event Food Language Mountain Music Plant Religion Sport Vehicle

@@ -27,7 +27,7 @@ def split_of(*words: str) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """One sentence of a context; `kind goods` is what a question about `name` asks for."""
+    """One sentence of a context; a question about `name` asks for it."""
 
     name: str
     action: str
@@ -41,11 +41,11 @@ class Fact:
 
     @property
     def question(self) -> str:
-        return f"Which goods come from {self.name}?"
+        return f"What is said about {self.name}?"
 
     @property
     def answer(self) -> str:
-        return f"{self.kind} {self.goods}"
+        return self.sentence.removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Sample:
     input: str
     context: str
     answer: str
+    """The reference that a prediction is scored against."""
+    response: str = ""
+    """What a model is trained to say, if it is more than the answer."""
     more: tuple[tuple[str, str], ...] = ()
 
     def record(self) -> dict:
@@ -95,7 +98,11 @@ class Writer:
 
     def words(self, kind: tuple[str, ...], count: int) -> list[str]:
         """`count` words of a kind, distinct as far as there are enough."""
-        return self.rng.sample(kind * (1 + count // len(kind)), count) if count > len(kind) else self.rng.sample(kind, count)
+        return (
+            self.rng.sample(kind * (1 + count // len(kind)), count)
+            if count > len(kind)
+            else self.rng.sample(kind, count)
+        )
 
     def filler(self) -> str:
         """A sentence that states no fact."""
@@ -129,7 +136,7 @@ def document_qa(writer: Writer, size: int, task: str) -> Sample:
     ]
     asked = writer.rng.sample(facts, count)
     more = tuple((fact.question, fact.answer) for fact in asked[1:])
-    return Sample(task, asked[0].question, "\n".join(texts), asked[0].answer, more)
+    return Sample(task, asked[0].question, "\n".join(texts), asked[0].answer, more=more)
 
 
 def few_shot_qa(writer: Writer, size: int, task: str) -> Sample:
@@ -149,21 +156,26 @@ def few_shot_qa(writer: Writer, size: int, task: str) -> Sample:
 
 
 def few_shot_classification(writer: Writer, size: int, task: str) -> Sample:
-    """Questions with their types; the goods a question is about decide its type, by a mapping drawn for this context."""
+    """Questions with their types; the place in a question decides its type, by a mapping drawn for this context.
+
+    As in few-shot prompts that show their reasoning, the answer first names the place: "Type: Oslo Food".
+    """
     rng = writer.rng
-    shots = max(3, round(size / 13))
-    topics = rng.sample(lex.GOODS, min(10, max(2, shots // 3)))
-    types = {topic: rng.choice(lex.CLASSES) for topic in topics}
+    shots = max(3, round(size / 15))
+    places = rng.sample(lex.PLACES, min(10, max(2, shots // 3)))
+    types = {place: rng.choice(lex.CLASSES) for place in places}
 
-    def question(topic: str) -> str:
-        allowed = [kind for kind in lex.KINDS if split_of(kind, topic, types[topic]) == writer.split]
-        return f"Question: Which type covers {rng.choice(allowed)} {topic}?\nType:"
+    def question(place: str) -> str:
+        while True:
+            kind, goods = rng.choice(lex.KINDS), rng.choice(lex.GOODS)
+            if split_of(kind, goods, place, types[place]) == writer.split:
+                return f"Question: What are the {kind} {goods} from {place}?\nType:"
 
-    order = [*topics, *rng.choices(topics, k=max(0, shots - len(topics)))]
+    order = [*places, *rng.choices(places, k=max(0, shots - len(places)))]
     rng.shuffle(order)
-    lines = [f"{question(topic)} {types[topic]}" for topic in order]
-    topic = rng.choice(topics)
-    return Sample(task, question(topic), "\n".join(lines), types[topic])
+    lines = [f"{question(place)} {place} {types[place]}" for place in order]
+    place = rng.choice(places)
+    return Sample(task, question(place), "\n".join(lines), types[place], response=f"{place} {types[place]}")
 
 
 def _sections(writer: Writer, size: int) -> tuple[list[Fact], list[list[str]]]:

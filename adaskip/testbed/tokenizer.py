@@ -8,21 +8,26 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adaskip.longbench import TASKS
 from adaskip.testbed import lexicon as lex
-from adaskip.testbed.templates import TEMPLATES
+from adaskip.testbed.tasks import GENERATORS
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PIECES = Regex(r" ?\w+| ?[^\w\s]|\n|\s")
-LINE_STARTS = ("Which", "Question", "Answer", "Type", "Passage", "Section", "Finding", "Headline")
-SENTENCE_WORDS = (*LINE_STARTS, "the", "to", "goods", "come", "from", "type", "covers", "?", ".", ":")
+LINE_STARTS = ("What", "Question", "Answer", "Type", "Passage", "Section", "Finding", "Headline")
+SENTENCE_WORDS = (*LINE_STARTS, "the", "to", "is", "are", "said", "about", "from", "?", ".", ":")
 
 
 def vocabulary() -> list[str]:
     """Every token, in a fixed order."""
     pre = pre_tokenizers.Split(PIECES, behavior="isolated")
-    pieces = [piece for template in TEMPLATES.values() for piece, _ in pre.pre_tokenize_str(template)]
+    pieces = [piece for task in GENERATORS for piece, _ in pre.pre_tokenize_str(TASKS[task].template)]
     pieces = [piece for piece in pieces if piece not in ("{", "}", " {")]
-    words = [*SENTENCE_WORDS, *(str(i) for i in range(1, 13)), *(word for words in lex.LEXICON.values() for word in words)]
+    words = [
+        *SENTENCE_WORDS,
+        *(str(i) for i in range(1, 13)),
+        *(word for words in lex.LEXICON.values() for word in words),
+    ]
     pieces += ["\n", " ", *LINE_STARTS, *lex.OPENERS, "?", ".", ":", ","] + [f" {word}" for word in words]
     return [*SPECIAL, *dict.fromkeys(pieces)]
 

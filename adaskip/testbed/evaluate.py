@@ -1,0 +1,79 @@
+"""Scores of the full testbed models: `python -m adaskip.testbed.evaluate --family llama`."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from adaskip.generate import generate
+from adaskip.longbench import TASKS, build_prompt_ids
+from adaskip.metrics import score_sample
+from adaskip.testbed import FAMILIES, checkpoint_dir, records
+
+EVALUATED = ("multifieldqa_en", "triviaqa", "trec", "gov_report", "multi_news", "qasper")
+MAX_NEW_TOKENS = {"multifieldqa_en": 32, "triviaqa": 32, "trec": 32, "qasper": 32, "gov_report": 128, "multi_news": 128}
+
+
+def predictions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, samples: list[dict], batch_size: int = 10
+) -> list[str]:
+    """Greedy answers of the full model."""
+    texts = []
+    for start in range(0, len(samples), batch_size):
+        prompts = [
+            torch.tensor(build_prompt_ids(sample, TASKS[task], tokenizer, model.config.max_position_embeddings))
+            for sample in samples[start : start + batch_size]
+        ]
+        answers = generate(
+            model,
+            None,
+            prompts,
+            max_new_tokens=MAX_NEW_TOKENS[task],
+            eos_token_ids=[tokenizer.eos_token_id],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts += [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+    return texts
+
+
+def evaluate(checkpoint: Path, limit: int, split: str = "test", tasks: tuple[str, ...] = EVALUATED) -> dict[str, float]:
+    """Mean score x 100 of each task on the first `limit` records of a split, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    scores = {}
+    for task in tqdm(tasks, desc=checkpoint.name, unit="task"):
+        samples = records(task, split, limit)
+        texts = predictions(model, tokenizer, task, samples)
+        scores[task] = 100 * statistics.mean(
+            score_sample(task, text, sample["answers"], sample["all_classes"])
+            for text, sample in zip(texts, samples, strict=True)
+        )
+    return scores
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the scores as a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="may be repeated; default: all three")
+    parser.add_argument("--checkpoint", type=Path, help="evaluate this folder instead of the committed model")
+    parser.add_argument("--limit", type=int, default=200, help="records per task")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    table = Table("model", *EVALUATED)
+    for family in args.family or FAMILIES:
+        scores = evaluate(args.checkpoint or checkpoint_dir(family), args.limit)
+        table.add_row(family, *(f"{scores[task]:.2f}" for task in EVALUATED))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
