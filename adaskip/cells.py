@@ -45,16 +45,14 @@ class Cell:
     phase: str
     strategy: str
     sublayers: int
-    """Skipped sublayers; 0 exactly for the full model."""
+    """Skipped sublayers; always 0 for the full model."""
 
     def __post_init__(self) -> None:
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
-        if (self.sublayers == 0) != (self.strategy == "full"):
-            raise ValueError(
-                f"strategy {self.strategy!r} with a budget of {self.sublayers} sublayers: "
-                "'full' skips 0, every other strategy at least 1"
-            )
+        if self.sublayers < 0 or (self.sublayers and self.strategy == "full"):
+            allowed = "0" if self.strategy == "full" else "at least 0"
+            raise ValueError(f"strategy {self.strategy!r} cannot skip {self.sublayers} sublayers; allowed: {allowed}")
 
     @property
     def run_name(self) -> str:

@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from transformers.utils.logging import disable_progress_bar
 
 from adaskip.cells import parse_run_name, run_name
 from adaskip.grid import listing, run_grid
@@ -75,7 +76,7 @@ def _run(config: RunConfig) -> int:
 
 
 def _calibrate(config: CalibrateConfig) -> int:
-    profile = calibrate_to(config, Path(config.output))
+    profile = calibrate_to(config)
     print(f"profile of {config.model} over {profile.tokens} tokens written to {config.output}")
     return 0
 
@@ -108,6 +109,8 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
 
 def _guarded(command: Callable[[], int]) -> int:
     """Run `command` and turn what may go wrong into one line and an exit code."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers draws its loading bar into log files, too
     handlers = {number: signal.signal(number, _raise_signalled) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return command()

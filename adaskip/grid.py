@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from adaskip.job import find_cell, find_job
 from adaskip.manifest import is_done
@@ -164,6 +165,7 @@ class Pool:
 def serve(connection: Connection) -> None:
     """A worker's life: run every cell that arrives and report; end with the parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    disable_progress_bar()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         config: RunConfig = connection.recv()

@@ -65,7 +65,7 @@ def _find_part(config: RunConfig, name: str, limit: int | None, phase_cap: int) 
 
 
 def find_cell(config: RunConfig) -> Cell:
-    """The cell a configuration fills; only a budget given as alpha needs the model's depth, read from its config."""
+    """The cell a configuration fills; a budget given as alpha depends on the model's depth and loads the model."""
     return Cell(config.model, config.phase, config.strategy, _num_sublayers(config))
 
 

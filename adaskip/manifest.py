@@ -15,7 +15,7 @@ import torch
 
 from adaskip.importance import ImportanceProfile
 from adaskip.job import Job
-from adaskip.models import LoadedModel, weights_fingerprint
+from adaskip.models import LoadedModel, decoder_layers, weights_fingerprint
 from adaskip.sources import fingerprint
 
 
@@ -42,7 +42,7 @@ def describe_run(
     job: Job, loaded: LoadedModel, profile: ImportanceProfile | None, profile_path: Path | None
 ) -> dict[str, Any]:
     """The whole manifest but for its times."""
-    model, sublayers, depth = loaded.model, job.cell.sublayers, loaded.model.config.num_hidden_layers
+    model, sublayers, depth = loaded.model, job.cell.sublayers, len(decoder_layers(loaded.model))
     return {
         **describe_job(job),
         "num_layers": depth,
@@ -52,6 +52,7 @@ def describe_run(
         "weights_fingerprint": weights_fingerprint(model),
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "chat_template": loaded.spec.chat_template,
         "attn_implementation": model.config._attn_implementation,
         "profile": None if profile_path is None else str(profile_path),
         "profile_fingerprint": None if profile is None else _digest(profile),

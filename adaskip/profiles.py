@@ -43,6 +43,7 @@ def kept_path(config: RunConfig, loaded: LoadedModel) -> Path:
         "dtype": str(loaded.model.dtype),
         "device": loaded.model.device.type,
         "attn_implementation": loaded.model.config._attn_implementation,
+        "chat_template": loaded.spec.chat_template,
         "samples": fingerprint(samples),
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

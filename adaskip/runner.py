@@ -19,7 +19,7 @@ from adaskip.generate import Generation, generate
 from adaskip.job import Job, Part, find_job
 from adaskip.longbench import TaskSpec, build_prompt_ids
 from adaskip.manifest import describe_job, describe_run
-from adaskip.models import LoadedModel
+from adaskip.models import LoadedModel, decoder_layers
 from adaskip.plan import Budget
 from adaskip.profiles import profile_for
 from adaskip.run_config import RunConfig
@@ -93,7 +93,7 @@ def execute(job: Job) -> Iterator[Progress]:
             config.strategy,
             phase=config.phase,
             budget=budget,
-            num_layers=loaded.model.config.num_hidden_layers,
+            num_layers=len(decoder_layers(loaded.model)),
             profile=profile,
             max_decode_steps=part.max_new_tokens,
         )
@@ -132,14 +132,13 @@ def make_records(
         torch.tensor(build_prompt_ids(sample, part.task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
         for sample in batch
     ]
-    stops = stop_token_ids(part.task, loaded)
     generations = generate(
         loaded.model,
         strategy,
         prompts,
         max_new_tokens=part.max_new_tokens,
-        eos_token_ids=stops,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
+        eos_token_ids=stop_token_ids(part.task, loaded),
+        pad_token_id=tokenizer.pad_token_id,
         min_new_tokens=part.task.min_new_tokens,
     )
     return [
@@ -170,12 +169,11 @@ def _record(
 
 
 def stop_token_ids(task: TaskSpec, loaded: LoadedModel) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end of text, the model's own, a newline where the task says so."""
-    tokenizer = loaded.tokenizer
-    stops = [tokenizer.eos_token_id, *loaded.spec.stop_token_ids]
+    """The tokens that end an answer: the model's, and a newline where the task says so."""
+    stops = list(loaded.spec.stop_token_ids)
     if task.stop_at_newline:
-        stops.append(tokenizer.encode("\n", add_special_tokens=False)[-1])
-    return list(dict.fromkeys(token for token in stops if token is not None))
+        stops.append(loaded.tokenizer.encode("\n", add_special_tokens=False)[-1])
+    return stops
 
 
 def decode(token_ids: Sequence[int], loaded: LoadedModel) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from adaskip import testbed
 from adaskip.longbench import HUB, load_records
-from adaskip.models import LoadedModel, load_model
+from adaskip.models import LoadedModel, decoder_layers, load_model
 from adaskip.run_config import SharedConfig
 
 Sample = dict[str, Any]
@@ -19,35 +18,26 @@ Sample = dict[str, Any]
 
 def load(config: SharedConfig, model: str) -> LoadedModel:
     """The model of a configuration; the last one stays loaded, so that cells of one model share it."""
-    checkpoint = config.checkpoint
-    if checkpoint is None and config.testbed:
-        checkpoint = str(testbed.checkpoint_dir(model))
-    where = (config.device, config.dtype, config.attn_implementation, config.device_map)
-    return _load(model, checkpoint, config.testbed, *where)
-
-
-@lru_cache(maxsize=1)
-def _load(
-    model: str,
-    checkpoint: str | None,
-    is_testbed: bool,
-    device: str | None,
-    dtype: str | None,
-    attn_implementation: str,
-    device_map: str | None,
-) -> LoadedModel:
-    loaded = load_model(
+    checkpoint, chat = config.checkpoint, config.chat
+    if config.testbed:  # its models were trained on bare prompts
+        checkpoint, chat = checkpoint or str(testbed.checkpoint_dir(model)), chat or "none"
+    return _load(
         model,
-        checkpoint=checkpoint,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        device_map=device_map,
+        checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
+        chat=chat,
     )
-    if not is_testbed:
-        return loaded
-    # The testbed's models are no chat models, and their tokenizer's own end of text is their only stop.
-    return replace(loaded, spec=replace(loaded.spec, chat_template=None, stop_token_ids=(), stop_strings=()))
+
+
+_load = lru_cache(maxsize=1)(load_model)
+
+
+def num_layers(config: SharedConfig, model: str) -> int:
+    """Decoder layers of the model of a configuration."""
+    return len(decoder_layers(load(config, model).model))
 
 
 def scored_samples(config: SharedConfig, task: str, limit: int | None) -> tuple[Sample, ...]:
