@@ -157,9 +157,10 @@ class ModelPatches:
 def _execution_device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where the layer computes; under accelerate's offloading its parameters rest on another device."""
     parameter = next(p for p in layer.parameters() if p.is_floating_point())
-    hook = getattr(layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else parameter.device, parameter.dtype
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), parameter.device)
+    return torch.device(device), parameter.dtype
 
 
 _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()

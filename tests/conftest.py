@@ -1,0 +1,5 @@
+"""One thread per test process: the models are too small to share, and busy machines make threads wait for each other."""
+
+import torch
+
+torch.set_num_threads(1)
