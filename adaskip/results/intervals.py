@@ -18,7 +18,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic of the samples and its 95 % interval (None where fewer than two samples leave nothing to resample)."""
+    """A statistic of the samples and its 95 % interval; None where fewer than two samples leave nothing to resample."""
 
     value: float
     low: float | None = None
@@ -45,6 +45,12 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
 def mean(values: Sequence[float]) -> float:
     """The mean, summed exactly: equal multisets of scores have equal means, whatever their order."""
     return math.fsum(values) / len(values)
+
+
+def mean_if_whole(values: Sequence[float | None]) -> float | None:
+    """The mean of `values`; None if there are none or any is missing: no mean over what happens to be there."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known and len(known) == len(values) else None
 
 
 def _ratio_of_means(numerators: np.ndarray, denominators: np.ndarray, axis: int) -> np.ndarray:

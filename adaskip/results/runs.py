@@ -1,4 +1,4 @@
-"""Reads what the runner saved: one folder per run and budget, one JSON line per sample, and a manifest that says what should be there.
+"""Reads what the runner saved: a folder per run and budget, a JSON line per sample, a manifest of what should be there.
 
 A run may be unfinished or damaged. What is readable is used; what is missing or broken is named, never guessed.
 """
@@ -69,7 +69,7 @@ class Run:
 
 
 def load_runs(runs_dir: str | Path) -> list[Run]:
-    """Every run below `runs_dir`, ordered by name and budget. Folders without a manifest hold no run yet and are passed over.
+    """Every run below `runs_dir`, ordered by name and budget; a folder without a manifest holds no run yet.
 
     Raises:
         ResultsError: there is no such folder, it holds no run, or a manifest cannot be read.

@@ -1,0 +1,1 @@
+"""Figures of saved results; nothing here runs a model or scores a sample."""

@@ -1,0 +1,140 @@
+"""Tables 3 and 4 as Markdown: per model the scores, ours beside the paper's, and what is kept of the full model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from adaskip.results import labels
+from adaskip.results.entries import Entry, PhaseEntries
+from adaskip.results.intervals import RESAMPLES
+from adaskip.results.scoreboard import Row, Scoreboard
+
+PARTIAL = "*"
+
+
+def to_markdown(table: PhaseEntries) -> str:
+    """One phase's table as a Markdown document."""
+    title = table.board.paper.tables[table.phase].source
+    parts = [f"# {title}: ours beside the paper's", *notes(table)]
+    for model in table.board.models:
+        parts += [f"## {model}", describe_model(table.board, table.phase, model), "### Scores"]
+        parts += [
+            pipe_table(_score_header(table), _score_lines(table, model)),
+            "### Retention: score / full model's score",
+        ]
+        parts += [pipe_table(_retention_header(table), _retention_lines(table, model))]
+    return "\n\n".join(parts) + "\n"
+
+
+def notes(table: PhaseEntries) -> list[str]:
+    """What a reader must know to read the numbers."""
+    source = table.board.paper.source
+    lines = [
+        f"Scores are per cent with 95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples, "
+        f"paired with the full model's for retention). Paper: {source}. Where models and data differ from the paper's, "
+        "compare retention, not scores.",
+        f"`{labels.MISSING}` not run; `{labels.UNPUBLISHED}` not published; `{PARTIAL}` unfinished run, scored over "
+        "the samples it has; **bold** the best of the four strategies.",
+        "Speedup is the full model's time / this run's time, the median over samples, measured in these very runs. "
+        "Runs may share the machine while they are timed: indicative only.",
+    ]
+    if any(entry.rouge_score for entry in table.cells.values()):
+        lines.append(
+            "Rouge-L is by `rouge` 1.0.1, as LongBench and the paper have it; `rouge_score` is Google's rougeL of the "
+            "same outputs."
+        )
+    return lines
+
+
+def describe_model(board: Scoreboard, phase: str, model: str) -> str:
+    """What was run here under this model's name, what the paper ran, and which budgets stand side by side."""
+    paper = board.paper
+    theirs = f"The paper: {paper.models[model]}, {paper.num_sublayers} sublayers." if model in paper.models else ""
+    runs = [scored.run for row, scored in board.runs.items() if (row.phase, row.model) == (phase, model)]
+    if not runs:
+        return f"Ours: not run. {theirs}".strip()
+    manifest, total = runs[0].manifest, 2 * runs[0].num_layers
+    budgets = " / ".join(f"{fraction * total:.4g}" for fraction in board.fractions)
+    percents = " / ".join(labels.budget(fraction) for fraction in board.fractions)
+    name = "the testbed's small model" if manifest["testbed"] else f"`{manifest['checkpoint']}`"
+    samples = " / ".join(dict.fromkeys(str(number) for number in manifest["tasks"].values()))
+    ours = f"Ours: {name}, {total} sublayers, {manifest['dtype']} on {manifest['device']}, {samples} samples a task; "
+    return f"{ours}{percents} are {budgets} of them skipped. {theirs}".strip()
+
+
+def pipe_table(header: Sequence[str], lines: Iterator[list[str]] | Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose source is aligned too."""
+    rows = [list(header), *map(list, lines)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    drawn = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([drawn[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *drawn[1:]])
+
+
+def _score_header(table: PhaseEntries) -> list[str]:
+    header = ["Skipped", "Strategy"]
+    for task in table.tasks:
+        entry = next(entry for (_, name), entry in table.cells.items() if name == task)
+        header += [f"{labels.TASKS[task]} {labels.METRICS[entry.metric]}", "paper"]
+        header += ["rouge_score"] if _is_rouge(entry) else []
+    return [*header, "TTFT speedup", "TPOT speedup", *(["paper"] if _has_speedup(table) else [])]
+
+
+def _score_lines(table: PhaseEntries, model: str) -> Iterator[list[str]]:
+    for row in table.board.rows(table.phase, model):
+        line = row_labels(row)
+        for task in table.tasks:
+            entry = table.cells[row, task]
+            line += [score_text(table, entry), paper_text(table, entry)]
+            line += [labels.percent(entry.rouge_score)] if _is_rouge(entry) else []
+        line += [labels.ratio(table.board.speedup(row, field)) for field in ("ttft_s", "tpot_ms")]
+        yield line + ([paper_speedup(table, row)] if _has_speedup(table) else [])
+
+
+def _retention_header(table: PhaseEntries) -> list[str]:
+    return ["Skipped", "Strategy", *(text for task in table.tasks for text in (labels.TASKS[task], "paper"))]
+
+
+def _retention_lines(table: PhaseEntries, model: str) -> Iterator[list[str]]:
+    for row in table.board.rows(table.phase, model):
+        if row.strategy == "full":
+            continue
+        line = row_labels(row)
+        for task in table.tasks:
+            entry = table.cells[row, task]
+            paper = entry.paper_retention
+            line.append(labels.percent(entry.retention) + (PARTIAL if entry.partial and entry.retention else ""))
+            line.append(labels.UNPUBLISHED if paper is None else f"{100 * paper:.1f}")
+        yield line
+
+
+def row_labels(row: Row) -> list[str]:
+    return [labels.budget(row.fraction), labels.STRATEGIES[row.strategy]]
+
+
+def score_text(table: PhaseEntries, entry: Entry) -> str:
+    """`**88.1** [84.2, 91.0]`"""
+    if entry.score is None:
+        return labels.MISSING
+    value = f"{100 * entry.score.value:.1f}" + (PARTIAL if entry.partial else "")
+    return (f"**{value}**" if table.best(entry) else value) + labels.interval(entry.score)
+
+
+def paper_text(table: PhaseEntries, entry: Entry) -> str:
+    if entry.paper_score is None:
+        return labels.UNPUBLISHED
+    return f"**{entry.paper_score:.1f}**" if table.paper_best(entry) else f"{entry.paper_score:.1f}"
+
+
+def paper_speedup(table: PhaseEntries, row: Row) -> str:
+    value = table.board.paper.tables[row.phase].speedup(row.model, row.strategy, row.fraction)
+    return labels.UNPUBLISHED if value is None else labels.ratio(value)
+
+
+def _has_speedup(table: PhaseEntries) -> bool:
+    return table.board.paper.tables[table.phase].has_speedup
+
+
+def _is_rouge(entry: Entry) -> bool:
+    return entry.metric == "rouge_l"

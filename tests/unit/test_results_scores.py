@@ -1,0 +1,106 @@
+"""Scoring a run once: the numbers are the metrics', kept by sample, and made anew only when something changed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from adaskip import metrics
+from adaskip.cells import Cell
+from adaskip.results import scores
+from adaskip.results.runs import load_run
+from adaskip.results.scores import score_run
+from tests.saved_runs import write_run
+
+EE = Cell("llama", "prefill", "early_exit", 4)
+ADA = Cell("llama", "e2e", "adaskip", 6)
+
+
+def test_scores_are_the_metrics(tmp_path):
+    run = load_run(write_run(tmp_path, ADA, 0.6))
+    for task, scored in score_run(run).tasks.items():
+        expected = metrics.score_samples(task, run.tasks[task].records)
+        assert scored.main.as_printed == expected.score
+        assert tuple(scored.main.by_id.values()) == expected.per_sample
+        assert scored.main.mean is not None
+        assert 100 * scored.main.mean.value == pytest.approx(expected.score, abs=0.005)
+
+
+def test_rouge_score_stands_beside_rouge_and_nowhere_else(tmp_path):
+    summaries = score_run(load_run(write_run(tmp_path, ADA, 0.6))).tasks
+    answers = score_run(load_run(write_run(tmp_path, EE, 0.6))).tasks
+    assert all(task.rouge_score is not None and task.rouge_score.by_id for task in summaries.values())
+    assert all(task.rouge_score is None for task in answers.values())
+
+
+def test_saved_scores_are_read_and_not_made_again(tmp_path, monkeypatch):
+    folder = write_run(tmp_path, ADA, 0.6)
+    first = score_run(load_run(folder))
+    written = (folder / "scores.json").stat()
+    monkeypatch.setattr(scores, "score_task", None)
+    assert score_run(load_run(folder)) == first
+    assert (folder / "scores.json").stat() == written
+
+
+def test_fresh_scores_are_made_again(tmp_path, monkeypatch):
+    folder = write_run(tmp_path, ADA, 0.6)
+    score_run(load_run(folder))
+    monkeypatch.setattr(scores, "score_task", None)
+    with pytest.raises(TypeError):
+        score_run(load_run(folder), fresh=True)
+
+
+def test_changed_records_are_scored_again(tmp_path):
+    folder = write_run(tmp_path, EE, 1.0)
+    before = score_run(load_run(folder)).tasks["trec"].main.as_printed
+    path = folder / "trec.jsonl"
+    lines = [{**json.loads(line), "prediction": ""} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after = score_run(load_run(folder)).tasks["trec"].main
+    assert (before, after.as_printed, after.num_empty) == (100, 0, 12)
+
+
+def test_changed_metrics_score_again(tmp_path, monkeypatch):
+    folder = write_run(tmp_path, EE, 1.0)
+    score_run(load_run(folder))
+    monkeypatch.setattr(scores, "_metrics_fingerprint", lambda: "other code")
+    monkeypatch.setattr(scores, "score_task", None)
+    with pytest.raises(TypeError):
+        score_run(load_run(folder))
+
+
+def test_torn_scores_are_made_again(tmp_path):
+    folder = write_run(tmp_path, EE, 1.0)
+    whole = score_run(load_run(folder))
+    text = (folder / "scores.json").read_text()
+    (folder / "scores.json").write_text(text[: len(text) // 2])
+    assert score_run(load_run(folder)) == whole
+    assert (folder / "scores.json").read_text() == text
+
+
+def test_an_empty_file_has_no_score_and_never_nan(tmp_path):
+    folder = write_run(tmp_path, EE, 1.0)
+    (folder / "trec.jsonl").write_text("")
+    scored = score_run(load_run(folder)).tasks["trec"]
+    assert (scored.main.mean, scored.main.as_printed, scored.main.by_id) == (None, None, {})
+    saved = (folder / "scores.json").read_text()
+    assert "NaN" not in saved
+    assert json.loads(saved)["tasks"]["trec"]["main"]["mean"] is None
+
+
+def test_a_partial_run_is_scored_and_said_to_be_partial(tmp_path):
+    folder = write_run(tmp_path, EE, 1.0, num_samples=3, expected=5)
+    score_run(load_run(folder))
+    saved = json.loads((folder / "scores.json").read_text())["tasks"]["trec"]
+    assert (saved["n"], saved["expected"], saved["complete"]) == (3, 5, False)
+
+
+def test_samples_that_a_metric_fails_on_are_counted(tmp_path):
+    folder = write_run(tmp_path, ADA, 1.0, num_samples=4)
+    path = folder / "gov_report.jsonl"
+    lines = [{**json.loads(line), "prediction": ""} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main = score_run(load_run(folder)).tasks["gov_report"].main
+    assert sum(main.errors.values()) == 4
+    assert main.as_printed == 0

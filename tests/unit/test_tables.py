@@ -1,0 +1,218 @@
+"""Tables 3 and 4: ours beside the paper's by the fraction skipped; what was not run or published is never a number."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from adaskip.cells import Cell
+from adaskip.configs import load_yaml
+from adaskip.report import write_report
+from adaskip.results.entries import PhaseEntries, to_csv
+from adaskip.results.latex import to_latex
+from adaskip.results.markdown import to_markdown
+from adaskip.results.paper import load_paper
+from adaskip.results.scoreboard import Row, Scoreboard, load_scoreboard
+from tests.saved_runs import write_run
+
+QUALITY = {"full": 1.0, "early_exit": 0.7, "skipdecode": 0.2, "unified": 0.4, "adaskip": 0.9}
+
+
+def write_budget(runs_dir: Path, phase: str = "decode", sublayers: int = 4, **quality: float) -> None:
+    """The full model and the four strategies at one budget, for llama."""
+    for strategy, share in {**QUALITY, **quality}.items():
+        cell = Cell("llama", phase, strategy, 0 if strategy == "full" else sublayers)
+        if not cell.folder(runs_dir).exists():
+            write_run(runs_dir, cell, share, speedup=1.0 if strategy == "full" else 1.25)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory) -> Scoreboard:
+    """Decode at two budgets, the second without Unified Skipping and with an unfinished Early Exit."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    write_budget(runs_dir)
+    for strategy in ("skipdecode", "adaskip"):
+        write_run(runs_dir, Cell("llama", "decode", strategy, 8), 0.5)
+    write_run(runs_dir, Cell("llama", "decode", "early_exit", 8), 0.5, num_samples=5, expected=12)
+    return load_scoreboard(runs_dir)
+
+
+@pytest.fixture(scope="module")
+def table(board) -> PhaseEntries:
+    return PhaseEntries(board, "decode")
+
+
+def entry_of(table: PhaseEntries, strategy: str, fraction: float, task: str = "gov_report", model: str = "llama"):
+    return table.cells[Row(table.phase, model, strategy, fraction), task]
+
+
+def cells_of(markdown: str, skipped: str, strategy: str, part: str = "### Scores") -> list[str]:
+    """The cells of llama's row."""
+    block = markdown.split("## llama")[1].split("## internlm")[0].split(part)[1].split("###")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+    return next(row[2:] for row in rows if row[:2] == [skipped, strategy])
+
+
+def test_paper_numbers_are_found_by_fraction():
+    tables = load_paper().tables
+    assert tables["prefill"].score("llama", "adaskip", 0.125, "trec") == 72.8
+    assert tables["decode"].score("internlm", "skipdecode", 0.25, "multi_news") == 9.8
+    assert tables["e2e"].score("vicuna", "adaskip", 0.25, "gov_report") == 13.6
+    assert tables["prefill"].speedup("internlm", "adaskip", 0.25) == 1.51
+    assert tables["e2e"].speedup("llama", "adaskip", 0.25) is None
+    assert tables["e2e"].retention("llama", "adaskip", 0.125, "gov_report") == pytest.approx(30.5 / 34.2)
+
+
+def test_the_paper_prints_no_scores_for_the_middle_budget():
+    for table in load_paper().tables.values():
+        assert all(table.score("llama", "adaskip", 0.1875, task) is None for task in table.tasks)
+
+
+def test_the_papers_rows_are_as_long_as_its_columns():
+    for table in load_paper().tables.values():
+        for models in table.by_fraction.values():
+            lengths = {len(numbers) for rows in models.values() for numbers in rows.values()}
+            assert lengths == {len(table.tasks) + table.has_speedup}
+
+
+def test_the_papers_data_file_covers_its_four_tables():
+    content = load_yaml("paper")
+    assert len(content["offline_hit_rate"]["rows"]) == 6
+    assert len(content["online_hit_rate"]["rows"]) == 6
+    assert [len(block["by_sublayers"]) for block in content["scores"].values()] == [3, 3, 3]
+
+
+def test_our_four_of_32_stand_beside_the_papers_eight_of_64(table):
+    entry = entry_of(table, "adaskip", 0.125)
+    assert entry.paper_score == 30.9
+    assert entry.score is not None
+
+
+def test_retention_is_over_the_full_models_samples(table):
+    entry, full = entry_of(table, "adaskip", 0.125), entry_of(table, "full", 0.0)
+    assert entry.retention.value == pytest.approx(entry.score.value / full.score.value)
+    assert entry.retention.low < entry.retention.value < entry.retention.high
+
+
+def test_retention_of_an_unfinished_run_compares_the_shared_samples_only(table):
+    entry, full = entry_of(table, "early_exit", 0.25), entry_of(table, "full", 0.0)
+    shared = [full.scored.main.by_id[name] for name in entry.scored.main.by_id]
+    assert len(shared) == 5
+    assert entry.retention.value == pytest.approx(entry.score.value / (sum(shared) / 5))
+
+
+def test_speedup_is_the_median_ratio_of_the_times(board):
+    row = Row("decode", "llama", "adaskip", 0.125)
+    assert board.speedup(row, "ttft_s") == pytest.approx(1.25)
+    assert board.speedup(row, "tpot_ms") == pytest.approx(1.25)
+    assert board.speedup(row.full, "tpot_ms") == 1
+    assert board.speedup(Row("decode", "llama", "unified", 0.25), "tpot_ms") is None
+
+
+def test_a_missing_cell_is_a_dash_and_never_zero(table):
+    markdown = to_markdown(table)
+    assert cells_of(markdown, "25 %", "Unified Skipping") == ["-", "12.0", "-", "-", "8.7", "-", "-", "-", "1.26"]
+    assert cells_of(markdown, "25 %", "Unified Skipping", "### Retention")[0] == "-"
+    assert cells_of(markdown, "18.75 %", "AdaSkip") == ["-", "n/p", "-", "-", "n/p", "-", "-", "-", "n/p"]
+
+
+def test_a_run_without_any_sample_is_missing_too(tmp_path):
+    write_budget(tmp_path)
+    folder = Cell("llama", "decode", "adaskip", 4).folder(tmp_path)
+    (folder / "gov_report.jsonl").write_text("")
+    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
+    assert cells_of(to_markdown(table), "12.5 %", "AdaSkip")[0] == "-"
+    assert cells_of(to_markdown(table), "12.5 %", "AdaSkip")[3] != "-"
+
+
+def test_a_strategy_that_scores_nothing_is_zero_and_not_missing(tmp_path):
+    write_budget(tmp_path, skipdecode=0.0)
+    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
+    assert cells_of(to_markdown(table), "12.5 %", "SkipDecode")[0] == "0.0 [0.0, 0.0]"
+
+
+def test_an_unfinished_run_is_marked(table):
+    assert "*" in cells_of(to_markdown(table), "25 %", "Early Exit")[0]
+    assert "*" in cells_of(to_markdown(table), "25 %", "Early Exit", "### Retention")[0]
+
+
+def test_the_best_of_four_is_bold_in_ours_and_in_the_papers(table):
+    markdown = to_markdown(table)
+    assert cells_of(markdown, "12.5 %", "AdaSkip")[0].startswith("**")
+    assert cells_of(markdown, "12.5 %", "AdaSkip")[1] == "**30.9**"
+    assert not cells_of(markdown, "12.5 %", "Early Exit")[0].startswith("**")
+
+
+def test_nothing_is_best_until_all_four_have_run(table):
+    assert not any(table.best(entry) for entry in table.group("llama", 0.25, "gov_report").values())
+
+
+def test_equal_scores_are_both_best(tmp_path):
+    write_budget(tmp_path, early_exit=0.9)
+    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
+    group = table.group("llama", 0.125, "gov_report")
+    assert [name for name, entry in group.items() if table.best(entry)] == ["early_exit", "adaskip"]
+
+
+def test_the_full_model_competes_with_nobody(table):
+    assert not table.best(entry_of(table, "full", 0.0))
+    assert not table.paper_best(entry_of(table, "full", 0.0))
+
+
+def test_csv_holds_every_cell_and_leaves_the_unknown_empty(table):
+    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert len(lines) == 3 * 13 * 2
+    found = {(line["model"], line["strategy"], line["fraction_skipped"], line["task"]): line for line in lines}
+    ours = found["llama", "adaskip", "0.125", "gov_report"]
+    assert (ours["n"], ours["skipped_sublayers"], ours["num_sublayers"], ours["paper_score"]) == (
+        "12",
+        "4",
+        "32",
+        "30.9",
+    )
+    assert float(ours["score_low"]) <= float(ours["score"]) <= float(ours["score_high"])
+    missing = found["vicuna", "adaskip", "0.1875", "gov_report"]
+    assert {name for name, value in missing.items() if value} == {
+        "phase", "model", "strategy", "fraction_skipped", "task", "metric"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
+def test_every_latex_row_has_all_columns(board, phase):
+    table = PhaseEntries(board, phase)
+    text = to_latex(table)
+    columns = len(text.split(r"\begin{tabular}{")[1].split("}")[0])
+    rows = [line for line in text.splitlines() if line.endswith(r"\\") and r"\multicolumn" not in line]
+    assert len(rows) == 1 + 3 * 13
+    assert {line.count("&") + 1 for line in rows} == {columns}
+    assert text.count("{") == text.count("}")
+
+
+def test_a_budget_of_our_own_gets_its_rows(tmp_path):
+    write_budget(tmp_path, sublayers=2)
+    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
+    assert table.board.fractions == [0.0625, 0.125, 0.1875, 0.25]
+    assert cells_of(to_markdown(table), "6.25 %", "AdaSkip")[0].startswith("**")
+
+
+@pytest.mark.slow
+def test_a_report_made_again_has_the_same_bytes(tmp_path):
+    write_budget(tmp_path / "runs", "e2e")
+    written = write_report(tmp_path / "runs", tmp_path / "out")
+    first = {path: path.read_bytes() for path in written}
+    assert {path.name for path in written if path.parent.name == "tables"} == {
+        *(
+            f"{name}.{kind}"
+            for name in ("table3_prefill", "table3_decode", "table4_e2e")
+            for kind in ("md", "csv", "tex")
+        ),
+        "summary.md",
+        "summary.json",
+    }
+    assert write_report(tmp_path / "runs", tmp_path / "out") == written
+    assert {path: path.read_bytes() for path in written} == first
+    json.loads((tmp_path / "out/tables/summary.json").read_text(), parse_constant=pytest.fail)
