@@ -1,0 +1,50 @@
+# make test, make reproduce: each makes its own environment in .venv first.
+PYTHON ?= python3.11
+PYTHON_COMPAT ?= python3.12
+JOBS ?= $(shell nproc)
+BIN := .venv/bin
+
+.PHONY: setup format lint type test test-all test-compat reproduce clean
+
+setup: .venv/.complete
+
+.venv/.complete: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup
+	$(BIN)/pyright
+
+# The tests that fit in CI; `make test-all` adds those marked slow.
+test: setup lint type
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+
+test-all: setup
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
+
+# The oldest supported torch and transformers, on the newest supported Python.
+test-compat:
+	$(PYTHON_COMPAT) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 transformers==5.17.0
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[zh] \
+	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
+	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+
+# The paper's Tables 3 and 4 and their plots on the testbed; continues where it was stopped.
+reproduce: setup
+	$(BIN)/adaskip grid --testbed --jobs $(JOBS)
+	$(BIN)/adaskip report --testbed
+
+clean:
+	rm -rf .venv .venv-compat build *.egg-info .pytest_cache .ruff_cache .hypothesis
