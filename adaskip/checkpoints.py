@@ -84,7 +84,7 @@ def _download(repo: str, revision: str, offline: bool, patterns: list[str]) -> P
     except LocalEntryNotFoundError:
         unreachable = "" if offline else " and the Hub cannot be reached"
         raise ModelError(
-            f"{repo} (revision {revision}) is not in the local Hub cache{unreachable}: {help_line}"
+            f"{repo} (revision {revision}) is neither a folder nor in the local Hub cache{unreachable}: {help_line}"
         ) from None
     except GatedRepoError:
         raise ModelError(

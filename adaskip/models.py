@@ -156,9 +156,10 @@ def load_model(
     placement = _placement(device, dtype, device_map)
     folder, source = _find(entry, checkpoint, offline)
     raw = read_config(folder)
+    config = _model_config(folder, raw)
     tokenizer = _load_tokenizer(folder, raw)
-    model = _load_weights(folder, _model_config(folder, raw), attn_implementation, placement)
-    entry = entry or ModelEntry(source, max_prompt_tokens=max(2, _positions(model.config) - ANSWER_ROOM))
+    model = _load_weights(folder, config, attn_implementation, placement)
+    entry = entry or ModelEntry(source, max_prompt_tokens=_prompt_limit(model.config))
     spec = ModelSpec(
         name=name or Path(source).name,
         checkpoint=source,
@@ -213,7 +214,7 @@ def _said_in_one_line(what: str) -> Iterator[None]:
     except (ModelError, torch.OutOfMemoryError):
         raise
     except (
-        *(OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, EOFError),
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, EOFError),
         *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
     ) as error:
         raise ModelError(f"{what}: {one_line(error)}") from error
@@ -270,11 +271,12 @@ def _load_tokenizer(folder: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _positions(config: PreTrainedConfig) -> int:
-    """How long a sequence may be: the positions seen in training, times the factor of linear rope scaling."""
+def _prompt_limit(config: PreTrainedConfig) -> int:
+    """Positions the model was made for, linear rope scaling included, less the room for an answer (at most half)."""
     rope = getattr(config, "rope_parameters", None) or {}
     factor = rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0
-    return int(config.max_position_embeddings * factor)
+    positions = int(config.max_position_embeddings * factor)
+    return max(positions - ANSWER_ROOM, positions // 2)
 
 
 def _wrapper(chat: str, tokenizer: PreTrainedTokenizerBase) -> str | None:

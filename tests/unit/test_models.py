@@ -1,0 +1,389 @@
+"""The registry, and loading of the three families from every place a checkpoint may lie in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from torch import nn
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from adaskip import checkpoints, models
+from adaskip.longbench import TASKS, build_prompt_ids
+from adaskip.models import ModelError, decoder_layers, load_model, registry
+from adaskip.rope import DynamicNTKRope
+from tests.checkpoints import SMALL, write_family, write_hub_cache
+
+FAMILIES = ("llama", "internlm", "vicuna")
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("snapshots")
+    return {family: write_family(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def damaged(snapshots, tmp_path) -> Path:
+    """A copy of the LLaMA snapshot to break."""
+    return Path(shutil.copytree(snapshots["llama"], tmp_path / "copy"))
+
+
+def edit_config(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def first_weights(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[0]
+
+
+def refused(*arguments, **options) -> str:
+    """The message of the one-line ModelError that loading ends in."""
+    with pytest.raises(ModelError) as caught:
+        load_model(*arguments, **{"device": "cpu", **options})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_registry_is_the_papers():
+    limits = {name: (entry.checkpoint, entry.max_prompt_tokens) for name, entry in registry().items()}
+    assert limits == {
+        "llama": ("meta-llama/Llama-3.1-8B-Instruct", 31500),
+        "internlm": ("internlm/internlm-chat-7b-8k", 7500),
+        "vicuna": ("lmsys/vicuna-7b-v1.5-16k", 15500),
+    }
+    assert all(checkpoints.COMMIT.fullmatch(entry.revision) for entry in registry().values())
+
+
+def test_chat_wrappers_are_longbenchs():
+    assert registry()["llama"].chat == "none"
+    assert registry()["internlm"].chat == "<|User|>:{prompt}<eoh>\n<|Bot|>:"
+    assert registry()["vicuna"].chat == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: {prompt} ASSISTANT:"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_snapshot_folder_loads_and_generates(snapshots, family):
+    loaded = load_model(family, snapshots[family], device="cpu")
+    assert loaded.spec.name == family
+    assert loaded.spec.checkpoint == str(snapshots[family])
+    assert loaded.spec.revision is None
+    assert not loaded.model.training
+    assert loaded.model.dtype == torch.float32
+    assert loaded.tokenizer.padding_side == "left"
+    assert loaded.tokenizer.pad_token_id is not None
+    inputs = loaded.tokenizer(
+        ["The quick brown", "fox"], return_tensors="pt", padding=True, return_token_type_ids=False
+    )
+    assert loaded.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs.input_ids.shape[1] + 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hub_cache_is_used_without_network(tmp_path, monkeypatch, family):
+    entry = registry()[family]
+    write_hub_cache(family, tmp_path, entry.checkpoint, entry.revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    spec = load_model(family, device="cpu").spec
+    assert (spec.checkpoint, spec.revision) == (entry.checkpoint, entry.revision)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folder_of_a_hub_cache_can_be_given(tmp_path, family):
+    folder = write_hub_cache(family, tmp_path, "org/name", REVISION)
+    assert load_model(family, folder, device="cpu").spec.revision == REVISION
+
+
+def test_another_hub_id_with_its_revision(tmp_path, monkeypatch):
+    write_hub_cache("llama", tmp_path, "org/name", REVISION)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for checkpoint in ("org/name", f"org/name@{REVISION}"):
+        spec = load_model(None, checkpoint, device="cpu", offline=True).spec
+        assert (spec.name, spec.revision, spec.chat_template) == (checkpoint.split("/")[1], REVISION, None)
+        assert spec.max_prompt_tokens == 131072 - 512
+
+
+def test_a_hub_cache_without_main_must_hold_one_snapshot(tmp_path):
+    folder = write_hub_cache("llama", tmp_path, "org/name", REVISION)
+    (folder / "refs" / "main").unlink()
+    assert load_model("llama", folder, device="cpu").spec.revision == REVISION
+    (folder / "snapshots" / "other").mkdir()
+    assert "must hold one snapshot" in refused("llama", folder)
+
+
+def test_weights_are_those_of_the_files(snapshots):
+    shards = sorted(snapshots["vicuna"].glob("pytorch_model-*.bin"))
+    saved = {name: tensor for shard in shards for name, tensor in torch.load(shard, weights_only=True).items()}
+    state = load_model("vicuna", snapshots["vicuna"], device="cpu").model.state_dict()
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+
+
+def test_rope_of_each_family(snapshots):
+    ropes = {family: load_model(family, snapshots[family], device="cpu").model for family in FAMILIES}
+    assert ropes["llama"].config.rope_parameters["rope_type"] == "llama3"
+    assert ropes["vicuna"].config.rope_parameters["rope_type"] == "linear"
+    assert ropes["vicuna"].config.rope_parameters["factor"] == 4.0
+    assert isinstance(ropes["internlm"].model.rotary_emb, DynamicNTKRope)
+
+
+def test_llama_stops_at_both_end_tokens(snapshots):
+    loaded = load_model("llama", snapshots["llama"], device="cpu")
+    vocabulary = loaded.tokenizer.get_vocab()
+    ends = [vocabulary[token] for token in ("<|end_of_text|>", "<|eot_id|>")]
+    assert list(loaded.spec.stop_token_ids[:2]) == ends
+    assert loaded.model.generation_config.eos_token_id == list(loaded.spec.stop_token_ids)
+
+
+def test_checkpoints_sampling_settings_are_dropped(snapshots):
+    for family in ("llama", "vicuna"):
+        generation = load_model(family, snapshots[family], device="cpu").model.generation_config
+        assert (generation.do_sample, generation.temperature, generation.top_p) in [
+            (False, 1.0, 1.0),
+            (None, None, None),
+        ]
+
+
+def test_tokenizers_own_chat_template(snapshots):
+    loaded = load_model("llama", snapshots["llama"], device="cpu", chat="template")
+    assert loaded.spec.chat_template == (
+        "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    record = {"context": "She jumps.", "input": "who?", "_id": "0"}
+    ids = build_prompt_ids(record, TASKS["multifieldqa_en"], loaded.tokenizer, 500, loaded.spec.chat_template)
+    begin = loaded.tokenizer.bos_token_id
+    assert ids[0] == begin
+    assert begin not in ids[1:]
+
+
+def test_chat_choices_are_checked(snapshots):
+    assert load_model("vicuna", snapshots["vicuna"], device="cpu", chat="none").spec.chat_template is None
+    assert load_model("llama", snapshots["llama"], device="cpu", chat="Q: {prompt}").spec.chat_template == "Q: {prompt}"
+    assert "text with one {prompt}" in refused("llama", snapshots["llama"], chat="templates")
+    assert "no usable chat template" in refused("vicuna", snapshots["vicuna"], chat="template")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_and_attention_backend_can_be_chosen(snapshots, dtype):
+    model = load_model("llama", snapshots["llama"], device="cpu", dtype=dtype, attn_implementation="eager").model
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_device_map_places_the_model(snapshots):
+    model = load_model("llama", snapshots["llama"], device_map={"": "cpu"}, dtype="float32").model
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_decoder_layers_are_the_models_own(snapshots):
+    model = load_model("llama", snapshots["llama"], device="cpu").model
+    assert decoder_layers(model) is model.model.layers
+    assert len(decoder_layers(torch.compile(model))) == SMALL["num_hidden_layers"]
+    for other in (nn.Linear(2, 2), GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=1, vocab_size=5))):
+        with pytest.raises(ModelError, match="no list of decoder layers"):
+            decoder_layers(other)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("lama", "did you mean 'llama'?"), ("gpt", "known are llama, internlm")])
+def test_unknown_model_name(name, hint):
+    message = refused(name)
+    assert f"unknown model {name!r}" in message
+    assert hint in message
+
+
+def test_nothing_to_load_is_refused():
+    assert "give a model name (llama, internlm, vicuna) or a checkpoint" in refused()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_weights_say_what_to_do(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refused(family)
+    for part in (
+        registry()[family].checkpoint,
+        registry()[family].revision,
+        "--checkpoint DIR",
+        "hf download",
+        "--testbed",
+    ):
+        assert part in message
+
+
+def test_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no\nroute")))
+    assert "download failed (no route)" in refused(None, "org/name")
+
+
+def test_network_is_allowed_only_for_a_hub_id_given_by_name(monkeypatch, snapshots):
+    asked = []
+
+    def download(repo, *, local_files_only, **options):
+        asked.append((repo, options["revision"], local_files_only))
+        return str(snapshots["llama"])
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    pinned = registry()["llama"].revision
+    load_model("llama", device="cpu")
+    load_model("llama", registry()["llama"].checkpoint, device="cpu")
+    load_model("llama", "org/other", device="cpu")
+    load_model("llama", "org/other@v1", device="cpu", offline=True)
+    load_model("llama", device="cpu", offline=False)
+    official = registry()["llama"].checkpoint
+    assert asked == [
+        (official, pinned, True),
+        (official, pinned, False),
+        ("org/other", "main", False),
+        ("org/other", "v1", True),
+        (official, pinned, False),
+    ]
+
+
+def test_missing_folder():
+    assert "'./no/such/folder' does not exist" in refused("llama", "./no/such/folder")
+
+
+def test_file_instead_of_folder(snapshots):
+    assert "is a file" in refused("llama", snapshots["llama"] / "config.json")
+
+
+def test_folder_without_config(tmp_path):
+    assert "has no config.json" in refused("llama", tmp_path)
+
+
+def test_broken_config(damaged):
+    (damaged / "config.json").write_text("{")
+    assert "is not valid JSON" in refused("llama", damaged)
+
+
+def test_impossible_config(damaged):
+    edit_config(damaged, num_attention_heads=5)
+    assert "config.json is not usable" in refused("llama", damaged)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+        {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+        {"model_type": "made_up", "architectures": ["MadeUpForCausalLM"], "auto_map": {"AutoConfig": "code.Config"}},
+    ],
+)
+def test_wrong_architecture(damaged, config):
+    edit_config(damaged, **config)
+    (damaged / "code.py").write_text("raise SystemExit('remote code was run')")
+    message = refused("llama", damaged)
+    assert config["architectures"][0] in message
+    assert "no causal language model" in message
+
+
+def test_no_weights(damaged):
+    for path in damaged.glob("model*"):
+        path.unlink()
+    assert "has no weights" in refused("llama", damaged)
+
+
+def test_truncated_safetensors(damaged):
+    path = first_weights(damaged)
+    path.write_bytes(path.read_bytes()[:-100])
+    message = refused("llama", damaged)
+    assert path.name in message
+    assert "truncated" in message
+
+
+def test_git_lfs_pointer_instead_of_weights(damaged):
+    first_weights(damaged).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "truncated or no safetensors file" in refused("llama", damaged)
+
+
+def test_missing_shard(damaged):
+    path = first_weights(damaged)
+    path.unlink()
+    message = refused("llama", damaged)
+    assert "lacks 1 of" in message
+    assert path.name in message
+
+
+def test_weights_missing_from_the_files(damaged):
+    (damaged / "model.safetensors.index.json").unlink()
+    first_weights(damaged).rename(damaged / "model.safetensors")
+    assert "weights of LlamaForCausalLM, first" in refused("llama", damaged)
+
+
+def test_damaged_bin_and_bin_with_code_are_refused(snapshots, tmp_path):
+    folder = Path(shutil.copytree(snapshots["vicuna"], tmp_path / "copy"))
+    path = sorted(folder.glob("pytorch_model-*.bin"))[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be loaded" in refused("vicuna", folder)
+    torch.save({"model.norm.weight": print}, path)
+    assert "cannot be loaded" in refused("vicuna", folder)
+
+
+def test_missing_tokenizer(snapshots, damaged, tmp_path):
+    for path in damaged.glob("tokenizer*"):
+        path.unlink()
+    assert "the tokenizer in" in refused("llama", damaged)
+    folder = Path(shutil.copytree(snapshots["internlm"], tmp_path / "internlm"))
+    (folder / "tokenizer.model").unlink()
+    assert "has no tokenizer.model" in refused("internlm", folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"dtype": "half-ish"}, "unknown dtype 'half-ish'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device_map": "auto"}, "device and device_map both say where"),
+        ({"attn_implementation": "no_such_attention"}, "no_such_attention"),
+    ],
+)
+def test_impossible_options(snapshots, options, text):
+    assert text in refused("llama", snapshots["llama"], **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there(snapshots):
+    assert "sees no CUDA device" in refused("llama", snapshots["llama"], device="cuda")
+
+
+def test_errors_in_the_registry_name_the_field(monkeypatch):
+    entry = {"checkpoint": "org/name", "max_prompt_tokens": 10}
+    for values, text in (
+        ({"chats": "none"}, "unknown field 'chats' of odd"),
+        ({"chat": "{}"}, "text with one {prompt}"),
+    ):
+        monkeypatch.setattr(models, "load_yaml", lambda name, values=values: {"odd": {**entry, **values}})
+        registry.cache_clear()
+        with pytest.raises(ModelError, match=text):
+            registry()
+    monkeypatch.undo()
+    registry.cache_clear()
+
+
+def test_vicunas_tokenizer_is_a_native_one(snapshots):
+    tokenizer = AutoTokenizer.from_pretrained(snapshots["vicuna"], local_files_only=True)
+    loaded = load_model("vicuna", snapshots["vicuna"], device="cpu")
+    assert type(loaded.tokenizer) is type(tokenizer)
+    wrapped = str(loaded.spec.chat_template).replace("{prompt}", "fox")
+    assert loaded.tokenizer.decode(loaded.tokenizer(wrapped).input_ids, skip_special_tokens=True) == wrapped
