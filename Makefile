@@ -1,5 +1,5 @@
 # make test, make reproduce: each makes its own environment in .venv first.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PYTHON_COMPAT ?= python3.12
 JOBS ?= $(shell nproc)
 BIN := .venv/bin

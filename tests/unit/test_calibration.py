@@ -1,0 +1,156 @@
+"""Offline importance learning against straightforward measuring on a copy of the residual stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adaskip.calibration import calibrate, measure
+from adaskip.importance import ImportanceProfile
+from tests.families import FAMILIES, random_model, random_prompts
+
+
+def residual_stream(model, prompt):
+    """Inputs and outputs of every sublayer, from hooks on stock modules: [(layer input, after attention, output)]."""
+    states, handles = [], []
+    for layer in model.model.layers:
+        entry = {}
+
+        def keep_input(module, args, kwargs, entry=entry):
+            entry["input"] = args[0] if args else kwargs["hidden_states"]
+
+        def keep_output(module, args, output, entry=entry):
+            entry["output"] = output
+
+        def keep_norm_input(module, args, entry=entry):
+            entry["middle"] = args[0]
+
+        handles += [
+            layer.register_forward_pre_hook(keep_input, with_kwargs=True),
+            layer.register_forward_hook(keep_output),
+            layer.post_attention_layernorm.register_forward_pre_hook(keep_norm_input),
+        ]
+        states.append(entry)
+    with torch.no_grad():
+        model(prompt[None])
+    for handle in handles:
+        handle.remove()
+    return [tuple(entry[key][0].double() for key in ("input", "middle", "output")) for entry in states]
+
+
+def token_means(model, prompts):
+    """Equations 2 and 3 in float64: {unit: [layers][similarity, scale]}."""
+    units = {"attention": (0, 1), "ffn": (1, 2), "layer": (0, 2)}
+    cosines = {unit: [[] for _ in model.model.layers] for unit in units}
+    ratios = {unit: [[] for _ in model.model.layers] for unit in units}
+    for prompt in prompts:
+        for i, states in enumerate(residual_stream(model, prompt)):
+            for unit, (start, end) in units.items():
+                a, b = states[start], states[end]
+                cosines[unit][i] += torch.nn.functional.cosine_similarity(a, b, dim=-1).tolist()
+                ratios[unit][i] += (b.norm(dim=-1) / a.norm(dim=-1)).tolist()
+    mean = {unit: [sum(x) / len(x) for x in cosines[unit]] for unit in units}
+    return mean, {unit: [sum(x) / len(x) for x in ratios[unit]] for unit in units}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_means_are_over_tokens_and_pads_do_not_count(family, batch_size):
+    model = random_model(family)
+    prompts = random_prompts([30, 2, 11])  # so unequal that a mean over prompts would differ
+    profile = calibrate(model, prompts, batch_size=batch_size, dataset="random", data_ids=["a", "b", "c"])
+    similarity, scale = token_means(model, prompts)
+    for unit in ("attention", "ffn", "layer"):
+        assert getattr(profile, unit).similarity == pytest.approx(similarity[unit], abs=2e-6)
+        assert getattr(profile, unit).scale == pytest.approx(scale[unit], abs=2e-6)
+    assert profile.tokens == 43
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_calibrated_in_both_phases(family):
+    model = random_model(family)
+    for phase in ("prefill", "decode"):
+        profile = calibrate(model, random_prompts([7, 4]), batch_size=2, phase=phase, max_new_tokens=5)
+        assert profile.tokens == (11 if phase == "prefill" else 2 * 4)  # the last new token is never an input
+        assert len(set(profile.attention.similarity)) == 4
+
+
+def test_decode_measures_the_answers_tokens_only():
+    model = random_model("llama")
+    prompt = random_prompts([9])[0]
+    answer = model.generate(prompt[None], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    full = residual_stream(model, answer[:-1])
+    profile = calibrate(model, [prompt], phase="decode", max_new_tokens=6)
+    for i, (a, b, _) in enumerate(full):
+        expected = torch.nn.functional.cosine_similarity(a[9:], b[9:], dim=-1).mean().item()
+        assert profile.attention.similarity[i] == pytest.approx(expected, abs=1e-5)
+    assert profile.tokens == 5
+
+
+def test_rows_that_have_ended_do_not_count_in_decode():
+    model = random_model("llama")
+    prompts = random_prompts([9, 5])
+    answers = [
+        model.generate(p[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p) :]
+        for p in prompts
+    ]
+    end = int(answers[0][2])
+    assert end not in answers[0][:2], "the first row must end at its third token"
+    lengths = [next((i for i, t in enumerate(a.tolist()) if t == end), 7) for a in answers]
+    options = {"phase": "decode", "max_new_tokens": 8, "eos_token_ids": [end]}
+    together = calibrate(model, prompts, batch_size=2, **options)
+    alone = calibrate(model, prompts, batch_size=1, **options)
+    assert together.tokens == alone.tokens == sum(lengths)
+    assert together.ffn.similarity == pytest.approx(alone.ffn.similarity, abs=1e-5)
+
+
+def test_nothing_waits_for_the_device_while_measuring(monkeypatch):
+    """`.item()`, `.cpu()` and friends on anything but the final sums would stall a GPU."""
+    model = random_model("llama")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("host synchronisation inside a measuring forward")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "cpu", "tolist", "__bool__", "__int__", "__float__"):
+            patch.setattr(torch.Tensor, name, forbidden)
+        from adaskip.calibration import _RowSums
+        from adaskip.importance import cosine_and_ratio
+
+        probe = _RowSums(1)
+        probe.mask = torch.ones(2, 3, dtype=torch.bool)
+        for unit in ("attention", "ffn", "layer"):
+            probe.record(unit, 0, torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
+        cosine_and_ratio(torch.ones(2, 3, 4), torch.ones(2, 3, 4))
+    assert len(list(measure(model, random_prompts([3])))) == 1
+
+
+def test_a_profile_says_what_it_was_measured_on(tmp_path):
+    model = random_model("llama")
+    profile = calibrate(model, random_prompts([4]), dataset="qasper", data_ids=["x1"])
+    assert profile.dataset == "qasper"
+    assert profile.data_ids == ("x1",)
+    assert profile.dtype == "float32"
+    assert profile.attn_implementation == "sdpa"
+    assert set(profile.versions) == {"python", "torch", "transformers"}
+    path = profile.save(tmp_path / "p.json")
+    assert ImportanceProfile.load(path, model) == profile
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="calibrate this model"):
+        ImportanceProfile.load(path, model)
+
+
+def test_calibration_leaves_the_model_as_it_was():
+    model = random_model("llama")
+    before = [dict(vars(layer)) for layer in model.model.layers]
+    calibrate(model, random_prompts([4]))
+    assert [vars(layer).keys() for layer in model.model.layers] == [state.keys() for state in before]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([], "saw no prompt token"), ([torch.tensor([])], "prompt 0 must be"), ([[[1]]], "prompt 0")]
+)
+def test_nothing_to_measure_is_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(random_model("llama"), prompts)
