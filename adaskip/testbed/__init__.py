@@ -1,7 +1,7 @@
 """Three small trained models and generated tasks, so that every experiment runs anywhere, without a GPU or the Hub.
 
-The testbed is one more checkpoint per family and one more source of records: prompts, metrics and runner are those of the
-real models. Importing this needs no torch.
+The testbed is one more checkpoint per family and one more source of records: prompts, metrics and runner are those of
+the real models. Importing this needs no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The closed vocabulary of the testbed: every generated text is made of these words and of LongBench's templates.
 
-Words of one kind are interchangeable, so nothing but the context tells which word comes next: a model can answer only by
-looking the answer up.
+Words of one kind are interchangeable, so nothing but the context tells which word comes next: a model can answer
+only by looking the answer up.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 NAMES = _words(
     """Abel Ada Agnes Alba Alder Alma Amos Anton Arlo Asa Astrid Axel Basil Beatrix Bela Boris Bram Bruno Calla Carmen
-    Cedric Celia Clara Clement Cora Cyrus Dagny Dante Daphne Delia Dora Edgar Edith Egon Elias Elsa Emil Enzo Erik Esme
-    Ewald Fabian Fay Felix Fergus Flora Frida Gemma Gideon Greta Gustav Hazel Hector Helga Hilda Hugo Ida Igor Ines Ivo
-    Jasper Joan Judith Jules Karl Katya Klaus Lars Leona Lidia Linus Lorna Ludo Magda Marek Mavis Milo Mina Nadia Nils
-    Nora Odette Olaf Opal Oscar Otto Pavel Petra Quentin Ralf Ramona Rufus Selma Sigrid Tilda Ulric Vera Viola Wanda Wilma"""
+    Cedric Celia Clara Clement Cora Cyrus Dagny Dante Daphne Delia Dora Edgar Edith Egon Elias Elsa Emil Enzo Erik
+    Esme Ewald Fabian Fay Felix Fergus Flora Frida Gemma Gideon Greta Gustav Hazel Hector Helga Hilda Hugo Ida Igor
+    Ines Ivo Jasper Joan Judith Jules Karl Katya Klaus Lars Leona Lidia Linus Lorna Ludo Magda Marek Mavis Milo Mina
+    Nadia Nils Nora Odette Olaf Opal Oscar Otto Pavel Petra Quentin Ralf Ramona Rufus Selma Sigrid Tilda Ulric Vera
+    Viola Wanda Wilma"""
 )
 KINDS = _words(
     """amber antique bitter blue bright bronze broken carved cheap clean copper crystal dark dried dusty faded fragile
@@ -37,9 +38,9 @@ ACTIONS = _words(
     returns sells sends ships shows supplies takes trades"""
 )
 PLACES = _words(
-    """Amiens Basel Bergen Bilbao Bologna Bremen Cadiz Calais Dover Dresden Exeter Faro Galway Gdansk Geneva Genoa Ghent Graz Hull Izmir Jena Kiel Krakow
-    Leeds Lille Lima Linz Lisbon Lyon Malmo Metz Milan Namur Nantes Oslo Padua Parma Porto Quito Riga Rouen Seville Siena Tallinn Trieste
-    Turin Utrecht Valencia Verona"""
+    """Amiens Basel Bergen Bilbao Bologna Bremen Cadiz Calais Dover Dresden Exeter Faro Galway Gdansk Geneva Genoa
+    Ghent Graz Hull Izmir Jena Kiel Krakow Leeds Lille Lima Linz Lisbon Lyon Malmo Metz Milan Namur Nantes Oslo
+    Padua Parma Porto Quito Riga Rouen Seville Siena Tallinn Trieste Turin Utrecht Valencia Verona"""
 )
 CLASSES = _words(
     """Animal Building City Color Currency Disease Event Food Language Mountain Music Plant Religion Sport Vehicle

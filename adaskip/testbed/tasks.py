@@ -1,8 +1,8 @@
 """Generated counterparts of the paper's tasks, as records in LongBench's format.
 
-Every task states facts ("Alder sells copper ships to Oslo.") and asks for some of them back. A fact is drawn at random, so
-only the context knows it. The split of a fact is a hash of its words: no fact of the test set occurs in any training or
-calibration text, whatever the seeds.
+Every task states facts ("Alder sells copper ships to Oslo.") and asks for some of them back. A fact is drawn at random,
+so only the context knows it. The split of a fact is a hash of its words: no fact of the test set occurs in any training
+or calibration text, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -97,12 +97,8 @@ class Writer:
         return found
 
     def words(self, kind: tuple[str, ...], count: int) -> list[str]:
-        """`count` words of a kind, distinct as far as there are enough."""
-        return (
-            self.rng.sample(kind * (1 + count // len(kind)), count)
-            if count > len(kind)
-            else self.rng.sample(kind, count)
-        )
+        """`count` words of a kind, each as often as it must be and no more."""
+        return self.rng.sample(kind * -(-count // len(kind)), count)
 
     def filler(self) -> str:
         """A sentence that states no fact."""
