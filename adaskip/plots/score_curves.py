@@ -29,10 +29,10 @@ def plot_scores(table: PhaseEntries, out_dir: Path) -> list[Path]:
 
     A phase without any run has no figure.
     """
-    if not any(entry.score for entry in table.cells.values()):
+    models = _models_run([table])
+    if not models:
         return []
     with styled():
-        models = table.board.models
         figure, axes = _panels(len(models), len(table.tasks))
         for model, line in zip(models, axes, strict=True):
             for task, panel in zip(table.tasks, line, strict=True):
@@ -47,17 +47,25 @@ def plot_scores(table: PhaseEntries, out_dir: Path) -> list[Path]:
 
 def plot_retention(tables: Sequence[PhaseEntries], out_dir: Path) -> list[Path]:
     """Write `retention.png` and `.svg`: retention averaged over a phase's tasks, ours solid and the paper's faint."""
+    models = _models_run(tables)
+    if not models:
+        return []
     with styled():
-        models = tables[0].board.models
         figure, axes = _panels(len(models), len(tables))
         for model, line in zip(models, axes, strict=True):
             for table, panel in zip(tables, line, strict=True):
                 _draw_retention(panel, table, model)
         _name(axes, models, [labels.PHASES[table.phase] for table in tables])
-        _share_axes(figure, axes, tables[0].board.fractions, "score kept, per cent of the full model's")
+        _share_axes(figure, axes, tables[0].board.fractions, "score kept, per cent")
         handles = [*_strategy_handles(), _PAPER_HANDLE]
         figure.legend(handles=handles, loc="outside upper center", ncols=LEGEND_COLUMNS)
         return save(figure, out_dir / "retention")
+
+
+def _models_run(tables: Sequence[PhaseEntries]) -> list[str]:
+    """The models that have a score in any of the tables."""
+    run = {row.model for table in tables for (row, _), entry in table.cells.items() if entry.score}
+    return [model for model in tables[0].board.models if model in run]
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
@@ -105,8 +113,9 @@ def _share_axes(figure: Figure, axes: np.ndarray, fractions: Sequence[float], qu
     panel = axes[0, 0]
     panel.set_xticks([100 * fraction for fraction in fractions], [f"{100 * fraction:.4g}" for fraction in fractions])
     panel.set_xlim(low - 4 * DODGE, high + 4 * DODGE)
-    panel.set_ylim(-4, 104)
-    panel.set_yticks(range(0, 101, 25))
+    top = max(104, *(drawn.dataLim.y1 + 4 for drawn in axes.flat))  # a strategy may keep more than all
+    panel.set_ylim(-4, top)
+    panel.set_yticks(range(0, int(top), 25))
     for panel in axes.flat:
         panel.grid(axis="y")
     figure.supxlabel("skipped sublayers, per cent", fontsize=8)

@@ -78,7 +78,7 @@ def plot_skip_map(board: Scoreboard, model: str, out_dir: Path) -> list[Path]:
     phases = list(board.paper.tables)
     strips = len(SKIPPING) * len(board.fractions)
     with styled():
-        figure = Figure(figsize=(1.6 + len(phases) * 0.13 * depth, 0.8 + 0.33 * strips), layout="constrained")
+        figure = Figure(figsize=(1.4 + len(phases) * (1.3 + 0.05 * depth), 0.8 + 0.33 * strips), layout="constrained")
         panels = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
         for phase, panel in zip(phases, panels, strict=True):
             _draw(panel, board, phase, model, depth)
@@ -157,8 +157,10 @@ def _name_strips(panel: Axes, fractions: Sequence[float]) -> None:
         middles = [top + 1 for top, name, _ in strips if name == strategy]
         panel.annotate(
             labels.STRATEGIES[strategy].replace(" ", "\n"),
-            (-0.33, sum(middles) / len(middles)),
+            (0, sum(middles) / len(middles)),
             xycoords=("axes fraction", "data"),
+            xytext=(-50, 0),
+            textcoords="offset points",
             rotation=90,
             ha="center",
             va="center",

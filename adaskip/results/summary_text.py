@@ -25,8 +25,9 @@ def to_text(summary: dict[str, Any]) -> str:
     parts = ["# Summary", *headline(summary), "## AdaSkip against the other three strategies"]
     parts += [
         "A cell is one task of one model in one phase at one budget; it counts once all four strategies have run "
-        "to their end. The last three columns use 95 % bootstrap intervals: AdaSkip's lies above each other's; that of "
-        "the paired difference, over the same samples, lies above zero against each other strategy, or below for one.",
+        "to their end. The last three columns use 95 % bootstrap intervals, not corrected for the number of cells: "
+        "AdaSkip's lies above each other's; that of the paired difference, over the same samples, lies above zero "
+        "against each other strategy, or below zero against one.",
         pipe_table(["", *COUNTS.values()], list(_tally_lines(summary))),
     ]
     if lost := [contest for contest in summary["contests"] if contest["outcome"] != "best"]:
@@ -86,7 +87,7 @@ def _counts(tally: dict[str, int], whose: str) -> list[str]:
     return [str(tally[name]) if name in known else labels.UNPUBLISHED for name in COUNTS]
 
 
-_CONTEST_HEADER = ["Phase", "Model", "Skipped", "Task", *(labels.STRATEGIES[name] for name in SKIPPING), "Difference"]
+_CONTEST_HEADER = ["Phase", "Model", "Skipped", "Task", *(labels.STRATEGIES[name] for name in SKIPPING), "Behind"]
 
 
 def _contest_lines(contests: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
