@@ -16,6 +16,7 @@ from adaskip.longbench import TASKS
 from adaskip.testbed import lexicon as lex
 from adaskip.testbed.recipe import REPEAT, Phase, Recipe
 from adaskip.testbed.tasks import Sample, draw
+from adaskip.testbed.tokenizer import EOS, PAD_ID
 
 IGNORED = -100
 SUMMARIES = ("gov_report", "multi_news")
@@ -42,10 +43,10 @@ def segments(sample: Sample, bare: bool) -> list[Piece]:
     template = BARE_TEMPLATES[sample.task] if bare else TASKS[sample.task].template
     pieces = _prompt_pieces(template.format(context=sample.context, input=sample.input))
     start = "\n" if sample.task in SUMMARIES else " "
-    pieces.append((f"{start}{sample.response or sample.answer}<eos>", True))
+    pieces.append((f"{start}{sample.response or sample.answer}{EOS}", True))
     gap = "\n\n" if sample.task == "qasper" else "\n"
     for question, answer in sample.more[:MAX_MORE_QUESTIONS]:
-        pieces += [(f"\nQuestion: {question}{gap}Answer:", False), (f" {answer}<eos>", True)]
+        pieces += [(f"\nQuestion: {question}{gap}Answer:", False), (f" {answer}{EOS}", True)]
     return pieces
 
 
@@ -88,7 +89,7 @@ def batch(recipe: Recipe, step: int, seed: int, tokenizer: PreTrainedTokenizerFa
         tasks.append(task)
         if len(rows) > 1 and len(rows) * max(len(ids) for ids, _ in rows) > phase.tokens:
             break
-    return *_padded(rows[:-1], tokenizer.pad_token_id), tasks[:-1]
+    return *_padded(rows[:-1]), tasks[:-1]
 
 
 def _row(task: str, phase: Phase, size: int, rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Row:
@@ -98,8 +99,8 @@ def _row(task: str, phase: Phase, size: int, rng: random.Random, tokenizer: PreT
     return encode(segments(sample, bare=rng.random() < phase.bare), tokenizer)
 
 
-def _padded(rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
+def _padded(rows: list[Row]) -> tuple[Tensor, Tensor]:
     longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
+    ids = torch.tensor([ids + [PAD_ID] * (longest - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows])
     return ids, labels

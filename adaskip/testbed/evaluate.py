@@ -16,6 +16,7 @@ from adaskip.generate import generate
 from adaskip.longbench import TASKS, build_prompt_ids
 from adaskip.metrics import score_sample
 from adaskip.testbed import FAMILIES, checkpoint_dir, records
+from adaskip.testbed.tokenizer import EOS_ID, PAD_ID
 
 EVALUATED = ("multifieldqa_en", "triviaqa", "trec", "gov_report", "multi_news", "qasper")
 MAX_NEW_TOKENS = {"multifieldqa_en": 32, "triviaqa": 32, "trec": 32, "qasper": 32, "gov_report": 128, "multi_news": 128}
@@ -36,8 +37,8 @@ def predictions(
             None,
             prompts,
             max_new_tokens=MAX_NEW_TOKENS[task],
-            eos_token_ids=[tokenizer.eos_token_id],
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_ids=[EOS_ID],
+            pad_token_id=PAD_ID,
         )
         texts += [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
     return texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import LlamaConfig
 
 from adaskip.testbed import FAMILIES
+from adaskip.testbed.tokenizer import EOS_ID, PAD_ID
 
 MAX_POSITIONS = 1280
 
@@ -43,8 +44,8 @@ def model_config(family: str, vocab_size: int, num_layers: int = 16) -> LlamaCon
         num_attention_heads=4,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        pad_token_id=0,
+        pad_token_id=PAD_ID,
         bos_token_id=None,
-        eos_token_id=1,
+        eos_token_id=EOS_ID,
         **SHAPES[family],
     )

@@ -39,13 +39,16 @@ class Muon(torch.optim.Optimizer):
         """One update of every matrix."""
         assert closure is None, "no closure is supported"
         for group in self.param_groups:
-            matrices = group["params"]
-            for p in matrices:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            grads = [p.grad for p in matrices]
-            averages = [self.state[p]["momentum"] for p in matrices]
-            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-            nesterov = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))
-            size = 0.2 * max(matrices[0].shape) ** 0.5
-            torch._foreach_add_(matrices, list(orthogonalize(nesterov)), alpha=-group["lr"] * size)
+            matrices, momentum = group["params"], group["momentum"]
+            nesterov = torch.stack([self._nesterov(matrix, momentum) for matrix in matrices])
+            size = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
+            for matrix, update in zip(matrices, orthogonalize(nesterov), strict=True):
+                matrix.add_(update, alpha=-size)
+
+    def _nesterov(self, matrix: torch.nn.Parameter, momentum: float) -> torch.Tensor:
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if not state:
+            state["momentum"] = torch.zeros_like(matrix)
+        average = state["momentum"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(average, momentum)

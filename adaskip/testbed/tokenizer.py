@@ -12,7 +12,8 @@ from adaskip.longbench import TASKS
 from adaskip.testbed import lexicon as lex
 from adaskip.testbed.tasks import GENERATORS
 
-SPECIAL = ("<pad>", "<eos>", "<unk>")
+PAD, EOS, UNK = SPECIAL = ("<pad>", "<eos>", "<unk>")
+PAD_ID, EOS_ID = 0, 1
 PIECES = Regex(r" ?\w+| ?[^\w\s]|\n|\s")
 LINE_STARTS = ("What", "Question", "Answer", "Type", "Passage", "Section", "Finding", "Headline")
 SENTENCE_WORDS = (*LINE_STARTS, "the", "to", "is", "are", "said", "about", "from", "?", ".", ":")
@@ -35,14 +36,14 @@ def vocabulary() -> list[str]:
 def build_tokenizer(model_max_length: int = 1280) -> PreTrainedTokenizerFast:
     """The tokenizer, as `AutoTokenizer` would load it."""
     tokens = vocabulary()
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Split(PIECES, behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
         padding_side="left",
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
