@@ -157,15 +157,16 @@ def load_model(
     folder, source = _find(entry, checkpoint, offline)
     raw = read_config(folder)
     config = _model_config(folder, raw)
+    entry = entry or ModelEntry(source, max_prompt_tokens=_prompt_limit(config))
     tokenizer = _load_tokenizer(folder, raw)
+    chat_template = _wrapper(chat or entry.chat, tokenizer)
     model = _load_weights(folder, config, attn_implementation, placement)
-    entry = entry or ModelEntry(source, max_prompt_tokens=_prompt_limit(model.config))
     spec = ModelSpec(
         name=name or Path(source).name,
         checkpoint=source,
         revision=commit_of(folder),
         max_prompt_tokens=entry.max_prompt_tokens,
-        chat_template=_wrapper(chat or entry.chat, tokenizer),
+        chat_template=chat_template,
         stop_token_ids=_stop_token_ids(entry.stop_tokens, model, tokenizer),
         stop_strings=entry.stop_strings,
     )

@@ -86,6 +86,7 @@ def fix_dynamic_rope(model: Any) -> bool:
         )
         return False
     decoder.rotary_emb = DynamicNTKRope(rope)
+    logger.info("dynamic-NTK rope stretches prompts of more than %d tokens", decoder.rotary_emb.limit)
     decoder.register_forward_pre_hook(_recall_length, with_kwargs=True)
     decoder.register_forward_hook(_remember_length, with_kwargs=True)
     return True

@@ -225,6 +225,17 @@ def test_rope_equals_stock_bit_for_bit_below_the_limit_and_closely_above(length)
         assert torch.equal(ours, theirs) if length <= LIMIT else torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_rope_compiles_into_one_graph(model):
+    """Stock dynamic rope branches on its data, which cannot be compiled without a break."""
+    ids, prompt = random_ids(2 * LIMIT + 3), 2 * LIMIT
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(
+        decode(compiled, ids[:prompt], ids[prompt:]), decode(model, ids[:prompt], ids[prompt:]), **TOLERANCE
+    )
+    torch.compiler.reset()
+
+
 def test_only_dynamic_rope_is_replaced():
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(config)

@@ -362,6 +362,29 @@ def test_impossible_options(snapshots, options, text):
     assert text in refused("llama", snapshots["llama"], **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "device_map"),
+    [
+        ((None, None, None), torch.bfloat16, {"": torch.device("cuda")}),
+        (("cuda:1", "float16", None), torch.float16, {"": torch.device("cuda:1")}),
+        (("cpu", None, None), torch.float32, None),
+        ((None, None, "auto"), torch.bfloat16, "auto"),
+    ],
+)
+def test_placement_where_there_is_a_gpu(monkeypatch, options, dtype, device_map):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert models._placement(*options) == {"dtype": dtype, "device_map": device_map}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_go_to_the_gpu_in_bfloat16(snapshots, family):
+    model = load_model(family, snapshots[family]).model
+    assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("cuda", torch.bfloat16)}
+    assert model.generate(torch.ones(1, 40, dtype=torch.long, device="cuda"), max_new_tokens=3).shape[1] > 40
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there(snapshots):
     assert "sees no CUDA device" in refused("llama", snapshots["llama"], device="cuda")
