@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ class Failed:
     line: str
 
 
+GRACE_S = 10.0
+"""How long a worker may take to end before it is killed."""
 Message = Progress | Done | Failed
 
 
@@ -85,7 +88,9 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: on Ctrl-C the parent alone decides
         self.process.start()
+        signal.signal(signal.SIGINT, ours)
         theirs.close()
 
     def assign(self, config: RunConfig) -> None:
@@ -104,8 +109,10 @@ class Worker:
         self._start()
 
     def stop(self) -> None:
-        """End the process at once; its run folder stays valid, as after any kill."""
+        """End the process, in the middle of a cell if need be: a run can be cut anywhere."""
         self.process.terminate()
+        self.process.join(GRACE_S)
+        self.process.kill()
         self.process.join()
         self.connection.close()
 
@@ -164,7 +171,7 @@ class Pool:
 
 def serve(connection: Connection) -> None:
     """A worker's life: run every cell that arrives and report; end with the parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # unlike the default, this tidies up
     disable_progress_bar()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
@@ -181,4 +188,6 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "serve() runs in a child process"
     parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
     os._exit(1)

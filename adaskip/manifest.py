@@ -42,11 +42,21 @@ def describe_run(
     job: Job, loaded: LoadedModel, profile: ImportanceProfile | None, profile_path: Path | None
 ) -> dict[str, Any]:
     """The whole manifest but for its times."""
-    model, sublayers, depth = loaded.model, job.cell.sublayers, len(decoder_layers(loaded.model))
+    sublayers, depth = job.cell.sublayers, len(decoder_layers(loaded.model))
     return {
         **describe_job(job),
-        "num_layers": depth,
         "budget": {"sublayers": sublayers, "layers": sublayers / 2, "fraction": sublayers / (2 * depth)},
+        **describe_model(loaded),
+        "profile": None if profile_path is None else str(profile_path),
+        "profile_fingerprint": None if profile is None else _digest(profile),
+    }
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """Which weights on which machine under which code."""
+    model = loaded.model
+    return {
+        "num_layers": len(decoder_layers(model)),
         "checkpoint": loaded.spec.checkpoint,
         "revision": loaded.spec.revision,
         "weights_fingerprint": weights_fingerprint(model),
@@ -54,8 +64,6 @@ def describe_run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": loaded.spec.chat_template,
         "attn_implementation": model.config._attn_implementation,
-        "profile": None if profile_path is None else str(profile_path),
-        "profile_fingerprint": None if profile is None else _digest(profile),
         "device_name": _device_name(model.device),
         "threads": torch.get_num_threads(),
         "versions": {

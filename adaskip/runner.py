@@ -20,7 +20,7 @@ from adaskip.job import Job, Part, find_job
 from adaskip.longbench import TaskSpec, build_prompt_ids
 from adaskip.manifest import describe_job, describe_run
 from adaskip.models import LoadedModel, decoder_layers
-from adaskip.plan import Budget
+from adaskip.plan import Budget, check_phase
 from adaskip.profiles import profile_for
 from adaskip.run_config import RunConfig
 from adaskip.sources import Sample, load
@@ -91,7 +91,7 @@ def execute(job: Job) -> Iterator[Progress]:
     strategies = [  # all of them first: a budget that cannot be is refused before anything is written
         build(
             config.strategy,
-            phase=config.phase,
+            phase=check_phase(config.phase),
             budget=budget,
             num_layers=len(decoder_layers(loaded.model)),
             profile=profile,
@@ -127,7 +127,8 @@ def make_records(
     part: Part, batch: Sequence[Sample], start: int, loaded: LoadedModel, strategy: Strategy | None
 ) -> list[Record]:
     """Generate for a batch of samples, the first of which is number `start` of its task."""
-    spec, tokenizer = loaded.spec, loaded.tokenizer
+    spec = loaded.spec
+    tokenizer: Any = loaded.tokenizer
     prompts = [
         torch.tensor(build_prompt_ids(sample, part.task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
         for sample in batch
@@ -178,7 +179,7 @@ def stop_token_ids(task: TaskSpec, loaded: LoadedModel) -> list[int]:
 
 def decode(token_ids: Sequence[int], loaded: LoadedModel) -> str:
     """The answer's text, up to the first of the model's stop strings."""
-    text = loaded.tokenizer.decode(token_ids, skip_special_tokens=True)
+    text = str(loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True))
     for stop in loaded.spec.stop_strings:
         text = text.split(stop, 1)[0]
     return text

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from adaskip import testbed
-from adaskip.longbench import HUB, load_records
+from adaskip.longbench import HUB, LongBenchError, load_records
 from adaskip.models import LoadedModel, decoder_layers, load_model
 from adaskip.run_config import SharedConfig
 
@@ -54,7 +54,13 @@ def calibration_samples(config: SharedConfig, limit: int) -> tuple[Sample, ...]:
 def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limit: int | None) -> tuple[Sample, ...]:
     if is_testbed:
         return tuple(testbed.records(task, split=split, limit=limit))
-    return tuple(load_records(task, data_dir or HUB, limit=limit))
+    try:
+        return tuple(load_records(task, data_dir or HUB, limit=limit))
+    except LongBenchError as error:
+        if data_dir is not None:
+            raise
+        hint = "--data-dir takes local files, --testbed the embedded models and tasks"
+        raise LongBenchError(f"{error}; {hint}") from None
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -350,7 +350,7 @@ def test_a_grid_runs_every_cell_and_then_finds_them_complete(options, tmp_path, 
     assert cli.main(["grid", *GRID, *options]) == 0
     assert capsys.readouterr().out == f"5 of 5 cells complete in {tmp_path / 'runs'}, 0 samples made now\n"
     assert cli.main(["grid", *GRID, *options, "--dry-run"]) == 0
-    assert "10 of 5 cells done" in capsys.readouterr().out
+    assert "5 of 5 cells done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -373,6 +373,20 @@ def test_a_killed_grid_takes_its_workers_with_it_and_continues(options, tmp_path
     process.kill()
     process.communicate()  # the workers hold the pipes as long as they live
     process = adaskip(*argv)
-    output, _ = process.communicate()
+    output, error = process.communicate()
     assert process.returncode == 0
+    assert all(line.endswith(" complete") for line in error.splitlines())
     assert output.startswith("5 of 5 cells complete")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_grid_with_one_line(options, tmp_path):
+    process = adaskip("-m", "adaskip", "grid", *GRID, *options, start_new_session=True)
+    while not list((tmp_path / "runs").glob("*/*/.lock")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers, too
+    _, error = process.communicate()
+    lines = [line for line in error.splitlines() if not line.endswith(" complete")]
+    assert lines == ["stopped by SIGINT; the same command continues"]
+    assert process.returncode == 130
