@@ -36,7 +36,8 @@ fact of the test set is ever stated in a training or calibration text. Test cont
 ## Training
 
 `python -m adaskip.testbed.train --family {family} --threads 1`, seed {seed}, AdamW and Muon, bfloat16 autocast,
-{steps} steps, {tokens:.1f}M tokens, {minutes:.0f} minutes on one CPU core, with the two other models training beside it. The weights are stored as float16. All three families share one recipe:
+{steps} steps, {tokens:.1f}M tokens, {minutes:.0f} minutes on one CPU core (the two other models trained beside it).
+The weights are stored as float16. All three families share one recipe:
 
 | steps | tokens per step | context tokens | prompts without instructions | learning rate | mixture |
 |---|---|---|---|---|---|

@@ -18,8 +18,8 @@ from adaskip.testbed.tokenizer import build_tokenizer
 
 SUMMARIES = ("gov_report", "multi_news")
 FIELDS = {"input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"}
-FACT = re.compile(r"(\w+) \w+ (\w+) (\w+) to (\w+)\.")
-TYPED = re.compile(r"What are the (\w+) (\w+) from (\w+)\?\nType:(?: \w+ (\w+))?")
+FACT = re.compile(r"(\w+) \w+ (\w+) (\w+) to \w+\.")
+TYPED = re.compile(r"What are the (\w+) (\w+) from (\w+)\?\nType: (?:\3 )?(\w+)")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,8 @@ def tokenizer():
 
 def facts_of(task: str, record: dict) -> set[tuple[str, ...]]:
     """What a record's text states: (name, kind, goods) per sentence, (kind, goods, place, class) per typed question."""
-    if task != "trec":
-        return {match.group(1, 2, 3) for match in FACT.finditer(record["context"] + record["input"])}
-    text = f"{record['context']}\n{record['input']} - {record['answers'][0]}"
-    return {match.groups() for match in TYPED.finditer(text.replace(" - ", f" {text.split()[-1]} "))}
+    solved = f"{record['context']}\n{record['input']} {record['answers'][0]}"
+    return set((TYPED if task == "trec" else FACT).findall(solved))
 
 
 @pytest.mark.parametrize("task", testbed.TASKS)
