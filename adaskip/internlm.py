@@ -16,7 +16,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from adaskip.checkpoints import ModelError
 
 MODEL_TYPE = "internlm"
-DEFAULT_ROTARY = {"base": 10000, "type": "dynamic"}  # of the published configuration class
+BASE = 10000.0
 SAME_NAME = (
     "vocab_size",
     "hidden_size",
@@ -48,8 +48,9 @@ def llama_config(config: dict[str, Any]) -> LlamaConfig:
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    rotary = config.get("rotary") or DEFAULT_ROTARY
-    kind, base = rotary.get("type"), float(rotary.get("base", DEFAULT_ROTARY["base"]))
+    # Dynamic NTK came with the field `rotary`; revisions published before it compute plain rope at any length.
+    rotary = config.get("rotary") or {"type": "origin", "base": config.get("rope_theta", BASE)}
+    kind, base = rotary.get("type"), float(rotary.get("base", BASE))
     if kind == "origin":
         return {"rope_type": "default", "rope_theta": base}
     if kind == "dynamic":

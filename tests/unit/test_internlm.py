@@ -107,9 +107,9 @@ def test_published_sizes_are_mapped():
     assert (config.max_position_embeddings, config.vocab_size, config.head_dim) == (8192, 103168, 128)
 
 
-def test_a_config_without_rotary_has_the_published_default():
+def test_a_config_from_before_rotary_has_plain_rope():
     config = llama_config({name: value for name, value in CONFIG.items() if name != "rotary"})
-    assert config.rope_parameters == {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0}
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def test_unknown_rotary_type_is_refused():
