@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from adaskip.longbench import TASKS
 from adaskip.testbed import lexicon as lex
 from adaskip.testbed.recipe import REPEAT, Phase, Recipe
-from adaskip.testbed.tasks import Sample, draw
+from adaskip.testbed.tasks import SUMMARIES, Sample, draw
 from adaskip.testbed.tokenizer import EOS, PAD_ID
 
 IGNORED = -100
-SUMMARIES = ("gov_report", "multi_news")
 MAX_MORE_QUESTIONS = 12
 SOLVED_EXAMPLE = re.compile(r"(\w+)\?\n(?:Answer|Type):( [^\n]+)")
 """A question's last word, which is what it is about, and the answer after it."""

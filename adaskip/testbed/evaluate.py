@@ -16,10 +16,12 @@ from adaskip.generate import generate
 from adaskip.longbench import TASKS, build_prompt_ids
 from adaskip.metrics import score_sample
 from adaskip.testbed import FAMILIES, checkpoint_dir, records
+from adaskip.testbed.tasks import SUMMARIES
 from adaskip.testbed.tokenizer import EOS_ID, PAD_ID
 
 EVALUATED = ("multifieldqa_en", "triviaqa", "trec", "gov_report", "multi_news", "qasper")
-MAX_NEW_TOKENS = {"multifieldqa_en": 32, "triviaqa": 32, "trec": 32, "qasper": 32, "gov_report": 128, "multi_news": 128}
+MAX_SUMMARY_TOKENS = 128
+MAX_ANSWER_TOKENS = 32
 
 
 def predictions(
@@ -36,7 +38,7 @@ def predictions(
             model,
             None,
             prompts,
-            max_new_tokens=MAX_NEW_TOKENS[task],
+            max_new_tokens=MAX_SUMMARY_TOKENS if task in SUMMARIES else MAX_ANSWER_TOKENS,
             eos_token_ids=[EOS_ID],
             pad_token_id=PAD_ID,
         )

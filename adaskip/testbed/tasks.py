@@ -18,6 +18,20 @@ SPLITS = ("train", "calibration", "test")
 TEST_CONTEXT_TOKENS = (520, 600)
 MAX_SECTIONS = 8
 
+# Lengths in tokens, by which a context is filled to its size.
+FACT_TOKENS = 7
+FILLER_TOKENS = 8
+PARAGRAPH_TOKENS = 70
+SOLVED_PASSAGE_TOKENS = 49
+TYPED_QUESTION_TOKENS = 15
+SECTION_OVERHEAD_TOKENS = 15
+MIN_SECTION_TOKENS = 26
+TOKENS_PER_FACT = (10, 22)
+"""Context tokens per fact of a document: the sparsest, except in training, where it varies."""
+
+MAX_FACTS = 30
+SUMMARIES = ("gov_report", "multi_news")
+
 
 def split_of(*words: str) -> str:
     """The one split in which this combination of words may be stated: 3 of 5 train, 1 calibration, 1 test."""
@@ -77,7 +91,7 @@ class Sample:
 
 
 class Writer:
-    """Draws facts and filler of one split; within one context no name, kind, goods, or place of a fact comes twice."""
+    """Draws facts and filler of one split; within one context no name, kind or goods comes twice."""
 
     def __init__(self, rng: random.Random, split: str):
         self.rng = rng
@@ -115,15 +129,11 @@ class Writer:
         return " ".join([self.filler(), *rest])
 
 
-FACT_TOKENS = 7
-FILLER_TOKENS = 8
-
-
 def document_qa(writer: Writer, size: int, task: str) -> Sample:
     """Paragraphs of facts and filler; one fact is asked for, the others are left for training."""
-    paragraphs = max(1, size // 70)
-    density = writer.rng.uniform(10, 22) if writer.split == "train" else 22
-    count = max(2, min(30, round(size / density)))
+    paragraphs = max(1, size // PARAGRAPH_TOKENS)
+    spacing = writer.rng.uniform(*TOKENS_PER_FACT) if writer.split == "train" else max(TOKENS_PER_FACT)
+    count = max(2, min(MAX_FACTS, round(size / spacing)))
     facts = writer.facts(count)
     fillers = max(paragraphs, (size - FACT_TOKENS * count - paragraphs) // FILLER_TOKENS)
     shares = [facts[i::paragraphs] for i in range(paragraphs)]
@@ -137,7 +147,7 @@ def document_qa(writer: Writer, size: int, task: str) -> Sample:
 
 def few_shot_qa(writer: Writer, size: int, task: str) -> Sample:
     """Solved examples (passage, question, answer), then a passage with its question."""
-    shots = max(1, round(size / 49))
+    shots = max(1, round(size / SOLVED_PASSAGE_TOKENS))
     facts = writer.facts(3 * (shots + 1))
     blocks, answer = [], ""
     for i in range(shots + 1):
@@ -157,7 +167,7 @@ def few_shot_classification(writer: Writer, size: int, task: str) -> Sample:
     As in few-shot prompts that show their reasoning, the answer first names the place: "Type: Oslo Food".
     """
     rng = writer.rng
-    shots = max(3, round(size / 15))
+    shots = max(3, round(size / TYPED_QUESTION_TOKENS))
     places = rng.sample(lex.PLACES, min(10, max(2, shots // 3)))
     types = {place: rng.choice(lex.CLASSES) for place in places}
 
@@ -176,9 +186,9 @@ def few_shot_classification(writer: Writer, size: int, task: str) -> Sample:
 
 def _sections(writer: Writer, size: int) -> tuple[list[Fact], list[list[str]]]:
     """Key facts, one per section, and the filler sentences of each section."""
-    most = max(2, min(MAX_SECTIONS, size // 26))
+    most = max(2, min(MAX_SECTIONS, size // MIN_SECTION_TOKENS))
     count = most if size >= 300 and writer.rng.random() < 0.5 else writer.rng.randint(max(2, most - 1), most)
-    fillers = max(count, (size - 15 * count) // FILLER_TOKENS)
+    fillers = max(count, (size - SECTION_OVERHEAD_TOKENS * count) // FILLER_TOKENS)
     shares = [[writer.filler() for _ in range(fillers // count + (i < fillers % count))] for i in range(count)]
     return writer.facts(count), shares
 

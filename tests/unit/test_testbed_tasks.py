@@ -13,10 +13,9 @@ from adaskip import testbed
 from adaskip.longbench import TASKS
 from adaskip.metrics import score_sample
 from adaskip.testbed.lexicon import CLASSES, LEXICON
-from adaskip.testbed.tasks import draw, split_of
+from adaskip.testbed.tasks import SUMMARIES, draw, split_of
 from adaskip.testbed.tokenizer import build_tokenizer
 
-SUMMARIES = ("gov_report", "multi_news")
 FIELDS = {"input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"}
 FACT = re.compile(r"(\w+) \w+ (\w+) (\w+) to \w+\.")
 TYPED = re.compile(r"What are the (\w+) (\w+) from (\w+)\?\nType: (?:\3 )?(\w+)")
