@@ -6,8 +6,8 @@ Paper: Eq. (2), (3), token-weighted means over all calibration prompts.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Literal
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adaskip.blocks import find_decoder
+from adaskip.fingerprint import weights_fingerprint
 from adaskip.importance import ImportanceProfile, SublayerMeans, cosine_and_ratio
-from adaskip.models import weights_fingerprint
 from adaskip.padding import left_padded, right_padded
 from adaskip.patching import ModelPatches, patches_of
 
@@ -29,10 +29,12 @@ class Measurement:
     """Sums over the tokens of one prompt (or of its answer), on the model's device.
 
     sums: float32 [U, M, 2]: unit (attention, ffn, layer), decoder layer, (similarity, ratio of norms). tokens: 0-dim.
+    windows: the same sums over an answer's first tokens, by how many those are; an answer may have had fewer.
     """
 
     sums: Tensor
     tokens: Tensor
+    windows: Mapping[int, Measurement] = field(default_factory=dict)
 
     def means(self) -> Tensor:
         """Token means, float64 [U, M, 2] on the CPU; NaN if there was no token."""
@@ -42,11 +44,14 @@ class Measurement:
 class _RowSums:
     """Probe that sums similarity and ratio over the tokens of each row, without asking the device for anything."""
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, windows: Sequence[int] = ()):
         self.num_layers = num_layers
+        self.windows = frozenset(windows)
         self.mask: Tensor | None = None  # [B, S], the tokens of the coming forward that count
         self.tokens: Tensor | None = None  # [B]
         self.sums: dict[tuple[str, int], Tensor] = {}  # each [2, B]
+        self.num_forwards = 0
+        self.snapshots: dict[int, tuple[dict[tuple[str, int], Tensor], Tensor]] = {}  # by number of forwards
 
     def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor) -> None:
         assert self.mask is not None
@@ -57,17 +62,30 @@ class _RowSums:
         if (kind, layer) == ("layer", 0):  # once per forward
             counted = self.mask.sum(dim=-1)
             self.tokens = counted if self.tokens is None else self.tokens + counted
+        if (kind, layer) == ("layer", self.num_layers - 1):
+            self._end_forward()
+
+    def _end_forward(self) -> None:
+        self.num_forwards += 1
+        if self.num_forwards in self.windows:
+            assert self.tokens is not None
+            self.snapshots[self.num_forwards] = (dict(self.sums), self.tokens)  # sums are replaced, never changed
 
     def measurements(self) -> Iterator[Measurement]:
         """One per row; none if nothing was recorded."""
         if self.tokens is None:
             return
-        device = self.tokens.device
-        sums = torch.stack(
-            [torch.stack([self.sums[unit, i].to(device) for i in range(self.num_layers)]) for unit in UNITS]
+        whole = (self.sums, self.tokens)
+        windows = {size: list(self._rows(*self.snapshots.get(size, whole))) for size in sorted(self.windows)}
+        for row, measured in enumerate(self._rows(*whole)):
+            yield replace(measured, windows={size: rows[row] for size, rows in windows.items()})
+
+    def _rows(self, sums: dict[tuple[str, int], Tensor], tokens: Tensor) -> Iterator[Measurement]:
+        stacked = torch.stack(
+            [torch.stack([sums[unit, i].to(tokens.device) for i in range(self.num_layers)]) for unit in UNITS]
         )  # [U, M, 2, B]
-        for row in range(sums.shape[-1]):
-            yield Measurement(sums[..., row], self.tokens[row])
+        for row in range(stacked.shape[-1]):
+            yield Measurement(stacked[..., row], tokens[row])
 
 
 class _MeasureAnswers(StoppingCriteria):
@@ -92,19 +110,23 @@ def measure(
     batch_size: int = 1,
     max_new_tokens: int = 64,
     eos_token_ids: Sequence[int] = (),
+    windows: Sequence[int] = (),
 ) -> Iterator[Measurement]:
     """IO similarity and scale sums of each prompt, measured on the full model, one by one.
 
     prompts: token ids, 1-D. phase: "prefill" measures the prompts' tokens, "decode" the tokens of greedy answers of at
-    most `max_new_tokens` tokens to them. No value leaves the device. Raises ValueError for an empty prompt.
-    Paper: the inner sums of Eq. (2) and (3).
+    most `max_new_tokens` tokens to them, and apart the first tokens of each answer, as many as each of `windows` says.
+    No value leaves the device. Raises ValueError for an empty prompt, and for windows in phase "prefill".
+    Paper: the inner sums of Eq. (2) and (3); with windows also of Eq. (5).
     """
     if phase not in ("prefill", "decode"):
         raise ValueError(f"phase of a measurement is prefill or decode; got {phase!r}")
+    if windows and (phase == "prefill" or min(windows) < 1):
+        raise ValueError(f"windows are counts of decoded tokens, each at least 1; got {list(windows)} in phase {phase}")
     patches = patches_of(model)
     for rows in _batches(prompts, batch_size):
         with patches.install():
-            probe = _RowSums(len(patches.patches))
+            probe = _RowSums(len(patches.patches), windows)
             if phase == "prefill":
                 _run_prompts(model, patches, probe, rows)
             else:
@@ -119,7 +141,9 @@ def _batches(prompts: Iterable[Tensor | Sequence[int]], batch_size: int) -> Iter
     for number, prompt in enumerate(prompts):
         row = torch.as_tensor(prompt, dtype=torch.long)
         if row.dim() != 1 or not len(row):
-            raise ValueError(f"prompt {number} must be a non-empty 1-D sequence of token ids; got shape {tuple(row.shape)}")
+            raise ValueError(
+                f"prompt {number} must be a non-empty 1-D sequence of token ids; got shape {tuple(row.shape)}"
+            )
         rows.append(row)
         if len(rows) == batch_size:
             yield rows
@@ -187,7 +211,9 @@ def calibrate(
     )
     tokens = int(sum(m.tokens for m in measured))
     if not tokens:
-        raise ValueError(f"calibration saw no {'generated' if phase == 'decode' else 'prompt'} token; give longer prompts")
+        raise ValueError(
+            f"calibration saw no {'generated' if phase == 'decode' else 'prompt'} token; give longer prompts"
+        )
     means = torch.stack([m.sums for m in measured]).double().sum(dim=0).cpu() / tokens  # [U, M, 2]
     attention, ffn, layer = (SublayerMeans(unit[:, 0].tolist(), unit[:, 1].tolist()) for unit in means)
     return ImportanceProfile(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.files import write_text_atomic
-from adaskip.models import weights_fingerprint
+from adaskip.fingerprint import weights_fingerprint
 from adaskip.plan import Sublayer
 
 FORMAT = "adaskip-importance-profile/1"
