@@ -36,12 +36,12 @@ class Signalled(BaseException):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`adaskip <command> ...`; returns the exit code."""
-    return _guarded(lambda: _command(sys.argv[1:] if argv is None else argv))
+    return guarded(lambda: _command(sys.argv[1:] if argv is None else argv))
 
 
 def run_cell(*, phase: str, model: str, strategy: str) -> NoReturn:
     """What a run script does: run its cell with the options of `adaskip run`, where `--model` names the run itself."""
-    sys.exit(_guarded(lambda: _run_script(phase, model, strategy, sys.argv)))
+    sys.exit(guarded(lambda: _run_script(phase, model, strategy, sys.argv)))
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -107,7 +107,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
 }
 
 
-def _guarded(command: Callable[[], int]) -> int:
+def guarded(command: Callable[[], int]) -> int:
     """Run `command` and turn what may go wrong into one line and an exit code."""
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers draws its loading bar into log files, too

@@ -57,7 +57,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
     model = loaded.model
     return {
         "num_layers": len(decoder_layers(model)),
-        "checkpoint": loaded.spec.checkpoint,
+        "checkpoint": _without_home(loaded.spec.checkpoint),
         "revision": loaded.spec.revision,
         "weights_fingerprint": weights_fingerprint(model),
         "device": model.device.type,
@@ -72,6 +72,12 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         },
         "git_commit": _git_commit(),
     }
+
+
+def _without_home(checkpoint: str) -> str:
+    """A folder of this repository as seen from its root, so that results made anywhere are alike."""
+    root = Path(__file__).resolve().parent.parent
+    return str(Path(checkpoint).relative_to(root)) if Path(checkpoint).is_relative_to(root) else checkpoint
 
 
 def is_done(job: Job) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -269,31 +270,45 @@ def adaskip(*argv, **options) -> subprocess.Popen:
     )
 
 
-SCRIPT_LINES = [
-    ("prefill/run_llama_EE.py", "llama-EE-PREFILL", "--skip_full_layer_num", "1"),
-    ("decode/run_internlm_ADA.py", "internlm-ADA-DECODE", "--skip_sub_layer_num", "2"),
-    ("e2e/run_vicuna_US.py", "vicuna-US-E2E", "--skip_full_layer_num", "0"),
-]
+def script(monkeypatch, *argv) -> int:
+    """Exit code of `python <argv>`, run in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", list(argv))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(argv[0], run_name="__main__")
+    return ended.value.code
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", SCRIPT_LINES)
-def test_the_artifacts_lines_work_as_typed(options, tmp_path, line):
-    script, name, budget, number = line
-    process = adaskip(script, "--model", name, budget, number, *options, "--limit", "1")
-    output, error = process.communicate()
-    assert process.returncode == 0, error
-    assert output.startswith(f"{name}/{0 if number == '0' else 2}-sublayers: ")
+@pytest.mark.parametrize(
+    ("line", "label"),
+    [
+        ("prefill/run_llama_EE.py --model llama-EE-PREFILL --skip_full_layer_num 2", "llama-EE-PREFILL/4-sublayers"),
+        (
+            "decode/run_internlm_ADA.py --model internlm-ADA-DECODE --skip_sub_layer_num 4",
+            "internlm-ADA-DECODE/4-sublayers",
+        ),
+        ("e2e/run_vicuna_US.py --model vicuna-US-E2E --skip_full_layer_num 1", "vicuna-US-E2E/2-sublayers"),
+        ("e2e/run_vicuna_US.py --skip_full_layer_num 0", "vicuna-US-E2E/0-sublayers"),
+    ],
+)
+def test_the_artifacts_lines_work(options, monkeypatch, capsys, line, label):
+    assert script(monkeypatch, *line.split(), *options, "--limit", "1") == 0
+    assert capsys.readouterr().out.startswith(f"{label}: ")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["vicuna-EE-PREFILL", "llama-EE-DECODE", "llama-ADA-PREFILL", "llama"])
-def test_a_script_refuses_another_runs_name(asked):
-    process = adaskip("prefill/run_llama_EE.py", "--model", asked, "--skip_full_layer_num", "1")
+def test_a_script_refuses_another_runs_name(monkeypatch, capsys, asked):
+    argv = ["prefill/run_llama_EE.py", "--model", asked, "--skip_full_layer_num", "1"]
+    assert script(monkeypatch, *argv) == 2
+    assert "llama-EE-PREFILL" in error_of(capsys)
+
+
+@pytest.mark.slow
+def test_a_script_runs_as_typed(options):
+    process = adaskip("prefill/run_llama_EE.py", "--model", "llama-EE-PREFILL", "--skip_full_layer_num", "1", *options)
     output, error = process.communicate()
-    assert (process.returncode, output) == (2, "")
-    assert error.count("\n") == 1
-    assert "llama-EE-PREFILL" in error
+    assert (process.returncode, error) == (0, "")
+    assert output.startswith(f"llama-EE-PREFILL/2-sublayers: {3 * NUM_SAMPLES} samples")
 
 
 def wait_for_records(folder: Path, count: int, process: subprocess.Popen) -> None:
@@ -390,3 +405,16 @@ def test_ctrl_c_ends_a_grid_with_one_line(options, tmp_path):
     lines = [line for line in error.splitlines() if not line.endswith(" complete")]
     assert lines == ["stopped by SIGINT; the same command continues"]
     assert process.returncode == 130
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_fails_its_cell_only(options, tmp_path):
+    process = adaskip("-m", "adaskip", "grid", *GRID, *options)
+    while not (locks := [path for path in (tmp_path / "runs").glob("*/*/.lock") if path.read_text()]):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(json.loads(locks[0].read_text())["pid"], signal.SIGKILL)
+    output, error = process.communicate()
+    assert process.returncode == 1
+    assert output.startswith("4 of 5 cells complete")
+    assert f"{locks[0].parent.relative_to(tmp_path / 'runs')} failed: its process died" in error
