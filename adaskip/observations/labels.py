@@ -1,0 +1,13 @@
+"""How sublayers and tasks are written in tables and figures."""
+
+from __future__ import annotations
+
+from adaskip.results import labels
+
+KINDS = {"attention": "Attention", "ffn": "FFN"}
+_TASKS = {**labels.TASKS, "qasper": "Qasper", "2wikimqa": "2WikiMQA"}
+
+
+def task_label(task: str) -> str:
+    """A dataset's own spelling; LongBench's key where the paper does not speak of it."""
+    return _TASKS.get(task, task)
