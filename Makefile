@@ -44,7 +44,8 @@ test-compat:
 # The paper's Tables 3 and 4 and their plots on the testbed; continues where it was stopped.
 reproduce: setup
 	$(BIN)/adaskip grid --testbed --jobs $(JOBS)
-	$(BIN)/adaskip report --testbed
+	$(BIN)/python eval/tables.py --testbed
+	$(BIN)/python eval/plots.py --testbed
 
 clean:
 	rm -rf .venv .venv-compat build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -84,28 +85,31 @@ def release_skipped(cache: Cache, skipped: Collection[int], num_layers: int) -> 
     """
     if lost := sorted(skipped_layers(cache) - frozenset(skipped)):
         raise ValueError(
-            f"the attention of layers {lost} was skipped earlier on this KV cache and holds no K/V, so it cannot run now; "
+            f"the attention of layers {lost} was skipped earlier on this KV cache and holds no K/V; it cannot run; "
             "an attention once skipped stays skipped while its cache is in use"
         )
     while len(cache.layers) < num_layers:  # a DynamicCache built without a config grows its layers lazily
         assert cache.layer_class_to_replicate is not None
         cache.layers.append(cache.layer_class_to_replicate())
-    live = {i: layer for i, layer in enumerate(cache.layers) if i not in skipped}
+    layers: list[Any] = cache.layers
+    live = {i: layer for i, layer in enumerate(layers) if i not in skipped}
     assert live, "at least one attention must stay live"
     for i in skipped:
-        kind = getattr(cache.layers[i], "is_sliding", False)
+        kind = getattr(layers[i], "is_sliding", False)
         same_kind = (layer for layer in live.values() if getattr(layer, "is_sliding", False) == kind)
         # Where a whole kind is skipped nobody uses its mask, and any live layer's length keeps it well-formed.
-        cache.layers[i] = SkippedLayer(cache.layers[i], next(same_kind, next(iter(live.values()))))
+        layers[i] = SkippedLayer(layers[i], next(same_kind, next(iter(live.values()))))
 
 
 def restore_emptied(cache: Cache) -> None:
     """Give a cache that was emptied for a new request real layers again in the place of its stand-ins."""
-    for i in skipped_layers(cache):
-        cache.layers[i] = cache.layers[i].emptied
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, SkippedLayer):
+            cache.layers[i] = layer.emptied
 
 
 def kv_bytes(cache: Cache) -> int:
     """Bytes of keys and values that `cache` holds (for a static cache: has allocated)."""
-    held = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    layers: list[Any] = cache.layers
+    held = (tensor for layer in layers for tensor in (layer.keys, layer.values))
     return sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from adaskip.blocks import BlockStructure, find_decoder, find_structure, forward_attribute, restore_attribute
 from adaskip.plan import EMPTY_PLAN, SkipPlan, SublayerKind
 
-
 NOTHING: frozenset[int] = frozenset()
 
 

@@ -138,7 +138,9 @@ class Budget:
             count = int(self.sublayers) if self.sublayers is not None else 2 * int(self.layers or 0)
         most = 2 * num_layers - 1
         if count > most:
-            raise ValueError(f"budget of {count} sublayers ({self}) is too large; allowed for {num_layers} layers: 0..{most}")
+            raise ValueError(
+                f"budget of {count} sublayers ({self}) is too large; allowed for {num_layers} layers: 0..{most}"
+            )
         return count
 
     def num_whole_layers(self, num_layers: int, most: int) -> int:

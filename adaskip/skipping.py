@@ -100,7 +100,7 @@ class SkippingSession:
 
     def wrap_prepare_inputs(self):
         """The model's own `prepare_inputs_for_generation`, preceded by the choice of the step's plan."""
-        stock = self.model.prepare_inputs_for_generation
+        stock: Any = self.model.prepare_inputs_for_generation
 
         @functools.wraps(stock)
         def prepare_inputs_for_generation(input_ids, *args, **kwargs):  # generate passes all the rest by keyword

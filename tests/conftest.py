@@ -1,4 +1,4 @@
-"""One thread per test process: the models are too small to share, and busy machines make threads wait for each other."""
+"""One thread per test process: the models are too small to share, and on a busy machine threads wait for each other."""
 
 import torch
 

@@ -28,7 +28,10 @@ FAMILIES = {
     "qwen2": (qwen2.Qwen2Config, {}),
     "qwen3": (qwen3.Qwen3Config, {"head_dim": 4}),
     "phi3": (phi3.Phi3Config, {}),
-    "granite": (granite.GraniteConfig, {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "granite": (
+        granite.GraniteConfig,
+        {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
     "gemma2": (gemma2.Gemma2Config, {**MIXED, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 20.0}),
     "gemma3": (gemma3.Gemma3TextConfig, {**MIXED, "query_pre_attn_scalar": 4}),
     "olmo2": (olmo2.Olmo2Config, {}),

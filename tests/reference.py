@@ -34,7 +34,7 @@ class ReferenceDecoder:
                 h = h * plan.scale("attention", i)
             else:
                 h = h + multiplier * self._attention_branch(i, layer, h)
-            if i in plan.ffn:
+            if i in plan.ffn:  # noqa: SIM108
                 h = h * plan.scale("ffn", i)
             else:
                 h = h + multiplier * self._ffn_branch(layer, h)

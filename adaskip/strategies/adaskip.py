@@ -59,7 +59,7 @@ class AdaSkip(Strategy):
 
     @property
     def window_tokens(self) -> int:
-        """P where answers are long enough to learn from; in the prefill phase the few answer tokens use the prompt's set."""
+        """P; none in the prefill phase, whose few answer tokens use the prompt's set."""
         return 0 if self.phase == "prefill" or not self.skipped else self.learning_window
 
     def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:

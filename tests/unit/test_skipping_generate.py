@@ -29,7 +29,9 @@ def fixed(phase="e2e", plan=PLAN, num_layers=4):
 def greedy(model, prompts, **options):
     ids, mask = left_padded(prompts, 0, torch.device("cpu"))
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0} | options
-    out = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **settings)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **settings
+    )
     return out, ids.shape[1]
 
 
@@ -311,10 +313,12 @@ def test_strategy_for_another_number_of_layers_is_refused():
 def test_parallel_residual_is_refused():
     from transformers import CohereConfig, CohereForCausalLM
 
-    config = CohereConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                          num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="CohereDecoderLayer"), skipping(
-        CohereForCausalLM(config).eval(), fixed(plan=SkipPlan(), num_layers=2)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    config = CohereConfig(**sizes, **heads, pad_token_id=0)
+    with (
+        pytest.raises(UnsupportedModelError, match="CohereDecoderLayer"),
+        skipping(CohereForCausalLM(config).eval(), fixed(plan=SkipPlan(), num_layers=2)),
     ):
         pass
 

@@ -36,7 +36,9 @@ PLANS = {
     "empty": SkipPlan(),
     "first attention": SkipPlan.of_sublayers({Sublayer("attention", 0): 1.3}),
     "both of layer 1": SkipPlan.of_layers([1]),
-    "scaled mix": SkipPlan.of_sublayers({Sublayer("attention", 0): 1.1, Sublayer("ffn", 1): 0.8, Sublayer("attention", 3): 1.2}),
+    "scaled mix": SkipPlan.of_sublayers(
+        {Sublayer("attention", 0): 1.1, Sublayer("ffn", 1): 0.8, Sublayer("attention", 3): 1.2}
+    ),
     "one attention left": SkipPlan(attention={0, 1, 3}, ffn={0}),
     "one kind of attention": SkipPlan(attention={0, 2}, ffn={3}),
 }

@@ -18,8 +18,8 @@ PROFILE = profile_of(attention=[x + 0.15 for x in RISING], ffn=RISING, layer=RIS
 
 
 def make(name, phase="e2e", budget=None, num_layers=M, **options):
-    profile = PROFILE if needs_profile(name) else None
-    return build(name, phase=phase, budget=budget or Budget(layers=3), num_layers=num_layers, profile=profile, **options)
+    options["profile"] = PROFILE if needs_profile(name) else None
+    return build(name, phase=phase, budget=budget or Budget(layers=3), num_layers=num_layers, **options)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -104,7 +104,9 @@ def test_most_and_least_skip_rank_whole_layers():
 
 def test_adaskip_takes_the_most_similar_sublayers_with_their_scales():
     strategy = make("adaskip", budget=Budget(sublayers=5))
-    order = sorted([(a + 0.15, "attention", i) for i, a in enumerate(RISING)] + [(f, "ffn", i) for i, f in enumerate(RISING)])
+    order = sorted(
+        [(a + 0.15, "attention", i) for i, a in enumerate(RISING)] + [(f, "ffn", i) for i, f in enumerate(RISING)]
+    )
     expected = {Sublayer(kind, i) for _, kind, i in order[-5:]}
     assert set(strategy.skipped.scales) == expected
     assert set(strategy.skipped.scales.values()) == {1.1}
