@@ -63,5 +63,6 @@ def _warnings(runs: Sequence[ScoredRun]) -> Iterator[str]:
             if len(records.records) < records.expected:
                 yield f"{where}: partial, {len(records.records)} of {records.expected} records; run it again"
             yield from (
-                f"{where}: {count} samples score 0 because of {reason}" for reason, count in scores.main.errors.items()
+                f"{where}: {count} of {len(records.records)} samples score 0, {reason}"
+                for reason, count in scores.main.errors.items()
             )

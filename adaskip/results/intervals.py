@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 RESAMPLES = 5000
 CONFIDENCE = 0.95
@@ -62,7 +63,8 @@ def _interval(
 ) -> tuple[float, float] | tuple[None, None]:
     if len(samples[0]) < 2:
         return None, None
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # no interval is our answer to it, below
         result = bootstrap(
             [np.asarray(sample, dtype=np.float64) for sample in samples],
             statistic,

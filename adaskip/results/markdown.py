@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from adaskip.results import labels
 from adaskip.results.entries import Entry, PhaseEntries
 from adaskip.results.intervals import RESAMPLES
+from adaskip.results.paper import Paper
 from adaskip.results.scoreboard import Row, Scoreboard
 
 PARTIAL = "*"
@@ -47,19 +48,34 @@ def notes(table: PhaseEntries) -> list[str]:
 
 
 def describe_model(board: Scoreboard, phase: str, model: str) -> str:
-    """What was run here under this model's name, what the paper ran, and which budgets stand side by side."""
-    paper = board.paper
-    theirs = f"The paper: {paper.models[model]}, {paper.num_sublayers} sublayers." if model in paper.models else ""
+    """What was run here under this model's name, what the paper ran, and the budgets of both."""
+    return " ".join(part for part in (_ours(board, phase, model), _papers(board.paper, phase, model)) if part)
+
+
+def _ours(board: Scoreboard, phase: str, model: str) -> str:
     runs = [scored.run for row, scored in board.runs.items() if (row.phase, row.model) == (phase, model)]
     if not runs:
-        return f"Ours: not run. {theirs}".strip()
-    manifest, total = runs[0].manifest, 2 * runs[0].num_layers
-    budgets = " / ".join(f"{fraction * total:.4g}" for fraction in board.fractions)
-    percents = " / ".join(labels.budget(fraction) for fraction in board.fractions)
-    name = "the testbed's small model" if manifest["testbed"] else f"`{manifest['checkpoint']}`"
-    samples = " / ".join(dict.fromkeys(str(number) for number in manifest["tasks"].values()))
-    ours = f"Ours: {name}, {total} sublayers, {manifest['dtype']} on {manifest['device']}, {samples} samples a task; "
-    return f"{ours}{percents} are {budgets} of them skipped. {theirs}".strip()
+        return "Ours: not run."
+    manifests = [run.manifest for run in runs]
+    name = _listed("the testbed's small model" if each["testbed"] else f"`{each['checkpoint']}`" for each in manifests)
+    made = _listed(f"{each['dtype']} on {each['device']}" for each in manifests)
+    samples = _listed(str(number) for each in manifests for number in each["tasks"].values())
+    budgets = _listed(str(number) for number in sorted(run.cell.sublayers for run in runs) if number)
+    depth = _listed(str(2 * run.num_layers) for run in runs)
+    return f"Ours: {name}, {budgets or 'none'} of {depth} sublayers skipped; {made}, {samples} samples a task."
+
+
+def _papers(paper: Paper, phase: str, model: str) -> str:
+    if model not in paper.models:
+        return ""
+    fractions = sorted(fraction for fraction in paper.tables[phase].by_fraction if fraction)
+    budgets = _listed(f"{fraction * paper.num_sublayers:.0f}" for fraction in fractions)
+    return f"The paper: {paper.models[model]}, {budgets} of {paper.num_sublayers}."
+
+
+def _listed(values: Iterable[str]) -> str:
+    """`4 / 6 / 8`, each value once."""
+    return " / ".join(dict.fromkeys(values))
 
 
 def pipe_table(header: Sequence[str], lines: Iterator[list[str]] | Sequence[Sequence[str]]) -> str:

@@ -66,6 +66,7 @@ def test_nothing_is_kept_of_nothing():
     assert ratio_estimate([0.5, 0.5], [0.0, 0.0]) is None
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_ratio_whose_resamples_may_divide_by_zero_has_no_interval():
     estimate = ratio_estimate([0.5] * 5, [1.0, 0.0, 0.0, 0.0, 0.0])
     assert estimate is not None
