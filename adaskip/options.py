@@ -116,4 +116,7 @@ def _fields(config: type) -> list[dataclasses.Field]:
 
 
 def _help(field: dataclasses.Field) -> str:
-    return field.metadata["help"] + (f" (default: {field.default})" if field.default not in (None, False, ()) else "")
+    if field.default in (None, False, ()):
+        return field.metadata["help"]
+    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return f"{field.metadata['help']} (default: {default})"

@@ -141,7 +141,9 @@ class GridConfig(WorkConfig):
     phases: tuple[str, ...] = option(f"of {', '.join(PHASES)}", PHASES)
     strategies: tuple[str, ...] = option(f"of {', '.join(SHORT_NAMES)}", GRID_STRATEGIES)
     budgets: tuple[int, ...] | None = option("sublayers; if not given, the setup's three")
-    jobs: int | None = option("cells run at the same time; if not given, one per CPU core, or one on a GPU")
+    jobs: int | None = option(
+        "cells run at the same time; if not given, with --testbed on a CPU one per core, else one"
+    )
     dry_run: bool = option("print the cells, done or missing, and run nothing", False)
 
     def __post_init__(self) -> None:
