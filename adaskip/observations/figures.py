@@ -26,6 +26,8 @@ BAND = (10, 90)
 """Percentiles of the samples between which the band lies."""
 NEAREST = 1e-5
 """Distance to 1 at which the axis ends."""
+MIN_WIDTH = 5.6
+"""Inches that the legend needs."""
 TICKS = (-0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 TASK_LOOKS = (
     Look(BLUE, "o", ()),
@@ -97,7 +99,7 @@ def draw_phases(saved: Saved, targets: Sequence[Target], out_dir: Path) -> list[
 def _draw(panels: Panels, quantity: str, stem: Path) -> list[Path]:
     rows, models = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
     with styled():
-        figure = Figure(figsize=(2.5 * len(models) + 0.6, 1.9 * len(rows) + 0.7), layout="constrained")
+        figure = Figure(figsize=(max(MIN_WIDTH, 2.5 * len(models) + 0.6), 1.9 * len(rows) + 0.7), layout="constrained")
         axes = figure.subplots(len(rows), len(models), sharey=True, squeeze=False)
         for row, line in zip(rows, axes, strict=True):
             for model, panel in zip(models, line, strict=True):

@@ -64,7 +64,12 @@ def find_offline(saved: Saved, pairs: Sequence[tuple[str, str]], stand_ins: Mapp
         source, destination = (saved[model][Target(stand_ins.get(task, task), "prefill")] for task in (first, second))
         profile, samples = source.profile(kind), destination.similarity(kind)
         cells = [
-            _hit(k, hits(profile, samples, k), source.num_layers, published.find(kind=kind, first=first, second=second))
+            _hit(
+                k,
+                hits(profile, samples, k),
+                source.num_layers,
+                published.find(model, kind=kind, first=first, second=second),
+            )
             for k in published.ks
         ]
         named = (_named(first, stand_ins), _named(second, stand_ins))
@@ -91,7 +96,7 @@ def find_online(saved: Saved, tasks: Iterable[str], windows: Iterable[int]) -> F
         measured = saved[model][Target(task, "decode")]
         first, rest = measured.window(size, MIN_REST)
         cells = [
-            _hit(k, paired_hits(first, rest, k), measured.num_layers, published.find(task=task, window=size))
+            _hit(k, paired_hits(first, rest, k), measured.num_layers, published.find(model, task=task, window=size))
             for k in published.ks
         ]
         rows.append(Row((model, task_label(task), str(size)), len(first), _whole(cells, published)))
@@ -117,9 +122,9 @@ class _Published:
         self.num_layers, block = paper["num_layers"], paper[name]
         self.source, self.model, self.ks, self._rows = block["source"], block["model"], block["k"], block["rows"]
 
-    def find(self, **wanted: Any) -> dict[int, float]:
-        """Hits by k of the row with these values; empty if the paper has no such row."""
-        for row in self._rows:
+    def find(self, model: str, **wanted: Any) -> dict[int, float]:
+        """Hits by k of the row with these values; empty if the paper has no such row, or not of this model."""
+        for row in self._rows if model == self.model else ():
             if all(row[name] == value for name, value in wanted.items()):
                 return dict(zip(self.ks, row["hits"], strict=True))
         return {}

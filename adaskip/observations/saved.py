@@ -82,9 +82,8 @@ def load_saved(out_dir: Path, targets: Iterable[Target]) -> Saved:
     """
     root, targets = out_dir / MEASUREMENTS, list(dict.fromkeys(targets))
     names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    order = sorted(names, key=lambda name: (MODELS.index(name) if name in MODELS else len(MODELS), name))
     saved: Saved = {}
-    for name in order:
+    for name in sorted(names, key=drawing_order):
         found = {target: read_measured(root / name / target.folder_name, target) for target in targets}
         if all(found.values()):
             saved[name] = {target: measured for target, measured in found.items() if measured}
@@ -92,6 +91,11 @@ def load_saved(out_dir: Path, targets: Iterable[Target]) -> Saved:
         wanted = ", ".join(target.folder_name for target in targets)
         raise NotMeasuredError(f"{root} holds no model with finished measurements of {wanted}; leave out --draw-only")
     return saved
+
+
+def drawing_order(model: str) -> tuple[int, str]:
+    """Sorts the paper's models as the paper does, others behind them by name."""
+    return (MODELS.index(model) if model in MODELS else len(MODELS), model)
 
 
 def read_measured(folder: Path, target: Target) -> Measured | None:

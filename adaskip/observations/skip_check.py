@@ -14,7 +14,7 @@ from typing import Any
 from adaskip.files import write_text_atomic
 from adaskip.job import find_job
 from adaskip.manifest import is_done
-from adaskip.observations.saved import NotMeasuredError
+from adaskip.observations.saved import NotMeasuredError, drawing_order
 from adaskip.observations.settings import CheckSpec, ObserveConfig
 from adaskip.results.runs import load_run
 from adaskip.results.scores import score_run
@@ -56,12 +56,13 @@ def measure_check(config: ObserveConfig) -> None:
 
 
 def load_check(out_dir: Path) -> dict[str, Any]:
-    """What `measure_check` kept, by model."""
+    """What `measure_check` kept, by model, in the order in which they are drawn."""
     path = out_dir / SCORES_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        check = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotMeasuredError(f"{path} does not exist; leave out --draw-only") from None
+    return {model: check[model] for model in sorted(check, key=drawing_order)}
 
 
 def _ensure(config: ObserveConfig, spec: CheckSpec, model: str, strategy: str, layers: int) -> Path:
@@ -101,5 +102,5 @@ def _sources(folder: Path) -> dict[str, Any]:
 def _keep(path: Path, label: str, entry: dict[str, Any]) -> None:
     """Put one model's scores into the file beside the others'."""
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = json.dumps({**held, label: entry}, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    text = json.dumps({**held, label: entry}, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")

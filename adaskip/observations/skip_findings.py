@@ -22,6 +22,8 @@ from adaskip.results.intervals import Estimate, mean_estimate
 STRATEGIES = {"most_skip": "MostSkip", "least_skip": "LeastSkip"}
 LOOKS = {"most_skip": Look(BLUE, "o", ()), "least_skip": Look(ORANGE, "s", (4, 1.5))}
 NAME = "importance_check"
+MIN_WIDTH = 4.2
+"""Inches that the legend needs."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def draw(check: dict[str, Any], out_dir: Path) -> list[Path]:
     curves = {(curve.task, curve.model): curve for curve in read_curves(check)}
     tasks, models = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
     with styled():
-        figure = Figure(figsize=(2.3 * len(models) + 0.6, 1.75 * len(tasks) + 0.8), layout="constrained")
+        figure = Figure(
+            figsize=(max(MIN_WIDTH, 2.3 * len(models) + 0.6), 1.75 * len(tasks) + 0.8), layout="constrained"
+        )
         axes = figure.subplots(len(tasks), len(models), sharex=True, sharey=True, squeeze=False)
         for (row, task), (column, model) in product(enumerate(tasks), enumerate(models)):
             if (task, model) in curves:
