@@ -68,7 +68,7 @@ on them.
 """
 FEATURES = {
     "llama": "grouped-query attention, llama3 rope scaling",
-    "internlm": "biases in the attention projections, dynamic-NTK rope",
+    "internlm": "biases in the attention projections, dynamic-NTK rope that acts beyond 1280 tokens",
     "vicuna": "linear rope scaling",
 }
 
