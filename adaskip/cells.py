@@ -108,6 +108,7 @@ class PhaseSpec:
 
     tasks: tuple[str, ...]
     max_new_tokens: int
+    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ class Setup:
     """One block of `configs/phases.yaml`: the experiments on real checkpoints, or on the testbed."""
 
     budgets: tuple[int, ...]
-    limit: int | None
     batch_size: int
     calibration_task: str
     calibration_samples: int
@@ -126,12 +126,11 @@ def load_setup(name: str) -> Setup:
     """The block `real` or `testbed` of `configs/phases.yaml`."""
     block = load_yaml("phases")[name]
     phases = {
-        phase: PhaseSpec(tasks=tuple(spec["tasks"]), max_new_tokens=spec["max_new_tokens"])
+        phase: PhaseSpec(tuple(spec["tasks"]), spec["max_new_tokens"], spec["limit"])
         for phase, spec in block["phases"].items()
     }
     return Setup(
         budgets=tuple(block["budgets"]),
-        limit=block["limit"],
         batch_size=block["batch_size"],
         calibration_task=block["calibration"]["task"],
         calibration_samples=block["calibration"]["samples"],

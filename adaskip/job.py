@@ -46,7 +46,7 @@ def find_job(config: RunConfig) -> Job:
     """Resolve a configuration: what it leaves open is taken from `configs/phases.yaml`."""
     setup = config.setup
     phase = setup.phases[config.phase]
-    limit = config.limit or setup.limit
+    limit = config.limit or phase.limit
     cell = find_cell(config)
     return Job(
         config=config,

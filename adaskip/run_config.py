@@ -54,7 +54,7 @@ class WorkConfig(SharedConfig):
     """What `run` and `grid` share: how much of which task, and where it goes."""
 
     tasks: tuple[str, ...] | None = option("LongBench tasks; if not given, the phase's")
-    limit: int | None = option("only the first N samples of each task; if not given, the setup's")
+    limit: int | None = option("only the first N samples of each task; if not given, the phase's")
     batch_size: int | None = option("samples generated together; if not given, the setup's")
     max_new_tokens: int | None = option("most new tokens per sample; if not given, the task's and phase's cap")
     output_dir: str | None = option("where runs go; if not given, results/runs, or results/testbed/runs with --testbed")
