@@ -116,7 +116,7 @@ def _fields(config: type) -> list[dataclasses.Field]:
 
 
 def _help(field: dataclasses.Field) -> str:
-    if field.default in (None, False, ()):
+    if field.default is None or field.default is False or field.default == ():
         return field.metadata["help"]
     default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     return f"{field.metadata['help']} (default: {default})"
