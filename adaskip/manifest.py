@@ -64,13 +64,13 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": loaded.spec.chat_template,
         "attn_implementation": model.config._attn_implementation,
-        "device_name": _device_name(model.device),
+        "device_name": device_name(model.device),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "adaskip")},
         },
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
@@ -94,11 +94,11 @@ def _digest(profile: ImportanceProfile) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the checkout this package lies in, with `-dirty` if files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
