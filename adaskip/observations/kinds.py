@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -27,7 +26,7 @@ def find(saved: Saved, targets: list[Target]) -> Findings:
         notes=[
             "Mean over the tokens of all prompts: the figure's lines. Its bands: 10th to 90th percentile of samples."
         ],
-        claims=[_distributions_differ(panels), _rankings_differ(panels), _higher(panels)],
+        claims=[_distributions_differ(panels), _rankings_differ(panels), _attention_higher_at_the_end(panels)],
         table=_table(panels),
         numbers=panels,
         sources={model: {t.folder_name: m.provenance for t, m in parts.items()} for model, parts in saved.items()},
@@ -70,18 +69,18 @@ def _rankings_differ(panels: list[dict[str, Any]]) -> Claim:
     return Claim("Attention and FFN rank the layers differently", sum(r < UNRELATED for r in rhos), len(rhos), evidence)
 
 
-def _higher(panels: list[dict[str, Any]]) -> Claim:
-    """In the paper's models attention is the more similar kind."""
-    holding = sum(2 * len(panel["attention_higher_in"]) > len(panel["ffn"]) for panel in panels)
-    shares = ", ".join(
-        f"{panel['model']} {len(panel['attention_higher_in'])} of {len(panel['ffn'])}" for panel in _first_task(panels)
+def _attention_higher_at_the_end(panels: list[dict[str, Any]]) -> Claim:
+    """In the paper's LLaMA: the last 11 of 32 layers."""
+    last = round(len(panels[0]["ffn"]) / 3)
+    means = [[float(np.mean(panel[kind][-last:])) for kind in ("attention", "ffn")] for panel in panels]
+    shown = "; ".join(
+        f"{panel['model']} {attention:.3f} and {ffn:.3f}"
+        for panel, (attention, ffn) in zip(panels, means, strict=True)
+        if panel["task"] == panels[0]["task"]
     )
-    evidence = f"Layers with the attention more similar than the FFN, on {task_label(panels[0]['task'])}: {shares}."
-    return Claim("Attention is the more similar kind in most layers", holding, len(panels), evidence)
-
-
-def _first_task(panels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    return (panel for panel in panels if panel["task"] == panels[0]["task"])
+    evidence = f"Means of attention and FFN over the last {last} layers, on {task_label(panels[0]['task'])}: {shown}."
+    text = "In the last third of the layers attention is the more similar kind"
+    return Claim(text, sum(attention > ffn for attention, ffn in means), len(panels), evidence)
 
 
 def _table(panels: list[dict[str, Any]]) -> Table:
