@@ -26,18 +26,22 @@ from adaskip.calibration import measure
 from adaskip.files import write_text_atomic
 from adaskip.manifest import device_name, git_commit
 
-SHAPE = {
-    **{"vocab_size": 32000, "hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12},
-    **{"num_attention_heads": 10, "num_key_value_heads": 10, "max_position_embeddings": 32768},
-}
-
 
 def random_llama() -> PreTrainedModel:
     """A 100M Llama; speed does not depend on the weights' values."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=640,
+        intermediate_size=1792,
+        num_hidden_layers=12,
+        num_attention_heads=10,
+        num_key_value_heads=10,
+        max_position_embeddings=32768,
+    )
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=dtype).eval().to(device)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
 
 
 def now(device: torch.device) -> float:
@@ -82,7 +86,7 @@ def share_inside(model: PreTrainedModel, ids: torch.Tensor) -> float:
 def compare(tokens: int, rounds: int) -> dict[str, float]:
     """Medians and quartiles over the rounds."""
     model = random_llama()
-    ids = torch.arange(tokens) % (SHAPE["vocab_size"] - 3) + 3
+    ids = torch.arange(tokens) % 32000
     times: dict[Callable[..., None], list[float]] = {plain_prefill: [], measuring_prefill: []}
     shares = []
     for number in range(rounds + 1):

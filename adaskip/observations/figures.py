@@ -134,7 +134,8 @@ def _scale(axes: np.ndarray) -> None:
     panel = axes.flat[0]
     panel.set_yscale("function", functions=(_forward, _backward))
     panel.set_ylim(_backward(_forward(low) - margin), _backward(_forward(high) + margin))
-    ticks = [tick for tick in TICKS if low <= tick <= high]
+    wanted = [TICKS, MaxNLocator(5).tick_values(low, high)]  # the latter for a range that the former hardly divides
+    ticks = max(([tick for tick in ticks if low <= tick <= high] for ticks in wanted), key=len)
     panel.set_yticks(ticks, [f"{tick:.12g}" for tick in ticks])
     for panel in axes.flat:
         panel.grid(axis="y")

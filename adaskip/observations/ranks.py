@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.stats import spearmanr, t
 
@@ -10,7 +12,8 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's rho of two [M]; 0 where one of them is constant and ranks nothing."""
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return 0.0
-    return float(spearmanr(one, other).statistic)
+    result: Any = spearmanr(one, other)
+    return float(result.statistic)
 
 
 def chance_correlation(num_layers: int) -> float:
