@@ -94,6 +94,14 @@ def find_decoder(model: nn.Module) -> Any:
     return decoder
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where `module` computes; under accelerate's offloading its parameters rest on another device."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
 @dataclass(frozen=True)
 class _LayerCall:
     """What one stock layer was given and what it made of it."""
@@ -133,7 +141,8 @@ def find_structure(model: nn.Module) -> BlockStructure:
 
 
 def _reproduces(structure: BlockStructure, layer: nn.Module, call: _LayerCall) -> bool:
-    return torch.equal(structure.forward(layer, call.hidden_states, call.kwargs), call.output)
+    ours = structure.forward(layer, call.hidden_states, call.kwargs)
+    return torch.allclose(ours, call.output, rtol=0, atol=0, equal_nan=True)
 
 
 def _record_layer_calls(decoder: Any, layers: list[nn.Module]) -> list[_LayerCall]:
@@ -149,10 +158,9 @@ def _record_layer_calls(decoder: Any, layers: list[nn.Module]) -> list[_LayerCal
 
         return forward
 
-    width, weight = decoder.config.hidden_size, decoder.get_input_embeddings().weight
-    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(1, 4, width, generator=generator).to(device=device, dtype=weight.dtype)
+    inputs = torch.randn(1, 4, decoder.config.hidden_size, generator=generator)
+    inputs = inputs.to(device=execution_device(decoder), dtype=decoder.get_input_embeddings().weight.dtype)
     with _replaced_forwards(layers, recorder):
         decoder(inputs_embeds=inputs, use_cache=False)
     return calls

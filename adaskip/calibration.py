@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from adaskip.blocks import find_decoder
+from adaskip.blocks import execution_device, find_decoder
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.importance import ImportanceProfile, SublayerMeans, cosine_and_ratio
-from adaskip.padding import left_padded, right_padded
 from adaskip.patching import ModelPatches, patches_of
+from adaskip.token_ids import end_token_ids, is_end, left_padded, right_padded
 
 UNITS = ("attention", "ffn", "layer")
 
@@ -92,10 +92,10 @@ class _MeasureAnswers(StoppingCriteria):
     """Stops nothing. `generate` calls it after each token: from the first one on, the probe sees the live rows."""
 
     def __init__(self, patches: ModelPatches, probe: _RowSums, eos_token_ids: Sequence[int]):
-        self.patches, self.probe, self.eos_token_ids = patches, probe, list(eos_token_ids)
+        self.patches, self.probe, self.eos_token_ids = patches, probe, eos_token_ids
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
-        live = ~torch.isin(input_ids[:, -1:], torch.tensor(self.eos_token_ids, device=input_ids.device))
+        live = ~is_end(input_ids[:, -1:], self.eos_token_ids)
         self.probe.mask = live if self.probe.mask is None else self.probe.mask & live
         self.patches.set_probe(self.probe)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -109,7 +109,7 @@ def measure(
     phase: Literal["prefill", "decode"] = "prefill",
     batch_size: int = 1,
     max_new_tokens: int = 64,
-    eos_token_ids: Sequence[int] = (),
+    eos_token_ids: int | Sequence[int] | None = None,
     windows: Sequence[int] = (),
 ) -> Iterator[Measurement]:
     """IO similarity and scale sums of each prompt, measured on the full model, one by one.
@@ -130,7 +130,7 @@ def measure(
             if phase == "prefill":
                 _run_prompts(model, patches, probe, rows)
             else:
-                _run_answers(model, patches, probe, rows, max_new_tokens, eos_token_ids)
+                _run_answers(model, patches, probe, rows, max_new_tokens, end_token_ids(model, eos_token_ids))
         yield from probe.measurements()
 
 
@@ -154,7 +154,7 @@ def _batches(prompts: Iterable[Tensor | Sequence[int]], batch_size: int) -> Iter
 
 def _run_prompts(model: PreTrainedModel, patches: ModelPatches, probe: _RowSums, rows: list[Tensor]) -> None:
     """One prefill without logits. Pads stand on the right, where causal attention never sees them."""
-    ids, probe.mask = right_padded(rows, model.device)
+    ids, probe.mask = right_padded(rows, execution_device(model))
     patches.set_probe(probe)
     find_decoder(model)(input_ids=ids, use_cache=False)
 
@@ -169,7 +169,7 @@ def _run_answers(
 ) -> None:
     """Greedy answers; the prompt is not measured. Pads stand on the left."""
     pad_token_id = (list(eos_token_ids) or [0])[0]
-    ids, mask = left_padded(rows, pad_token_id, model.device)
+    ids, mask = left_padded(rows, pad_token_id, execution_device(model))
     model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -191,7 +191,7 @@ def calibrate(
     batch_size: int = 1,
     phase: Literal["prefill", "decode"] = "prefill",
     max_new_tokens: int = 64,
-    eos_token_ids: Sequence[int] = (),
+    eos_token_ids: int | Sequence[int] | None = None,
 ) -> ImportanceProfile:
     """The importance of every sublayer of `model` over calibration prompts.
 

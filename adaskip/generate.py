@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from adaskip.blocks import execution_device
 from adaskip.kv_cache import kv_bytes
-from adaskip.padding import left_padded
 from adaskip.plan import EMPTY_PLAN
 from adaskip.skipping import skipping
 from adaskip.strategies.base import Strategy
+from adaskip.token_ids import end_token_ids, left_padded
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def generate(
 
     strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample.
     """
-    ids, mask = left_padded(input_ids, pad_token_id, model.device)
+    ids, mask = left_padded(input_ids, pad_token_id, execution_device(model))
     clock = _TokenClock()
-    ends = list(eos_token_ids)
+    ends = list(end_token_ids(model, eos_token_ids))
     patched = nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=ends)
     with patched as session:
         start_s = _now(ids.device)

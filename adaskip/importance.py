@@ -8,6 +8,7 @@ Paper: Eq. (1)-(3).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,6 +75,8 @@ class SublayerMeans:
         object.__setattr__(self, "scale", tuple(float(x) for x in self.scale))
         if len(self.similarity) != len(self.scale):
             raise ProfileError(f"{len(self.similarity)} similarities but {len(self.scale)} scales")
+        if not all(math.isfinite(x) for x in self.similarity + self.scale):
+            raise ProfileError("similarities and scales must be finite; the model's activations overflow or are NaN")
 
 
 @dataclass(frozen=True)

@@ -88,12 +88,19 @@ def release_skipped(cache: Cache, skipped: Collection[int], num_layers: int) -> 
             f"the attention of layers {lost} was skipped earlier on this KV cache and holds no K/V; it cannot run; "
             "an attention once skipped stays skipped while its cache is in use"
         )
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "an offloaded KV cache cannot go without layers; skip attention with a cache that is not offloaded"
+        )
     while len(cache.layers) < num_layers:  # a DynamicCache built without a config grows its layers lazily
         assert cache.layer_class_to_replicate is not None
         cache.layers.append(cache.layer_class_to_replicate())
     layers: list[Any] = cache.layers
     live = {i: layer for i, layer in enumerate(layers) if i not in skipped}
-    assert live, "at least one attention must stay live"
+    if not live:
+        raise ValueError(
+            "together with what this KV cache skipped earlier, no attention would stay live; use a new cache"
+        )
     for i in skipped:
         kind = getattr(layers[i], "is_sliding", False)
         same_kind = (layer for layer in live.values() if getattr(layer, "is_sliding", False) == kind)

@@ -15,7 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from adaskip.blocks import BlockStructure, find_decoder, find_structure, forward_attribute, restore_attribute
+from adaskip.blocks import (
+    BlockStructure,
+    execution_device,
+    find_decoder,
+    find_structure,
+    forward_attribute,
+    restore_attribute,
+)
 from adaskip.plan import EMPTY_PLAN, SkipPlan, SublayerKind
 
 NOTHING: frozenset[int] = frozenset()
@@ -35,8 +42,8 @@ class LayerPatch:
     def __init__(self, layer: nn.Module, index: int, structure: BlockStructure):
         self.layer, self.index, self.structure = layer, index, structure
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
-        self.attention_delta: Tensor | None = None
-        self.ffn_delta: Tensor | None = None
+        self.scales: dict[SublayerKind, float] = {"attention": 1.0, "ffn": 1.0}
+        self.deltas: dict[SublayerKind, Tensor | None] = {"attention": None, "ffn": None}  # scale - 1
         self.probe: SublayerProbe | None = None
         self.ffn_io: tuple[Tensor, Tensor] | None = None
         self.stock: Any = None
@@ -45,18 +52,27 @@ class LayerPatch:
     def idle(self) -> bool:
         return not (self.skip_attention or self.skip_ffn or self.measure_ffn) and self.probe is None
 
+    def set_scale(self, kind: SublayerKind, scale: float) -> None:
+        """Compensate a skipped sublayer by `scale`; nothing is sent to the device, it fills a 0-dim tensor itself."""
+        if scale == self.scales[kind]:
+            return
+        self.scales[kind] = scale
+        dtype = next(p.dtype for p in self.layer.parameters() if p.is_floating_point())
+        delta = torch.full((), scale - 1.0, dtype=dtype, device=execution_device(self.layer))
+        self.deltas[kind] = None if scale == 1.0 else delta
+
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """The layer without its skipped sublayers. hidden_states: [B, S, D], as is what is returned."""
         if self.idle:
             return self.stock(hidden_states, *args, **kwargs)
         entry = hidden_states
         if self.skip_attention:
-            hidden_states = _scaled(hidden_states, self.attention_delta)
+            hidden_states = _scaled(hidden_states, self.deltas["attention"])
         else:
             hidden_states = self._run("attention", hidden_states, kwargs)
         middle = hidden_states
         if self.skip_ffn:
-            hidden_states = _scaled(hidden_states, self.ffn_delta)
+            hidden_states = _scaled(hidden_states, self.deltas["ffn"])
         else:
             hidden_states = self._run("ffn", hidden_states, None)
         if self.measure_ffn:
@@ -91,7 +107,8 @@ class ModelPatches:
         self.patches = tuple(LayerPatch(layer, i, structure) for i, layer in enumerate(self.layers))
         self.installed = False
         self._saved: list[tuple[nn.Module, str, Any]] = []
-        self._plan, self._measured = EMPTY_PLAN, NOTHING
+        self._plan: SkipPlan | None = EMPTY_PLAN
+        self._measured: frozenset[int] | None = NOTHING
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether the model still has the layers these patches were made for."""
@@ -125,12 +142,14 @@ class ModelPatches:
         """From the next forward on, skip `plan` and keep input and output of the FFNs in `measured_ffns`."""
         if plan is self._plan and measured_ffns is self._measured:
             return  # the usual decode step: nothing changes
+        self._plan = self._measured = None  # should this be interrupted, the next call starts afresh
         for i, patch in enumerate(self.patches):
             patch.skip_attention, patch.skip_ffn = i in plan.attention, i in plan.ffn
             patch.measure_ffn = i in measured_ffns
-            if plan is not self._plan:
-                patch.attention_delta = self._delta(patch, plan.scale("attention", i))
-                patch.ffn_delta = self._delta(patch, plan.scale("ffn", i))
+            if patch.skip_attention:
+                patch.set_scale("attention", plan.scale("attention", i))
+            if patch.skip_ffn:
+                patch.set_scale("ffn", plan.scale("ffn", i))
         self._plan, self._measured = plan, measured_ffns
 
     def set_probe(self, probe: SublayerProbe | None) -> None:
@@ -144,22 +163,6 @@ class ModelPatches:
         for patch in self.patches:
             patch.ffn_io = None
         return taken
-
-    @staticmethod
-    def _delta(patch: LayerPatch, scale: float) -> Tensor | None:
-        if scale == 1.0:
-            return None
-        device, dtype = _execution_device_and_dtype(patch.layer)
-        return torch.tensor(scale - 1.0, dtype=dtype, device=device)
-
-
-def _execution_device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the layer computes; under accelerate's offloading its parameters rest on another device."""
-    parameter = next(p for p in layer.parameters() if p.is_floating_point())
-    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    device = next((device for device in devices if device is not None), parameter.device)
-    return torch.device(device), parameter.dtype
 
 
 _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()

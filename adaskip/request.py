@@ -14,6 +14,7 @@ from torch import Tensor
 from adaskip.importance import cosine_and_ratio
 from adaskip.plan import EMPTY_PLAN, SkipPlan
 from adaskip.strategies.base import FFNSimilarity, Strategy
+from adaskip.token_ids import is_end
 
 
 class LearningWindow:
@@ -44,7 +45,7 @@ class LearningWindow:
         """Which of the step's tokens belong to rows that have not produced an end token yet, [B, q]."""
         if input_ids is None or not self.eos_token_ids:
             return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device)
-        ended = torch.isin(input_ids, torch.tensor(self.eos_token_ids, device=input_ids.device)).cumsum(dim=-1) > 0
+        ended = is_end(input_ids, self.eos_token_ids).cumsum(dim=-1) > 0
         alive = ~ended if self.live is None or len(self.live) != len(ended) else self.live & ~ended
         self.live = alive[:, -1:]
         return alive.to(like.device)

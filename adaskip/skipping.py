@@ -1,7 +1,7 @@
 """`with skipping(model, strategy): model.generate(...)`: sublayer skipping on a stock transformers model.
 
 The plan of a step is chosen before masks and positions are built, in `prepare_inputs_for_generation` when `generate`
-runs, in a forward pre-hook of the decoder when the model is called directly; both are outside compiled code.
+runs, in a forward pre-hook of the decoder when the (uncompiled) model is called directly.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from adaskip.kv_cache import release_skipped, restore_emptied, skipped_layers
 from adaskip.patching import NOTHING, ModelPatches, patches_of
 from adaskip.request import LearningWindow, Request, RequestTrace
 from adaskip.strategies.base import Strategy
+from adaskip.token_ids import end_token_ids
 
 StepKind = Literal["prefill", "decode"]
 
@@ -37,34 +38,34 @@ def skipping(
     with direct calls. State belongs to the request, which is as long-lived as its KV cache; the model is restored
     exactly on exit. A cache filled inside the context lacks the K/V of skipped attention and is of no use outside.
 
-    eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config.
+    eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config. Give it
+    here, too, if you give `generate` another one.
+
+    Two limits. A direct call of a compiled model is not seen (its pre-hook is part of the graph); `generate` compiles
+    around the choice of the plan. In assisted decoding a decode step is a verification of several tokens, and so
+    schedules and learning windows count verifications.
+
     Raises UnsupportedModelError for blocks that cannot be skipped and ValueError if the strategy was made for another
     number of layers, the model is in training mode, or the context is nested.
     """
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language-model head")
     patches = patches_of(model)
     if strategy.num_layers != len(patches.patches):
         raise ValueError(
             f"strategy {strategy.name} was made for {strategy.num_layers} layers, "
             f"{type(model).__name__} has {len(patches.patches)}"
         )
-    session = SkippingSession(model, strategy, patches, _end_tokens(model, eos_token_id))
+    session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id))
     own_prepare = model.__dict__.get("prepare_inputs_for_generation")
     with patches.install():
         hook = find_decoder(model).register_forward_pre_hook(session.before_forward, with_kwargs=True)
-        model.__dict__["prepare_inputs_for_generation"] = session.wrap_prepare_inputs()
         try:
+            model.__dict__["prepare_inputs_for_generation"] = session.wrap_prepare_inputs()
             yield session
         finally:
             restore_attribute(model, "prepare_inputs_for_generation", own_prepare)
             hook.remove()
-
-
-def _end_tokens(model: PreTrainedModel, given: int | list[int] | None) -> tuple[int, ...]:
-    if given is None:
-        given = getattr(model.generation_config, "eos_token_id", None)
-    if given is None:
-        return ()
-    return (given,) if isinstance(given, int) else tuple(given)
 
 
 class SkippingSession:
@@ -123,7 +124,8 @@ class SkippingSession:
         if prepared is None:
             return False
         moved = prepared.device != tokens.device and prepared.shape == tokens.shape  # by a device hook
-        return prepared is tokens or moved
+        embedded = tokens.dim() == 3 and prepared.shape == tokens.shape[:2]  # by a wrapper around the decoder
+        return prepared is tokens or moved or embedded
 
     def before_forward(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook of the decoder: chooses the plan of a direct call."""
@@ -141,7 +143,10 @@ class SkippingSession:
             made["past_key_values"] = cache
         self._begin_step(self._kind_of_direct_call(cache, tokens.shape[1]), cache)
         self._step_ids = ids
-        return (args, {**kwargs, **made}) if made else None
+        if not made:
+            return None
+        positional = list(self._signature.parameters)[: len(args)]
+        return (), {**dict(zip(positional, args, strict=True)), **kwargs, **made}
 
     @staticmethod
     def _uses_cache(decoder: Any, options: dict[str, Any]) -> bool:
@@ -173,7 +178,8 @@ class SkippingSession:
         if cache is None:
             return Request(self.strategy, self.eos_token_ids)
         request = self._requests.get(cache)
-        emptied = kind == "prefill" and request is not None and int(cache.get_seq_length()) == 0
+        used = request is not None or bool(skipped_layers(cache))
+        emptied = kind == "prefill" and used and int(cache.get_seq_length()) == 0
         if emptied:
             restore_emptied(cache)
         if request is None or emptied:
@@ -184,7 +190,8 @@ class SkippingSession:
     def _finish_measuring(self) -> None:
         """Fold what the previous decode step kept into the window of its request."""
         window, self._measuring = self._measuring, None
-        if window is not None and (ffn_io := self.patches.take_ffn_io()):
+        ffn_io = self.patches.take_ffn_io()
+        if window is not None and ffn_io.keys() == window.ffns:  # a step that failed half-way does not count
             window.add(ffn_io, self._step_ids)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,4 +52,4 @@ class SkipDecode(Strategy):
         n = self._num_whole_layers
         if self.phase == "prefill" or n == 0:
             return self.skipped
-        return self._schedule[min(n, math.ceil(step / self.max_decode_steps * (n - 1)) + 1)]
+        return self._schedule[min(n, -(-step * (n - 1) // self.max_decode_steps) + 1)]

@@ -69,6 +69,7 @@ def test_means_are_over_tokens_and_pads_do_not_count(family, batch_size):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_calibrated_in_both_phases(family):
     model = random_model(family)
+    model.generation_config.eos_token_id = None
     for phase in ("prefill", "decode"):
         profile = calibrate(model, random_prompts([7, 4]), batch_size=2, phase=phase, max_new_tokens=5)
         assert profile.tokens == (11 if phase == "prefill" else 2 * 4)  # the last new token is never an input
@@ -77,6 +78,7 @@ def test_every_family_can_be_calibrated_in_both_phases(family):
 
 def test_decode_measures_the_answers_tokens_only():
     model = random_model("llama")
+    model.generation_config.eos_token_id = None
     prompt = random_prompts([9])[0]
     answer = model.generate(prompt[None], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
     full = residual_stream(model, answer[:-1])
@@ -98,7 +100,10 @@ def test_rows_that_have_ended_do_not_count_in_decode():
     assert end not in answers[0][:2], "the first row must end at its third token"
     lengths = [next((i for i, t in enumerate(a.tolist()) if t == end), 7) for a in answers]
     options = {"phase": "decode", "max_new_tokens": 8, "eos_token_ids": [end]}
+    model.generation_config.eos_token_id = end
+    by_default = calibrate(model, prompts, batch_size=2, phase="decode", max_new_tokens=8)
     together = calibrate(model, prompts, batch_size=2, **options)
+    assert by_default.tokens == together.tokens
     alone = calibrate(model, prompts, batch_size=1, **options)
     assert together.tokens == alone.tokens == sum(lengths)
     assert together.ffn.similarity == pytest.approx(alone.ffn.similarity, abs=1e-5)

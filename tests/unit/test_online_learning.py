@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from adaskip.calibration import calibrate
-from adaskip.padding import left_padded
 from adaskip.plan import Budget, SkipPlan
 from adaskip.request import LearningWindow
 from adaskip.skipping import skipping
 from adaskip.strategies import AdaSkip
+from adaskip.token_ids import left_padded
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of
 from tests.reference import ReferenceDecoder
@@ -156,6 +156,39 @@ def test_in_a_batch_the_mean_is_over_the_tokens_of_live_rows():
     measured = window.close()[0]
     assert measured.similarity == pytest.approx(cosine.mean().item(), abs=1e-6)
     assert measured.scale == pytest.approx(ratio.mean().item(), abs=1e-6)
+
+
+def test_a_step_that_fails_half_way_does_not_spoil_the_next_request():
+    model, strategy = random_model("llama"), low_threshold()
+    prompts = random_prompts([9, 6])
+    mlp = model.model.layers[2].mlp
+    with skipping(model, strategy) as session, torch.no_grad():
+        cache = model(prompts[0].expand(2, -1), use_cache=True).past_key_values
+        model(torch.tensor([[5], [6]]), past_key_values=cache)
+        failing = mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("half-way")))
+        with pytest.raises(RuntimeError, match="half-way"):
+            model(torch.tensor([[5], [6]]), past_key_values=cache)
+        failing.remove()
+        cache = model(prompts[1][None], use_cache=True).past_key_values
+        decode(model, cache, [3, 4, 5, 6, 7])
+        assert session.last_request.online_ffns
+
+
+def test_the_window_sends_nothing_to_the_device_and_asks_nothing_of_it(monkeypatch):
+    window = LearningWindow(3, frozenset({0, 1}), eos_token_ids=(2,))
+    io = {i: (torch.randn(2, 1, 8), torch.randn(2, 1, 8)) for i in (0, 1)}
+    ids = torch.tensor([[5], [2]])
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a transfer or synchronisation while measuring")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "cpu", "tolist", "__bool__", "__int__", "__float__"):
+            patch.setattr(torch.Tensor, name, forbidden)
+        patch.setattr(torch, "tensor", forbidden)
+        window.add(io, ids)
+        window.add(io, ids)
+    assert set(window.close()) == {0, 1}
 
 
 def test_a_batch_of_equal_rows_learns_what_one_row_learns():

@@ -10,12 +10,14 @@ import torch
 from transformers import DynamicCache
 
 from adaskip.blocks import UnsupportedModelError
+from adaskip.calibration import calibrate
 from adaskip.kv_cache import SkippedLayer, kv_bytes
-from adaskip.padding import left_padded
+from adaskip.patching import LayerPatch
 from adaskip.plan import Budget, SkipPlan, Sublayer
 from adaskip.skipping import skipping
 from adaskip.strategies import EarlyExit, SkipDecode
-from tests.families import FAMILIES, random_model, random_prompts
+from adaskip.token_ids import left_padded
+from tests.families import COMMON, FAMILIES, random_model, random_prompts
 from tests.reference import ReferenceDecoder
 from tests.unit.test_skipping_reference import FixedPlan
 
@@ -127,17 +129,26 @@ def test_own_forward_of_a_layer_comes_back():
 
 
 def test_accelerate_hooks_still_run():
-    from accelerate import dispatch_model
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Counter(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
 
     plain, hooked = random_model("llama"), random_model("llama")
-    hooked = dispatch_model(hooked, device_map={"": "cpu"}, force_hooks=True)
-    assert hasattr(hooked.model.layers[0], "_old_forward") or hasattr(hooked, "_hf_hook")
-    prompts = random_prompts([9, 4])
+    counters = [Counter() for _ in hooked.model.layers]
+    for layer, counter in zip(hooked.model.layers, counters, strict=True):
+        add_hook_to_module(layer, counter)
+    ids = random_prompts([9])[0][None]
     with skipping(plain, fixed()):
-        expected, _ = greedy(plain, prompts)
+        expected = plain(ids).logits
     with skipping(hooked, fixed()):
-        got, _ = greedy(hooked, prompts)
-    assert torch.equal(got.sequences, expected.sequences)
+        before = [counter.calls for counter in counters]
+        assert torch.equal(hooked(ids).logits, expected)
+    assert [counter.calls - seen for counter, seen in zip(counters, before, strict=True)] == [1] * 4
 
 
 def test_layer_offloaded_by_accelerate_is_skipped_all_the_same():
@@ -151,17 +162,19 @@ def test_layer_offloaded_by_accelerate_is_skipped_all_the_same():
         expected = plain(ids).logits
     with skipping(offloaded, fixed()):
         assert torch.equal(offloaded(ids).logits, expected)
+    assert calibrate(offloaded, [ids[0]]).attention == calibrate(plain, [ids[0]]).attention
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
-def test_kv_bytes_are_live_over_all_layers(family, phase):
+@pytest.mark.parametrize("phase", ["prefill", "e2e", "decode"])
+def test_kv_bytes_are_live_over_all_layers(family, phase, options):
     model = random_model(family)
-    # equal lengths in all layers: stay below the sliding window
-    prompts = random_prompts([2])
-    full, _ = greedy(model, prompts, max_new_tokens=2, min_new_tokens=2)
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, **options}
+    prompts = random_prompts([2])  # shorter than the sliding window, so that all layers hold as much
+    full, _ = greedy(model, prompts, **options)
     with skipping(model, fixed(phase, SkipPlan(attention={0, 2, 3}))):
-        part, _ = greedy(model, prompts, max_new_tokens=2, min_new_tokens=2)
+        part, _ = greedy(model, prompts, **options)
     assert kv_bytes(part.past_key_values) * 4 == kv_bytes(full.past_key_values)
 
 
@@ -267,6 +280,74 @@ def test_an_emptied_cache_begins_a_new_request(static):
         again = [model(ids, past_key_values=cache).logits, model(ids[:, :1], past_key_values=cache).logits]
         assert session.last_request.decode_steps == 1
     assert all(torch.equal(x, y) for x, y in zip(fresh, again, strict=True))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_emptied_cache_forgets_the_context_before(static):
+    from transformers import StaticCache
+
+    model = random_model("llama")
+    ids = random_prompts([6])[0][None]
+    cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+    with skipping(model, fixed(plan=SkipPlan(attention={3}))), torch.no_grad():
+        model(ids, past_key_values=cache)
+    cache.reset()
+    if int(cache.get_seq_length()):
+        pytest.skip("this transformers' reset leaves a dynamic cache its length")
+    with skipping(model, fixed(plan=SkipPlan(attention={1}))) as session, torch.no_grad():
+        model(ids, past_key_values=cache)
+        assert session.last_request.prefill_plan.attention == {1}
+
+
+def test_a_wrapper_that_embeds_the_tokens_does_not_count_steps_twice():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    from transformers.models.gemma3 import Gemma3TextConfig
+
+    text = Gemma3TextConfig(**{**COMMON, **FAMILIES["gemma3"][1], "num_hidden_layers": 4})
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    with skipping(model, fixed("decode")) as session:
+        model.generate(random_prompts([6])[0][None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert session.last_request.decode_steps == 7
+
+
+def test_positional_arguments_of_a_direct_call_are_kept():
+    model = random_model("llama")
+    ids = random_prompts([6])[0][None]
+    with skipping(model, fixed()):
+        by_name = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        assert torch.equal(model.model(ids, torch.ones_like(ids), None, None).last_hidden_state, by_name)
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="language-model head"), skipping(random_model("llama").model.layers, fixed()):
+        pass
+
+
+def test_an_interrupted_change_of_plan_leaves_nothing_behind(monkeypatch):
+    model = random_model("llama")
+    ids = random_prompts([6])[0][None]
+    stock = model(ids).logits
+
+    def fails(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerPatch, "set_scale", fails)
+        with pytest.raises(KeyboardInterrupt), skipping(model, fixed()):
+            model(ids)
+    assert calibrate(model, [ids[0]]).tokens == 6
+    with skipping(model, fixed(plan=SkipPlan())):
+        assert torch.equal(model(ids).logits, stock)
+
+
+def test_an_offloaded_cache_is_refused():
+    model = random_model("llama")
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True
+    with skipping(model, fixed()), pytest.raises(ValueError, match="offloaded KV cache"):
+        model(random_prompts([6])[0][None], past_key_values=cache)
 
 
 def test_skipdecode_counts_per_request_and_may_run_twice_end_to_end():

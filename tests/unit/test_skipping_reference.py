@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from adaskip.padding import left_padded
 from adaskip.plan import Budget, Phase, SkipPlan, Sublayer
 from adaskip.skipping import skipping
+from adaskip.strategies import SkipDecode
 from adaskip.strategies.base import Strategy
+from adaskip.token_ids import left_padded
 from tests.families import FAMILIES, VOCAB, random_model, random_prompts
 from tests.reference import ReferenceDecoder
 
@@ -101,3 +102,23 @@ def test_logits_match_a_model_that_lacks_the_sublayers(family, plan, cache_mode)
             assert got.shape == (len(lengths), NEW_TOKENS, VOCAB)
             error = (got - expected).abs().max().item()
             assert error < TOLERANCE, f"{phase}, lengths {lengths}: logit error {error:.2e}"
+
+
+@pytest.mark.parametrize("cache_mode", ["dynamic", "chunked", "static"])
+@pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_a_plan_that_grows_while_decoding_matches_too(family, phase, cache_mode):
+    model = random_model(family)
+    strategy = SkipDecode(num_layers=4, budget=Budget(layers=3), phase=phase, max_decode_steps=4)
+    assert phase == "prefill" or len({len(strategy.decode_plan(t)) for t in range(1, NEW_TOKENS)}) > 1
+    prompts, continuations = random_prompts([9, 3, 6]), torch.stack(random_prompts([NEW_TOKENS] * 3, seed=7))
+    rows = []
+    for prompt, forced in zip(prompts, continuations, strict=True):
+        decoder = ReferenceDecoder(model)
+        logits = [decoder.run(prompt.tolist(), strategy.prefill_plan)[-1]]
+        floor = strategy.prefill_plan.attention_only()  # attention without the prompt's K/V does not come back
+        for step, token in enumerate(forced[:-1].tolist(), 1):
+            logits.append(decoder.step(token, strategy.decode_plan(step).union(floor)))
+        rows.append(torch.stack(logits))
+    got = skipped_run(model, prompts, strategy, continuations, cache_mode=cache_mode)
+    assert (got - torch.stack(rows)).abs().max() < TOLERANCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -70,7 +71,7 @@ def test_skipdecode_skips_the_layers_after_the_first():
 @given(n=st.integers(1, 20), step=st.integers(1, 600), most=st.integers(1, 512))
 def test_skipdecode_follows_its_schedule_and_only_grows(n, step, most):
     strategy = SkipDecode(num_layers=32, budget=Budget(layers=n), phase="decode", max_decode_steps=most)
-    layers = min(n, math.ceil(step / most * (n - 1)) + 1)
+    layers = min(n, math.ceil(Fraction(step, most) * (n - 1)) + 1)
     assert strategy.decode_plan(step) == SkipPlan.of_layers(range(1, layers + 1))
     assert strategy.decode_plan(step).attention <= strategy.decode_plan(step + 1).attention
 
