@@ -39,7 +39,7 @@ class Failed:
     line: str
 
 
-GRACE_S = 10.0
+GRACE_S = 30.0
 """How long a worker may take to end before it is killed."""
 Message = Progress | Done | Failed
 
@@ -105,12 +105,16 @@ class Worker:
             return None
 
     def restart(self) -> None:
-        self.stop()
+        self.end()
+        self.wait_for_end()
         self._start()
 
-    def stop(self) -> None:
-        """End the process, in the middle of a cell if need be: a run can be cut anywhere."""
+    def end(self) -> None:
+        """Tell the process to end, in the middle of a cell if need be: a run can be cut anywhere."""
         self.process.terminate()
+
+    def wait_for_end(self) -> None:
+        """Wait for the end, and make it one if that takes too long."""
         self.process.join(GRACE_S)
         self.process.kill()
         self.process.join()
@@ -140,7 +144,9 @@ class Pool:
                         self._handle(worker, worker.receive(), queue)
         finally:
             for worker in self.workers:
-                worker.stop()
+                worker.end()
+            for worker in self.workers:
+                worker.wait_for_end()
         return GridOutcome(tuple(self.complete), tuple(self.failed), self.made)
 
     def _handle(self, worker: Worker, message: Message | None, queue: deque[RunConfig]) -> None:
