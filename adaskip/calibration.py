@@ -186,6 +186,7 @@ def calibrate(
     model: PreTrainedModel,
     prompts: Iterable[Tensor | Sequence[int]],
     *,
+    model_name: str | None = None,
     dataset: str = "",
     data_ids: Iterable[str] = (),
     batch_size: int = 1,
@@ -195,8 +196,8 @@ def calibrate(
 ) -> ImportanceProfile:
     """The importance of every sublayer of `model` over calibration prompts.
 
-    prompts: token ids, 1-D, at least one. dataset, data_ids: what they are, for the record. The other arguments are
-    those of `measure`. The means are over tokens, not over prompts. Raises ValueError if there is nothing to measure.
+    prompts: token ids, 1-D, at least one. model_name, dataset, data_ids: what was measured on what, for the record. The
+    other arguments are those of `measure`. The means are over tokens, not over prompts. Raises ValueError if there is nothing to measure.
     Paper: Eq. (2), (3).
     """
     measured = list(
@@ -222,7 +223,7 @@ def calibrate(
         layer=layer,
         tokens=tokens,
         phase=phase,
-        model=getattr(model.config, "name_or_path", "") or type(model).__name__,
+        model=model_name or getattr(model.config, "name_or_path", "") or type(model).__name__,
         weights_fingerprint=weights_fingerprint(model),
         dtype=str(model.dtype).removeprefix("torch."),
         attn_implementation=str(model.config._attn_implementation),

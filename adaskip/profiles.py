@@ -59,7 +59,8 @@ def measure(config: SharedConfig, loaded: LoadedModel, num_samples: int, batch_s
         for sample in samples
     ]
     ids = [sample["_id"] for sample in samples]
-    return calibrate(loaded.model, prompts, data_ids=ids, dataset=task.name, batch_size=batch_size)
+    about = {"model_name": spec.name, "dataset": task.name, "data_ids": ids}
+    return calibrate(loaded.model, prompts, **about, batch_size=batch_size)
 
 
 def calibrate_to(config: CalibrateConfig) -> ImportanceProfile:

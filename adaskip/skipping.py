@@ -38,8 +38,8 @@ def skipping(
     with direct calls. State belongs to the request, which is as long-lived as its KV cache; the model is restored
     exactly on exit. A cache filled inside the context lacks the K/V of skipped attention and is of no use outside.
 
-    eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config. Give
-    it here, too, if you give `generate` another one.
+    eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config.
+    Give it here, too, if you give `generate` another one.
 
     Two limits. A direct call of a compiled model is not seen (its pre-hook is part of the graph); `generate` compiles
     around the choice of the plan. In assisted decoding a decode step is a verification of several tokens, and so

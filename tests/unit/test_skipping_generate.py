@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from adaskip.blocks import UnsupportedModelError
+from adaskip.blocks import UnsupportedModelError, find_structure
 from adaskip.calibration import calibrate
 from adaskip.kv_cache import SkippedLayer, kv_bytes
 from adaskip.patching import LayerPatch
@@ -402,6 +402,16 @@ def test_parallel_residual_is_refused():
         skipping(CohereForCausalLM(config).eval(), fixed(plan=SkipPlan(), num_layers=2)),
     ):
         pass
+
+
+def test_glm4_and_olmo3_blocks_are_recognised():
+    from transformers import Glm4Config, Glm4ForCausalLM, Olmo3Config, Olmo3ForCausalLM
+
+    sizes = {**COMMON, "num_hidden_layers": 2}
+    glm = Glm4ForCausalLM(Glm4Config(**sizes, head_dim=4)).eval()
+    olmo = Olmo3ForCausalLM(Olmo3Config(**sizes, sliding_window=5)).eval()
+    assert find_structure(glm).name == "sandwich-norm (GLM)"
+    assert find_structure(olmo).name == "post-norm"
 
 
 def test_a_block_with_familiar_names_that_computes_something_else_is_refused():
