@@ -197,7 +197,8 @@ def calibrate(
     """The importance of every sublayer of `model` over calibration prompts.
 
     prompts: token ids, 1-D, at least one. model_name, dataset, data_ids: what was measured on what, for the record. The
-    other arguments are those of `measure`. The means are over tokens, not over prompts. Raises ValueError if there is nothing to measure.
+    other arguments are those of `measure`. The means are over tokens, not over prompts. Raises ValueError if there is
+    nothing to measure.
     Paper: Eq. (2), (3).
     """
     measured = list(
