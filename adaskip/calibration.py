@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -170,7 +170,8 @@ def _run_answers(
     """Greedy answers; the prompt is not measured. Pads stand on the left."""
     pad_token_id = (list(eos_token_ids) or [0])[0]
     ids, mask = left_padded(rows, pad_token_id, execution_device(model))
-    model.generate(
+    generate: Any = model.generate
+    generate(
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
@@ -217,7 +218,7 @@ def calibrate(
             f"calibration saw no {'generated' if phase == 'decode' else 'prompt'} token; give longer prompts"
         )
     means = torch.stack([m.sums for m in measured]).double().sum(dim=0).cpu() / tokens  # [U, M, 2]
-    attention, ffn, layer = (SublayerMeans(unit[:, 0].tolist(), unit[:, 1].tolist()) for unit in means)
+    attention, ffn, layer = (SublayerMeans(tuple(unit[:, 0].tolist()), tuple(unit[:, 1].tolist())) for unit in means)
     return ImportanceProfile(
         attention=attention,
         ffn=ffn,

@@ -80,7 +80,8 @@ def generate(
     patched = nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=ends)
     with patched as session:
         start_s = _now(ids.device)
-        output: Any = model.generate(
+        stock_generate: Any = model.generate
+        output = stock_generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
