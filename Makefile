@@ -24,7 +24,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 type: setup
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The tests that fit in CI; `make test-all` adds those marked slow.
 test: setup lint type

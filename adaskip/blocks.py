@@ -102,6 +102,11 @@ def execution_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a stock model; raises UnsupportedModelError if there are none."""
+    return find_decoder(model).layers
+
+
 @dataclass(frozen=True)
 class _LayerCall:
     """What one stock layer was given and what it made of it."""

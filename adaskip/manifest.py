@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from adaskip.blocks import decoder_layers
 from adaskip.importance import ImportanceProfile
 from adaskip.job import Job
-from adaskip.models import LoadedModel, decoder_layers, weights_fingerprint
+from adaskip.models import LoadedModel, weights_fingerprint
 from adaskip.sources import fingerprint
 
 

@@ -20,7 +20,6 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,12 +33,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adaskip import internlm
+from adaskip.blocks import decoder_layers
 from adaskip.checkpoints import ModelError, check_weights, commit_of, find_folder, one_line, read_config
 from adaskip.configs import load_yaml
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.rope import fix_dynamic_rope
 
-__all__ = ["LoadedModel", "ModelError", "ModelSpec", "decoder_layers", "load_model", "registry", "weights_fingerprint"]
+__all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model", "registry", "weights_fingerprint"]
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def _load_weights(
         raise ModelError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning("%s: %d weights are not used, first %s", folder, len(unexpected), unexpected[0])
-    decoder_layers(model)
+    decoder_layers(model)  # refuses a model without
     fix_dynamic_rope(model)
     return model.eval().requires_grad_(False)
 
@@ -304,18 +304,3 @@ def _stop_token_ids(
     ids = [vocabulary[token] for token in stop_tokens if token in vocabulary]
     ids += [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return tuple(dict.fromkeys(token for token in ids if token is not None))
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a stock causal language model.
-
-    Raises:
-        ModelError: the model has no such list.
-    """
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    layers = getattr(model if get_decoder is None else get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise ModelError(
-            f"{type(model).__name__} has no list of decoder layers: only decoder-only models are supported"
-        )
-    return layers

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaskip.blocks import (
     BlockStructure,
+    decoder_layers,
     execution_device,
     find_decoder,
     find_structure,
@@ -103,7 +104,7 @@ class ModelPatches:
 
     def __init__(self, model: nn.Module):
         structure = find_structure(model)
-        self.layers = tuple(find_decoder(model).layers)
+        self.layers = tuple(decoder_layers(model))
         self.patches = tuple(LayerPatch(layer, i, structure) for i, layer in enumerate(self.layers))
         self.installed = False
         self._saved: list[tuple[nn.Module, str, Any]] = []
@@ -112,7 +113,7 @@ class ModelPatches:
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether the model still has the layers these patches were made for."""
-        layers = find_decoder(model).layers
+        layers = decoder_layers(model)
         return len(layers) == len(self.layers) and all(a is b for a, b in zip(layers, self.layers, strict=True))
 
     @contextmanager

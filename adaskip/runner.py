@@ -7,6 +7,7 @@ killed and continued makes the same batches, and thereby the same predictions, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from adaskip.blocks import decoder_layers
 from adaskip.cells import Cell
 from adaskip.generate import Generation, generate
 from adaskip.job import Job, Part, find_job
 from adaskip.longbench import TaskSpec, build_prompt_ids
 from adaskip.manifest import describe_job, describe_run
-from adaskip.models import LoadedModel, decoder_layers
+from adaskip.models import LoadedModel
 from adaskip.plan import Budget, check_phase
 from adaskip.profiles import profile_for
 from adaskip.run_config import RunConfig
@@ -85,8 +87,9 @@ def execute(job: Job) -> Iterator[Progress]:
     """Do what is left of a job whose folder is held, step by step."""
     config, folder = job.config, job.folder
     folder.check(describe_job(job))  # before the model is loaded, which may take minutes
-    loaded = load(config, config.model)
-    profile, profile_path = profile_for(config, loaded) if needs_profile(config.strategy) else (None, None)
+    with one_line_if_it_fails(f"{job.cell.label} stopped before its first sample", "nothing was written"):
+        loaded = load(config, config.model)
+        profile, profile_path = profile_for(config, loaded) if needs_profile(config.strategy) else (None, None)
     budget = config.skip_budget or Budget(sublayers=0)
     strategies = [  # all of them first: a budget that cannot be is refused before anything is written
         build(
@@ -108,18 +111,25 @@ def execute(job: Job) -> Iterator[Progress]:
     folder.finish()
 
 
+@contextmanager
+def one_line_if_it_fails(where: str, then: str) -> Iterator[None]:
+    """Turn a failure of the machine (out of memory among others, a RuntimeError of torch's) into a RunError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RunError(f"{where}: {reason}; {then}") from error
+
+
 def _run_batch(job: Job, part: Part, start: int, loaded: LoadedModel, strategy: Strategy | None) -> int:
     """Make and save the records of one batch; how many they were."""
     batch = part.samples[start : start + job.batch_size]
-    try:
+    with one_line_if_it_fails(
+        f"{job.cell.label} stopped at {part.name}, samples {start} to {start + len(batch) - 1}",
+        f"the {start} before are kept and the same command continues",
+    ):
         records = make_records(part, batch, start, loaded, strategy)
         job.folder.append(part.name, records)
-    except (RuntimeError, MemoryError, OSError) as error:  # RuntimeError: torch's OutOfMemoryError among others
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise RunError(
-            f"{job.cell.label} stopped at {part.name}, samples {start} to {start + len(batch) - 1}: {reason}; "
-            f"the {start} before are kept and the same command continues"
-        ) from error
     return len(records)
 
 

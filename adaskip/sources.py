@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from adaskip import testbed
+from adaskip.blocks import decoder_layers
 from adaskip.longbench import HUB, LongBenchError, load_records
-from adaskip.models import LoadedModel, decoder_layers, load_model
+from adaskip.models import LoadedModel, load_model
 from adaskip.run_config import SharedConfig
 
 Sample = dict[str, Any]

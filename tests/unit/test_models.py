@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from adaskip import checkpoints, models
+from adaskip.blocks import UnsupportedModelError, decoder_layers
 from adaskip.longbench import TASKS, build_prompt_ids
-from adaskip.models import ModelError, decoder_layers, load_model, registry
+from adaskip.models import ModelError, load_model, registry
 from adaskip.rope import DynamicNTKRope
 from tests.checkpoints import SMALL, write_family, write_hub_cache
 
@@ -198,7 +199,7 @@ def test_decoder_layers_are_the_models_own(snapshots):
     assert decoder_layers(model) is model.model.layers
     assert len(decoder_layers(torch.compile(model))) == SMALL["num_hidden_layers"]
     for other in (nn.Linear(2, 2), GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=1, vocab_size=5))):
-        with pytest.raises(ModelError, match="no list of decoder layers"):
+        with pytest.raises(UnsupportedModelError, match="no list of decoder layers"):
             decoder_layers(other)
 
 
