@@ -13,6 +13,7 @@ from typing import Any
 
 from adaskip.files import write_text_atomic
 from adaskip.job import find_job
+from adaskip.locks import exclusive
 from adaskip.manifest import is_done
 from adaskip.observations.saved import NotMeasuredError, drawing_order
 from adaskip.observations.settings import CheckSpec, ObserveConfig
@@ -100,7 +101,8 @@ def _sources(folder: Path) -> dict[str, Any]:
 
 
 def _keep(path: Path, label: str, entry: dict[str, Any]) -> None:
-    """Put one model's scores into the file beside the others'."""
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = json.dumps({**held, label: entry}, ensure_ascii=False, allow_nan=False)
-    write_text_atomic(path, text + "\n")
+    """Put one model's scores into the file beside the others', which may come at the same time."""
+    with exclusive(path.with_suffix(".lock"), wait=True):
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        text = json.dumps({**held, label: entry}, ensure_ascii=False, allow_nan=False)
+        write_text_atomic(path, text + "\n")
