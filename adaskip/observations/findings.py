@@ -87,7 +87,7 @@ class Findings:
             "numbers": self.numbers,
             "sources": self.sources,
         }
-        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_findings(findings: Findings, out_dir: Path) -> list[Path]:

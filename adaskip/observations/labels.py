@@ -6,6 +6,8 @@ from adaskip.results import labels
 
 KINDS = {"attention": "Attention", "ffn": "FFN"}
 _TASKS = {**labels.TASKS, "qasper": "Qasper", "2wikimqa": "2WikiMQA"}
+METRICS = {"qa_f1": "F1", "classification": "accuracy", "rouge": "Rouge-L"}
+"""By our metric's name."""
 
 
 def task_label(task: str) -> str:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from adaskip.configs import load_yaml
 from adaskip.observations.findings import Claim, Findings, Table
-from adaskip.observations.labels import task_label
+from adaskip.observations.labels import METRICS, task_label
 from adaskip.plots.style import BLUE, FULL_LINE, ORANGE, Look, save, styled
 from adaskip.results import labels
 from adaskip.results.intervals import Estimate, mean_estimate
@@ -136,7 +136,7 @@ def _shares(kept: list[float]) -> str:
 def _table(curves: list[Curve]) -> Table:
     rows = []
     for curve in curves:
-        named = (curve.model, f"{task_label(curve.task)} ({labels.METRICS.get(curve.metric, curve.metric)})")
+        named = (curve.model, f"{task_label(curve.task)} ({METRICS.get(curve.metric, curve.metric)})")
         rows.append([*named, "0", labels.percent(curve.full), labels.percent(curve.full)])
         for n in curve.layers:
             rows.append([*named, str(n), *(labels.percent(curve.by_layers[name][n]) for name in STRATEGIES)])
