@@ -4,7 +4,7 @@ PYTHON_COMPAT ?= python3.12
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
 
-.PHONY: setup format lint type test test-all test-compat reproduce clean
+.PHONY: setup format lint type test test-fast test-compat reproduce clean
 
 setup: .venv/.complete
 
@@ -26,12 +26,12 @@ lint: setup
 type: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The tests that fit in CI; `make test-all` adds those marked slow.
 test: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
-
-test-all: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
+
+# Without the tests that take more than a few seconds each.
+test-fast: setup
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
 
 # The oldest supported torch and transformers, on the newest supported Python.
 test-compat:
