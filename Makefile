@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON_COMPAT ?= python3.12
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
+OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test test-fast test-compat reproduce clean
+.PHONY: setup format lint type test test-fast test-compat reproduce observations clean
 
 setup: .venv/.complete
 
@@ -41,11 +42,19 @@ test-compat:
 	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
 
-# The paper's Tables 3 and 4 and their plots on the testbed; continues where it was stopped.
+# The paper's tables, plots and observations on the testbed; continues where it was stopped.
 reproduce: setup
 	$(BIN)/adaskip grid --testbed --jobs $(JOBS)
 	$(BIN)/python eval/tables.py --testbed
 	$(BIN)/python eval/plots.py --testbed
+	for script in $(OBSERVATIONS); do \
+	    echo llama internlm vicuna | xargs -n 1 -P $(JOBS) $(BIN)/python observations/$$script.py --testbed --threads 1 --model \
+	    && $(BIN)/python observations/$$script.py --testbed --draw-only || exit 1; \
+	done
+
+# The observations on real checkpoints: make observations MODEL=llama
+observations: setup
+	for script in $(OBSERVATIONS); do $(BIN)/python observations/$$script.py --model $(or $(MODEL),all) || exit 1; done
 
 clean:
 	rm -rf .venv .venv-compat build *.egg-info .pytest_cache .ruff_cache .hypothesis
