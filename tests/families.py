@@ -45,7 +45,9 @@ def random_model(family: str, num_layers: int = 4, seed: int = 0, **options) -> 
     settings = {**COMMON, **special, "num_hidden_layers": num_layers, **options}
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][:num_layers]
-    model = AutoModelForCausalLM.from_config(config_class(**settings)).eval()
+    # transformers 5.17 has an SDPA for Gemma2 that leaves the soft-capping out
+    attention = "eager" if family == "gemma2" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config_class(**settings), attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
