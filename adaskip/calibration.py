@@ -53,7 +53,7 @@ class _RowSums:
         self.num_forwards = 0
         self.snapshots: dict[int, tuple[dict[tuple[str, int], Tensor], Tensor]] = {}  # by number of forwards
 
-    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor) -> None:
+    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
         assert self.mask is not None
         mask = self.mask.to(a.device)
         step = torch.stack([(x * mask).sum(dim=-1) for x in cosine_and_ratio(a, b, change)])

@@ -32,8 +32,11 @@ NOTHING: frozenset[int] = frozenset()
 class SublayerProbe(Protocol):
     """Takes part in a layer's forward to measure it."""
 
-    def record(self, kind: SublayerKind | str, layer: int, a: Tensor, b: Tensor, change: Tensor) -> None:
-        """See input `a`, output `b` and `change` = b - a of a unit ("attention", "ffn" or "layer"), all [B, S, D]."""
+    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
+        """See input `a`, output `b` and, of a sublayer, `change` = b - a, all [B, S, D].
+
+        kind: "attention", "ffn", or "layer" for both together.
+        """
         ...
 
 
@@ -79,7 +82,7 @@ class LayerPatch:
         if self.measure_ffn:
             self.ffn_io = (middle, hidden_states)
         if self.probe is not None:
-            self.probe.record("layer", self.index, entry, hidden_states, hidden_states - entry)
+            self.probe.record("layer", self.index, entry, hidden_states, None)
         return hidden_states
 
     def _run(self, kind: SublayerKind, hidden_states: Tensor, kwargs: dict[str, Any] | None) -> Tensor:
