@@ -101,7 +101,7 @@ def get_task(name: str) -> TaskSpec:
 
 def load_records(
     task: str,
-    source: str | Path | None = HUB,
+    source: str | Path | None = None,
     min_length: int | None = PAPER_MIN_LENGTH,
     limit: int | None = None,
     extended: bool | None = None,
@@ -110,7 +110,8 @@ def load_records(
 
     Args:
         task: a LongBench task; `trec_e` means `trec` with `extended=True`.
-        source: a folder of jsonl files, a zip archive, or `"hub"` (see `longbench_data.list_sets`).
+        source: a folder of jsonl files, a zip archive, `"hub"`, or None for the local Hub cache (see
+            `longbench_data.list_sets`).
         min_length: keep records of more than so many words; None keeps all.
         limit: keep the first so many of those; None keeps all.
         extended: take the LongBench-E set `<task>_e`, as the paper does (True), or the plain one (False). None: the

@@ -72,17 +72,18 @@ def _parse_object(line: bytes, place: str) -> dict[str, Any]:
     return value
 
 
-def list_sets(source: str | Path | None = HUB) -> dict[str, JsonlFile]:
+def list_sets(source: str | Path | None = None) -> dict[str, JsonlFile]:
     """Every set a source holds, by name (`trec`, `trec_e`, ...).
 
     Args:
-        source: a folder with `<set>.jsonl` files (also in its `data/` or its `data.zip`), a zip of them, or `"hub"`.
+        source: a folder with `<set>.jsonl` files (also in its `data/` or its `data.zip`), a zip of them, `"hub"` to
+            download the Hub's archive, or None for the one in the local Hub cache, without touching the network.
 
     Raises:
         LongBenchError: there is no such source, it holds no jsonl file, or the Hub's archive cannot be had.
     """
     if source is None or source == HUB:
-        return _sets_in_zip(hub_archive())
+        return _sets_in_zip(hub_archive(download=source == HUB))
     path = Path(source)
     if path.is_dir():
         return _sets_in_folder(path)
@@ -116,13 +117,23 @@ def _sets_in_zip(path: Path) -> dict[str, JsonlFile]:
 
 
 @cache
-def hub_archive() -> Path:
-    """The Hub's data.zip at the pinned revision, downloaded once into the Hub cache and checked against its sha256."""
+def hub_archive(download: bool = False) -> Path:
+    """The Hub's data.zip at the pinned revision in the local Hub cache, checked against its sha256.
+
+    Args:
+        download: fetch it if it is not there.
+    """
     pin = load_yaml("longbench")["hub"]
     try:
         with _quiet_hub():
-            path = Path(hf_hub_download(pin["repo"], pin["file"], repo_type="dataset", revision=pin["revision"]))
+            options = {"repo_type": "dataset", "revision": pin["revision"], "local_files_only": not download}
+            path = Path(hf_hub_download(pin["repo"], pin["file"], **options))
     except (OSError, HFValidationError) as error:
+        if not download:
+            raise LongBenchError(
+                f"{pin['file']} of {pin['repo']} at {pin['revision'][:7]} is not in the local Hub cache; "
+                f"give {HUB!r} to download it, or a local data.zip or folder of <task>.jsonl files"
+            ) from None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise LongBenchError(
             f"cannot get {pin['file']} of {pin['repo']} at {pin['revision'][:7]} from the Hub ({reason}). "

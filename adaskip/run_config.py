@@ -22,7 +22,9 @@ class SharedConfig:
 
     testbed: bool = option("the embedded small models and their generated tasks instead of real checkpoints", False)
     checkpoint: str | None = option("folder or Hub id of the weights instead of the model's own")
-    data_dir: str | None = option("folder of LongBench's jsonl files, or its data.zip, instead of the Hub")
+    data_dir: str | None = option(
+        "folder of LongBench's jsonl files, its data.zip, or hub to download it; if not given, the local Hub cache"
+    )
     device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
     dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
     attn_implementation: str = option("transformers' attention backend, e.g. sdpa, eager, flash_attention_2", "sdpa")

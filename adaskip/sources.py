@@ -10,7 +10,7 @@ from typing import Any
 
 from adaskip import testbed
 from adaskip.blocks import decoder_layers
-from adaskip.longbench import HUB, LongBenchError, load_records
+from adaskip.longbench import LongBenchError, load_records
 from adaskip.models import LoadedModel, load_model
 from adaskip.run_config import SharedConfig
 
@@ -56,11 +56,11 @@ def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limi
     if is_testbed:
         return tuple(testbed.records(task, split=split, limit=limit))
     try:
-        return tuple(load_records(task, data_dir or HUB, limit=limit))
+        return tuple(load_records(task, data_dir, limit=limit))
     except LongBenchError as error:
         if data_dir is not None:
             raise
-        hint = "--data-dir takes local files, --testbed the embedded models and tasks"
+        hint = "--data-dir takes any of these, --testbed the embedded models and tasks"
         raise LongBenchError(f"{error}; {hint}") from None
 
 

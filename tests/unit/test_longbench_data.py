@@ -232,12 +232,16 @@ def test_the_hub_is_asked_for_the_pinned_archive_and_its_hash_is_checked(tmp_pat
     message = failure("qasper", HUB)
     assert f"data.zip has sha256 {hashlib.sha256(archive.read_bytes()).hexdigest()}, expected cb45b11a" in message
     revision = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
-    assert asked == [(("zai-org/LongBench", "data.zip"), {"repo_type": "dataset", "revision": revision})]
+    assert asked == [
+        (("zai-org/LongBench", "data.zip"), {"repo_type": "dataset", "revision": revision, "local_files_only": False})
+    ]
 
     monkeypatch.setattr(longbench_data, "check_sha256", lambda path, expected: None)
     assert load_records("qasper", HUB) == [record(1)]
-    assert load_records("qasper", None) == [record(1)]
+    assert load_records("qasper", HUB) == [record(1)]
     assert len(asked) == 2, "one download per process"
+    assert load_records("qasper") == [record(1)]
+    assert asked[-1][1]["local_files_only"], "no network unless asked"
 
 
 def test_no_network_is_one_line_that_says_what_to_do(hub):
@@ -250,6 +254,13 @@ def test_no_network_is_one_line_that_says_what_to_do(hub):
         "cannot get data.zip of zai-org/LongBench at 5e628be from the Hub (Name or service not known). "
     )
     assert "pass a local data.zip or a folder" in message
+
+
+def test_without_a_source_only_the_local_cache_is_read(tmp_path, monkeypatch):
+    longbench_data.hub_archive.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    message = failure("qasper")
+    assert "is not in the local Hub cache; give 'hub' to download it, or a local data.zip or folder" in message
 
 
 def test_the_hub_client_offline_is_one_line(tmp_path, monkeypatch):
