@@ -22,7 +22,7 @@ from adaskip.plan import Budget
 from adaskip.skipping import skipping
 from adaskip.strategies import EarlyExit
 
-PROMPT_TOKENS, NEW_TOKENS = 1024, 32
+PROMPT_TOKENS, NEW_TOKENS = 512, 17
 
 
 def random_llama() -> torch.nn.Module:
