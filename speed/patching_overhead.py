@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import statistics
+import time
 from contextlib import nullcontext
 
 import torch
@@ -22,7 +23,8 @@ from adaskip.plan import Budget
 from adaskip.skipping import skipping
 from adaskip.strategies import EarlyExit
 
-PROMPT_TOKENS, NEW_TOKENS = 512, 17
+PREFILL = {"prompt_tokens": 512, "new_tokens": 1}
+DECODE = {"prompt_tokens": 16, "new_tokens": 64}
 
 
 def random_llama() -> torch.nn.Module:
@@ -35,37 +37,36 @@ def random_llama() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
 
 
-def time_once(model, new_tokens: int, patched: bool, threads: int) -> float:
-    """Seconds of one `generate` of `new_tokens` tokens after a fixed prompt."""
-    ids = torch.arange(3, 3 + PROMPT_TOKENS, device=model.device)[None]
+def time_once(model, work: dict[str, int], patched: bool, threads: int) -> float:
+    """Seconds of one `generate`; on the CPU of this process's own time, which other processes do not stretch."""
+    ids = torch.arange(3, 3 + work["prompt_tokens"], device=model.device)[None]
     strategy = EarlyExit(num_layers=model.config.num_hidden_layers, budget=Budget(sublayers=0))
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    tokens = work["new_tokens"]
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    clock = {} if model.device.type == "cuda" else {"timer": time.process_time}
     with skipping(model, strategy) if patched else nullcontext():
         timer = Timer(
             "model.generate(ids, attention_mask=mask, **options)",
             globals={"model": model, "ids": ids, "mask": torch.ones_like(ids), "options": options},
             num_threads=threads,
+            **clock,
         )
         return timer.timeit(1).mean
 
 
 def compare(rounds: int, threads: int) -> dict[str, dict[str, float]]:
-    """Median, quartiles and ratio of prefill (one new token) and decode (the further ones, per token)."""
+    """Medians, quartiles and ratios of a prefill (one new token) and of decoding (a short prompt, many new tokens)."""
     model = random_llama()
-    times = {(patched, tokens): [] for patched in (False, True) for tokens in (1, NEW_TOKENS)}
-    for round_number in range(rounds + 1):
-        for key in times if round_number % 2 else reversed(times):  # neither side always goes first
-            seconds = time_once(model, key[1], key[0], threads)
-            if round_number:  # the first round warms up
-                times[key].append(seconds)
-    decode = {}
-    for patched in (False, True):
-        pairs = zip(times[patched, NEW_TOKENS], times[patched, 1], strict=True)
-        decode[patched] = [(long - short) / (NEW_TOKENS - 1) for long, short in pairs]
-    return {
-        "prefill": summary(times[False, 1], times[True, 1]),
-        "decode_per_token": summary(decode[False], decode[True]),
-    }
+    result = {}
+    for name, work in (("prefill", PREFILL), ("decode", DECODE)):
+        times = {False: [], True: []}
+        for round_number in range(rounds + 1):
+            for patched in (False, True) if round_number % 2 else (True, False):  # neither side always goes first
+                seconds = time_once(model, work, patched, threads)
+                if round_number:  # the first round warms up
+                    times[patched].append(seconds)
+        result[name] = {**work, **summary(times[False], times[True])}
+    return result
 
 
 def summary(stock: list[float], patched: list[float]) -> dict[str, float]:
@@ -90,8 +91,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     result = {
         "model": "random Llama, 12 layers, 100M parameters",
-        "prompt_tokens": PROMPT_TOKENS,
-        "new_tokens": NEW_TOKENS,
         "rounds": arguments.rounds,
         "threads": arguments.threads,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
