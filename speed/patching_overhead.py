@@ -16,6 +16,7 @@ from contextlib import nullcontext
 
 import torch
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as synchronizing_clock
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adaskip.files import write_text_atomic
@@ -43,13 +44,13 @@ def time_once(model, work: dict[str, int], patched: bool, threads: int) -> float
     strategy = EarlyExit(num_layers=model.config.num_hidden_layers, budget=Budget(sublayers=0))
     tokens = work["new_tokens"]
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    clock = {} if model.device.type == "cuda" else {"timer": time.process_time}
+    clock = synchronizing_clock if model.device.type == "cuda" else time.process_time
     with skipping(model, strategy) if patched else nullcontext():
         timer = Timer(
             "model.generate(ids, attention_mask=mask, **options)",
             globals={"model": model, "ids": ids, "mask": torch.ones_like(ids), "options": options},
             num_threads=threads,
-            **clock,
+            timer=clock,
         )
         return timer.timeit(1).mean
 
