@@ -15,12 +15,12 @@ from typing import NoReturn
 
 from transformers.utils.logging import disable_progress_bar
 
-from adaskip.cells import parse_run_name, run_name
-from adaskip.grid import listing, run_grid
 from adaskip.options import Parser, add_options, resolve
-from adaskip.profiles import calibrate_to
-from adaskip.run_config import CalibrateConfig, GridConfig, RunConfig
-from adaskip.runner import RunError, run
+from adaskip.runs.cells import parse_run_name, run_name
+from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.grid import listing, run_grid
+from adaskip.runs.profiles import calibrate_to
+from adaskip.runs.runner import RunError, run
 
 USER_MISTAKE = 2
 STOPPED = 1

@@ -24,7 +24,7 @@ from adaskip import calibration
 from adaskip.blocks import find_decoder
 from adaskip.calibration import measure
 from adaskip.files import write_text_atomic
-from adaskip.manifest import device_name, git_commit
+from adaskip.runs.manifest import device_name, git_commit
 
 
 def random_llama() -> PreTrainedModel:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from adaskip.cells import Cell, load_setup
+from adaskip.runs.cells import Cell, load_setup
 
 CLASSES = ["Number of something", "Food", "Date", "Individual"]
 WORDS = [

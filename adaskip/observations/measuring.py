@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from adaskip.calibration import UNITS, Measurement, measure
 from adaskip.longbench import build_prompt_ids, get_task
-from adaskip.manifest import describe_model
 from adaskip.models import LoadedModel
 from adaskip.observations.settings import MEASUREMENTS, ObserveConfig, Target
-from adaskip.run_folder import RunFolder
-from adaskip.runner import RunError, stop_token_ids
-from adaskip.sources import Sample, fingerprint, load, scored_samples
+from adaskip.runs.folder import RunFolder
+from adaskip.runs.manifest import describe_model
+from adaskip.runs.runner import RunError, stop_token_ids
+from adaskip.runs.sources import Sample, fingerprint, load, scored_samples
 
 DIGITS = 6
 """Decimals that are saved; float32 sums have no more."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from adaskip.cells import MODELS
 from adaskip.observations.settings import MEASUREMENTS, Target
-from adaskip.run_folder import RunFolder
+from adaskip.runs.cells import MODELS
+from adaskip.runs.folder import RunFolder
 
 PROVENANCE = (
     *("checkpoint", "weights_fingerprint", "num_layers", "dtype", "device", "attn_implementation", "testbed"),

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from adaskip.cells import MODELS, check_choice
 from adaskip.configs import load_yaml
 from adaskip.longbench import get_task
 from adaskip.options import option
-from adaskip.run_config import SharedConfig
+from adaskip.runs.cells import MODELS, check_choice
+from adaskip.runs.config import SharedConfig
 
 ALL = "all"
 OUTPUT_DIRS = {False: Path("results/observations"), True: Path("results/testbed/observations")}

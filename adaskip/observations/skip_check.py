@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.files import write_text_atomic
-from adaskip.job import find_job
 from adaskip.locks import exclusive
-from adaskip.manifest import is_done
 from adaskip.observations.saved import NotMeasuredError, drawing_order
 from adaskip.observations.settings import CheckSpec, ObserveConfig
 from adaskip.results.runs import load_run
 from adaskip.results.scores import score_run
-from adaskip.run_config import RunConfig, SharedConfig
-from adaskip.runner import run
+from adaskip.runs.config import RunConfig, SharedConfig
+from adaskip.runs.job import find_job
+from adaskip.runs.manifest import is_done
+from adaskip.runs.runner import run
 
 SCORES_FILE = "importance_scores.json"
 STRATEGIES = ("most_skip", "least_skip")

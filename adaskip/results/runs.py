@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.cells import Cell, parse_run_name, run_name
+from adaskip.runs.cells import Cell, parse_run_name, run_name
 
 RUNS_DIR = Path("results/runs")
 TESTBED_RUNS_DIR = Path("results/testbed/runs")

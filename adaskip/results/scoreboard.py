@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from adaskip.cells import GRID_STRATEGIES
 from adaskip.results.intervals import Estimate, ratio_estimate
 from adaskip.results.paper import load_paper
 from adaskip.results.runs import load_runs
 from adaskip.results.scores import ScoredRun, ScoredTask, score_run
+from adaskip.runs.cells import GRID_STRATEGIES
 
 SKIPPING = GRID_STRATEGIES[1:]
 """The four strategies that the paper compares."""

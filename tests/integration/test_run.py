@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from adaskip import cli, runner, testbed
+from adaskip import cli, testbed
 from adaskip.locks import exclusive
 from adaskip.models import load_model
+from adaskip.runs import runner
 from adaskip.testbed.families import model_config
 from adaskip.testbed.tokenizer import build_tokenizer
 from tests.tiny_runs import NUM_SAMPLES, ROOT, cell, error_of, records

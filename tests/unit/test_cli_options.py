@@ -6,7 +6,7 @@ import pytest
 
 from adaskip.options import Parser, add_options, option, resolve
 from adaskip.plan import Budget
-from adaskip.run_config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

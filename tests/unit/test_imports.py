@@ -75,7 +75,7 @@ def test_strategies_see_no_model_and_no_patching(name):
 
 @pytest.mark.parametrize("name", ["patching", "skipping", "request", "calibration", "generate", "importance"])
 def test_the_library_does_not_reach_up_to_the_runs(name):
-    above = ("runner", "results", "plots", "cli", "grid", "testbed", "longbench", "report")
+    above = ("runs", "results", "plots", "cli", "testbed", "longbench", "report")
     assert not {m for m in reachable(f"adaskip.{name}") if m.removeprefix("adaskip.").startswith(above)}
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adaskip.cells import GRID_STRATEGIES, Cell
 from adaskip.plots.score_curves import plot_retention, plot_scores
 from adaskip.plots.skip_maps import ONLINE, plot_skip_map, skip_shares
 from adaskip.plots.style import LOOKS
 from adaskip.results.entries import PhaseEntries
 from adaskip.results.runs import load_run
 from adaskip.results.scoreboard import SKIPPING, load_scoreboard
+from adaskip.runs.cells import GRID_STRATEGIES, Cell
 from tests.saved_runs import write_run
 
 

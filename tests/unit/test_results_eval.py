@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.cells import Cell
+from adaskip.runs.cells import Cell
 from tests.saved_runs import write_run
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"

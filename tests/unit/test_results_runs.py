@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.cells import Cell
 from adaskip.results.runs import ResultsError, find_run, load_run, load_runs
+from adaskip.runs.cells import Cell
 from tests.saved_runs import write_run
 
 EE = Cell("llama", "prefill", "early_exit", 4)

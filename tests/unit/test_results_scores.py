@@ -7,10 +7,10 @@ import json
 import pytest
 
 from adaskip import metrics
-from adaskip.cells import Cell
 from adaskip.results import scores
 from adaskip.results.runs import load_run
 from adaskip.results.scores import score_run
+from adaskip.runs.cells import Cell
 from tests.saved_runs import write_run
 
 EE = Cell("llama", "prefill", "early_exit", 4)

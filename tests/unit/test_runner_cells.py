@@ -2,8 +2,8 @@
 
 import pytest
 
-from adaskip.cells import GRID_STRATEGIES, MODELS, SHORT_NAMES, Cell, grid, load_setup, parse_run_name
 from adaskip.plan import PHASES
+from adaskip.runs.cells import GRID_STRATEGIES, MODELS, SHORT_NAMES, Cell, grid, load_setup, parse_run_name
 from adaskip.strategies import NAMES
 
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from adaskip.locks import LockedError, exclusive
-from adaskip.run_folder import FolderError, RunFolder
+from adaskip.runs.folder import FolderError, RunFolder
 
 IDS = ["a", "b", "c", "d", "e"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.cells import MODELS, SHORT_NAMES
 from adaskip.plan import PHASES
+from adaskip.runs.cells import MODELS, SHORT_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = {

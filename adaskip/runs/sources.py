@@ -12,7 +12,7 @@ from adaskip import testbed
 from adaskip.blocks import decoder_layers
 from adaskip.longbench import LongBenchError, load_records
 from adaskip.models import LoadedModel, load_model
-from adaskip.run_config import SharedConfig
+from adaskip.runs.config import SharedConfig
 
 Sample = dict[str, Any]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaskip.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, grid, load_setup
 from adaskip.longbench import get_task
 from adaskip.options import option
 from adaskip.plan import Budget
+from adaskip.runs.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, grid, load_setup
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -13,8 +13,8 @@ from adaskip.importance import ImportanceProfile
 from adaskip.locks import exclusive
 from adaskip.longbench import build_prompt_ids, get_task
 from adaskip.models import LoadedModel, weights_fingerprint
-from adaskip.run_config import CalibrateConfig, RunConfig, SharedConfig
-from adaskip.sources import calibration_samples, fingerprint, load
+from adaskip.runs.config import CalibrateConfig, RunConfig, SharedConfig
+from adaskip.runs.sources import calibration_samples, fingerprint, load
 
 
 def profile_for(config: RunConfig, loaded: LoadedModel) -> tuple[ImportanceProfile, Path]:

@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from adaskip.job import find_cell, find_job
-from adaskip.manifest import is_done
-from adaskip.run_config import GridConfig, RunConfig
-from adaskip.runner import Progress, RunError, run
+from adaskip.runs.config import GridConfig, RunConfig
+from adaskip.runs.job import find_cell, find_job
+from adaskip.runs.manifest import is_done
+from adaskip.runs.runner import Progress, RunError, run
 
 
 @dataclass(frozen=True)

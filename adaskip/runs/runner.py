@@ -16,16 +16,16 @@ import torch
 from tqdm import tqdm
 
 from adaskip.blocks import decoder_layers
-from adaskip.cells import Cell
 from adaskip.generate import Generation, generate
-from adaskip.job import Job, Part, find_job
 from adaskip.longbench import TaskSpec, build_prompt_ids
-from adaskip.manifest import describe_job, describe_run
 from adaskip.models import LoadedModel
 from adaskip.plan import Budget, check_phase
-from adaskip.profiles import profile_for
-from adaskip.run_config import RunConfig
-from adaskip.sources import Sample, load
+from adaskip.runs.cells import Cell
+from adaskip.runs.config import RunConfig
+from adaskip.runs.job import Job, Part, find_job
+from adaskip.runs.manifest import describe_job, describe_run
+from adaskip.runs.profiles import profile_for
+from adaskip.runs.sources import Sample, load
 from adaskip.strategies import Strategy, build, needs_profile
 
 Record = dict[str, Any]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaskip.cells import Cell
 from adaskip.longbench import TaskSpec, get_task
-from adaskip.run_config import RunConfig
-from adaskip.run_folder import RunFolder
-from adaskip.sources import Sample, num_layers, scored_samples
+from adaskip.runs.cells import Cell
+from adaskip.runs.config import RunConfig
+from adaskip.runs.folder import RunFolder
+from adaskip.runs.sources import Sample, num_layers, scored_samples
 from adaskip.strategies import AdaSkip
 
 

@@ -15,9 +15,9 @@ import torch
 
 from adaskip.blocks import decoder_layers
 from adaskip.importance import ImportanceProfile
-from adaskip.job import Job
 from adaskip.models import LoadedModel, weights_fingerprint
-from adaskip.sources import fingerprint
+from adaskip.runs.job import Job
+from adaskip.runs.sources import fingerprint
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
 
 def _without_home(checkpoint: str) -> str:
     """A folder of this repository as seen from its root, so that results made anywhere are alike."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return str(Path(checkpoint).relative_to(root)) if Path(checkpoint).is_relative_to(root) else checkpoint
 
 
