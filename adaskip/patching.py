@@ -24,7 +24,7 @@ from adaskip.blocks import (
     forward_attribute,
     restore_attribute,
 )
-from adaskip.plan import EMPTY_PLAN, SkipPlan, SublayerKind
+from adaskip.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan, SublayerKind
 
 NOTHING: frozenset[int] = frozenset()
 
@@ -46,8 +46,9 @@ class LayerPatch:
     def __init__(self, layer: nn.Module, index: int, structure: BlockStructure):
         self.layer, self.index, self.structure = layer, index, structure
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
-        self.scales: dict[SublayerKind, float] = {"attention": 1.0, "ffn": 1.0}
+        self.scales: dict[SublayerKind, Compensation] = {"attention": 1.0, "ffn": 1.0}
         self.deltas: dict[SublayerKind, Tensor | None] = {"attention": None, "ffn": None}  # scale - 1
+        self.shifts: dict[SublayerKind, Tensor | None] = {"attention": None, "ffn": None}
         self.probe: SublayerProbe | None = None
         self.ffn_io: tuple[Tensor, Tensor] | None = None
         self.stock: Any = None
@@ -56,14 +57,19 @@ class LayerPatch:
     def idle(self) -> bool:
         return not (self.skip_attention or self.skip_ffn or self.measure_ffn) and self.probe is None
 
-    def set_scale(self, kind: SublayerKind, scale: float) -> None:
-        """Compensate a skipped sublayer by `scale`; nothing is sent to the device, it fills a 0-dim tensor itself."""
+    def set_scale(self, kind: SublayerKind, scale: Compensation) -> None:
+        """Compensate a skipped sublayer by `scale`; for a factor the device fills a 0-dim tensor itself."""
         if scale == self.scales[kind]:
             return
         self.scales[kind] = scale
         dtype = next(p.dtype for p in self.layer.parameters() if p.is_floating_point())
-        delta = torch.full((), scale - 1.0, dtype=dtype, device=execution_device(self.layer))
-        self.deltas[kind] = None if scale == 1.0 else delta
+        device = execution_device(self.layer)
+        if isinstance(scale, Affine):
+            self.deltas[kind] = torch.tensor(scale.scale, dtype=torch.float64).sub(1.0).to(device, dtype)
+            self.shifts[kind] = torch.tensor(scale.shift, dtype=dtype, device=device)
+        else:
+            delta = torch.full((), scale - 1.0, dtype=dtype, device=device)
+            self.deltas[kind], self.shifts[kind] = None if scale == 1.0 else delta, None
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """The layer without its skipped sublayers. hidden_states: [B, S, D], as is what is returned."""
@@ -71,12 +77,12 @@ class LayerPatch:
             return self.stock(hidden_states, *args, **kwargs)
         entry = hidden_states
         if self.skip_attention:
-            hidden_states = _scaled(hidden_states, self.deltas["attention"])
+            hidden_states = _compensated(hidden_states, self.deltas["attention"], self.shifts["attention"])
         else:
             hidden_states = self._run("attention", hidden_states, kwargs)
         middle = hidden_states
         if self.skip_ffn:
-            hidden_states = _scaled(hidden_states, self.deltas["ffn"])
+            hidden_states = _compensated(hidden_states, self.deltas["ffn"], self.shifts["ffn"])
         else:
             hidden_states = self._run("ffn", hidden_states, None)
         if self.measure_ffn:
@@ -94,12 +100,14 @@ class LayerPatch:
         return output
 
 
-def _scaled(hidden_states: Tensor, delta: Tensor | None) -> Tensor:
-    """scale * h as h + h * (scale - 1): in half precision a scale near 1 would lose most of its digits.
+def _compensated(hidden_states: Tensor, delta: Tensor | None, shift: Tensor | None) -> Tensor:
+    """scale * h + shift as (h + shift) + h * (scale - 1): in half precision a scale near 1 would lose most digits.
 
-    Paper: Eq. (4). delta: scale - 1 as a 0-dim tensor, or None for a scale of exactly 1.
+    Paper: Eq. (4), where there is no shift. delta: scale - 1, 0-dim or [D], or None for a scale of exactly 1.
+    shift: [D] or None.
     """
-    return hidden_states if delta is None else torch.addcmul(hidden_states, hidden_states, delta)
+    shifted = hidden_states if shift is None else hidden_states + shift
+    return shifted if delta is None else torch.addcmul(shifted, hidden_states, delta)
 
 
 class ModelPatches:

@@ -23,6 +23,23 @@ class Sublayer(NamedTuple):
     layer: int
 
 
+@dataclass(frozen=True)
+class Affine:
+    """Per-channel stand-in for a sublayer: h <- scale * h + shift, one entry of each per channel of the stream."""
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(float(x) for x in self.scale))
+        object.__setattr__(self, "shift", tuple(float(x) for x in self.shift))
+        if len(self.scale) != len(self.shift):
+            raise ValueError(f"scale has {len(self.scale)} channels, shift has {len(self.shift)}; they must be equal")
+
+
+Compensation = float | Affine
+
+
 def check_phase(phase: str) -> Phase:
     """`phase` itself if it is one of the three phases, else a ValueError that lists them."""
     if phase not in PHASES:
@@ -34,18 +51,18 @@ def check_phase(phase: str) -> Phase:
 class SkipPlan:
     """The sublayers that are not computed, and their scales.
 
-    attention, ffn: 0-based layer indices. scales: the compensation of a skipped sublayer; 1.0 where none is given
-    (the whole-layer baselines have none). The empty plan is the full model.
+    attention, ffn: 0-based layer indices. scales: the compensation of a skipped sublayer, a factor or an `Affine`;
+    1.0 where none is given (the whole-layer baselines have none). The empty plan is the full model.
     """
 
     attention: frozenset[int] = frozenset()
     ffn: frozenset[int] = frozenset()
-    scales: Mapping[Sublayer, float] = field(default_factory=dict)
+    scales: Mapping[Sublayer, Compensation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", frozenset(self.attention))
         object.__setattr__(self, "ffn", frozenset(self.ffn))
-        scales = {Sublayer(*key): float(value) for key, value in self.scales.items()}
+        scales = {Sublayer(*key): _checked(value) for key, value in self.scales.items()}
         object.__setattr__(self, "scales", MappingProxyType(scales))
         if min(self.attention | self.ffn, default=0) < 0:
             raise ValueError(f"layer indices start at 0, got {min(self.attention | self.ffn)}")
@@ -59,7 +76,7 @@ class SkipPlan:
         return cls(attention=layers, ffn=layers)
 
     @classmethod
-    def of_sublayers(cls, scales: Mapping[Sublayer, float]) -> SkipPlan:
+    def of_sublayers(cls, scales: Mapping[Sublayer, Compensation]) -> SkipPlan:
         """The sublayers that are keys of `scales`, compensated by its values."""
         return cls(
             attention=frozenset(s.layer for s in scales if s.kind == "attention"),
@@ -80,8 +97,8 @@ class SkipPlan:
     def __reduce__(self):  # a mapping proxy cannot be pickled or deep-copied by itself
         return type(self), (self.attention, self.ffn, dict(self.scales))
 
-    def scale(self, kind: SublayerKind, layer: int) -> float:
-        """The scale of a skipped sublayer, 1.0 if the plan gives none."""
+    def scale(self, kind: SublayerKind, layer: int) -> Compensation:
+        """The compensation of a skipped sublayer, 1.0 if the plan gives none."""
         return self.scales.get(Sublayer(kind, layer), 1.0)
 
     def union(self, other: SkipPlan) -> SkipPlan:
@@ -103,6 +120,10 @@ class SkipPlan:
     def to_dict(self) -> dict[str, list[int]]:
         """The two sets as sorted lists, as they stand in a run's records."""
         return {"attention": sorted(self.attention), "ffn": sorted(self.ffn)}
+
+
+def _checked(scale: Compensation) -> Compensation:
+    return scale if isinstance(scale, Affine) else float(scale)
 
 
 EMPTY_PLAN = SkipPlan()

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaskip.plan import EMPTY_PLAN, SkipPlan
+from adaskip.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan
+
+
+def compensated(h: Tensor, scale: Compensation) -> Tensor:
+    """What stands in for a skipped sublayer, [..., D]."""
+    if isinstance(scale, Affine):
+        return h * torch.tensor(scale.scale) + torch.tensor(scale.shift)
+    return h * scale
 
 
 class ReferenceDecoder:
@@ -31,11 +38,11 @@ class ReferenceDecoder:
         for i, layer in enumerate(self.model.model.layers):
             multiplier = getattr(self.config, "residual_multiplier", 1.0)
             if i in plan.attention:
-                h = h * plan.scale("attention", i)
+                h = compensated(h, plan.scale("attention", i))
             else:
                 h = h + multiplier * self._attention_branch(i, layer, h)
             if i in plan.ffn:  # noqa: SIM108
-                h = h * plan.scale("ffn", i)
+                h = compensated(h, plan.scale("ffn", i))
             else:
                 h = h + multiplier * self._ffn_branch(layer, h)
         self.position += 1

@@ -10,6 +10,7 @@ from adaskip.plan import Budget, Phase
 from adaskip.strategies.adaskip import AdaSkip
 from adaskip.strategies.base import FFNSimilarity, Strategy
 from adaskip.strategies.early_exit import EarlyExit
+from adaskip.strategies.fixed import FixedPlan
 from adaskip.strategies.skipdecode import SkipDecode
 from adaskip.strategies.unified import UnifiedSkipping
 from adaskip.strategies.whole_layer_similarity import LeastSkip, MostSkip
@@ -75,6 +76,7 @@ __all__ = [
     "AdaSkip",
     "EarlyExit",
     "FFNSimilarity",
+    "FixedPlan",
     "LeastSkip",
     "MostSkip",
     "SkipDecode",

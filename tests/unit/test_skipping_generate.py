@@ -15,11 +15,10 @@ from adaskip.kv_cache import SkippedLayer, kv_bytes
 from adaskip.patching import LayerPatch
 from adaskip.plan import Budget, SkipPlan, Sublayer
 from adaskip.skipping import skipping
-from adaskip.strategies import EarlyExit, SkipDecode
+from adaskip.strategies import EarlyExit, FixedPlan, SkipDecode
 from adaskip.token_ids import left_padded
 from tests.families import COMMON, FAMILIES, random_model, random_prompts
 from tests.reference import ReferenceDecoder
-from tests.unit.test_skipping_reference import FixedPlan
 
 PLAN = SkipPlan.of_sublayers({Sublayer("attention", 0): 1.1, Sublayer("ffn", 1): 0.9, Sublayer("attention", 2): 1.0})
 

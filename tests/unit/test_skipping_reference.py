@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from transformers import StaticCache
 
-from adaskip.plan import Budget, Phase, SkipPlan, Sublayer
+from adaskip.plan import Affine, Budget, Phase, SkipPlan, Sublayer
 from adaskip.skipping import skipping
-from adaskip.strategies import SkipDecode
-from adaskip.strategies.base import Strategy
+from adaskip.strategies import FixedPlan, SkipDecode
 from adaskip.token_ids import left_padded
-from tests.families import FAMILIES, VOCAB, random_model, random_prompts
+from tests.families import FAMILIES, VOCAB, WIDTH, random_model, random_prompts
 from tests.reference import ReferenceDecoder
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 6
 
 
-@dataclass(frozen=True, kw_only=True)
-class FixedPlan(Strategy):
-    """Skips what it is told."""
-
-    name = "fixed"
-    budget: Budget = Budget(sublayers=0)  # noqa: RUF009 - frozen
-    plan: SkipPlan
-
-    @property
-    def skipped(self) -> SkipPlan:
-        return self.plan
-
-
+AFFINE = Affine(scale=[1.0 + 0.02 * i for i in range(WIDTH)], shift=[0.1 - 0.01 * i for i in range(WIDTH)])
 PLANS = {
     "empty": SkipPlan(),
     "first attention": SkipPlan.of_sublayers({Sublayer("attention", 0): 1.3}),
     "both of layer 1": SkipPlan.of_layers([1]),
     "scaled mix": SkipPlan.of_sublayers(
         {Sublayer("attention", 0): 1.1, Sublayer("ffn", 1): 0.8, Sublayer("attention", 3): 1.2}
+    ),
+    "affine": SkipPlan.of_sublayers(
+        {Sublayer("ffn", 1): AFFINE, Sublayer("attention", 2): AFFINE, Sublayer("ffn", 3): 0.9}
     ),
     "one attention left": SkipPlan(attention={0, 1, 3}, ffn={0}),
     "one kind of attention": SkipPlan(attention={0, 2}, ffn={3}),

@@ -1,0 +1,26 @@
+"""FixedPlan: skip exactly what a given plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaskip.plan import Budget, SkipPlan
+from adaskip.strategies.base import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPlan(Strategy):
+    """A set chosen elsewhere: by hand, by a search, or read from a file."""
+
+    name = "fixed"
+
+    plan: SkipPlan
+    budget: Budget = Budget(sublayers=0)  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget(sublayers=len(self.plan)))
+        super().__post_init__()
+
+    @property
+    def skipped(self) -> SkipPlan:
+        return self.plan
