@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -39,7 +40,7 @@ from adaskip.configs import load_yaml
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.rope import fix_dynamic_rope
 
-__all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model", "registry", "weights_fingerprint"]
+__all__ = ["LoadedModel", "ModelError", "ModelSpec", "architecture", "load_model", "registry", "weights_fingerprint"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class ModelEntry:
     chat: str = "none"
     stop_tokens: tuple[str, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    shape: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_chat(self.chat)
@@ -114,6 +116,16 @@ def get_entry(name: str) -> ModelEntry:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ModelError(f"unknown model {name!r}: {hint}known are {', '.join(models)}")
     return models[name]
+
+
+def architecture(name: str) -> LlamaConfig:
+    """The published configuration of a model of the registry; reads no checkpoint and no network."""
+    shape = get_entry(name).shape
+    if shape is None:
+        raise ModelError(f"configs/models.yaml says no shape of {name}")
+    with _said_in_one_line(f"configs/models.yaml: the shape of {name} is not usable"):
+        fields = {field: value for field, value in shape.items() if field != "model_type"}
+        return internlm.llama_config(fields) if shape["model_type"] == internlm.MODEL_TYPE else LlamaConfig(**fields)
 
 
 def check_chat(chat: str) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 from torch import nn
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from adaskip import checkpoints, models
 from adaskip.blocks import UnsupportedModelError, decoder_layers
 from adaskip.longbench import TASKS, build_prompt_ids
-from adaskip.models import ModelError, load_model, registry
+from adaskip.models import ModelError, architecture, load_model, registry
 from adaskip.rope import DynamicNTKRope
 from tests.checkpoints import SMALL, write_family, write_hub_cache
 
@@ -71,6 +71,25 @@ def test_registry_is_the_papers():
         "vicuna": ("lmsys/vicuna-7b-v1.5-16k", 15500),
     }
     assert all(checkpoints.COMMIT.fullmatch(entry.revision) for entry in registry().values())
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"), [("llama", 8030261248), ("internlm", 7321948160), ("vicuna", 6738415616)]
+)
+def test_architecture_has_the_published_number_of_parameters(family, parameters):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(architecture(family))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_architecture_has_the_published_rope_and_ends():
+    ropes = {family: architecture(family).rope_parameters for family in FAMILIES}
+    assert [ropes[family]["rope_type"] for family in FAMILIES] == ["llama3", "dynamic", "linear"]
+    assert [ropes[family]["factor"] for family in FAMILIES] == [8.0, 1.0, 4.0]
+    assert [ropes[family]["rope_theta"] for family in FAMILIES] == [500000.0, 10000.0, 10000.0]
+    ends = architecture("llama").eos_token_id
+    assert isinstance(ends, list)
+    assert {128001, 128009} <= set(ends)
 
 
 def test_chat_wrappers_are_longbenchs():
