@@ -1,0 +1,180 @@
+"""The matrices of a model, sublayer by sublayer, read off the stock model itself without allocating a weight.
+
+transformers builds the model on the meta device, so every family's biases, norms, fused projections and experts are
+counted as they are; no formula per family can go stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+
+from adaskip.blocks import STRUCTURES, Sublayers, UnsupportedModelError, decoder_layers, find_decoder
+from adaskip.plan import SublayerKind
+
+
+@dataclass(frozen=True)
+class SublayerShape:
+    """The parameters of one attention or FFN sublayer, its norms included.
+
+    matrices: (outputs, inputs) of every matrix that each token is multiplied by. experts, active_experts: how many
+    experts there are and how many of them a token visits; expert_matrices: (outputs, inputs) of one of them. vectors:
+    entries of biases and norm weights. window: the positions an attention sees at most, None for all.
+    """
+
+    matrices: tuple[tuple[int, int], ...]
+    expert_matrices: tuple[tuple[int, int], ...] = ()
+    experts: int = 0
+    active_experts: int = 0
+    vectors: int = 0
+    window: int | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all weights."""
+        return _entries(self.matrices) + self.experts * _entries(self.expert_matrices) + self.vectors
+
+    @property
+    def multiplied(self) -> int:
+        """Matrix entries that one token is multiplied by."""
+        return _entries(self.matrices) + self.active_experts * _entries(self.expert_matrices)
+
+    @property
+    def passed(self) -> int:
+        """Activations that one token brings to its matrices and takes from them."""
+        passed = sum(map(sum, self.matrices))
+        return passed + self.active_experts * sum(map(sum, self.expert_matrices))
+
+    def weights_read(self, tokens: int) -> float:
+        """Entries of the weights that `tokens` tokens need: of the experts those expected to be visited by any token,
+        if each token chose its own at random."""
+        visited = self.experts * (1 - (1 - self.active_experts / self.experts) ** tokens) if self.experts else 0.0
+        return _entries(self.matrices) + visited * _entries(self.expert_matrices) + self.vectors
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a decoder decides its time: matrices, heads, vocabulary and windows.
+
+    attention, ffn: one `SublayerShape` per layer. final_vectors: entries of the norm before the head.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    attention: tuple[SublayerShape, ...]
+    ffn: tuple[SublayerShape, ...]
+    final_vectors: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> ModelShape:
+        """The shape of the causal language model that `config` describes.
+
+        Raises:
+            UnsupportedModelError: its layers are not two residual sublayers, or hold parameters unknown here.
+        """
+        config = config.get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = [_sublayers(layer) for layer in decoder_layers(model)]
+        heads = config.num_attention_heads
+        shape = cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            tied_embeddings=config.tie_word_embeddings,
+            attention=tuple(
+                replace(attention, window=window)
+                for (attention, _), window in zip(layers, _windows(config), strict=True)
+            ),
+            ffn=tuple(_with_active_experts(ffn, config) for _, ffn in layers),
+            final_vectors=sum(p.numel() for p in find_decoder(model).norm.parameters()),
+        )
+        shape._check_against(model)
+        return shape
+
+    def _check_against(self, model: Any) -> None:
+        """Raise UnsupportedModelError if the model has parameters whose use is not known here."""
+        name, heads = type(model).__name__, f"{self.num_heads} heads and {self.num_kv_heads} key/value heads"
+        expected = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        for layer, attention in enumerate(self.attention):
+            if (found := _entries(attention.matrices)) != expected or attention.experts:
+                raise UnsupportedModelError(
+                    f"the attention of layer {layer} of {name} has {found} matrix entries; the four projections of "
+                    f"{heads} of {self.head_dim} have {expected}"
+                )
+        if self.num_parameters != model.num_parameters():
+            raise UnsupportedModelError(
+                f"{name} has {model.num_parameters()} parameters, of which {self.num_parameters} are embeddings, "
+                "attention, FFN, norms and head; what the others do is not known here"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.attention)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Entries of all weights; a tied head counts once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + self.final_vectors + sum(s.num_parameters for s in (*self.attention, *self.ffn))
+
+    def sublayers(self, kind: SublayerKind) -> tuple[SublayerShape, ...]:
+        """The sublayers of one kind, by layer."""
+        return self.attention if kind == "attention" else self.ffn
+
+
+def _entries(matrices: Iterable[tuple[int, int]]) -> int:
+    return sum(map(prod, matrices))
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """Positions each layer's attention sees at most, as transformers' own cache has it."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+
+
+def _sublayers(layer: nn.Module) -> tuple[SublayerShape, SublayerShape]:
+    structure = next((structure for structure in STRUCTURES if structure.fits(layer)), None)
+    if structure is None:
+        raise UnsupportedModelError(f"{type(layer).__name__} is not one attention and one FFN, one after the other")
+    return _count(layer, structure.attention), _count(layer, structure.ffn)
+
+
+def _count(layer: nn.Module, sublayers: Sublayers) -> SublayerShape:
+    """The parameters of one residual branch: matrices have two dimensions, stacks of experts three."""
+    modules = [(part, getattr(layer, part)) for part in sorted(sublayers.names())]
+    named = {f"{part}.{name}": p for part, module in modules for name, p in module.named_parameters()}
+    stacks = [p for p in named.values() if p.dim() == 3]
+    flat_experts = [name for name, p in named.items() if ".experts." in name and p.dim() != 3]
+    if flat_experts or len({len(stack) for stack in stacks}) > 1 or any(p.dim() > 3 for p in named.values()):
+        strange = next(iter(flat_experts), "parameters of unequal stacks")
+        raise UnsupportedModelError(f"{type(layer).__name__} has {strange}, whose use is not known here")
+    return SublayerShape(
+        matrices=tuple((p.shape[0], p.shape[1]) for p in named.values() if p.dim() == 2),
+        expert_matrices=tuple((p.shape[1], p.shape[2]) for p in stacks),
+        experts=len(stacks[0]) if stacks else 0,
+        vectors=sum(p.numel() for p in named.values() if p.dim() == 1),
+    )
+
+
+def _with_active_experts(ffn: SublayerShape, config: Any) -> SublayerShape:
+    if not ffn.experts:
+        return ffn
+    if (active := getattr(config, "num_experts_per_tok", None)) is None:
+        raise UnsupportedModelError(f"{type(config).__name__} does not say how many experts a token visits")
+    return replace(ffn, active_experts=active)
