@@ -42,7 +42,7 @@ def known_ceilings(name: str) -> Ceilings:
     """The data-sheet ceilings of a GPU in bfloat16; ValueError with all names if `configs/devices.yaml` has none."""
     devices = load_yaml("devices")
     if name not in devices:
-        near = get_close_matches(name, devices, n=1)
+        near = get_close_matches(name.upper(), devices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown device {name!r}.{hint} Available: {', '.join(devices)}")
     entry = devices[name]
@@ -55,8 +55,9 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> Ceilings
     A copy counts the bytes it reads and those it writes.
     """
     device = torch.device(device)
-    if device.type not in COPY_BYTES:
-        raise ValueError(f"cannot measure device {str(device)!r}; allowed: {', '.join(COPY_BYTES)}")
+    present = [kind for kind in COPY_BYTES if kind == "cpu" or torch.cuda.is_available()]
+    if device.type not in present:
+        raise ValueError(f"cannot measure device {str(device)!r}; present here: {', '.join(present)}")
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     copy_s = _median_s("target.copy_(source)", source=source, target=torch.empty_like(source))
     bandwidth = 2 * source.nbytes / copy_s

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
-from adaskip.plan import SkipPlan, Sublayer, SublayerKind
+from adaskip.plan import SkipPlan
 from adaskip.roofline.ceilings import Ceilings
 from adaskip.roofline.shape import ModelShape
 from adaskip.roofline.work import AttentionImplementation, head_work, sublayer_seconds
 
-KINDS: tuple[SublayerKind, ...] = get_args(SublayerKind)
 DecodePlan = SkipPlan | Callable[[int], SkipPlan]
 """One plan for every decode step, or a function of the step (from 1), such as a strategy's `decode_plan`."""
 
@@ -42,7 +39,6 @@ def predict(
     The first of `new_tokens` comes from the prompt's forward, which computes the logits of the last position only; the
     others from decode steps over a growing context. An attention skipped in the prompt stays skipped.
     """
-    prefill_plan.check_fits(shape.num_layers)
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1; got {new_tokens}")
 
@@ -77,23 +73,24 @@ def forward_seconds(
     attention: AttentionImplementation = "fused",
 ) -> float:
     """The least time of one forward of the model without the sublayers of `plan`, one sublayer after the other."""
+    plan.check_fits(shape.num_layers)
     head = head_work(shape, tokens=tokens, batch_size=batch_size, bytes_per_value=bytes_per_value)
     total = head.seconds(ceilings)
-    for kind in KINDS:
-        sublayers = shape.sublayers(kind)
-        live = Counter(sublayer for i, sublayer in enumerate(sublayers) if Sublayer(kind, i) not in plan)
-        for sublayer, count in live.items():  # most layers are alike
-            total += count * sublayer_seconds(
-                shape,
-                kind,
-                tokens=tokens,
-                context=context,
-                batch_size=batch_size,
-                ceilings=ceilings,
-                bytes_per_value=bytes_per_value,
-                layer=sublayers.index(sublayer),
-                attention=attention,
-            )
+    for kind, groups in shape.alike.items():
+        skipped = plan.attention if kind == "attention" else plan.ffn
+        for layers in groups:
+            if live := len(layers - skipped):
+                total += live * sublayer_seconds(
+                    shape,
+                    kind,
+                    tokens=tokens,
+                    context=context,
+                    batch_size=batch_size,
+                    ceilings=ceilings,
+                    bytes_per_value=bytes_per_value,
+                    layer=min(layers),
+                    attention=attention,
+                )
     return total
 
 

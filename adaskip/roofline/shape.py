@@ -133,9 +133,17 @@ class ModelShape:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return embeddings + self.final_vectors + sum(s.num_parameters for s in (*self.attention, *self.ffn))
 
-    def sublayers(self, kind: SublayerKind) -> tuple[SublayerShape, ...]:
-        """The sublayers of one kind, by layer."""
-        return self.attention if kind == "attention" else self.ffn
+    @cached_property
+    def alike(self) -> dict[SublayerKind, tuple[frozenset[int], ...]]:
+        """By kind, the layers whose sublayers are of the same shape; most models have one group."""
+        return {"attention": _groups(self.attention), "ffn": _groups(self.ffn)}
+
+
+def _groups(sublayers: tuple[SublayerShape, ...]) -> tuple[frozenset[int], ...]:
+    groups: dict[SublayerShape, set[int]] = {}
+    for layer, sublayer in enumerate(sublayers):
+        groups.setdefault(sublayer, set()).add(layer)
+    return tuple(map(frozenset, groups.values()))
 
 
 def _entries(matrices: Iterable[tuple[int, int]]) -> int:
