@@ -1,17 +1,20 @@
 """LongBench's protocol: which tasks there are, which records count, and how a record becomes a prompt.
 
-The protocol's data (templates, caps, metrics) is `configs/longbench.yaml`; `longbench_data` finds and reads files.
+The protocol's data (templates, caps, metrics) is `configs/longbench.yaml`; `longbench_data` finds and reads files. The
+records that count are a `datasets.Dataset` of LongBench's own columns and types.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, Features, List, Value
 
 from adaskip.configs import ConfigError, load_yaml
 from adaskip.longbench_data import HUB, JsonlFile, LongBenchError, list_sets
@@ -26,6 +29,7 @@ __all__ = [
     "TASKS",
     "LongBenchError",
     "TaskSpec",
+    "as_dataset",
     "build_prompt_ids",
     "get_task",
     "load_records",
@@ -37,7 +41,19 @@ EXTENDED_SUFFIX = "_e"
 PAPER_MIN_LENGTH = 4000
 """The paper keeps samples of more than 4000 words (AdaSkip, Experiments)."""
 
-_FIELD_TYPES: dict[str, type] = {"input": str, "context": str, "answers": list, "length": int, "_id": str}
+COLUMNS = Features(
+    {
+        "input": Value("string"),
+        "context": Value("string"),
+        "answers": List(Value("string")),
+        "length": Value("int64"),
+        "dataset": Value("string"),
+        "language": Value("string"),
+        "all_classes": List(Value("string")),
+        "_id": Value("string"),
+    }
+)
+_REQUIRED: dict[str, type] = {"input": str, "context": str, "answers": list, "length": int, "_id": str}
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,8 @@ def load_records(
     min_length: int | None = PAPER_MIN_LENGTH,
     limit: int | None = None,
     extended: bool | None = None,
-) -> list[dict[str, Any]]:
-    """The records of a task that count, in file order and in LongBench's record format.
+) -> Dataset:
+    """The records of a task that count, in file order; a column that a record lacks and nothing needs is None.
 
     Args:
         task: a LongBench task; `trec_e` means `trec` with `extended=True`.
@@ -130,7 +146,15 @@ def load_records(
     if not kept:
         wanted = "" if min_length is None else f" of more than {min_length} words"
         raise LongBenchError(f"{file} holds no record{wanted}")
-    return kept
+    try:
+        return as_dataset(kept)
+    except (ValueError, OverflowError) as error:  # half a surrogate pair in a text, a length of more than 64 bits
+        raise LongBenchError(f"{file} holds what no table can: {error}") from None
+
+
+def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Records in LongBench's format as a table in memory; texts stay as they are, to the last byte."""
+    return Dataset.from_list([dict(record) for record in records], features=COLUMNS)
 
 
 def _choose_set(
@@ -150,8 +174,8 @@ def _choose_set(
 
 
 def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, Any]:
-    """The record with `all_classes` filled in, once every field the protocol reads is there and of its type."""
-    for field, kind in _FIELD_TYPES.items():
+    """The record's columns, once every field the protocol reads is there and of its type."""
+    for field, kind in _REQUIRED.items():
         if field not in record:
             raise LongBenchError(f"{place}: the record has no field {field!r}; it has: {', '.join(record)}")
         if not isinstance(record[field], kind) or isinstance(record[field], bool):
@@ -162,7 +186,7 @@ def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, An
     classes = record.get("all_classes")
     if spec.metric == "classification" and not (classes and all(isinstance(name, str) for name in classes)):
         raise LongBenchError(f"{place}: field 'all_classes' must be a list of strings for {spec.name}")
-    return {**record, "all_classes": classes}
+    return {column: record.get(column) for column in COLUMNS}
 
 
 def build_prompt_ids(

@@ -1,7 +1,8 @@
 """Where LongBench's records come from: a folder of jsonl, a data.zip, or the Hub's pinned data.zip.
 
-Lines are parsed one by one with `json`, not with `datasets`' JSON reader: that reader guesses column types, turns the
-text "2012-01-01" into "2012-01-01 00:00:00", fills a missing field with null, and cannot say which line is broken.
+Lines are parsed one by one with `json`, not with `datasets`' JSON reader: that reader guesses column types even where
+they are given, turns the text "2012-01-01" into "2012-01-01 00:00:00", fills a missing field with null, and cannot say
+which line is broken. What was parsed and checked becomes a `datasets.Dataset` (`longbench.load_records`).
 """
 
 from __future__ import annotations

@@ -68,6 +68,18 @@ class PhaseEntries:
             for task in self.tasks
         }
 
+    @cached_property
+    def subsets(self) -> str | None:
+        """One sentence if any run here is over a random subset of the samples."""
+        manifests = [scored.run.manifest for row, scored in self.board.runs.items() if row.phase == self.phase]
+        draws = {(each["subset"], each["seed"]) for each in manifests if each.get("subset")}
+        if not draws:
+            return None
+        sizes = " / ".join(f"{size} samples a task (seed {seed})" for size, seed in sorted(draws))
+        return (
+            f"Scores and intervals are of a random subset of {sizes}, the same for every strategy, not of all samples."
+        )
+
     def group(self, model: str, fraction: float, task: str) -> dict[str, Entry]:
         """The four strategies that compete in one cell of the paper's tables."""
         return {name: self.cells[Row(self.phase, model, name, fraction), task] for name in SKIPPING}

@@ -42,7 +42,7 @@ def _caption(table: PhaseEntries) -> str:
         "model's score, per cent; bold: the best of the four strategies; "
         f"{MISSING}: not run; {labels.UNPUBLISHED}: not published; {PARTIAL}: unfinished run. "
         "Speedups: full model's time / this run's, median over samples, indicative only."
-    )
+    ) + (f" {table.subsets}" if table.subsets else "")
 
 
 def _header(table: PhaseEntries, speeds: list[str]) -> list[str]:

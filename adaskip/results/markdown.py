@@ -39,6 +39,8 @@ def notes(table: PhaseEntries) -> list[str]:
         "Speedup is the full model's time / this run's time, the median over samples, measured in these very runs. "
         "Runs may share the machine while they are timed: indicative only.",
     ]
+    if table.subsets:
+        lines.insert(1, table.subsets)
     if any(entry.rouge_score for entry in table.cells.values()):
         lines.append(
             "Rouge-L is by `rouge` 1.0.1, as LongBench and the paper have it; `rouge_score` is Google's rougeL of the "

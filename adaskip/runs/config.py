@@ -30,7 +30,7 @@ class SharedConfig:
     attn_implementation: str = option("transformers' attention backend, e.g. sdpa, eager, flash_attention_2", "sdpa")
     device_map: str | None = option("accelerate's device map, e.g. auto, to spread a model over several devices")
     chat: str | None = option("prompt wrapper: none, template, or a text with {prompt}; if not given, the model's own")
-    seed: int = option("seed of torch's generators", 0)
+    seed: int = option("seed of torch's generators, and of --subset", 0)
     threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class SharedConfig:
             raise ValueError("--data-dir holds real LongBench data and --testbed generates its own: give one of them")
         if self.device is not None and self.device_map is not None:
             raise ValueError("--device and --device-map both say where the model goes: give one of them")
-        for name in ("threads", "limit", "batch_size", "max_new_tokens", "jobs"):
+        for name in ("threads", "limit", "subset", "batch_size", "max_new_tokens", "jobs"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -57,12 +57,15 @@ class WorkConfig(SharedConfig):
 
     tasks: tuple[str, ...] | None = option("LongBench tasks; if not given, the phase's")
     limit: int | None = option("only the first N samples of each task; if not given, the phase's")
+    subset: int | None = option("only N samples of each task, drawn at random by --seed, the same for every cell")
     batch_size: int | None = option("samples generated together; if not given, the setup's")
     max_new_tokens: int | None = option("most new tokens per sample; if not given, the task's and phase's cap")
     output_dir: str | None = option("where runs go; if not given, results/runs, or results/testbed/runs with --testbed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.limit is not None and self.subset is not None:
+            raise ValueError("--limit takes the first samples and --subset draws them at random: give one of them")
         for task in self.tasks or ():
             get_task(task)
         _refuse_repeats("task", self.tasks or ())

@@ -35,6 +35,7 @@ class Job:
     folder: RunFolder
     parts: tuple[Part, ...]
     limit: int | None
+    subset: int | None
     batch_size: int
 
     @property
@@ -46,7 +47,7 @@ def find_job(config: RunConfig) -> Job:
     """Resolve a configuration: what it leaves open is taken from `configs/phases.yaml`."""
     setup = config.setup
     phase = setup.phases[config.phase]
-    limit = config.limit or phase.limit
+    limit = None if config.subset else config.limit or phase.limit
     cell = find_cell(config)
     return Job(
         config=config,
@@ -54,6 +55,7 @@ def find_job(config: RunConfig) -> Job:
         folder=RunFolder(cell.folder(config.runs_dir)),
         parts=tuple(_find_part(config, name, limit, phase.max_new_tokens) for name in config.tasks or phase.tasks),
         limit=limit,
+        subset=config.subset,
         batch_size=config.batch_size or setup.batch_size,
     )
 
@@ -61,7 +63,7 @@ def find_job(config: RunConfig) -> Job:
 def _find_part(config: RunConfig, name: str, limit: int | None, phase_cap: int) -> Part:
     task = get_task(name)
     cap = config.max_new_tokens or min(phase_cap, task.max_new_tokens)
-    return Part(name, task, scored_samples(config, name, limit), cap)
+    return Part(name, task, scored_samples(config, name, limit=limit, subset=config.subset), cap)
 
 
 def find_cell(config: RunConfig) -> Cell:

@@ -32,6 +32,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "tasks": {part.name: len(part.samples) for part in job.parts},
         "max_new_tokens": {part.name: part.max_new_tokens for part in job.parts},
         "limit": job.limit,
+        "subset": job.subset,
         "batch_size": job.batch_size,
         "seed": config.seed,
         "device_map": config.device_map,

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from datasets import Dataset
+
 from adaskip import testbed
 from adaskip.blocks import decoder_layers
-from adaskip.longbench import LongBenchError, load_records
+from adaskip.longbench import LongBenchError, as_dataset, load_records
 from adaskip.models import LoadedModel, load_model
 from adaskip.runs.config import SharedConfig
 
@@ -41,22 +43,35 @@ def num_layers(config: SharedConfig, model: str) -> int:
     return len(decoder_layers(load(config, model).model))
 
 
-def scored_samples(config: SharedConfig, task: str, limit: int | None) -> tuple[Sample, ...]:
-    """The first `limit` samples a run is scored on, in LongBench's record format."""
-    return _samples(task, config.testbed, "test", config.data_dir, limit)
+def scored_samples(
+    config: SharedConfig, task: str, limit: int | None = None, subset: int | None = None
+) -> tuple[Sample, ...]:
+    """The samples a run is scored on, in LongBench's record format.
+
+    Args:
+        limit: only the first so many.
+        subset: only so many drawn by `config.seed`, or all where there are fewer. The draw depends on nothing but the
+            task's records and the seed, and a larger subset begins with the smaller one.
+    """
+    samples = _samples(task, config.testbed, "test", config.data_dir, None if subset else limit)
+    if subset:
+        samples = samples.shuffle(seed=config.seed).take(min(subset, len(samples)))
+    return tuple(samples.to_list())
 
 
 def calibration_samples(config: SharedConfig, limit: int) -> tuple[Sample, ...]:
     """The first `limit` samples of the setup's calibration task."""
-    return _samples(config.setup.calibration_task, config.testbed, "calibration", config.data_dir, limit)
+    return tuple(
+        _samples(config.setup.calibration_task, config.testbed, "calibration", config.data_dir, limit).to_list()
+    )
 
 
 @lru_cache(maxsize=16)
-def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limit: int | None) -> tuple[Sample, ...]:
+def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limit: int | None) -> Dataset:
     if is_testbed:
-        return tuple(testbed.records(task, split=split, limit=limit))
+        return as_dataset(testbed.records(task, split=split, limit=limit))
     try:
-        return tuple(load_records(task, data_dir, limit=limit))
+        return load_records(task, data_dir, limit=limit)
     except LongBenchError as error:
         if data_dir is not None:
             raise

@@ -77,6 +77,28 @@ def test_limit_takes_the_first_samples(options, tmp_path):
     assert not found
 
 
+def test_a_subset_is_one_random_draw_for_every_cell(options, tmp_path):
+    """Every strategy gets the same samples, the seed decides which, and a larger subset begins with the smaller."""
+    drawn = {}
+    for size, seed, strategy in ((3, 0, "early_exit"), (3, 0, "unified"), (4, 0, "early_exit"), (3, 1, "early_exit")):
+        out = tmp_path / f"{size}-{seed}-{strategy}"
+        given = ["--subset", str(size), "--seed", str(seed), "--output-dir", str(out)]
+        assert cli.main(["run", *cell(strategy), *options, *given]) == 0
+        (folder,) = out.glob("*/2-sublayers")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert (manifest["subset"], manifest["seed"], manifest["limit"]) == (size, seed, None)
+        drawn[size, seed, strategy] = [row["id"] for row in records(folder)["gov_report"]]
+        assert len(set(drawn[size, seed, strategy])) == size
+    assert drawn[3, 0, "early_exit"] == drawn[3, 0, "unified"] == drawn[4, 0, "early_exit"][:3]
+    assert drawn[3, 1, "early_exit"] != drawn[3, 0, "early_exit"]
+
+
+def test_a_subset_of_more_than_there_is_is_all_of_it(options, tmp_path):
+    assert cli.main(["run", *cell(), *options, "--subset", "100"]) == 0
+    found = records(tmp_path / "runs/llama-EE-DECODE/2-sublayers")
+    assert {row["id"] for row in found["gov_report"]} == {f"gov_report-{index}" for index in range(NUM_SAMPLES)}
+
+
 def test_every_form_of_the_budget_is_the_same_cell(options, tmp_path):
     for form in (["--budget", "2"], ["--skip_full_layer_num", "1"], ["--skip-sub-layer-num", "2"], ["--alpha", "1.5"]):
         assert cli.main(["run", *cell(budget=None), *form, *options]) == 0

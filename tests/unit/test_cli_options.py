@@ -120,6 +120,8 @@ def test_the_full_model_has_no_budget():
         ({"model": "lama", "budget": 4}, "unknown model 'lama'. Did you mean 'llama'"),
         ({"phase": "night", "budget": 4}, "unknown phase 'night'.* Allowed: prefill, decode, e2e"),
         ({"strategy": "ADA", "budget": 4}, "unknown strategy 'ADA'. Did you mean 'adaskip'"),
+        ({"budget": 4, "limit": 3, "subset": 3}, "--limit takes the first .* give one of them"),
+        ({"budget": 4, "subset": 0}, "--subset must be at least 1, not 0"),
         ({"budget": 4, "limit": 0}, "--limit must be at least 1, not 0"),
         ({"budget": 4, "batch_size": -1}, "--batch-size must be at least 1, not -1"),
         ({"budget": 4, "dtype": "int8"}, "unknown --dtype 'int8'.* Allowed: float32, bfloat16, float16"),

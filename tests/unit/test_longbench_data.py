@@ -67,13 +67,13 @@ def test_every_local_layout_gives_the_same_records(tmp_path, layout):
     else:
         write_zip(tmp_path / "data.zip", {"qasper_e": RECORDS})
     source = tmp_path / "data.zip" if layout == "zip" else tmp_path
-    assert load_records("qasper", source) == RECORDS[2:]
+    assert list(load_records("qasper", source)) == RECORDS[2:]
 
 
 def test_the_filter_is_more_than_min_length(tmp_path):
     write_jsonl(tmp_path / "qasper_e.jsonl", RECORDS)
     assert [r["length"] for r in load_records("qasper", tmp_path)] == [4001, 9000, 5000]
-    assert load_records("qasper", tmp_path, min_length=None) == RECORDS
+    assert list(load_records("qasper", tmp_path, min_length=None)) == RECORDS
     assert [r["_id"] for r in load_records("qasper", str(tmp_path), limit=2)] == ["id2", "id3"]
 
 
@@ -81,13 +81,13 @@ def test_the_extended_set_comes_first_and_a_fallback_is_announced(tmp_path, capl
     plain, extended = [record(1)], [record(2)]
     write_jsonl(tmp_path / "both" / "qasper.jsonl", plain)
     write_jsonl(tmp_path / "both" / "qasper_e.jsonl", extended)
-    assert load_records("qasper", tmp_path / "both") == extended
-    assert load_records("qasper", tmp_path / "both", extended=False) == plain
-    assert load_records("qasper_e", tmp_path / "both") == extended
+    assert list(load_records("qasper", tmp_path / "both")) == extended
+    assert list(load_records("qasper", tmp_path / "both", extended=False)) == plain
+    assert list(load_records("qasper_e", tmp_path / "both")) == extended
     assert not caplog.records
 
     write_jsonl(tmp_path / "plain" / "qasper.jsonl", plain)
-    assert load_records("qasper", tmp_path / "plain") == plain
+    assert list(load_records("qasper", tmp_path / "plain")) == plain
     assert "has no qasper_e.jsonl (LongBench-E); taking qasper.jsonl" in caplog.text
     assert "has no qasper_e (.jsonl); it has: qasper" in failure("qasper", tmp_path / "plain", extended=True)
     assert "has no qasper_e (.jsonl)" in failure("qasper_e", tmp_path / "plain")
@@ -95,7 +95,7 @@ def test_the_extended_set_comes_first_and_a_fallback_is_announced(tmp_path, capl
 
 def test_a_task_without_an_extended_set_reads_the_plain_one(tmp_path, caplog):
     write_jsonl(tmp_path / "narrativeqa.jsonl", [record(1)])
-    assert load_records("narrativeqa", tmp_path) == [record(1)]
+    assert list(load_records("narrativeqa", tmp_path)) == [record(1)]
     assert not caplog.records
     assert "LongBench-E has no set of 'narrativeqa'" in failure("narrativeqa", tmp_path, extended=True)
 
@@ -104,13 +104,13 @@ def test_text_that_looks_like_a_date_stays_text(tmp_path):
     """A JSON reader that guesses types turns it into "2012-01-01 00:00:00"; that is why lines are parsed one by one."""
     dated = [record(1, input="2012-01-01", answers=["1969-07-20"])]
     write_jsonl(tmp_path / "qasper_e.jsonl", dated)
-    assert load_records("qasper", tmp_path) == dated
+    assert list(load_records("qasper", tmp_path)) == dated
 
 
 def test_blank_lines_a_byte_order_mark_and_a_missing_last_newline_are_harmless(tmp_path):
     text = "\ufeff" + json.dumps(record(1)) + "\r\n\n" + json.dumps(record(2))
     (tmp_path / "qasper_e.jsonl").write_bytes(text.encode("utf-8"))
-    assert load_records("qasper", tmp_path) == [record(1), record(2)]
+    assert list(load_records("qasper", tmp_path)) == [record(1), record(2)]
 
 
 def test_all_classes_may_be_left_out_where_no_metric_needs_it(tmp_path):
@@ -194,6 +194,15 @@ def test_a_field_of_the_wrong_type_is_named(tmp_path, changes, says):
     assert says in failure("qasper", tmp_path)
 
 
+@pytest.mark.parametrize(("changes", "says"), [({"input": "\ud800"}, "surrogates"), ({"length": 2**70}, "")])
+def test_what_no_table_can_hold_is_named_with_its_file(tmp_path, changes, says):
+    line = json.dumps(record(1, **changes))
+    (tmp_path / "qasper_e.jsonl").write_text(line + "\n")
+    message = failure("qasper", tmp_path)
+    assert message.startswith(f"{tmp_path}/qasper_e.jsonl holds what no table can: ")
+    assert says in message
+
+
 def test_classification_needs_classes(tmp_path):
     write_jsonl(tmp_path / "trec_e.jsonl", [record(1)])
     assert "'all_classes' must be a list of strings for trec" in failure("trec", tmp_path)
@@ -237,10 +246,10 @@ def test_the_hub_is_asked_for_the_pinned_archive_and_its_hash_is_checked(tmp_pat
     ]
 
     monkeypatch.setattr(longbench_data, "check_sha256", lambda path, expected: None)
-    assert load_records("qasper", HUB) == [record(1)]
-    assert load_records("qasper", HUB) == [record(1)]
+    assert list(load_records("qasper", HUB)) == [record(1)]
+    assert list(load_records("qasper", HUB)) == [record(1)]
     assert len(asked) == 2, "one download per process"
-    assert load_records("qasper") == [record(1)]
+    assert list(load_records("qasper")) == [record(1)]
     assert asked[-1][1]["local_files_only"], "no network unless asked"
 
 

@@ -200,6 +200,20 @@ def test_a_budget_of_our_own_gets_its_rows(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_subset_is_said_in_every_table_that_shows_its_intervals(tmp_path):
+    folder = write_run(tmp_path, Cell("llama", "prefill", "adaskip", 4), 0.9)
+    table = PhaseEntries(load_scoreboard(tmp_path), "prefill")
+    assert table.subsets is None
+    assert "subset" not in to_markdown(table) + to_latex(table)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"subset": 12, "seed": 3}))
+    table = PhaseEntries(load_scoreboard(tmp_path), "prefill")
+    for text in (to_markdown(table), to_latex(table)):
+        assert "Scores and intervals are of a random subset of 12 samples a task (seed 3)" in text
+    other = PhaseEntries(table.board, "e2e")
+    assert "subset" not in to_markdown(other)
+
+
 def test_a_report_made_again_has_the_same_bytes(tmp_path):
     write_budget(tmp_path / "runs", "e2e")
     written = write_report(tmp_path / "runs", tmp_path / "out")
