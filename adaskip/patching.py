@@ -2,12 +2,13 @@
 
 A layer with nothing to skip and nothing to measure calls its stock forward, so an empty plan is the stock model.
 Nothing here knows a strategy by name. What a layer has to do changes between steps, outside compiled code; scales
-are 0-dim tensors, so that a new scale is no new graph.
+and shifts are tensors that stay where they are and are written in place, so that a new scale is neither a new graph
+for `torch.compile` nor a stale address in a captured CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -40,36 +41,86 @@ class SublayerProbe(Protocol):
         ...
 
 
+LayerWork = tuple[str | None, str | None, bool]
+Work = tuple[LayerWork, ...]
+
+
 class LayerPatch:
     """What one decoder layer does in the current step."""
 
     def __init__(self, layer: nn.Module, index: int, structure: BlockStructure):
         self.layer, self.index, self.structure = layer, index, structure
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
-        self.scales: dict[SublayerKind, Compensation] = {"attention": 1.0, "ffn": 1.0}
-        self.deltas: dict[SublayerKind, Tensor | None] = {"attention": None, "ffn": None}  # scale - 1
-        self.shifts: dict[SublayerKind, Tensor | None] = {"attention": None, "ffn": None}
+        self.idle = True
+        self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, of the kinds in `scales`
+        self.shifts: dict[SublayerKind, Tensor | None] = {}
         self.probe: SublayerProbe | None = None
         self.ffn_io: tuple[Tensor, Tensor] | None = None
         self.stock: Any = None
+        self.name = "forward"
+        self._placement: tuple[torch.device, torch.dtype] | None = None
+        self._forget_scales()
 
-    @property
-    def idle(self) -> bool:
-        return not (self.skip_attention or self.skip_ffn or self.measure_ffn) and self.probe is None
+    def _forget_scales(self) -> None:
+        self.scales: dict[SublayerKind, Compensation] = {}
+        self.buffers: dict[tuple[str, str], Tensor] = {}  # the storage behind deltas and shifts
+
+    def install(self) -> None:
+        """Take over from the stock forward; what was stored for another device or dtype is forgotten."""
+        dtype = next(p.dtype for p in self.layer.parameters() if p.is_floating_point())
+        placement = (execution_device(self.layer), dtype)
+        if placement != self._placement:
+            self._placement = placement
+            self._forget_scales()
+        self.name = forward_attribute(self.layer)
+        self.stock = getattr(self.layer, self.name)
+        self.layer.__dict__[self.name] = self.forward
+
+    def set_work(self, *, skip_attention: bool, skip_ffn: bool, measure_ffn: bool) -> None:
+        """What the layer leaves out and keeps for measuring, from the next forward on."""
+        self.skip_attention, self.skip_ffn, self.measure_ffn = skip_attention, skip_ffn, measure_ffn
+        self._update_idle()
+
+    def set_probe(self, probe: SublayerProbe | None) -> None:
+        """Who sees the layer's sublayers, from the next forward on."""
+        self.probe = probe
+        self._update_idle()
+
+    def _update_idle(self) -> None:
+        self.idle = not (self.skip_attention or self.skip_ffn or self.measure_ffn) and self.probe is None
 
     def set_scale(self, kind: SublayerKind, scale: Compensation) -> None:
-        """Compensate a skipped sublayer by `scale`; for a factor the device fills a 0-dim tensor itself."""
-        if scale == self.scales[kind]:
+        """Compensate a skipped sublayer by `scale`, written in place; the device fills in a factor itself."""
+        if scale == self.scales.get(kind):
             return
-        self.scales[kind] = scale
-        dtype = next(p.dtype for p in self.layer.parameters() if p.is_floating_point())
-        device = execution_device(self.layer)
+        self.scales.pop(kind, None)  # should this be interrupted, the next call starts afresh
         if isinstance(scale, Affine):
-            self.deltas[kind] = torch.tensor(scale.scale, dtype=torch.float64).sub(1.0).to(device, dtype)
-            self.shifts[kind] = torch.tensor(scale.shift, dtype=dtype, device=device)
+            deltas = torch.tensor(scale.scale, dtype=torch.float64).sub_(1.0)
+            shifts = torch.tensor(scale.shift, dtype=torch.float64)
+            self.deltas[kind] = self._buffer(kind, "deltas", deltas.shape).copy_(deltas, non_blocking=True)
+            self.shifts[kind] = self._buffer(kind, "shifts", shifts.shape).copy_(shifts, non_blocking=True)
         else:
-            delta = torch.full((), scale - 1.0, dtype=dtype, device=device)
-            self.deltas[kind], self.shifts[kind] = None if scale == 1.0 else delta, None
+            self.deltas[kind] = None if scale == 1.0 else self._buffer(kind, "delta", ()).fill_(scale - 1.0)
+            self.shifts[kind] = None
+        self.scales[kind] = scale
+
+    def _buffer(self, kind: SublayerKind, name: str, shape: Sequence[int]) -> Tensor:
+        assert self._placement is not None
+        if (kind, name) not in self.buffers:
+            device, dtype = self._placement
+            with torch.inference_mode(False):  # else it could not be written outside of inference mode
+                self.buffers[kind, name] = torch.zeros(shape, dtype=dtype, device=device)
+        return self.buffers[kind, name]
+
+    @property
+    def work(self) -> LayerWork:
+        """What a compiled graph of the layer depends on: how attention and FFN are skipped, what is measured."""
+        attention = self._skipped("attention") if self.skip_attention else None
+        return attention, self._skipped("ffn") if self.skip_ffn else None, self.measure_ffn
+
+    def _skipped(self, kind: SublayerKind) -> str:
+        scale = self.scales[kind]
+        return "affine" if isinstance(scale, Affine) else "plain" if scale == 1.0 else "scaled"
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """The layer without its skipped sublayers. hidden_states: [B, S, D], as is what is returned."""
@@ -121,6 +172,8 @@ class ModelPatches:
         self._saved: list[tuple[nn.Module, str, Any]] = []
         self._plan: SkipPlan | None = EMPTY_PLAN
         self._measured: frozenset[int] | None = NOTHING
+        self.work: Work = tuple(patch.work for patch in self.patches)
+        self.in_compiled_step = False
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether the model still has the layers these patches were made for."""
@@ -137,8 +190,7 @@ class ModelPatches:
             for patch in self.patches:
                 name = forward_attribute(patch.layer)
                 self._saved.append((patch.layer, name, patch.layer.__dict__.get(name)))
-                patch.stock = getattr(patch.layer, name)
-                patch.layer.__dict__[name] = patch.forward
+                patch.install()
             yield self
         finally:
             for layer, name, own in self._saved:
@@ -156,18 +208,38 @@ class ModelPatches:
             return  # the usual decode step: nothing changes
         self._plan = self._measured = None  # should this be interrupted, the next call starts afresh
         for i, patch in enumerate(self.patches):
-            patch.skip_attention, patch.skip_ffn = i in plan.attention, i in plan.ffn
-            patch.measure_ffn = i in measured_ffns
+            patch.set_work(skip_attention=i in plan.attention, skip_ffn=i in plan.ffn, measure_ffn=i in measured_ffns)
             if patch.skip_attention:
                 patch.set_scale("attention", plan.scale("attention", i))
             if patch.skip_ffn:
                 patch.set_scale("ffn", plan.scale("ffn", i))
+        self.work = tuple(patch.work for patch in self.patches)
         self._plan, self._measured = plan, measured_ffns
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """What runs inside is one graph of the whole step, traced if need be for the plan of just now."""
+        self.in_compiled_step = True
+        try:
+            yield
+        finally:
+            self.in_compiled_step = False
+
+    @contextmanager
+    def running(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Every layer runs its compiled form of `LayerPatch.forward` instead of that itself."""
+        try:
+            for patch, forward in zip(self.patches, forwards, strict=True):
+                patch.layer.__dict__[patch.name] = forward
+            yield
+        finally:
+            for patch in self.patches:
+                patch.layer.__dict__[patch.name] = patch.forward
 
     def set_probe(self, probe: SublayerProbe | None) -> None:
         """From the next forward on, show every sublayer's input and output to `probe`."""
         for patch in self.patches:
-            patch.probe = probe
+            patch.set_probe(probe)
 
     def take_ffn_io(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Input and output, [B, S, D], of the FFNs measured in the last forward; forgets them."""

@@ -81,6 +81,7 @@ class Request:
         self.window: LearningWindow | None = None
         self.window_result: dict[int, FFNSimilarity] = {}
         self.prompt_plan = self.answer_plan = EMPTY_PLAN
+        self.released: SkipPlan | None = None  # the last plan whose skipped layers the cache has let go of
         self._floor = SkipPlan(held)  # attention that cannot run any more: its K/V is gone
         self._merged: tuple[SkipPlan, SkipPlan, SkipPlan] | None = None
 

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip.blocks import find_decoder, restore_attribute
+from adaskip.compiled import StepKind, compiled_steps
 from adaskip.kv_cache import release_skipped, restore_emptied, skipped_layers
 from adaskip.patching import NOTHING, ModelPatches, patches_of
 from adaskip.request import LearningWindow, Request, RequestTrace
 from adaskip.strategies.base import Strategy
 from adaskip.token_ids import end_token_ids
-
-StepKind = Literal["prefill", "decode"]
 
 
 @contextmanager
@@ -41,8 +40,8 @@ def skipping(
     eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config.
     Give it here, too, if you give `generate` another one.
 
-    Two limits. A direct call of a compiled model is not seen (its pre-hook is part of the graph); `generate` compiles
-    around the choice of the plan. In assisted decoding a decode step is a verification of several tokens, and so
+    Two limits. A compiled model cannot be called directly (the choice of the plan would become part of the graph);
+    `generate` compiles around it. In assisted decoding a decode step is a verification of several tokens, and so
     schedules and learning windows count verifications.
 
     Raises UnsupportedModelError for blocks that cannot be skipped and ValueError if the strategy was made for another
@@ -57,14 +56,19 @@ def skipping(
             f"{type(model).__name__} has {len(patches.patches)}"
         )
     session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id))
-    own_prepare = model.__dict__.get("prepare_inputs_for_generation")
+    overrides = {
+        "prepare_inputs_for_generation": session.wrap_prepare_inputs(),
+        "get_compiled_call": session.get_compiled_call,
+    }
+    own = {name: model.__dict__.get(name) for name in overrides}
     with patches.install():
         hook = find_decoder(model).register_forward_pre_hook(session.before_forward, with_kwargs=True)
         try:
-            model.__dict__["prepare_inputs_for_generation"] = session.wrap_prepare_inputs()
+            model.__dict__.update(overrides)
             yield session
         finally:
-            restore_attribute(model, "prepare_inputs_for_generation", own_prepare)
+            for name, value in own.items():
+                restore_attribute(model, name, value)
             hook.remove()
 
 
@@ -79,8 +83,9 @@ class SkippingSession:
         self._last: Request | None = None
         self._measuring: LearningWindow | None = None  # the window of the request whose step runs
         self._step_ids: Tensor | None = None
-        self._prepared: ref[Tensor] | None = None
+        self._prepared: Callable[[], Tensor | None] = lambda: None  # weakly, the input `generate` is about to run
         self._forced_kind: StepKind | None = None
+        self._kind: StepKind = "prefill"
         self._signature = inspect.signature(find_decoder(model).forward)
 
     @property
@@ -118,9 +123,18 @@ class SkippingSession:
 
         return prepare_inputs_for_generation
 
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What `generate` runs its compiled steps by, in the place of the model's own method of that name."""
+        steps = compiled_steps(self.patches, compile_config)
+
+        def compiled_call(**inputs):
+            return steps.run(self.patches, self._kind, self.model, inputs)
+
+        return compiled_call
+
     def _is_prepared(self, tokens: Tensor) -> bool:
         """Whether the coming forward is the one `prepare_inputs_for_generation` has just chosen the plan for."""
-        prepared = None if self._prepared is None else self._prepared()
+        prepared = self._prepared()
         if prepared is None:
             return False
         moved = prepared.device != tokens.device and prepared.shape == tokens.shape  # by a device hook
@@ -130,7 +144,11 @@ class SkippingSession:
     def before_forward(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook of the decoder: chooses the plan of a direct call."""
         if torch.compiler.is_compiling():
+            if not self.patches.in_compiled_step:
+                _refuse_compiled_call()
             return None
+        if (ids := kwargs.get("input_ids")) is not None and ids is self._prepared():
+            return None  # the usual decode step of `generate`
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         options = {**bound, **bound.get("kwargs", {})}
         ids, embeds = options.get("input_ids"), options.get("inputs_embeds")
@@ -167,12 +185,15 @@ class SkippingSession:
     def _begin_step(self, kind: StepKind, cache: Cache | None) -> None:
         """Choose and apply the plan of the coming forward, and let go of K/V that it no longer needs."""
         self._finish_measuring()
+        self._kind = kind
         request = self._last = self._request_of(cache, kind)
         plan = request.prefill() if kind == "prefill" else request.decode()
         self._measuring = request.window if kind == "decode" else None
         self.patches.apply(plan, NOTHING if self._measuring is None else self._measuring.ffns)
-        if cache is not None and not plan.attention <= skipped_layers(cache):
-            release_skipped(cache, plan.attention, len(self.patches.patches))
+        if cache is not None and request.released is not plan:
+            if not plan.attention <= skipped_layers(cache):
+                release_skipped(cache, plan.attention, len(self.patches.patches))
+            request.released = plan
 
     def _request_of(self, cache: Cache | None, kind: StepKind) -> Request:
         if cache is None:
@@ -190,9 +211,19 @@ class SkippingSession:
     def _finish_measuring(self) -> None:
         """Fold what the previous decode step kept into the window of its request."""
         window, self._measuring = self._measuring, None
+        if window is None:
+            return
         ffn_io = self.patches.take_ffn_io()
-        if window is not None and ffn_io.keys() == window.ffns:  # a step that failed half-way does not count
+        if ffn_io.keys() == window.ffns:  # a step that failed half-way does not count
             window.add(ffn_io, self._step_ids)
+
+
+@torch.compiler.disable()
+def _refuse_compiled_call() -> None:
+    raise ValueError(
+        "a compiled model was called directly inside skipping(...), where its graph would keep the plan of its first "
+        "call; call the model itself, or generate with a static cache, which compiles a graph for each plan"
+    )
 
 
 def _length_is_on_cuda(cache: Cache) -> bool:

@@ -1,0 +1,256 @@
+"""`generate` with compiled decode steps: equal to eager, a bounded number of graphs, none of them made twice."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from adaskip.compiled import compiled_steps
+from adaskip.kv_cache import kv_bytes
+from adaskip.patching import patches_of
+from adaskip.plan import Affine, Budget, SkipPlan, Sublayer
+from adaskip.skipping import skipping
+from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode, UnifiedSkipping
+from adaskip.token_ids import left_padded
+from tests.families import WIDTH, random_model, random_prompts
+from tests.profiles import profile_of
+
+NEW_TOKENS = 9
+
+
+class CountedGraphs(list):
+    """The graphs that were compiled, and a `CompileConfig` that runs them as they were traced, on any device."""
+
+    def config(self, **options) -> CompileConfig:
+        def backend(graph, example_inputs):
+            self.append(graph)
+            return graph.forward
+
+        config = CompileConfig(**{"backend": backend, "fullgraph": True, "mode": None, **options})
+        config._compile_all_devices = True
+        return config
+
+
+def run(model, prompts, *, compile_config=None, **options):
+    ids, mask = left_padded(prompts, 0, model.device)
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    settings |= {"cache_implementation": "static", "disable_compile": compile_config is None}
+    return model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        compile_config=compile_config,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings | options,
+    )
+
+
+def assert_same(ours, expected, tolerance=1e-5):
+    assert torch.equal(ours.sequences, expected.sequences)
+    assert (torch.stack(ours.logits) - torch.stack(expected.logits)).abs().max() < tolerance
+
+
+def affine(slope: float) -> Affine:
+    return Affine(scale=[1.0 + slope * i for i in range(WIDTH)], shift=[slope * (8 - i) for i in range(WIDTH)])
+
+
+def fixed(*sublayers, phase, scale) -> FixedPlan:
+    plan = SkipPlan.of_sublayers({Sublayer(kind, layer): scale for kind, layer in sublayers})
+    return FixedPlan(num_layers=4, phase=phase, plan=plan)
+
+
+def early_exit(phase, factor):
+    return EarlyExit(num_layers=4, budget=Budget(layers=1), phase=phase)
+
+
+def unified(phase, factor):
+    return UnifiedSkipping(num_layers=4, budget=Budget(layers=2), phase=phase)
+
+
+def skip_decode(phase, factor):
+    return SkipDecode(num_layers=4, budget=Budget(layers=3), phase=phase, max_decode_steps=6)
+
+
+def ada_skip(phase, factor):
+    """Attention 1 is skipped and the FFNs of a random model lie on both sides of its similarity."""
+    profile = profile_of(attention=[-0.9, 0.8, -0.9, -0.9], ffn=[-1.0] * 4, scale=factor)
+    return AdaSkip(num_layers=4, budget=Budget(sublayers=1), phase=phase, profile=profile, learning_window=3)
+
+
+def scaled(phase, factor):
+    return fixed(("attention", 0), ("ffn", 1), ("attention", 2), phase=phase, scale=factor)
+
+
+def affine_plan(phase, factor):
+    return fixed(("ffn", 0), ("attention", 2), phase=phase, scale=affine(0.02 * factor))
+
+
+CASES = [  # and how many sets the decode steps go through
+    (early_exit, "e2e", 1),
+    (unified, "e2e", 1),
+    (skip_decode, "e2e", 2),
+    (skip_decode, "decode", 2),
+    (ada_skip, "e2e", 2),
+    (ada_skip, "decode", 2),
+    (ada_skip, "prefill", 1),
+    (scaled, "decode", 1),
+    (affine_plan, "e2e", 1),
+]
+
+
+@pytest.mark.parametrize(("make", "phase", "num_sets"), CASES)
+def test_compiled_decode_is_eager_decode_with_a_graph_for_each_set(make, phase, num_sets):
+    model, graphs = random_model("llama"), CountedGraphs()
+    prompts, config = random_prompts([9, 4, 7]), graphs.config()
+    for factor in (1.05, 1.06):  # the second context brings other scales and finds the graphs of the first
+        with skipping(model, make(phase, factor)):
+            expected = run(model, prompts)
+        with skipping(model, make(phase, factor)) as session:
+            ours = run(model, prompts, compile_config=config)
+            assert bool(session.last_request.online_ffns) == (make is ada_skip and phase != "prefill")
+        assert_same(ours, expected)
+        assert kv_bytes(ours.past_key_values) == kv_bytes(expected.past_key_values)
+        assert len(graphs) == num_sets
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_sliding_windows_compile_too(family):
+    model, graphs = random_model(family), CountedGraphs()
+    prompts, config = random_prompts([9, 4, 7]), graphs.config()
+    strategy = scaled("e2e", 1.1)
+    with skipping(model, strategy):
+        expected = run(model, prompts)
+        assert_same(run(model, prompts, compile_config=config), expected)
+        made = len(graphs)
+        assert_same(run(model, prompts, compile_config=config), expected)
+    assert len(graphs) == made
+
+
+def test_chunks_of_a_prompt_are_compiled_apart():
+    model, graphs = random_model("llama"), CountedGraphs()
+    prompts, config = random_prompts([12]), graphs.config()
+    with skipping(model, scaled("decode", 1.1)):
+        expected = run(model, prompts, prefill_chunk_size=4)
+        for _ in range(2):
+            assert_same(run(model, prompts, prefill_chunk_size=4, compile_config=config), expected)
+            made = len(graphs)
+    assert len(graphs) == made
+    kinds = [kind for kind, _ in compiled_steps(patches_of(model), config).steps]
+    assert sorted(kinds) == ["decode", "prefill"]
+
+
+def test_steps_alternate_between_scales_without_a_graph_more():
+    """The scales of two interleaved requests share their storage, so each step must write its own."""
+    model, graphs = random_model("llama"), CountedGraphs()
+    config, prompts = graphs.config(), random_prompts([8])
+    runs = []
+    for factor in (1.2, 0.8, 1.2):
+        with skipping(model, scaled("e2e", factor)):
+            runs.append(run(model, prompts, compile_config=config))
+    assert len(graphs) == 1
+    assert not torch.equal(torch.stack(runs[0].logits), torch.stack(runs[1].logits))
+    assert torch.equal(torch.stack(runs[0].logits), torch.stack(runs[2].logits))
+
+
+def test_sets_beyond_the_bound_run_from_graphs_of_layers(monkeypatch):
+    monkeypatch.setattr("adaskip.compiled.MAX_STEP_GRAPHS", 2)
+    model, graphs = random_model("llama"), CountedGraphs()
+    config, prompts = graphs.config(), random_prompts([9, 5])
+    sets = [{0}, {1}, {0, 1}, {3}, {2, 3}, {0, 3}]
+    counts = []
+    for scale in (1.1, 1.2):
+        for ffns in sets:
+            sublayers = [("attention", 1), *(("ffn", i) for i in ffns)]
+            with skipping(model, fixed(*sublayers, phase="e2e", scale=scale)):
+                expected = run(model, prompts)
+                assert_same(run(model, prompts, compile_config=config), expected)
+        counts.append(len(graphs))
+    assert len(compiled_steps(patches_of(model), config).steps) == 2
+    assert counts[0] == counts[1] <= 2 + 4 * 2  # each of four layers with and without its FFN
+
+
+def test_online_sets_beyond_the_bound_still_measure_and_learn(monkeypatch):
+    monkeypatch.setattr("adaskip.compiled.MAX_STEP_GRAPHS", 0)
+    model, graphs = random_model("llama"), CountedGraphs()
+    config, prompts = graphs.config(), random_prompts([9, 4, 7])
+    with skipping(model, ada_skip("e2e", 1.05)) as session:
+        expected = run(model, prompts)
+        learnt = session.last_request
+    for _ in range(2):
+        with skipping(model, ada_skip("e2e", 1.05)) as session:
+            assert_same(run(model, prompts, compile_config=config), expected)
+            assert session.last_request.online_ffns == learnt.online_ffns
+        made = len(graphs)
+    assert len(graphs) == made <= 4 * 3
+
+
+def test_the_stock_model_compiles_the_same_before_and_after():
+    model, graphs = random_model("llama"), CountedGraphs()
+    config, prompts = graphs.config(), random_prompts([9])
+    stock = run(model, prompts, compile_config=config)
+    with skipping(model, scaled("e2e", 1.3)):
+        skipped = run(model, prompts, compile_config=config)
+    again = run(model, prompts, compile_config=config)
+    assert torch.equal(torch.stack(stock.logits), torch.stack(again.logits))
+    assert not torch.equal(torch.stack(stock.logits), torch.stack(skipped.logits))
+    assert len(graphs) == 2
+
+
+def test_graphs_and_scales_do_not_keep_the_model_alive():
+    model = random_model("llama")
+    with skipping(model, ada_skip("e2e", 1.05)):
+        run(model, random_prompts([5]), compile_config=CountedGraphs().config())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_direct_call_of_a_compiled_model_is_refused(compiled_before, fullgraph):
+    torch.compiler.reset()  # the compiler remembers, for the whole process, a function in which an error came up
+    model, ids = random_model("llama"), random_prompts([6])[0][None]
+    stock = model(ids).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    with torch.no_grad():
+        if compiled_before:
+            compiled(ids)
+        with (
+            pytest.raises(Exception, match=r"called directly|_refuse_compiled_call"),
+            skipping(model, scaled("e2e", 2)),
+        ):
+            compiled(ids)
+        assert torch.equal(compiled(ids).logits, stock)
+
+
+def test_scales_written_in_inference_mode_can_be_written_again():
+    model, ids = random_model("llama"), random_prompts([6])[0][None]
+    for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        for factor in (1.1, 1.2):
+            with context(), skipping(model, affine_plan("e2e", factor)):
+                model(ids)
+
+
+def test_scales_follow_a_model_to_another_dtype():
+    model, ids = random_model("llama"), random_prompts([6])[0][None]
+    with skipping(model, scaled("e2e", 1.1)):
+        model(ids)
+    model.double()
+    with skipping(model, scaled("e2e", 1.1)):
+        assert model(ids).logits.dtype == torch.float64
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_agrees_with_eager():
+    model, prompts = random_model("llama"), random_prompts([9, 4])
+    config = CountedGraphs().config(backend="inductor")
+    with skipping(model, affine_plan("e2e", 1.05)):
+        expected = run(model, prompts)
+        assert_same(run(model, prompts, compile_config=config), expected)
