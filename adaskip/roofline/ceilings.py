@@ -54,10 +54,10 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> Ceilings
 
     A copy counts the bytes it reads and those it writes.
     """
-    device = torch.device(device)
     present = [kind for kind in COPY_BYTES if kind == "cpu" or torch.cuda.is_available()]
-    if device.type not in present:
+    if str(device).split(":")[0] not in present:
         raise ValueError(f"cannot measure device {str(device)!r}; present here: {', '.join(present)}")
+    device = torch.device(device)
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     copy_s = _median_s("target.copy_(source)", source=source, target=torch.empty_like(source))
     bandwidth = 2 * source.nbytes / copy_s
