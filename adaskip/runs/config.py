@@ -89,6 +89,8 @@ class RunConfig(WorkConfig):
     )
     alpha: float | None = option("acceleration ratio; of M layers M - M/alpha are skipped")
     profile: str | None = option("importance profile of `adaskip calibrate`; if not given, made once and kept")
+    learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
+    beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +122,12 @@ class RunConfig(WorkConfig):
         if self.skip_full_layer_num is not None:
             return Budget(layers=self.skip_full_layer_num)
         return Budget(sublayers=self.budget if self.budget is not None else self.skip_sub_layer_num)
+
+    @property
+    def strategy_options(self) -> dict[str, int | float]:
+        """Fields of the strategy that were given a value of their own."""
+        given = {"learning_window": self.learning_window, "beta_quantile": self.beta_quantile}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "model": config.model,
         "testbed": config.testbed,
         "strategy": config.strategy,
+        "strategy_options": config.strategy_options or None,
         "phase": config.phase,
         "tasks": {part.name: len(part.samples) for part in job.parts},
         "max_new_tokens": {part.name: part.max_new_tokens for part in job.parts},

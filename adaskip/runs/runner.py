@@ -99,6 +99,7 @@ def execute(job: Job) -> Iterator[Progress]:
             num_layers=len(decoder_layers(loaded.model)),
             profile=profile,
             max_decode_steps=part.max_new_tokens,
+            **config.strategy_options,
         )
         for part in job.parts
     ]

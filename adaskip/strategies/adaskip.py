@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from adaskip.importance import ImportanceProfile
 from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.strategies.base import FFNSimilarity, Strategy
@@ -20,7 +22,8 @@ class AdaSkip(Strategy):
     While decoding (phases decode and e2e), the FFNs outside the set run and are measured over the first
     `learning_window` tokens of a request; those more similar than `beta` join the set for the rest of it.
 
-    profile: the offline importance learning. learning_window: P; 0 switches online learning off.
+    profile: the offline importance learning. learning_window: P; 0 switches online learning off. beta_quantile: beta is
+    this quantile of the offline similarities of all FFNs (0.5: the median) instead of the paper's threshold.
     Paper: Eq. (2)-(5).
     """
 
@@ -28,10 +31,13 @@ class AdaSkip(Strategy):
 
     profile: ImportanceProfile
     learning_window: int = LEARNING_WINDOW
+    beta_quantile: float | None = None
 
     def __post_init__(self) -> None:
         if self.learning_window < 0:
             raise ValueError(f"learning_window must be at least 0 tokens; got {self.learning_window}")
+        if self.beta_quantile is not None and not 0 <= self.beta_quantile <= 1:
+            raise ValueError(f"beta_quantile must be between 0 and 1; got {self.beta_quantile}")
         super().__post_init__()
 
     @cached_property
@@ -52,7 +58,12 @@ class AdaSkip(Strategy):
 
     @cached_property
     def beta(self) -> float:
-        """The threshold: the least offline similarity in the set; above every similarity if the set is empty."""
+        """The threshold: the least offline similarity in the set (the paper's), or the quantile that was asked for.
+
+        Above every similarity if the set is empty.
+        """
+        if self.beta_quantile is not None and self.skipped:
+            return float(np.quantile(self.profile.ffn.similarity, self.beta_quantile))
         sublayers = [Sublayer("attention", i) for i in self.skipped.attention]
         sublayers += [Sublayer("ffn", i) for i in self.skipped.ffn]
         return min((self.profile.similarity_of(s) for s in sublayers), default=float("inf"))

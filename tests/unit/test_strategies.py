@@ -134,6 +134,21 @@ def test_adaskip_learns_ffns_above_beta_with_the_windows_scale():
     assert strategy.learn(window) == SkipPlan.of_sublayers({Sublayer("ffn", 0): 1.3})
 
 
+@pytest.mark.parametrize(("quantile", "beta"), [(0, 0.1), (0.5, 0.3), (1, 0.5)])
+def test_beta_may_be_a_quantile_of_the_ffns_offline_similarities(quantile, beta):
+    profile = profile_of(attention=[0.9] * 5, ffn=[0.5, 0.1, 0.3, 0.4, 0.2])
+    strategy = AdaSkip(num_layers=5, budget=Budget(sublayers=1), profile=profile, beta_quantile=quantile)
+    assert strategy.beta == pytest.approx(beta)
+    window = {0: FFNSimilarity(beta + 0.01, 1.3), 1: FFNSimilarity(beta - 0.01, 1.4)}
+    assert strategy.learn(window) == SkipPlan.of_sublayers({Sublayer("ffn", 0): 1.3})
+
+
+@pytest.mark.parametrize("quantile", [-0.1, 1.5])
+def test_a_quantile_outside_of_0_and_1_is_refused(quantile):
+    with pytest.raises(ValueError, match=f"beta_quantile must be between 0 and 1; got {quantile}"):
+        make("adaskip", beta_quantile=quantile)
+
+
 def test_adaskip_never_learns_with_an_empty_set():
     strategy = make("adaskip", budget=Budget(sublayers=0))
     assert strategy.learn({0: FFNSimilarity(1.0, 1.0)}) is EMPTY_PLAN
