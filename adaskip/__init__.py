@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from adaskip.importance import ImportanceProfile
     from adaskip.plan import Budget, SkipPlan
     from adaskip.skipping import skipping
+    from adaskip.speculative import lossless
     from adaskip.strategies import AdaSkip, EarlyExit, LeastSkip, MostSkip, SkipDecode, UnifiedSkipping
 
 # Names of the library and the modules they come from; loaded at first use, so that `import adaskip` needs no torch.
@@ -21,6 +24,7 @@ _HOMES = {
     "Budget": "adaskip.plan",
     "SkipPlan": "adaskip.plan",
     "skipping": "adaskip.skipping",
+    "lossless": "adaskip.speculative",
     **dict.fromkeys(
         ("AdaSkip", "EarlyExit", "LeastSkip", "MostSkip", "SkipDecode", "UnifiedSkipping"), "adaskip.strategies"
     ),
@@ -38,8 +42,20 @@ __all__ = [
     "UnifiedSkipping",
     "__version__",
     "calibrate",
+    "lossless",
     "skipping",
 ]
+
+
+class _Package(ModuleType):
+    """Importing `adaskip.skipping` would put that module in the place of the function `adaskip.skipping`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,10 @@ def test_there_are_no_circles():
     tuple(TopologicalSorter(GRAPH).static_order())
 
 
-@pytest.mark.parametrize("name", ["patching", "request", "skipping", "calibration", "kv_cache", "blocks"])
+SPECULATIVE = [name.removeprefix("adaskip.") for name in MODULES if name.startswith("adaskip.speculative")]
+
+
+@pytest.mark.parametrize("name", ["patching", "request", "skipping", "calibration", "kv_cache", "blocks", *SPECULATIVE])
 def test_the_core_knows_no_concrete_strategy(name):
     strategies = {m for m in GRAPH[f"adaskip.{name}"] if m.startswith("adaskip.strategies")}
     assert strategies <= {"adaskip.strategies.base"}
@@ -73,7 +76,9 @@ def test_strategies_see_no_model_and_no_patching(name):
     assert not {f"adaskip.{m}" for m in above} & reachable(name)
 
 
-@pytest.mark.parametrize("name", ["patching", "skipping", "request", "calibration", "generate", "importance"])
+@pytest.mark.parametrize(
+    "name", ["patching", "skipping", "request", "calibration", "generate", "importance", *SPECULATIVE]
+)
 def test_the_library_does_not_reach_up_to_the_runs(name):
     above = ("runs", "results", "plots", "cli", "testbed", "longbench", "report")
     assert not {m for m in reachable(f"adaskip.{name}") if m.removeprefix("adaskip.").startswith(above)}

@@ -1,0 +1,115 @@
+"""The forwards of one request, the full model's and the draft's, on one KV cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from adaskip.kv_cache import release_skipped
+from adaskip.patching import ModelPatches
+from adaskip.plan import EMPTY_PLAN, SkipPlan
+
+
+class Forwards:
+    """The forwards of one request, all on its one KV cache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        patches: ModelPatches,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        self.model: Any = model
+        self.patches, self.config, self.kwargs = patches, config, model_kwargs
+        self.cache: DynamicCache = model_kwargs["past_key_values"]
+        self.prompt_length = input_ids.shape[1]
+        self.lengths: dict[str, int] = {}
+        self._views: dict[frozenset[int], DynamicCache] = {}
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Run the prompt through the full model; logits of its last token, [1, V]."""
+        logits = self.model._prefill(input_ids, self.config, self.kwargs).logits[0, -1:]
+        self.cache.activate_past_recording()  # from here on sliding layers keep what a draft pushes out of the window
+        self._grow(self.config.max_length - self.prompt_length)
+        return logits.to(input_ids.device, torch.float32, copy=True)
+
+    def _grow(self, room: int) -> None:
+        """Make mask and positions long enough for the longest answer; each forward takes the part it needs."""
+        for name in ("attention_mask", "position_ids"):
+            given = self.kwargs.get(name)
+            if given is None:
+                continue
+            self.lengths[name] = given.shape[-1]
+            steps = torch.arange(1, room + 1, dtype=given.dtype, device=given.device)
+            more = given[..., -1:] + steps if name == "position_ids" else torch.ones_like(steps)[None]
+            self.kwargs[name] = torch.cat([given, more], dim=-1)
+
+    def verify(self, ids: Tensor, num_new: int) -> Tensor:
+        """Logits of the full model after each of the last `num_new` tokens of ids [1, S], [num_new, V]."""
+        self.patches.apply(EMPTY_PLAN)
+        return self._run(ids, num_new, self.cache)
+
+    def draft(self, ids: Tensor, plan: SkipPlan) -> Tensor:
+        """Logits of the skipped model after the last token of ids [1, S], [1, V]."""
+        self.patches.apply(plan)
+        return self._run(ids, 1, self._view(plan.attention))
+
+    def _run(self, ids: Tensor, num_new: int, cache: DynamicCache) -> Tensor:
+        grown = ids.shape[1] - self.prompt_length
+        kwargs = {**self.kwargs, "past_key_values": cache}
+        for name, length in self.lengths.items():
+            kwargs[name] = kwargs[name][..., : length + grown]
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=num_new, **kwargs)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = num_new
+        logits = self.model(**inputs, return_dict=True).logits[0, -num_new:]
+        return logits.to(ids.device, torch.float32, copy=True)
+
+    def _view(self, skipped: frozenset[int]) -> DynamicCache:
+        """The cache as the draft sees it: the same layers, stand-ins for the skipped ones."""
+        if skipped not in self._views:
+            view: Any = copy.copy(self.cache)
+            view.layers = list(self.cache.layers)
+            release_skipped(view, skipped, len(self.patches.patches))
+            sliding = DynamicSlidingWindowLayer
+            view.layers = [_DraftSlidingLayer(x) if isinstance(x, sliding) else x for x in view.layers]
+            self._views[skipped] = view
+        return self._views[skipped]
+
+    def forget_draft(self, plan: SkipPlan, drafted: int) -> None:
+        """Remove what a draft of `drafted` tokens wrote into the layers that it did not skip."""
+        for i, layer in enumerate(self.cache.layers):
+            if i not in plan.attention:
+                layer.crop(-drafted)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forget_rejected(self, rejected: int) -> None:
+        """Remove the last `rejected` tokens; also lets sliding layers shrink to their window again."""
+        self.cache.crop(-rejected)
+
+    def stop_recording(self) -> None:
+        """Sliding layers behave as before: a cache may live on after the request."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _DraftSlidingLayer(DynamicSlidingWindowLayer):
+    """The same layer, state and all, which shows the attention no more than masks expect while it records.
+
+    transformers 5.17 shows everything; with several forwards between two crops that is more than the mask's length.
+    """
+
+    def __init__(self, layer: DynamicSlidingWindowLayer):
+        self.__dict__ = layer.__dict__  # pyright: ignore[reportGeneralTypeIssues]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        return keys[:, :, -visible:], values[:, :, -visible:]
