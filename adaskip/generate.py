@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adaskip.blocks import execution_device
 from adaskip.kv_cache import kv_bytes
@@ -18,6 +19,8 @@ from adaskip.plan import EMPTY_PLAN
 from adaskip.skipping import skipping
 from adaskip.strategies.base import Strategy
 from adaskip.token_ids import end_token_ids, left_padded
+
+CacheImplementation = Literal["dynamic", "static"]
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,17 @@ class Generation:
 
 
 class _TokenClock(StoppingCriteria):
-    """Stops nothing; notes when the first token is there and how many followed."""
+    """Stops nothing; notes when the first token is there."""
 
     def __init__(self) -> None:
         self.first_token_s: float | None = None
-        self.num_tokens = 0
+        self.none_ends = torch.empty(0, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
-        self.num_tokens += 1
         if self.first_token_s is None:
             self.first_token_s = _now(input_ids.device)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            self.none_ends = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self.none_ends
 
 
 def _now(device: torch.device) -> float:
@@ -69,11 +72,17 @@ def generate(
     eos_token_ids: Sequence[int],
     pad_token_id: int,
     min_new_tokens: int = 0,
+    cache_implementation: CacheImplementation = "dynamic",
+    compile: bool | CompileConfig = False,
 ) -> list[Generation]:
     """Greedy answers to a batch of prompts, one beam.
 
-    strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample.
+    strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample. compile: run the
+    decode steps compiled, which takes a static cache and makes a graph for each set of skipped sublayers when it first
+    comes up: time a second generation of the same lengths. True is transformers' default, CUDA graphs where there is
+    CUDA. Raises ValueError for a compiled generation on a cache that is not static.
     """
+    caching = _cache_options(model, cache_implementation, compile)
     ids, mask = left_padded(input_ids, pad_token_id, execution_device(model))
     clock = _TokenClock()
     ends = list(end_token_ids(model, eos_token_ids))
@@ -92,11 +101,12 @@ def generate(
             pad_token_id=pad_token_id,
             return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([clock]),
+            **caching,
         )
         end_s = _now(ids.device)
         trace = None if session is None else session.last_request
     assert clock.first_token_s is not None
-    further = clock.num_tokens - 1
+    further = output.sequences.shape[1] - ids.shape[1] - 1
     empty = EMPTY_PLAN.to_dict()
     plan = {"prefill": empty, "decode": empty}
     if trace is not None:
@@ -112,6 +122,23 @@ def generate(
         )
         for row in output.sequences
     ]
+
+
+def _cache_options(
+    model: PreTrainedModel, cache_implementation: CacheImplementation, compile: bool | CompileConfig
+) -> dict[str, Any]:
+    """What `model.generate` is told of its cache and of compilation."""
+    if cache_implementation not in (allowed := get_args(CacheImplementation)):
+        raise ValueError(f"unknown cache_implementation {cache_implementation!r}; allowed: {', '.join(allowed)}")
+    if compile and cache_implementation != "static":
+        raise ValueError(f"compile needs cache_implementation='static'; got {cache_implementation!r}")
+    if cache_implementation == "dynamic":
+        return {}
+    if not compile:
+        return {"cache_implementation": "static", "disable_compile": True}
+    config: Any = CompileConfig() if compile is True else copy.copy(compile)
+    config._compile_all_devices = True  # the CPU, too: here it was asked for
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def _until_end(token_ids: list[int], ends: list[int]) -> list[int]:

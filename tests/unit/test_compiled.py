@@ -11,6 +11,7 @@ import torch
 from transformers import CompileConfig
 
 from adaskip.compiled import compiled_steps
+from adaskip.generate import generate
 from adaskip.kv_cache import kv_bytes
 from adaskip.patching import patches_of
 from adaskip.plan import Affine, Budget, SkipPlan, Sublayer
@@ -254,3 +255,29 @@ def test_inductor_agrees_with_eager():
     with skipping(model, affine_plan("e2e", 1.05)):
         expected = run(model, prompts)
         assert_same(run(model, prompts, compile_config=config), expected)
+
+
+def answers(model, strategy, **options):
+    prompts = random_prompts([9, 4])
+    return generate(model, strategy, prompts, max_new_tokens=6, eos_token_ids=[2], pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("make", [None, scaled])
+def test_timed_generation_on_a_static_cache_compiles_on_demand(make):
+    model, graphs = random_model("llama"), CountedGraphs()
+    strategy = make and make("e2e", 1.1)
+    dynamic = answers(model, strategy)
+    static = answers(model, strategy, cache_implementation="static")
+    assert not graphs
+    compiled = answers(model, strategy, cache_implementation="static", compile=graphs.config())
+    assert len(graphs) == 1
+    tokens = [[answer.token_ids for answer in some] for some in (dynamic, static, compiled)]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert static[0].kv_bytes == compiled[0].kv_bytes
+
+
+def test_timed_generation_names_what_cannot_be_compiled():
+    with pytest.raises(ValueError, match="compile needs cache_implementation='static'; got 'dynamic'"):
+        answers(random_model("llama"), None, compile=True)
+    with pytest.raises(ValueError, match="unknown cache_implementation 'statc'; allowed: dynamic, static"):
+        answers(random_model("llama"), None, cache_implementation="statc")
