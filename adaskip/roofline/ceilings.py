@@ -63,7 +63,10 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> Ceilings
     bandwidth = 2 * source.nbytes / copy_s
     del source
     rate = max(_matmul_flops(size, device, dtype) for size in MATMUL_SIZES[device.type])
-    return Ceilings(_device_name(device), rate, bandwidth, f"measured, {str(dtype).removeprefix('torch.')}")
+    source = f"measured, {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda":
+        return Ceilings(torch.cuda.get_device_name(device), rate, bandwidth, source)
+    return Ceilings("CPU", rate, bandwidth, f"{source}, threads: {torch.get_num_threads()}")
 
 
 def _matmul_flops(size: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -74,7 +77,3 @@ def _matmul_flops(size: int, device: torch.device, dtype: torch.dtype) -> float:
 def _median_s(statement: str, **values: torch.Tensor) -> float:
     timer = Timer(statement, globals={**values, "torch": torch}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=MEASURE_SECONDS).median
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

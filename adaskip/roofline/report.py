@@ -15,6 +15,7 @@ from adaskip.roofline.tables import (
     crossover_table,
     device_table,
     gap_table,
+    launch_table,
     paper_table,
     times_table,
     work_of,
@@ -67,8 +68,17 @@ class Roofline:
         parts += [f"### {model}\n\n{times_table(self._of(model, 'prefill'), 'ttft')}" for model in self.shapes]
         parts += ["## TPOT: milliseconds, and speedup over the full model", "Decoding skips (phase decode)."]
         parts += [f"### {model}\n\n{times_table(self._of(model, 'decode'), 'tpot')}" for model in self.shapes]
+        parts += ["## Launches or bytes", *self._launches_or_bytes()]
         parts += ["## Operations and bytes of one sublayer", work_table(self.shapes, self.work, self.devices)]
         return "\n\n".join(parts) + "\n"
+
+    def _launches_or_bytes(self) -> list[str]:
+        return [
+            "The time an operator of the full model's decode step may take, microseconds. Where Python and the driver "
+            "take longer to launch one, launches are the limit and not bytes: decoding goes at the host's pace, and "
+            "CUDA graphs or larger batches bring it nearer to the device's limit.",
+            launch_table(self.predictions, self.operators),
+        ]
 
     def _operators(self, model: str) -> str:
         count = self.operators[model]
@@ -107,9 +117,9 @@ class Roofline:
         return [
             "The lengths behind the paper's speedups are not known here; predictions are for those above. Each column "
             "lets one thing alone take time. *ceilings*: the device's, with an attention that keeps its scores on the "
-            "chip (SDPA, FlashAttention). *eager attention*: the scores go through memory, as in transformers' plain "
-            "implementation. *launches*: every operator that stock transformers dispatches in a decode step takes the "
-            "same time, as where Python and kernel launches are the limit; counted on the model, not timed.",
+            "chip (SDPA, FlashAttention). *eager attention*: the same, but the scores go through memory, as in "
+            "transformers' plain implementation. *launches*: every operator that stock transformers dispatches in a "
+            "decode step takes the same time, as where Python and kernel launches are the limit; counted, not timed.",
             f"Operators of a decode step: {'; '.join(map(self._operators, self.shapes))}; of any context alike.",
             paper_table(self.explained),
             "Mean of predicted minus measured speedup. Whole layers take their share of the time whatever limits it, "

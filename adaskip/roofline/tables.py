@@ -11,7 +11,7 @@ from adaskip.plan import SublayerKind
 from adaskip.results import labels
 from adaskip.results.markdown import pipe_table
 from adaskip.roofline.ceilings import Ceilings
-from adaskip.roofline.comparison import ADASKIP, ATTENTION_ALONE, Device, Explained, Prediction, Workload
+from adaskip.roofline.comparison import ADASKIP, ATTENTION_ALONE, Device, Explained, Prediction, Way, Workload
 from adaskip.roofline.crossover import STEPS, Crossover, Step, speedup_of_kind
 from adaskip.roofline.shape import ModelShape
 from adaskip.roofline.work import Work, attention_work, ffn_work, head_work
@@ -21,7 +21,7 @@ Shapes = Mapping[str, ModelShape]
 """By model."""
 STRATEGIES = {**labels.STRATEGIES, ATTENTION_ALONE: "AdaSkip's budget, attention alone"}
 CONTEXTS = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
-EXPLANATIONS = {"fused": "ceilings", "eager": "ceilings, eager attention", "launches": "launches"}
+EXPLANATIONS = {"fused": "ceilings", "eager": "eager attention", "launches": "launches"}
 """Fields of `Explained` and what their columns are called."""
 
 
@@ -118,6 +118,17 @@ def times_table(predictions: Sequence[Prediction], quantity: Literal["ttft", "tp
             yield [str(way.sublayers), STRATEGIES[way.strategy], *cells]
 
     return pipe_table(["Skipped", "Strategy", *devices], lines())
+
+
+def launch_table(predictions: Sequence[Prediction], operators: Mapping[str, Mapping[str, int]]) -> str:
+    """Microseconds an operator of the full model's decode step may take until launches and not bytes decide."""
+    full = {(p.model, p.device): p.tpot_s for p in predictions if p.way == Way("decode")}
+    devices = list(dict.fromkeys(device for _, device in full))
+    lines = [
+        [model, str(counts["step"]), *(f"{1e6 * full[model, device] / counts['step']:.1f}" for device in devices)]
+        for model, counts in operators.items()
+    ]
+    return pipe_table(["Model", "Operators a step", *devices], lines)
 
 
 def work_of(shape: ModelShape, step: Step, work: Workload, bytes_per_value: int = 2) -> dict[str, Work]:

@@ -271,7 +271,7 @@ def test_ceilings_are_bytes_and_operations_over_the_median_time(monkeypatch):
     measured = measure_ceilings("cpu", torch.bfloat16)
     assert measured.bandwidth == 2 * 1000 / 0.5
     assert measured.matmul_flops == 2 * 8**3 / 0.5
-    assert measured.source == "measured, bfloat16"
+    assert (measured.name, measured.source) == ("CPU", f"measured, bfloat16, threads: {torch.get_num_threads()}")
 
 
 def test_ceilings_of_this_cpu_are_measured(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from adaskip.roofline.comparison import (
 )
 from adaskip.roofline.crossover import find_crossover, seconds, speedup_of_kind
 from adaskip.roofline.launches import Launches
-from adaskip.roofline.tables import gap_table
+from adaskip.roofline.tables import gap_table, launch_table
 
 L20 = known_ceilings("L20")
 WORK = Workload(prompt_tokens=8000, new_tokens=6)
@@ -161,6 +162,13 @@ def test_an_ffn_dispatches_its_operators():
     ffn = len(["gate", "up", "down", "SiLU", "gate times up"])
     residual = 1
     assert Launches(architecture("vicuna")).by_kind()["ffn"] == norm + ffn + residual
+
+
+def test_the_time_an_operator_may_take_is_the_tokens_time_over_the_operators():
+    predictions = compare("llama", LLAMA, Device(L20), WORK, ways([8]), assumed_profile(32))
+    table = launch_table(predictions, {"llama": {"step": 1302}})
+    token = mean(forward_seconds(LLAMA, EMPTY_PLAN, tokens=1, context=8000 + n, ceilings=L20) for n in range(1, 6))
+    assert table.splitlines()[2].split() == ["|", "llama", "|", "1302", "|", f"{1e6 * token / 1302:.1f}", "|"]
 
 
 def test_gaps_are_means_and_the_nearest_is_named():
