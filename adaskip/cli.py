@@ -1,7 +1,8 @@
 """The command line: `adaskip run`, `calibrate` and `grid`, and the door through which the run scripts come in.
 
 A user's mistake is one line and exit code 2; a run that stops half-way (out of memory, disk full) is one line and exit
-code 1; a signal is 128 plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead.
+code 1; a signal is 128 plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead. Of
+several processes only the main one speaks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from adaskip.options import Parser, add_options, resolve
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.grid import listing, run_grid
+from adaskip.runs.processes import Processes, leave_together
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.runner import RunError, run
 
@@ -49,9 +51,14 @@ def _command(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (config, _, help_text) in COMMANDS.items():
         add_options(commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False), config)
-    given = vars(parser.parse_args(argv))
-    config, execute, _ = COMMANDS[given.pop("command")]
-    return execute(resolve(config, given, given.pop("config")))
+    with Processes().together():
+        given = vars(parser.parse_args(argv))
+        command = given.pop("command")
+        if command != "run":
+            Processes().require_one(f"adaskip {command}")
+        config, execute, _ = COMMANDS[command]
+        resolved = resolve(config, given, given.pop("config"))
+    return execute(resolved)
 
 
 def _run_script(phase: str, model: str, strategy: str, argv: Sequence[str]) -> int:
@@ -59,17 +66,21 @@ def _run_script(phase: str, model: str, strategy: str, argv: Sequence[str]) -> i
     parser = Parser(prog=argv[0], description=f"Runs {name}.", allow_abbrev=False)
     parser.add_argument("--model", metavar="RUN_NAME", default=name, help=f"name of the run; here always {name}")
     add_options(parser, RunConfig, leave_out=("model", "phase", "strategy"))
-    given = vars(parser.parse_args(argv[1:]))
-    if parse_run_name(asked := given.pop("model")) != (model, phase, strategy):
-        raise ValueError(
-            f"{argv[0]} runs {name}, but --model is {asked!r}; run that with its own script or leave --model out"
-        )
-    yaml_file = given.pop("config")
-    return _run(resolve(RunConfig, {**given, "phase": phase, "model": model, "strategy": strategy}, yaml_file))
+    with Processes().together():
+        given = vars(parser.parse_args(argv[1:]))
+        if parse_run_name(asked := given.pop("model")) != (model, phase, strategy):
+            raise ValueError(
+                f"{argv[0]} runs {name}, but --model is {asked!r}; run that with its own script or leave --model out"
+            )
+        yaml_file = given.pop("config")
+        config = resolve(RunConfig, {**given, "phase": phase, "model": model, "strategy": strategy}, yaml_file)
+    return _run(config)
 
 
 def _run(config: RunConfig) -> int:
     outcome = run(config, show_progress=True)
+    if not Processes().is_main:
+        return 0
     before = f", {outcome.found} of them before" if outcome.found else ""
     print(f"{outcome.cell.label}: {outcome.made + outcome.found} samples{before}, in {outcome.folder}")
     return 0
@@ -97,7 +108,12 @@ def _grid(config: GridConfig) -> int:
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
-    "run": (RunConfig, _run, "Run one cell: a model under a strategy in a phase at a budget."),
+    "run": (
+        RunConfig,
+        _run,
+        "Run one cell: a model under a strategy in a phase at a budget. Started by `accelerate launch --multi_gpu "
+        "--num_processes N -m adaskip run`, its samples are split over N processes, which must share a file system.",
+    ),
     "grid": (
         GridConfig,
         _grid,
@@ -115,16 +131,22 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except Signalled as stopped:
-        print(f"stopped by {signal.Signals(stopped.number).name}; the same command continues", file=sys.stderr)
+        _tell(f"stopped by {signal.Signals(stopped.number).name}; the same command continues")
         return 128 + stopped.number
     except (ValueError, RunError, OSError) as error:
         if os.environ.get("ADASKIP_DEBUG") == "1":
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"error: {' '.join(str(error).split())}")
+        leave_together()
         return USER_MISTAKE if isinstance(error, ValueError) else STOPPED
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _tell(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def _raise_signalled(number: int, frame: FrameType | None) -> NoReturn:

@@ -8,10 +8,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adaskip.runs.folder import TIMES
+
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{number}" for number in range(60)]
 NUM_SAMPLES = 5
-TIMES = ("ttft_s", "tpot_ms")
 
 
 def make_checkpoint(path: Path) -> Path:
@@ -64,13 +65,17 @@ def cell(strategy="early_exit", phase="decode", budget="2", model="llama"):
 
 
 def records(folder: Path) -> dict[str, list[dict]]:
-    """Every task's records without their times."""
+    """Every task's records, merged or still in parts, by their samples' order, without their times."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("parts/*.jsonl")]):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found.setdefault(path.name.split(".")[0], []).extend(rows)
     return {
-        path.stem: [
-            {name: value for name, value in json.loads(line).items() if name not in TIMES}
-            for line in path.read_text().splitlines()
+        task: [
+            {name: value for name, value in row.items() if name not in TIMES}
+            for row in sorted(rows, key=lambda row: row["index"])
         ]
-        for path in sorted(folder.glob("*.jsonl"))
+        for task, rows in found.items()
     }
 
 

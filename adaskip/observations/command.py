@@ -15,6 +15,7 @@ from adaskip.observations.measuring import measure_targets
 from adaskip.observations.saved import load_saved
 from adaskip.observations.settings import ObserveConfig, Target
 from adaskip.options import Parser, add_options, resolve
+from adaskip.runs.processes import Processes
 
 Result = tuple[list[Findings], list[Path]]
 """What was found, and the figures of it."""
@@ -27,6 +28,7 @@ def main(observation: str, doc: str | None) -> int:
 
 
 def _run(observation: str, description: str | None, argv: Sequence[str]) -> int:
+    Processes().require_one(argv[0])
     parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
     add_options(parser, ObserveConfig)
     given = vars(parser.parse_args(argv[1:]))

@@ -85,10 +85,12 @@ def _fill(
 ) -> None:
     """Measure what is missing, batch by batch."""
     size = description["batch_size"]
-    done = folder.recover(target.task, [sample["_id"] for sample in samples], size)
+    ids = [sample["_id"] for sample in samples]
+    missing = folder.merge(target.task, ids, size)
+    done = len(samples) - sum(len(samples[start : start + size]) for start in missing)
     label = f"{description['label']} {target.task} {target.phase}"
     with tqdm(total=len(samples), initial=done, desc=label, unit="sample", disable=None) as bar:
-        for start in range(done, len(samples), size):
+        for start in missing:
             batch = samples[start : start + size]
             try:
                 folder.append(target.task, _measure_batch(target, start, batch, loaded, description))
@@ -96,9 +98,10 @@ def _fill(
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 raise RunError(
                     f"{label} stopped at samples {start} to {start + len(batch) - 1}: {reason}; "
-                    f"the {start} before are kept and the same command continues"
+                    "those made before are kept and the same command continues"
                 ) from error
             bar.update(len(batch))
+    folder.merge(target.task, ids, size)
 
 
 def _measure_batch(

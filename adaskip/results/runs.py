@@ -1,5 +1,8 @@
 """Reads what the runner saved: a folder per run and budget, a JSON line per sample, a manifest of what should be there.
 
+How long a sample took is in a file of its own (`times/<task>.jsonl`) and joins its record here; runs whose records
+themselves hold the times are read as well.
+
 A run may be unfinished or damaged. What is readable is used; what is missing or broken is named, never guessed.
 """
 
@@ -9,12 +12,14 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from adaskip.runs.cells import Cell, parse_run_name, run_name
+from adaskip.runs.folder import RunFolder
 
 RUNS_DIR = Path("results/runs")
 TESTBED_RUNS_DIR = Path("results/testbed/runs")
@@ -39,9 +44,9 @@ class TaskRecords:
     expected: int
     """How many records the finished run has, by its manifest."""
     problems: tuple[str, ...]
-    """One line per thing wrong with the file."""
+    """One line per thing wrong with its files."""
     sha256: str
-    """Of the file's bytes; of nothing where there is no file."""
+    """Of the bytes of the records' files; of nothing where there is none."""
 
     @property
     def complete(self) -> bool:
@@ -109,17 +114,33 @@ def load_run(folder: Path) -> Run:
 
 
 def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
-    """Read `<task>.jsonl`, keeping the first whole record of each sample and naming everything else."""
-    path = folder / f"{task}.jsonl"
-    data = path.read_bytes() if path.exists() else b""
+    """Read a task's records and their times, merged or still in parts.
+
+    The first whole record of each sample is kept and everything else is named.
+    """
+    place = RunFolder(folder)
+    path, times_path = place.records_path(task), place.times_path(task)
+    files = [file for file in (path, *place.part_paths(task)) if file.exists()]
+    problems = [] if files else [f"{path.name} is missing"]
+    times = _read_lines(times_path, times_path.read_bytes(), ("id",), problems) if times_path.exists() else {}
     records: dict[str, Record] = {}
-    problems: list[str] = []
-    if not path.exists():
-        problems.append(f"{path.name} is missing")
-    lines = data.split(b"\n")
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(content)
+        records = {**_read_lines(file, content, REQUIRED_FIELDS, problems), **records}
+    timed = [{**times.get(name, {}), **record} for name, record in records.items()]
+    ordered = sorted(timed, key=lambda record: record["index"])
+    return TaskRecords(task, tuple(ordered), expected, tuple(problems), digest.hexdigest())
+
+
+def _read_lines(path: Path, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
+    """The records of a file by their ids; what is wrong with other lines is added to `problems`."""
+    records: dict[str, Record] = {}
+    lines = content.split(b"\n")
     torn = lines.pop()
     for number, line in enumerate(lines, start=1):
-        record, problem = _parse_line(line)
+        record, problem = _parse_line(line, required)
         if problem is None and record["id"] in records:
             problem = f"repeats sample {record['id']!r}"
         if problem is None:
@@ -128,18 +149,17 @@ def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
             problems.append(f"{path.name}, line {number} {problem}")
     if torn:
         problems.append(f"{path.name}, line {len(lines) + 1} is torn (no end of line)")
-    ordered = sorted(records.values(), key=lambda record: record["index"])
-    return TaskRecords(task, tuple(ordered), expected, tuple(problems), hashlib.sha256(data).hexdigest())
+    return records
 
 
-def _parse_line(line: bytes) -> tuple[Record, None] | tuple[Record, str]:
+def _parse_line(line: bytes, required: Sequence[str]) -> tuple[Record, None] | tuple[Record, str]:
     try:
         record = json.loads(line)
     except ValueError:
         return {}, "is not JSON"
     if not isinstance(record, dict):
         return {}, "is not a record"
-    missing = [field for field in REQUIRED_FIELDS if field not in record]
+    missing = [field for field in required if field not in record]
     return (record, f"lacks {', '.join(missing)}") if missing else (record, None)
 
 

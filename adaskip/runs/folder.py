@@ -1,14 +1,19 @@
-"""A run's folder: a manifest and one JSONL file per task, held by one process, safe against SIGKILL at any moment.
+"""A run's folder: a manifest and the records of each task, held by one run, safe against SIGKILL at any moment.
+
+Every process of a run appends to part files of its own, `parts/<task>.<rank>-<host>-<pid>.jsonl`. At the start and at
+the end of a run they are merged: `<task>.jsonl` has the records in the order of the samples, `times/<task>.jsonl` how
+long they took, so that the records of equal runs are equal to the last byte, however many processes made them.
 
 A record is complete once its line ends in a newline. Batches are the unit of work: after a kill, a torn line and an
-unfinished batch are cut off, so that the same batches are made again and the result equals an uninterrupted run's.
+unfinished batch are left out, so that the same batches are made again and the result equals an uninterrupted run's.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +25,10 @@ from adaskip.locks import exclusive
 MANIFEST = "manifest.json"
 JOURNAL = ("started", "finished", "resumed")
 """Manifest fields that tell when, not what."""
-ENVIRONMENT = ("git_commit", "device_name", "threads", "profile", "checkpoint")
+ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint")
 """Manifest fields that may differ when a run is continued: they name places, not what is computed."""
+TIMES = ("ttft_s", "tpot_ms")
+"""Record fields that differ from run to run."""
 
 
 class FolderError(ValueError):
@@ -60,9 +67,7 @@ class RunFolder:
         if held is None:
             return
         free = {*JOURNAL, *ENVIRONMENT} | ({"versions"} if held.get("finished") else set())
-        differing = [name for name in wanted if name not in free and held.get(name) != wanted[name]]
-        if differing:
-            changes = "; ".join(f"{name} was {_short(held.get(name))}, is {_short(wanted[name])}" for name in differing)
+        if changes := _changes(held, wanted, free):
             raise FolderError(
                 f"{self.path} holds a run with another configuration ({changes}): "
                 "choose another --output-dir, or delete that folder"
@@ -75,7 +80,7 @@ class RunFolder:
         if held is None:
             self._write_manifest({**manifest, "started": _now(), "finished": None, "resumed": []})
         elif not held["finished"]:
-            resumed = {"at": _now(), "git_commit": manifest.get("git_commit")}
+            resumed = {"at": _now(), **{name: manifest.get(name) for name in ("git_commit", "processes")}}
             self._write_manifest({**held, "resumed": [*held["resumed"], resumed]})
 
     def finish(self) -> None:
@@ -88,46 +93,97 @@ class RunFolder:
     def records_path(self, task: str) -> Path:
         return self.path / f"{task}.jsonl"
 
-    def recover(self, task: str, ids: Sequence[str], batch_size: int) -> int:
-        """Cut off what a killed process left half done and return how many of the samples `ids` are done.
+    def times_path(self, task: str) -> Path:
+        return self.path / "times" / f"{task}.jsonl"
 
-        Raises:
-            FolderError: a whole line is no record, or not the record of the sample in its place.
-        """
-        path = self.records_path(task)
-        content = path.read_bytes() if path.exists() else b""
-        lines = content.split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
-        for index, line in enumerate(lines):
-            _check_line(path, index, line, ids)
-        done = len(lines) if len(lines) == len(ids) else len(lines) // batch_size * batch_size
-        kept = b"".join(line + b"\n" for line in lines[:done])
-        if kept != content:
-            write_bytes_atomic(path, kept)
-        return done
+    def part_paths(self, task: str) -> list[Path]:
+        """The files of a task that are not merged yet; their records hold their times, too."""
+        return sorted(self.path.glob(f"parts/{task}.*.jsonl"))
 
-    def append(self, task: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add one batch's records and return only when they are on disk."""
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with self.records_path(task).open("ab") as handle:
-            handle.write(content.encode("utf-8"))
+    def append(self, task: str, records: Sequence[Mapping[str, Any]], rank: int = 0) -> None:
+        """Add one batch's records to this process's part and return only when they are on disk."""
+        path = self.path / "parts" / f"{task}.{rank}-{socket.gethostname()}-{os.getpid()}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as handle:
+            handle.write(_as_lines(records))
             handle.flush()
             os.fsync(handle.fileno())
+
+    def merge(self, task: str, ids: Sequence[str], batch_size: int) -> list[int]:
+        """Bring the whole batches of all processes together and return the first sample's index of each missing batch.
+
+        Parts are removed only when the merged files are whole.
+
+        Args:
+            ids: the task's samples in the data's order.
+
+        Raises:
+            FolderError: a whole line is no record, or the record of no such sample.
+        """
+        parts = self.part_paths(task)
+        place = {name: index for index, name in enumerate(ids)}
+        if len(place) < len(ids):
+            raise FolderError(f"the samples of {task} have {len(place)} different ids for {len(ids)} samples")
+        times = {line["id"]: line for line in _read_lines(self.times_path(task), place)}
+        found: dict[int, dict[str, Any]] = {}
+        for path in (self.records_path(task), *parts):
+            for record in _read_lines(path, place):
+                found.setdefault(place[record["id"]], {**times.get(record["id"], {}), **record})
+        missing = _missing_batches(found, len(ids), batch_size)
+        whole = [found[index] for index in sorted(found) if index - index % batch_size not in missing]
+        taken = [{name: record[name] for name in ("id", *TIMES)} for record in whole if TIMES[0] in record]
+        _write_if_changed(self.times_path(task), _as_lines(taken))
+        stripped = ({name: value for name, value in record.items() if name not in TIMES} for record in whole)
+        _write_if_changed(self.records_path(task), _as_lines(stripped))
+        for path in parts:
+            path.unlink()
+        return sorted(missing)
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_text_atomic(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def _check_line(path: Path, index: int, line: bytes, ids: Sequence[str]) -> None:
-    try:
-        record = json.loads(line)
-        found = record["id"]
-    except (ValueError, KeyError, TypeError):
-        raise FolderError(f"line {index + 1} of {path} is no record; delete {path.parent} to start again") from None
-    if index >= len(ids) or found != ids[index]:
-        expected = repr(ids[index]) if index < len(ids) else f"the end after {len(ids)} records"
-        raise FolderError(
-            f"line {index + 1} of {path} is sample {found!r}, expected {expected}; delete {path.parent} to start again"
-        )
+def check_alike(manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse processes that would not run the same thing; the main one's manifest comes first."""
+    for rank, manifest in enumerate(manifests):
+        if changes := _changes(manifests[0], manifest, ENVIRONMENT):
+            raise FolderError(f"process {rank} of this launch differs from the main one ({changes})")
+
+
+def _changes(held: Mapping[str, Any], wanted: Mapping[str, Any], free: Iterable[str]) -> str:
+    """The fields of `wanted`, but for the `free` ones, that are not as in `held`; empty if there are none."""
+    differing = [name for name in wanted if name not in free and held.get(name) != wanted[name]]
+    return "; ".join(f"{name} was {_short(held.get(name))}, is {_short(wanted[name])}" for name in differing)
+
+
+def _missing_batches(found: Iterable[int], num_samples: int, batch_size: int) -> set[int]:
+    return {index - index % batch_size for index in set(range(num_samples)) - set(found)}
+
+
+def _read_lines(path: Path, place: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file; what follows the last newline is torn, or nothing."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            known = record["id"] in place
+        except (ValueError, KeyError, TypeError):
+            raise FolderError(f"line {number} of {path} is no record; delete that file to make it again") from None
+        if not known:
+            raise FolderError(
+                f"line {number} of {path} is sample {record['id']!r}, which the data has not; "
+                "delete that file to make it again"
+            )
+        yield record
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8")
+
+
+def _write_if_changed(path: Path, content: bytes) -> None:
+    if content != (path.read_bytes() if path.exists() else b""):
+        write_bytes_atomic(path, content)
 
 
 def _short(value: Any) -> str:

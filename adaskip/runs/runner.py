@@ -1,13 +1,14 @@
 """Runs one cell: every sample of its tasks through the model under its strategy, continuing where a kill left it.
 
 The folder is the only state. A batch is `batch_size` consecutive samples in the data's order, so that a run that was
-killed and continued makes the same batches, and thereby the same predictions, as one that was not.
+killed and continued, or split over processes, makes the same batches, and thereby the same predictions, as one that was
+not. Of several processes (`adaskip.runs.processes`) the main one holds the folder, calibrates and merges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from tqdm import tqdm
 
 from adaskip.blocks import decoder_layers
 from adaskip.generate import Generation, generate
+from adaskip.importance import ImportanceProfile
 from adaskip.longbench import TaskSpec, build_prompt_ids
 from adaskip.models import LoadedModel
 from adaskip.plan import Budget, check_phase
 from adaskip.runs.cells import Cell
 from adaskip.runs.config import RunConfig
+from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, find_job
 from adaskip.runs.manifest import describe_job, describe_run
+from adaskip.runs.processes import Processes, one_line
 from adaskip.runs.profiles import profile_for
 from adaskip.runs.sources import Sample, load
 from adaskip.strategies import Strategy, build, needs_profile
@@ -60,56 +64,109 @@ def run(
 
     Args:
         show_progress: draw a progress bar if standard error is a terminal.
-        watch: called after each step.
+        watch: called after each step of this process.
 
     Raises:
         ValueError: the configuration cannot be run, or its folder holds another run or is in use.
         RunError: generating or writing failed half-way.
+        ProcessError: another process of the launch failed.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    job = find_job(config)
+    processes = Processes()
+    with processes.together():
+        job = _prepare(config, processes)
+    show = show_progress and processes.is_main
     found = made = 0
     with (
-        job.folder.lock(),
-        tqdm(total=job.num_samples, desc=job.cell.label, unit="sample", disable=None if show_progress else True) as bar,
+        ExitStack() as held,
+        tqdm(total=job.num_samples, desc=job.cell.label, unit="sample", disable=None if show else True) as bar,
     ):
-        for step in execute(job):
+        processes.from_main(lambda: held.enter_context(job.folder.lock()))
+        for step in execute(job, processes):
             found, made = found + step.found, made + step.made
             bar.update(step.found + step.made)
             if watch is not None:
                 watch(step)
-    return Outcome(job.cell, job.folder.path, found, made)
+    return Outcome(job.cell, job.folder.path, found, sum(processes.gather(made)))
 
 
-def execute(job: Job) -> Iterator[Progress]:
-    """Do what is left of a job whose folder is held, step by step."""
-    config, folder = job.config, job.folder
-    folder.check(describe_job(job))  # before the model is loaded, which may take minutes
-    with one_line_if_it_fails(f"{job.cell.label} stopped before its first sample", "nothing was written"):
-        loaded = load(config, config.model)
-        profile, profile_path = profile_for(config, loaded) if needs_profile(config.strategy) else (None, None)
-    budget = config.skip_budget or Budget(sublayers=0)
-    strategies = [  # all of them first: a budget that cannot be is refused before anything is written
-        build(
-            config.strategy,
-            phase=check_phase(config.phase),
-            budget=budget,
-            num_layers=len(decoder_layers(loaded.model)),
-            profile=profile,
-            max_decode_steps=part.max_new_tokens,
-            **config.strategy_options,
+def _prepare(config: RunConfig, processes: Processes) -> Job:
+    if processes.size > 1 and config.device_map is not None:
+        raise ValueError(
+            f"--device-map {config.device_map} spreads one model over the devices and {processes.size} processes load "
+            "one each: leave it out, or run in one process"
         )
-        for part in job.parts
-    ]
-    folder.start(describe_run(job, loaded, profile, profile_path))
-    for part, strategy in zip(job.parts, strategies, strict=True):
-        done = folder.recover(part.name, part.ids, job.batch_size)
-        yield Progress(found=done)
-        for start in range(done, len(part.samples), job.batch_size):
-            yield Progress(made=_run_batch(job, part, start, loaded, strategy))
-    folder.finish()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    return find_job(config)
+
+
+def execute(job: Job, processes: Processes) -> Iterator[Progress]:
+    """Do this process's share of what is left of a job whose folder is held, step by step."""
+    config, folder = job.config, job.folder
+    processes.from_main(lambda: folder.check(describe_job(job)))  # before the model is loaded, which may take minutes
+    with processes.together(), _before_the_first_sample(job):
+        loaded = load(config, config.model)
+    profile, profile_path = processes.from_main(lambda: _find_profile(job, loaded))
+    budget = config.skip_budget or Budget(sublayers=0)
+    with processes.together():
+        strategies = [  # all of them first: a budget that cannot be is refused before anything is written
+            build(
+                config.strategy,
+                phase=check_phase(config.phase),
+                budget=budget,
+                num_layers=len(decoder_layers(loaded.model)),
+                profile=profile,
+                max_decode_steps=part.max_new_tokens,
+                **config.strategy_options,
+            )
+            for part in job.parts
+        ]
+        manifest = {**describe_run(job, loaded, profile, profile_path), "processes": processes.size}
+    manifests = processes.gather(manifest)
+    missing = processes.from_main(lambda: _begin(job, manifests))
+    yield Progress(found=job.num_samples - _count(job, missing))
+    with processes.together():
+        for part, strategy, starts in zip(job.parts, strategies, missing, strict=True):
+            for start in processes.share(starts):
+                yield Progress(made=_run_batch(job, part, start, loaded, strategy, processes.rank))
+    processes.from_main(lambda: _end(job))
+
+
+def _find_profile(job: Job, loaded: LoadedModel) -> tuple[ImportanceProfile, Path] | tuple[None, None]:
+    if not needs_profile(job.config.strategy):
+        return None, None
+    with _before_the_first_sample(job):
+        return profile_for(job.config, loaded)
+
+
+def _begin(job: Job, manifests: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Write the manifest and return the batches to be made, of each part."""
+    check_alike(manifests)
+    job.folder.start(manifests[0])
+    return _merge(job)
+
+
+def _end(job: Job) -> None:
+    if missing := _count(job, _merge(job)):
+        raise RunError(
+            f"{missing} samples of {job.cell.label} were made but are not in {job.folder.path}: it must be on a file "
+            "system that all machines of the launch share; the same command continues"
+        )
+    job.folder.finish()
+
+
+def _merge(job: Job) -> list[list[int]]:
+    return [job.folder.merge(part.name, part.ids, job.batch_size) for part in job.parts]
+
+
+def _count(job: Job, missing: Sequence[Sequence[int]]) -> int:
+    """Samples in the batches that begin at `missing`, of each part."""
+    return sum(
+        len(part.samples[start : start + job.batch_size])
+        for part, starts in zip(job.parts, missing, strict=True)
+        for start in starts
+    )
 
 
 @contextmanager
@@ -118,19 +175,22 @@ def one_line_if_it_fails(where: str, then: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise RunError(f"{where}: {reason}; {then}") from error
+        raise RunError(f"{where}: {one_line(error)}; {then}") from error
 
 
-def _run_batch(job: Job, part: Part, start: int, loaded: LoadedModel, strategy: Strategy | None) -> int:
+def _before_the_first_sample(job: Job) -> AbstractContextManager[None]:
+    return one_line_if_it_fails(f"{job.cell.label} stopped before its first sample", "nothing was written")
+
+
+def _run_batch(job: Job, part: Part, start: int, loaded: LoadedModel, strategy: Strategy | None, rank: int) -> int:
     """Make and save the records of one batch; how many they were."""
     batch = part.samples[start : start + job.batch_size]
     with one_line_if_it_fails(
         f"{job.cell.label} stopped at {part.name}, samples {start} to {start + len(batch) - 1}",
-        f"the {start} before are kept and the same command continues",
+        "those made before are kept and the same command continues",
     ):
         records = make_records(part, batch, start, loaded, strategy)
-        job.folder.append(part.name, records)
+        job.folder.append(part.name, records, rank)
     return len(records)
 
 

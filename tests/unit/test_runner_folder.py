@@ -8,13 +8,19 @@ import signal
 import pytest
 
 from adaskip.locks import LockedError, exclusive
-from adaskip.runs.folder import FolderError, RunFolder
+from adaskip.runs import folder as runs_folder
+from adaskip.runs.folder import FolderError, RunFolder, check_alike
 
 IDS = ["a", "b", "c", "d", "e"]
+ORDER = ["d", "a", "e", "c", "b"]
 
 
-def record(name):
-    return {"id": name, "prediction": f"antwoord {name} ü"}
+def record(name, **times):
+    return {"id": name, "prediction": f"antwoord {name} ü", **times}
+
+
+def timed(name):
+    return record(name, ttft_s=0.1 + ord(name), tpot_ms=None)
 
 
 @pytest.fixture
@@ -22,16 +28,26 @@ def folder(tmp_path):
     return RunFolder(tmp_path / "llama-EE-PREFILL" / "8-sublayers")
 
 
-def written(folder, content: bytes):
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.records_path("trec").write_bytes(content)
-    return folder
+def part(folder, name, content: bytes):
+    path = folder.path / "parts" / f"trec.{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
-def lines(*names) -> bytes:
-    return b"".join(json.dumps(record(name)).encode() + b"\n" for name in names)
+def lines(*names, make=record) -> bytes:
+    return b"".join(json.dumps(make(name), ensure_ascii=False).encode() + b"\n" for name in names)
 
 
+def merged(folder) -> bytes:
+    path = folder.records_path("trec")
+    return path.read_bytes() if path.exists() else b""
+
+
+def times(folder) -> list[dict]:
+    return [json.loads(line) for line in folder.times_path("trec").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("where", ["part", "merged"])
 @pytest.mark.parametrize(
     ("content", "batch_size", "done"),
     [
@@ -47,28 +63,83 @@ def lines(*names) -> bytes:
         (lines(*IDS[:4]) + b'{"id": "e"', 2, 4),
     ],
 )
-def test_recovery_keeps_whole_batches_and_cuts_the_rest(folder, content, batch_size, done):
-    written(folder, content)
-    assert folder.recover("trec", IDS, batch_size) == done
-    assert folder.records_path("trec").read_bytes() == lines(*IDS[:done])
-    assert folder.recover("trec", IDS, batch_size) == done
+def test_merging_keeps_whole_batches_and_leaves_out_the_rest(folder, content, batch_size, done, where):
+    part(folder, "0", content)
+    if where == "merged":
+        (folder.path / "parts" / "trec.0.jsonl").rename(folder.records_path("trec"))
+    missing = list(range(0, len(IDS), batch_size))[-(-done // batch_size) :]
+    for _ in range(2):
+        assert folder.merge("trec", IDS, batch_size) == missing
+        assert merged(folder) == lines(*IDS[:done])
+        assert folder.part_paths("trec") == []
 
 
-def test_recovery_of_nothing_writes_nothing(folder):
-    assert folder.recover("trec", IDS, 1) == 0
-    assert not folder.records_path("trec").exists()
+def test_merging_nothing_writes_nothing(folder):
+    assert folder.merge("trec", IDS, 2) == [0, 2, 4]
+    assert not folder.path.exists()
 
 
-def test_append_after_recovery_equals_uninterrupted_writing(folder):
-    written(folder, b"")
-    for name in IDS:
-        folder.append("trec", [record(name)])
-    whole = folder.records_path("trec").read_bytes()
+def test_parts_are_merged_in_the_order_of_the_samples_and_their_times_apart(folder):
+    part(folder, "0-here-7", lines("e", make=timed))
+    part(folder, "1-there-7", lines("c", "d", make=timed))
+    assert folder.merge("trec", IDS, 2) == [0]
+    assert merged(folder) == lines("c", "d", "e")
+    part(folder, "1-there-8", lines("a", "b", make=timed))
+    assert folder.merge("trec", IDS, 2) == []
+    assert merged(folder) == lines(*IDS)
+    assert times(folder) == [{"id": name, "ttft_s": timed(name)["ttft_s"], "tpot_ms": None} for name in IDS]
+
+
+def test_parts_stay_until_both_merged_files_are_whole(folder, monkeypatch):
+    """A kill after any write, then the merge anew: nothing is lost and nothing doubled."""
+    for kill_at in (1, 2):
+        part(folder, "0", lines("a", "b", make=timed))
+        part(folder, "1", lines("c", "d", "e", make=timed))
+        writes, write = [], runs_folder.write_bytes_atomic
+
+        def killed(path, data, writes=writes, write=write, kill_at=kill_at):
+            writes.append(path)
+            if len(writes) == kill_at:
+                raise KeyboardInterrupt
+            write(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runs_folder, "write_bytes_atomic", killed)
+            with pytest.raises(KeyboardInterrupt):
+                folder.merge("trec", IDS, 1)
+        assert len(folder.part_paths("trec")) == 2
+        assert folder.merge("trec", IDS, 1) == []
+        assert merged(folder) == lines(*IDS)
+        assert [line["id"] for line in times(folder)] == IDS
+        folder.records_path("trec").unlink()
+        folder.times_path("trec").unlink()
+
+
+def test_a_sample_that_is_made_again_has_its_new_times(folder):
+    part(folder, "0", lines(*IDS, make=timed))
+    folder.merge("trec", IDS, 1)
+    folder.records_path("trec").write_bytes(lines(*IDS[:4]))
+    part(folder, "0", lines("e", make=lambda name: record(name, ttft_s=9.0, tpot_ms=9.0)))
+    assert folder.merge("trec", IDS, 1) == []
+    assert json.loads(folder.times_path("trec").read_text().splitlines()[4]) == {
+        "id": "e",
+        "ttft_s": 9.0,
+        "tpot_ms": 9.0,
+    }
+
+
+def test_appending_in_any_order_after_any_cut_equals_uninterrupted_writing(folder):
+    for name in ORDER:
+        folder.append("trec", [record(name)], rank=ord(name) % 2)
+    assert len(folder.part_paths("trec")) == 2
+    folder.merge("trec", IDS, 1)
+    whole = merged(folder)
     for cut in range(0, len(whole), 3):
-        written(folder, whole[:cut])
-        for name in IDS[folder.recover("trec", IDS, 1) :]:
-            folder.append("trec", [record(name)])
-        assert folder.records_path("trec").read_bytes() == whole
+        folder.records_path("trec").write_bytes(whole[:cut])
+        for start in folder.merge("trec", IDS, 1):
+            folder.append("trec", [record(IDS[start])])
+        folder.merge("trec", IDS, 1)
+        assert merged(folder) == whole
 
 
 @pytest.mark.parametrize(
@@ -76,16 +147,26 @@ def test_append_after_recovery_equals_uninterrupted_writing(folder):
     [
         (lines("a") + b"garbage\n" + lines("c"), "line 2 of .* is no record"),
         (b"[]\n", "line 1 of .* is no record"),
-        (lines("a", "x"), "line 2 of .* is sample 'x', expected 'b'"),
-        (lines(*IDS, "f"), "line 6 of .* expected the end after 5 records"),
-        (lines("a", "a"), "is sample 'a', expected 'b'"),
+        (lines("a", "x"), "line 2 of .* is sample 'x', which the data has not"),
     ],
 )
 def test_foreign_lines_are_refused_and_left_alone(folder, content, message):
-    written(folder, content)
+    part(folder, "0", content)
     with pytest.raises(FolderError, match=message):
-        folder.recover("trec", IDS, 1)
-    assert folder.records_path("trec").read_bytes() == content
+        folder.merge("trec", IDS, 1)
+    assert folder.part_paths("trec")[0].read_bytes() == content
+
+
+def test_samples_that_share_an_id_are_refused(folder):
+    with pytest.raises(FolderError, match="4 different ids for 5 samples"):
+        folder.merge("trec", [*IDS[:4], "a"], 1)
+
+
+def test_processes_that_would_run_different_things_are_refused():
+    manifest = {"weights_fingerprint": "x", "device_name": "A100"}
+    check_alike([manifest, {**manifest, "device_name": "H100"}])
+    with pytest.raises(FolderError, match=r"process 1 .* \(weights_fingerprint was \"x\", is \"y\"\)"):
+        check_alike([manifest, {**manifest, "weights_fingerprint": "y"}])
 
 
 def test_manifest_is_started_once_and_finished_once(folder):
