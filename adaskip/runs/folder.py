@@ -137,6 +137,8 @@ class RunFolder:
         _write_if_changed(self.records_path(task), _as_lines(stripped))
         for path in parts:
             path.unlink()
+        if parts and not any(parts[0].parent.iterdir()):
+            parts[0].parent.rmdir()
         return sorted(missing)
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:

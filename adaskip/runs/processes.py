@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -46,6 +47,8 @@ class Processes:
             self._state = PartialState(cpu=not has_cuda, timeout=PATIENCE, **backend)
         except (RuntimeError, ValueError) as error:
             raise ProcessError(f"the processes of this launch could not meet: {one_line(error)}") from error
+        if self.size == 1:
+            _check_launch()
 
     @property
     def size(self) -> int:
@@ -113,6 +116,16 @@ class Processes:
                 f"{what} runs in one process, not in {self.size}: "
                 "accelerate launch splits `adaskip run` and the run scripts"
             )
+
+
+@cache
+def _check_launch() -> None:
+    """Warn, once, of a launch that was asked for more processes than this one."""
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
+        logger.warning(
+            "warning: accelerate launch was asked for several processes and started one; "
+            "with --multi_gpu it starts all, on CPUs, too"
+        )
 
 
 def leave_together() -> None:
