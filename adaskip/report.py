@@ -11,12 +11,15 @@ from pathlib import Path
 from adaskip.files import write_text_atomic
 from adaskip.plots.score_curves import plot_retention, plot_scores
 from adaskip.plots.skip_maps import plot_skip_map
+from adaskip.plots.tradeoff import plot_tradeoff
+from adaskip.results import tradeoff_text
 from adaskip.results.entries import PhaseEntries, to_csv
 from adaskip.results.latex import to_latex
 from adaskip.results.markdown import to_markdown
 from adaskip.results.scoreboard import Scoreboard, load_scoreboard
 from adaskip.results.summary import summarise
 from adaskip.results.summary_text import headline, to_text
+from adaskip.results.tradeoff import Tradeoff
 
 TABLE_NAMES = {"prefill": "table3_prefill", "decode": "table3_decode", "e2e": "table4_e2e"}
 
@@ -62,6 +65,13 @@ def write_plots(tables: list[PhaseEntries], out_dir: Path) -> list[Path]:
     written = [path for table in tables for path in plot_scores(table, out_dir)]
     written += plot_retention(tables, out_dir)
     return written + [path for model in board.models for path in plot_skip_map(board, model, out_dir)]
+
+
+def write_tradeoff(tradeoff: Tradeoff, out_dir: Path) -> list[Path]:
+    """Score kept against measured speedup: Markdown and JSON into `out_dir`/tables, figures into `out_dir`/plots."""
+    texts = {"json": tradeoff_text.to_json(tradeoff), "md": tradeoff_text.to_text(tradeoff)}
+    written = [write_text_atomic(out_dir / "tables" / f"tradeoff.{kind}", text) for kind, text in texts.items()]
+    return written + plot_tradeoff(tradeoff, out_dir / "plots")
 
 
 def headline_of(tables: list[PhaseEntries]) -> list[str]:

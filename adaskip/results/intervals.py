@@ -43,6 +43,32 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
     return Estimate(mean(numerators) / mean(denominators), *_interval([numerators, denominators], _ratio_of_means))
 
 
+def mean_ratio_estimate(groups: Sequence[Sequence[tuple[float, float]]]) -> Estimate | None:
+    """The mean over groups of mean(numerators) / mean(denominators) of their pairs; None where a denominator is zero.
+
+    Samples are resampled within their group.
+    """
+    if not groups or any(not group or mean([below for _, below in group]) == 0 for group in groups):
+        return None
+    value = mean([mean([above for above, _ in group]) / mean([below for _, below in group]) for group in groups])
+    if any(len(group) < 2 for group in groups):
+        return Estimate(value)
+    rng, ratios = np.random.default_rng(SEED), []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for group in groups:
+            above, below = np.array(group, dtype=np.float64).T
+            drawn = rng.integers(len(group), size=(RESAMPLES, len(group)))
+            ratios.append(above[drawn].mean(axis=1) / below[drawn].mean(axis=1))
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(np.mean(ratios, axis=0), [tail, 100 - tail]).tolist()
+    return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else Estimate(value)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean of positive `values`: that of speedups does not depend on which time is divided by which."""
+    return math.exp(mean([math.log(value) for value in values]))
+
+
 def mean(values: Sequence[float]) -> float:
     """The mean, summed exactly: equal multisets of scores have equal means, whatever their order."""
     return math.fsum(values) / len(values)

@@ -1,0 +1,30 @@
+"""Draws score kept against measured speedup with the Pareto front: `python eval/tradeoff.py --testbed`."""
+
+import sys
+
+from adaskip.report import write_tradeoff
+from adaskip.results.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
+from adaskip.results.scoreboard import load_scoreboard
+from adaskip.results.tradeoff import find_tradeoff
+from adaskip.results.tradeoff_text import sentences
+
+
+def main() -> None:
+    parser = results_parser(__doc__)
+    add_output_dir(parser)
+    parser.add_argument(
+        "--speeds",
+        default="speed/results/cpu/testbed_{model}.json",
+        metavar="PATTERN",
+        help="`adaskip bench` results, with {model} for a model's name (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    board = load_scoreboard(runs_dir(arguments), jobs=num_jobs(), progress=True)
+    tradeoff = find_tradeoff(board, arguments.speeds)
+    for path in write_tradeoff(tradeoff, output_dir(arguments)):
+        print(f"wrote {path}")
+    print(*sentences(tradeoff), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
