@@ -1,0 +1,156 @@
+"""How far a skipped model's next-token distributions lie from the full model's, on calibration prompts.
+
+Each prompt is followed by the full model's own greedy answer; nothing else is known to be right. What runs under the
+plan, and which of its positions count, follows the phase: everything in prefill and e2e, and in decode the prompt's
+end and the answer, as if both had been generated, over K/V that the full model computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from adaskip.blocks import execution_device, find_decoder
+from adaskip.generate import generate
+from adaskip.patching import patches_of
+from adaskip.plan import Phase, SkipPlan
+
+ANSWER_TOKENS = 64
+"""At most so many tokens of a greedy answer."""
+PROMPT_POSITIONS = 64
+"""So many positions of each prompt are compared, evenly spaced."""
+GENERATED_TAIL = 128
+"""So many tokens at a prompt's end stand for generated ones in decode and e2e; at most half of the prompt."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A calibration prompt with its answer: what is run, where it is compared, and what the full model said there.
+
+    ids: [1, T], what runs under the plan. dense: K/V of what comes before, by the full model. positions: [N] in ids.
+    weights: [N], which add up to 1: half for the prompt's positions, half for the answer's. reference: [N, V]
+    log-probabilities of the full model.
+    """
+
+    ids: Tensor
+    dense: DynamicCache | None
+    positions: Tensor
+    weights: Tensor
+    reference: Tensor
+
+
+class OutputDivergence:
+    """Mean KL(full || skipped) in nats of the next-token distributions, prompt by prompt.
+
+    num_forwards, num_tokens, seconds: what the calls so far have cost, the full model's answers among them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Tensor],
+        phase: Phase,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+    ):
+        if not prompts:
+            raise ValueError("selection needs at least one calibration prompt")
+        self.model, self.phase = model, phase
+        self.num_forwards = self.num_tokens = 0
+        self.seconds = 0.0
+        self._patches = patches_of(model)
+        with self._counting(), torch.no_grad():
+            ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
+            self.passages = [self._passage(prompt, **ends) for prompt in prompts]
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.passages)
+
+    @torch.no_grad()
+    def __call__(self, plan: SkipPlan, which: Sequence[int] | None = None) -> list[float]:
+        """Divergence under `plan` on each prompt, or on those whose indices `which` lists."""
+        passages = self.passages if which is None else [self.passages[i] for i in which]
+        with self._counting(), self._patches.install():
+            self._patches.apply(plan)
+            divergences = [self._divergence(passage) for passage in passages]
+            return torch.stack(divergences).tolist()
+
+    def _divergence(self, passage: Passage) -> Tensor:
+        log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
+        kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
+        return kl @ passage.weights
+
+    def _passage(self, prompt: Tensor, *, eos_token_ids: Sequence[int], pad_token_id: int) -> Passage:
+        (answer,) = generate(
+            self.model,
+            None,
+            [prompt],
+            max_new_tokens=ANSWER_TOKENS,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+        )
+        self.num_forwards += len(answer.token_ids) + 1
+        self.num_tokens += len(prompt) + len(answer.token_ids)
+        ids = torch.cat([prompt, torch.tensor(answer.token_ids, dtype=prompt.dtype)])[None]
+        ids = ids.to(execution_device(self.model))
+        tail = min(GENERATED_TAIL, len(prompt) // 2)
+        start = len(prompt) - tail if self.phase == "decode" else 0
+        first = 0 if self.phase == "prefill" else len(prompt) - tail
+        positions, weights = _positions(first, len(prompt), ids.shape[1])
+        positions, weights = positions.to(ids.device) - start, weights.to(ids.device)
+        dense = self._dense(ids[:, :start]) if start else None
+        reference = self._log_probs(ids[:, start:], dense, positions)
+        return Passage(ids[:, start:], dense, positions, weights, reference)
+
+    def _dense(self, ids: Tensor) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self._count(ids)
+        find_decoder(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    def _log_probs(self, ids: Tensor, dense: DynamicCache | None, positions: Tensor) -> Tensor:
+        """float32 [N, V]."""
+        self._count(ids)
+        model: Any = self.model
+        cache = None if dense is None else _view(dense)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=positions)
+        return output.logits[0].float().log_softmax(dim=-1)
+
+    def _count(self, ids: Tensor) -> None:
+        self.num_forwards += 1
+        self.num_tokens += ids.numel()
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _positions(first: int, prompt_length: int, length: int) -> tuple[Tensor, Tensor]:
+    """Positions from `first` on and their weights: evenly spaced ones of the prompt, all that predict the answer."""
+    prompt = torch.linspace(first, prompt_length - 2, PROMPT_POSITIONS).round().long().clamp_min(0).unique()
+    answer = torch.arange(prompt_length - 1, length)
+    weights = [torch.full((len(part),), 0.5 / len(part)) for part in (prompt, answer)]
+    return torch.cat([prompt, answer]), torch.cat(weights)
+
+
+def _view(cache: DynamicCache) -> DynamicCache:
+    """A cache with the same K/V that can grow without changing `cache`: dynamic layers concatenate, never write."""
+    view = copy.copy(cache)
+    view.layers = [copy.copy(layer) for layer in cache.layers]
+    return view
+
+

@@ -1,0 +1,91 @@
+"""Greedy choice of the sublayers whose absence changes the output least, each step given what is already skipped.
+
+A step re-examines only the most promising candidates: those that cost least when last tried, first on a few prompts,
+then the finalists on all of them. What others would choose (`starts`) takes over wherever it diverges less, and the
+search goes on from there; so no chosen set diverges more on the calibration prompts than any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from adaskip.plan import Sublayer
+
+Set = frozenset[Sublayer]
+Measure = Callable[[Set, Sequence[int]], list[float]]
+"""Divergence of a set on each prompt of those whose indices are given."""
+
+SCREENING_PROMPTS = 4
+CONSIDERED = 8
+"""Candidates tried again in each step after the first, on the screening prompts."""
+FINALISTS = 3
+SEARCH = "search"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set of sublayers, its mean divergence on all calibration prompts, and whose it is."""
+
+    sublayers: Set
+    divergence: float
+    found_by: str
+
+
+def search(
+    measure: Measure,
+    candidates: Iterable[Sublayer],
+    *,
+    num_layers: int,
+    num_prompts: int,
+    up_to: int,
+    starts: Mapping[str, Mapping[int, Set]],
+) -> dict[int, Choice]:
+    """The set chosen for every count 1..up_to. starts: sets that others would choose, by name and count.
+
+    A contender is dropped as soon as its divergences so far exceed the best one's over all prompts: none is negative.
+    Raises ValueError if there are too few candidates.
+    """
+    candidates = list(candidates)
+    screening = range(min(SCREENING_PROMPTS, num_prompts))
+    cost: dict[Sublayer, float] = {}  # what each candidate added when last tried
+    current: Set = frozenset()
+    screened = {current: [0.0]}
+    choices: dict[int, Choice] = {}
+    for count in range(1, up_to + 1):
+        free = [c for c in candidates if c not in current and _leaves_attention(current, c, num_layers)]
+        considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
+        if not considered:
+            raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
+        base, screened = screened[current], {c: measure(current | {c}, screening) for c in considered}
+        cost |= {c: fmean(values) - fmean(base) for c, values in screened.items()}
+        screened = {current | {c}: screened[c] for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
+        contenders = dict.fromkeys(screened, SEARCH)
+        for name, sets in starts.items():
+            if count in sets and sets[count] not in contenders:
+                contenders[sets[count]] = name
+                screened[sets[count]] = measure(sets[count], screening)
+        best, least = current, float("inf")
+        for contender in sorted(contenders, key=lambda c: fmean(screened[c])):
+            total = _total(measure, contender, screened[contender], range(len(screening), num_prompts), least)
+            if total < least:
+                best, least = contender, total
+        current = best
+        choices[count] = Choice(current, least / num_prompts, contenders[current])
+    return choices
+
+
+def _total(measure: Measure, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:
+    """Sum of the divergences over all prompts; infinite as soon as it exceeds `least`."""
+    total = sum(screened)
+    for prompt in rest:
+        if total >= least:
+            return float("inf")
+        total += measure(chosen, [prompt])[0]
+    return total
+
+
+def _leaves_attention(current: Set, candidate: Sublayer, num_layers: int) -> bool:
+    """Whether an attention stays live to hold the cache's length."""
+    return candidate.kind == "ffn" or sum(sublayer.kind == "attention" for sublayer in current) + 1 < num_layers
