@@ -23,6 +23,7 @@ from adaskip.runs.grid import listing, run_grid
 from adaskip.runs.processes import Processes, leave_together
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.runner import RunError, run
+from adaskip.selection.profile import SelectionProfile
 
 USER_MISTAKE = 2
 STOPPED = 1
@@ -88,6 +89,13 @@ def _run(config: RunConfig) -> int:
 
 def _calibrate(config: CalibrateConfig) -> int:
     profile = calibrate_to(config)
+    if isinstance(profile, SelectionProfile):
+        for count, chosen in profile.selected.items():
+            print(f"{count:3} sublayers  KL {chosen.divergence:.4f} nats  {chosen.plan.to_dict()}  {chosen.found_by}")
+        cost = profile.cost
+        print(f"{cost.num_forwards} forwards over {cost.num_tokens} tokens in {cost.seconds:.1f} s", end=", ")
+        print(f"{cost.multiple:.0f} times AdaSkip's calibration; written to {config.output}")
+        return 0
     print(f"profile of {config.model} over {profile.tokens} tokens written to {config.output}")
     return 0
 
@@ -119,7 +127,11 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
         _grid,
         "Run many cells, the whole grid if nothing is narrowed down; finished cells are passed over.",
     ),
-    "calibrate": (CalibrateConfig, _calibrate, "Measure a model's importance profile."),
+    "calibrate": (
+        CalibrateConfig,
+        _calibrate,
+        "Measure a model's importance profile, or search the sets of strategy calibrated.",
+    ),
 }
 
 

@@ -1,10 +1,12 @@
-"""Importance profiles with chosen similarities."""
+"""Importance profiles with chosen similarities, and selections with known sets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from adaskip.importance import ImportanceProfile, SublayerMeans
+from adaskip.plan import Phase
+from adaskip.selection.profile import SearchCost, Selected, SelectionProfile
 
 
 def profile_of(
@@ -23,3 +25,28 @@ def profile_of(
         "data_ids": ("a", "b"),
     }
     return ImportanceProfile(*units, **{**about, **fields})
+
+
+def selection_of(num_layers: int, phase: Phase) -> SelectionProfile:
+    """Sets of every possible size: the FFNs from the first layer on, then the attentions."""
+    selected = {
+        count: Selected(
+            attention=dict.fromkeys(range(count - num_layers), 1.1),
+            ffn=dict.fromkeys(range(min(count, num_layers)), 1.1),
+            divergence=0.1 * count,
+            found_by="search",
+        )
+        for count in range(1, 2 * num_layers)
+    }
+    return SelectionProfile(
+        selected=selected,
+        phase=phase,
+        num_layers=num_layers,
+        cost=SearchCost(200, 2000, 2.0, 20, 200, 0.1),
+        model="random",
+        weights_fingerprint="none",
+        dtype="float32",
+        attn_implementation="sdpa",
+        dataset="none",
+        data_ids=("a", "b"),
+    )

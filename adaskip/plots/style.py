@@ -29,6 +29,7 @@ RC: dict[Any, Any] = {
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
+VERMILION = "#D55E00"
 FULL_LINE: dict[str, Any] = {"color": "black", "linewidth": 0.9, "dashes": (6, 2), "zorder": 1}
 
 
@@ -76,6 +77,7 @@ LOOKS = {
     "skipdecode": Look(PURPLE, "^", (1, 1)),
     "unified": Look(GREEN, "D", (4, 1.5, 1, 1.5)),
     "adaskip": Look(BLUE, "o", (), zorder=3),
+    "calibrated": Look(VERMILION, "v", (6, 1, 1, 1, 1, 1), zorder=3),
 }
 
 

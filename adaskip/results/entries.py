@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from adaskip.results.intervals import Estimate
-from adaskip.results.scoreboard import SKIPPING, Row, Scoreboard
+from adaskip.results.scoreboard import COMPARED, Row, Scoreboard
 from adaskip.results.scores import ScoredTask
 
 
@@ -82,7 +82,7 @@ class PhaseEntries:
 
     def group(self, model: str, fraction: float, task: str) -> dict[str, Entry]:
         """The four strategies that compete in one cell of the paper's tables."""
-        return {name: self.cells[Row(self.phase, model, name, fraction), task] for name in SKIPPING}
+        return {name: self.cells[Row(self.phase, model, name, fraction), task] for name in COMPARED}
 
     def best(self, entry: Entry) -> bool:
         """Whether no other strategy scores higher; False until all four have run to their end."""
@@ -94,7 +94,7 @@ class PhaseEntries:
 
     def _group_of(self, entry: Entry) -> list[Entry]:
         """The entries that `entry` competes with, itself among them; none for the full model."""
-        if entry.row.strategy not in SKIPPING:
+        if entry.row.strategy not in COMPARED:
             return []
         return list(self.group(entry.row.model, entry.row.fraction, entry.task).values())
 

@@ -10,6 +10,7 @@ STRATEGIES = {
     "skipdecode": "SkipDecode",
     "unified": "Unified Skipping",
     "adaskip": "AdaSkip",
+    "calibrated": "Calibrated",
 }
 TASKS = {
     "multifieldqa_en": "MultiFieldQA",

@@ -19,9 +19,10 @@ from adaskip.results.intervals import Estimate, ratio_estimate
 from adaskip.results.paper import load_paper
 from adaskip.results.runs import load_runs
 from adaskip.results.scores import ScoredRun, ScoredTask, score_run
-from adaskip.runs.cells import GRID_STRATEGIES
+from adaskip.runs.cells import GRID_STRATEGIES, PAPER_STRATEGIES
 
 SKIPPING = GRID_STRATEGIES[1:]
+COMPARED = PAPER_STRATEGIES[1:]
 """The four strategies that the paper compares."""
 PAPER_FRACTIONS = (0.125, 0.1875, 0.25)
 """The paper's budgets (it prints scores for the first and the last): always shown, run or not."""
@@ -67,7 +68,7 @@ class Scoreboard:
         return self.paper.tables[phase].tasks
 
     def rows(self, phase: str, model: str) -> Iterator[Row]:
-        """The full model, then the four strategies at every budget."""
+        """The full model, then every strategy at every budget."""
         yield Row(phase, model, "full", 0.0)
         for fraction in self.fractions:
             for strategy in SKIPPING:

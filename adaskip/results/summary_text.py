@@ -7,7 +7,7 @@ from typing import Any
 
 from adaskip.results import labels
 from adaskip.results.markdown import pipe_table
-from adaskip.results.scoreboard import SKIPPING
+from adaskip.results.scoreboard import COMPARED, SKIPPING
 
 COUNTS = {
     "compared": "cells",
@@ -87,7 +87,7 @@ def _counts(tally: dict[str, int], whose: str) -> list[str]:
     return [str(tally[name]) if name in known else labels.UNPUBLISHED for name in COUNTS]
 
 
-_CONTEST_HEADER = ["Phase", "Model", "Skipped", "Task", *(labels.STRATEGIES[name] for name in SKIPPING), "Behind"]
+_CONTEST_HEADER = ["Phase", "Model", "Skipped", "Task", *(labels.STRATEGIES[name] for name in COMPARED), "Behind"]
 
 
 def _contest_lines(contests: Sequence[dict[str, Any]]) -> Iterator[list[str]]:

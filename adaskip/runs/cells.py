@@ -20,11 +20,13 @@ SHORT_NAMES = {
     "skipdecode": "SD",
     "unified": "US",
     "adaskip": "ADA",
+    "calibrated": "CAL",
     "most_skip": "MOST",
     "least_skip": "LEAST",
 }
-GRID_STRATEGIES = ("full", "early_exit", "skipdecode", "unified", "adaskip")
+PAPER_STRATEGIES = ("full", "early_exit", "skipdecode", "unified", "adaskip")
 """The strategies of the paper's Tables 3 and 4, the full model first."""
+GRID_STRATEGIES = (*PAPER_STRATEGIES, "calibrated")
 
 
 def check_choice(what: str, given: str, allowed: Iterable[str]) -> str:

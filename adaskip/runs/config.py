@@ -88,7 +88,7 @@ class RunConfig(WorkConfig):
         "whole layers to skip, two sublayers each", aliases=["--skip_full_layer_num"]
     )
     alpha: float | None = option("acceleration ratio; of M layers M - M/alpha are skipped")
-    profile: str | None = option("importance profile of `adaskip calibrate`; if not given, made once and kept")
+    profile: str | None = option("profile of `adaskip calibrate`; if not given, made once and kept")
     learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
     beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
 
@@ -132,18 +132,26 @@ class RunConfig(WorkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(SharedConfig):
-    """One importance profile."""
+    """One profile: of importance, or of the sets selected for a phase."""
 
     model: str = option(f"model: {', '.join(MODELS)}", required=True)
     output: str = option("where the profile is written (JSON)", required=True)
     samples: int | None = option("calibration prompts; if not given, the setup's 20")
     batch_size: int = option("prompts measured together", 1)
+    select: str | None = option(
+        f"search the sets of strategy calibrated for this phase ({', '.join(PHASES)}) instead of measuring importance"
+    )
+    up_to: int | None = option("with --select, the largest set; if not given, the setup's largest budget")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("model", self.model, MODELS)
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"--samples must be at least 1, not {self.samples}")
+        if self.select is not None:
+            check_choice("phase", self.select, PHASES)
+        if self.up_to is not None and (self.select is None or self.up_to < 1):
+            raise ValueError(f"--up-to is the largest set of --select and at least 1; given: {self.up_to}")
 
 
 @dataclass(frozen=True, kw_only=True)

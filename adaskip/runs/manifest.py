@@ -18,6 +18,7 @@ from adaskip.importance import ImportanceProfile
 from adaskip.models import LoadedModel, weights_fingerprint
 from adaskip.runs.job import Job
 from adaskip.runs.sources import fingerprint
+from adaskip.selection.profile import SelectionProfile
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 
 def describe_run(
-    job: Job, loaded: LoadedModel, profile: ImportanceProfile | None, profile_path: Path | None
+    job: Job, loaded: LoadedModel, profile: ImportanceProfile | SelectionProfile | None, profile_path: Path | None
 ) -> dict[str, Any]:
     """The whole manifest but for its times."""
     sublayers, depth = job.cell.sublayers, len(decoder_layers(loaded.model))
@@ -91,9 +92,10 @@ def is_done(job: Job) -> bool:
     return all(manifest.get(name) == value for name, value in describe_job(job).items())
 
 
-def _digest(profile: ImportanceProfile) -> str:
-    """SHA-256 over the measured numbers."""
-    numbers = {unit: asdict(getattr(profile, unit)) for unit in ("attention", "ffn", "layer")}
+def _digest(profile: ImportanceProfile | SelectionProfile) -> str:
+    """SHA-256 over the measured numbers, or over the sets chosen."""
+    units = ("selected",) if isinstance(profile, SelectionProfile) else ("attention", "ffn", "layer")
+    numbers = {unit: asdict(profile)[unit] for unit in units}
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,1 +1,1 @@
-"""Sets of sublayers chosen by what skipping them does to the model's output: the divergence, the search, the profile."""
+"""Sets of sublayers chosen by what skipping them does to the model's output."""

@@ -152,5 +152,3 @@ def _view(cache: DynamicCache) -> DynamicCache:
     view = copy.copy(cache)
     view.layers = [copy.copy(layer) for layer in cache.layers]
     return view
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class SelectionProfile:
     def nested(self) -> bool:
         """Whether each set contains the one before."""
         plans = [chosen.plan for chosen in self.selected.values()]
-        return all(a.attention <= b.attention and a.ffn <= b.ffn for a, b in zip(plans, plans[1:], strict=False))
+        return all(a.attention <= b.attention and a.ffn <= b.ffn for a, b in pairwise(plans))
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise ProfileError unless `model` has the very weights the selection was made for."""

@@ -58,16 +58,17 @@ def search(
         considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
         if not considered:
             raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
-        base, screened = screened[current], {c: measure(current | {c}, screening) for c in considered}
-        cost |= {c: fmean(values) - fmean(base) for c, values in screened.items()}
-        screened = {current | {c}: screened[c] for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
+        base = fmean(screened[current])
+        tried = {c: measure(current | {c}, screening) for c in considered}
+        cost |= {c: fmean(values) - base for c, values in tried.items()}
+        screened = {current | {c}: tried[c] for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
         contenders = dict.fromkeys(screened, SEARCH)
         for name, sets in starts.items():
             if count in sets and sets[count] not in contenders:
                 contenders[sets[count]] = name
                 screened[sets[count]] = measure(sets[count], screening)
         best, least = current, float("inf")
-        for contender in sorted(contenders, key=lambda c: fmean(screened[c])):
+        for contender in sorted(contenders, key=lambda chosen: fmean(screened[chosen])):
             total = _total(measure, contender, screened[contender], range(len(screening), num_prompts), least)
             if total < least:
                 best, least = contender, total

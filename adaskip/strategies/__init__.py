@@ -7,8 +7,10 @@ from difflib import get_close_matches
 
 from adaskip.importance import ImportanceProfile
 from adaskip.plan import Budget, Phase
+from adaskip.selection.profile import SelectionProfile
 from adaskip.strategies.adaskip import AdaSkip
 from adaskip.strategies.base import FFNSimilarity, Strategy
+from adaskip.strategies.calibrated import CalibratedSkip
 from adaskip.strategies.early_exit import EarlyExit
 from adaskip.strategies.fixed import FixedPlan
 from adaskip.strategies.skipdecode import SkipDecode
@@ -16,7 +18,7 @@ from adaskip.strategies.unified import UnifiedSkipping
 from adaskip.strategies.whole_layer_similarity import LeastSkip, MostSkip
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, MostSkip, LeastSkip)
+    cls.name: cls for cls in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, CalibratedSkip, MostSkip, LeastSkip)
 }
 FULL = "full"
 """The name of the unskipped model wherever a strategy is named."""
@@ -24,7 +26,7 @@ NAMES: tuple[str, ...] = (FULL, *STRATEGIES)
 
 
 def needs_profile(name: str) -> bool:
-    """Whether the strategy chooses by measured importance."""
+    """Whether the strategy chooses by something measured: importance, or the search of a selection."""
     return name != FULL and "profile" in {f.name for f in fields(strategy_class(name))}
 
 
@@ -43,7 +45,7 @@ def build(
     phase: Phase,
     budget: Budget,
     num_layers: int,
-    profile: ImportanceProfile | None = None,
+    profile: ImportanceProfile | SelectionProfile | None = None,
     max_decode_steps: int | None = None,
     **options,
 ) -> Strategy | None:
@@ -62,7 +64,10 @@ def build(
         raise ValueError(f"{name} has no option {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
     if "profile" in known:
         if profile is None:
-            raise ValueError(f"{name} chooses by measured importance: give the profile of a calibration")
+            raise ValueError(f"{name} chooses by measurement: give the profile of a calibration")
+        expected = SelectionProfile if cls is CalibratedSkip else ImportanceProfile
+        if not isinstance(profile, expected):
+            raise ValueError(f"{name} needs {expected.__name__}, not {type(profile).__name__}")
         options["profile"] = profile
     if max_decode_steps is not None and "max_decode_steps" in known:
         options["max_decode_steps"] = max_decode_steps
@@ -74,6 +79,7 @@ __all__ = [
     "NAMES",
     "STRATEGIES",
     "AdaSkip",
+    "CalibratedSkip",
     "EarlyExit",
     "FFNSimilarity",
     "FixedPlan",

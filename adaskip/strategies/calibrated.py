@@ -18,16 +18,16 @@ class CalibratedSkip(Strategy):
     There is no online window: its threshold is the least similarity in the set, which says nothing here, since the set
     was not chosen by similarity. So at the same budget inference costs what AdaSkip's costs, without its window.
 
-    selection: the profile of the search (`adaskip.selection.select`).
+    profile: the profile of the search (`adaskip.selection.select`).
     """
 
     name = "calibrated"
 
-    selection: SelectionProfile
+    profile: SelectionProfile
 
     @cached_property
     def skipped(self) -> SkipPlan:
-        selection, count = self.selection, self.budget.num_sublayers(self.num_layers)
+        selection, count = self.profile, self.budget.num_sublayers(self.num_layers)
         if selection.num_layers != self.num_layers:
             raise ValueError(
                 f"selection of {selection.model} is for {selection.num_layers} layers, the model has {self.num_layers}"
@@ -36,6 +36,7 @@ class CalibratedSkip(Strategy):
             raise ValueError(f"selection was made for phase {selection.phase}, not for {self.phase}; select for it")
         if count > selection.largest:
             raise ValueError(
-                f"the selection goes up to {selection.largest} sublayers; budget {self.budget} asks for {count}"
+                f"the selection goes up to {selection.largest} sublayers; budget {self.budget} asks for {count}; "
+                "adaskip calibrate --select --up-to searches further"
             )
         return selection.selected[count].plan if count else EMPTY_PLAN

@@ -150,6 +150,7 @@ def test_a_grid_is_its_runs_in_order():
         ("vicuna", "skipdecode", 4, 3),
         ("vicuna", "unified", 4, 3),
         ("vicuna", "adaskip", 4, 3),
+        ("vicuna", "calibrated", 4, 3),
     ]
 
 

@@ -28,9 +28,9 @@ def test_other_names_are_refused_with_the_form(name):
         parse_run_name(name)
 
 
-def test_whole_grid_is_117_cells_with_one_full_model_per_phase():
+def test_whole_grid_is_144_cells_with_one_full_model_per_phase():
     cells = list(grid(MODELS, PHASES, GRID_STRATEGIES, load_setup("testbed").budgets))
-    assert len(cells) == len(set(cells)) == 3 * 3 * (4 * 3 + 1)
+    assert len(cells) == len(set(cells)) == 3 * 3 * (5 * 3 + 1)
     assert [cell.label for cell in cells][:3] == [
         "llama-FULL-PREFILL/0-sublayers",
         "llama-EE-PREFILL/4-sublayers",

@@ -1,4 +1,4 @@
-"""The 36 run scripts hold names only, and those are the names in their paths."""
+"""The 45 run scripts hold names only, and those are the names in their paths."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,7 @@ EXPECTED = {
     for phase in PHASES
     for model in MODELS
     for strategy, short in SHORT_NAMES.items()
-    if short in ("EE", "SD", "US", "ADA")
+    if short in ("EE", "SD", "US", "ADA", "CAL")
 }
 WORDS = {
     "prefill": "Prefill phase",
@@ -27,13 +27,14 @@ WORDS = {
     "skipdecode": "SkipDecode",
     "unified": "Unified Skipping",
     "adaskip": "AdaSkip",
+    "calibrated": "Calibrated",
 }
 
 
-def test_there_are_exactly_the_36_scripts():
+def test_there_are_exactly_the_45_scripts():
     found = {str(path.relative_to(ROOT)) for phase in PHASES for path in (ROOT / phase).glob("*.py")}
     assert found == set(EXPECTED)
-    assert len(found) == 36
+    assert len(found) == 45
 
 
 @pytest.mark.parametrize(("path", "names"), EXPECTED.items())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adaskip.plan import EMPTY_PLAN, PHASES, Budget, SkipPlan, Sublayer
 from adaskip.strategies import NAMES, STRATEGIES, AdaSkip, FFNSimilarity, SkipDecode, build, needs_profile
-from tests.profiles import profile_of
+from tests.profiles import profile_of, selection_of
 
 M = 16
 RISING = [0.50 + 0.02 * i for i in range(M)]
@@ -19,7 +19,8 @@ PROFILE = profile_of(attention=[x + 0.15 for x in RISING], ffn=RISING, layer=RIS
 
 
 def make(name, phase="e2e", budget=None, num_layers=M, **options):
-    options["profile"] = PROFILE if needs_profile(name) else None
+    if needs_profile(name):
+        options["profile"] = selection_of(num_layers, phase) if name == "calibrated" else PROFILE
     return build(name, phase=phase, budget=budget or Budget(layers=3), num_layers=num_layers, **options)
 
 
@@ -183,5 +184,5 @@ def test_missing_or_foreign_profile_is_refused():
 
 
 def test_names_and_classes_agree():
-    assert NAMES == ("full", "early_exit", "skipdecode", "unified", "adaskip", "most_skip", "least_skip")
-    assert [name for name in NAMES if needs_profile(name)] == ["adaskip", "most_skip", "least_skip"]
+    assert NAMES == ("full", "early_exit", "skipdecode", "unified", "adaskip", "calibrated", "most_skip", "least_skip")
+    assert [name for name in NAMES if needs_profile(name)] == ["adaskip", "calibrated", "most_skip", "least_skip"]

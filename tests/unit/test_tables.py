@@ -165,7 +165,7 @@ def test_the_full_model_competes_with_nobody(table):
 
 def test_csv_holds_every_cell_and_leaves_the_unknown_empty(table):
     lines = list(csv.DictReader(io.StringIO(to_csv(table))))
-    assert len(lines) == 3 * 13 * 2
+    assert len(lines) == 3 * 16 * 2
     found = {(line["model"], line["strategy"], line["fraction_skipped"], line["task"]): line for line in lines}
     ours = found["llama", "adaskip", "0.125", "gov_report"]
     assert (ours["n"], ours["skipped_sublayers"], ours["num_sublayers"], ours["paper_score"]) == (
@@ -187,7 +187,7 @@ def test_every_latex_row_has_all_columns(board, phase):
     text = to_latex(table)
     columns = len(text.split(r"\begin{tabular}{")[1].split("}")[0])
     rows = [line for line in text.splitlines() if line.endswith(r"\\") and r"\multicolumn" not in line]
-    assert len(rows) == 1 + 3 * 13
+    assert len(rows) == 1 + 3 * 16
     assert {line.count("&") + 1 for line in rows} == {columns}
     assert text.count("{") == text.count("}")
 

@@ -1,0 +1,6 @@
+"""Decode phase, LLaMA, Calibrated."""
+
+from adaskip.cli import run_cell
+
+if __name__ == "__main__":
+    run_cell(phase="decode", model="llama", strategy="calibrated")

@@ -1,0 +1,195 @@
+"""Sets chosen by the divergence of the output: the measure, the search, the profile and the strategy."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import combinations
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from adaskip.calibration import calibrate
+from adaskip.generate import generate
+from adaskip.importance import ImportanceProfile, ProfileError
+from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
+from adaskip.selection.divergence import ANSWER_TOKENS, GENERATED_TAIL, PROMPT_POSITIONS, OutputDivergence
+from adaskip.selection.profile import SelectionProfile
+from adaskip.selection.search import SEARCH, search
+from adaskip.selection.select import select, sets_of_others
+from adaskip.strategies import CalibratedSkip, build
+from tests.families import random_model, random_prompts
+from tests.reference import ReferenceDecoder
+
+PLAN = SkipPlan(attention={0, 2}, ffn={1}, scales={("ffn", 1): 1.2})
+ENDS = {"eos_token_ids": [2], "pad_token_id": 0}
+LAYERS = 4
+ALL = [Sublayer(kind, layer) for layer in range(LAYERS) for kind in ("attention", "ffn")]
+
+
+def naive_divergence(model, prompt, phase: str, plan: SkipPlan) -> float:
+    """Token by token on a decoder without the skipped sublayers."""
+    (answer,) = generate(model, None, [prompt], max_new_tokens=ANSWER_TOKENS, **ENDS)
+    tokens = [*prompt.tolist(), *answer.token_ids]
+    tail = min(GENERATED_TAIL, len(prompt) // 2)
+    dense = len(prompt) - tail if phase == "decode" else 0
+    full, skipped = ReferenceDecoder(model), ReferenceDecoder(model)
+    p = full.run(tokens).log_softmax(-1)
+    q = torch.stack([skipped.step(token, plan if i >= dense else EMPTY_PLAN) for i, token in enumerate(tokens)])
+    kl = kl_div(q.log_softmax(-1), p, reduction="none", log_target=True).sum(-1)
+    first = 0 if phase == "prefill" else len(prompt) - tail
+    spaced = torch.linspace(first, len(prompt) - 2, PROMPT_POSITIONS).round().long().unique()
+    return float(kl[spaced].mean() + kl[len(prompt) - 1 :].mean()) / 2
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2"])
+@pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
+def test_divergence_is_that_of_a_decoder_without_the_sublayers(family, phase):
+    model = random_model(family)
+    prompts = random_prompts([9, 14])
+    divergence = OutputDivergence(model, prompts, phase, **ENDS)
+    expected = [naive_divergence(model, prompt, phase, PLAN) for prompt in prompts]
+    assert min(expected) > 0.01
+    for _ in range(2):  # the K/V of the dense part survive a call
+        torch.testing.assert_close(divergence(PLAN, range(2)), expected, rtol=1e-3, atol=1e-5)
+    assert divergence(PLAN, [1]) == pytest.approx(expected[1:], rel=1e-3)
+    assert divergence(EMPTY_PLAN, range(2)) == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_the_cost_counts_every_forward_of_what_was_asked():
+    model = random_model("llama")
+    divergence = OutputDivergence(model, random_prompts([9, 14]), "prefill", **ENDS)
+    forwards, tokens, seconds = divergence.num_forwards, divergence.num_tokens, divergence.seconds
+    divergence(PLAN, [0, 1, 1])
+    assert divergence.num_forwards == forwards + 3
+    assert divergence.num_tokens == tokens + sum(divergence.passages[i].ids.numel() for i in (0, 1, 1))
+    assert divergence.seconds > seconds > 0
+
+
+def additive(weights):
+    """A measure without interactions, slightly different on each prompt."""
+
+    def measure(chosen, which):
+        return [sum(weights[s] for s in chosen) * (1 + 0.01 * prompt) for prompt in which]
+
+    return measure
+
+
+def test_without_interactions_the_search_finds_the_best_set_of_each_size():
+    draw = random.Random(0)
+    weights = {sublayer: draw.random() for sublayer in ALL}
+    found = search(additive(weights), ALL, num_layers=LAYERS, num_prompts=6, up_to=5, starts={})
+    for count, choice in found.items():
+        best = min(combinations(ALL, count), key=lambda chosen: sum(weights[s] for s in chosen))
+        assert choice.sublayers == frozenset(best)
+        assert choice.found_by == SEARCH
+        assert choice.divergence == pytest.approx(sum(weights[s] for s in best) * 1.025)
+
+
+def test_what_has_become_dear_given_the_others_is_not_chosen():
+    """Two sublayers that do the same: either may go, not both. Choosing by the first look would take both."""
+    weights = dict.fromkeys(ALL, 1.0) | {ALL[1]: 0.1, ALL[3]: 0.2}
+
+    def measure(chosen, which):
+        return [sum(weights[s] for s in chosen) + 5 * ({ALL[1], ALL[3]} <= chosen) for _ in which]
+
+    found = search(measure, ALL, num_layers=LAYERS, num_prompts=2, up_to=2, starts={})
+    assert ALL[1] in found[2].sublayers
+    assert ALL[3] not in found[2].sublayers
+
+
+def test_a_better_set_of_another_takes_over_and_the_search_goes_on_from_it():
+    theirs = frozenset(ALL[4:6])
+
+    def measure(chosen, which):
+        return [(0.1 if theirs <= chosen else float(len(chosen))) + 0.01 * len(chosen) for _ in which]
+
+    found = search(measure, ALL, num_layers=LAYERS, num_prompts=6, up_to=4, starts={"early_exit": {2: theirs}})
+    assert found[2].sublayers == theirs
+    assert found[2].found_by == "early_exit"
+    assert theirs < found[3].sublayers < found[4].sublayers
+    assert found[4].divergence == pytest.approx(0.14)
+
+
+def test_one_attention_stays_live():
+    weights = {sublayer: float(sublayer.kind == "ffn") for sublayer in ALL}
+    found = search(additive(weights), ALL, num_layers=LAYERS, num_prompts=1, up_to=7, starts={})
+    assert sum(s.kind == "attention" for s in found[7].sublayers) == LAYERS - 1
+    with pytest.raises(ValueError, match="8 candidates are too few for a set of 8 sublayers"):
+        search(additive(weights), ALL, num_layers=LAYERS, num_prompts=1, up_to=8, starts={})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("llama")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts([9, 14, 11, 8, 10])
+
+
+@pytest.fixture(scope="module", params=["prefill", "decode", "e2e"])
+def selection(request, model, prompts):
+    return select(model, prompts, request.param, up_to=4, dataset="made up", data_ids=("a", "b"), **ENDS)
+
+
+def test_no_set_diverges_more_on_the_calibration_prompts_than_that_of_another(selection, model, prompts):
+    importance = calibrate(model, prompts)
+    divergence = OutputDivergence(model, prompts, selection.phase, **ENDS)
+    for count, chosen in selection.selected.items():
+        assert sum(divergence(chosen.plan, range(5))) / 5 == pytest.approx(chosen.divergence, rel=1e-4)
+        for sets in sets_of_others(importance, 4).values():
+            if count in sets:
+                plan = SkipPlan.of_sublayers({s: importance.scale_of(s) for s in sets[count]})
+                assert chosen.divergence <= sum(divergence(plan, range(5))) / 5 + 1e-6
+
+
+def test_a_selection_is_saved_loaded_and_refused_on_another_model(selection, model, tmp_path):
+    path = selection.save(tmp_path / "selection.json")
+    assert SelectionProfile.load(path, model) == selection
+    assert selection.cost.num_forwards > selection.cost.adaskip_forwards == 5
+    with pytest.raises(ProfileError, match="this model's weights are"):
+        SelectionProfile.load(path, random_model("llama", seed=1))
+    with pytest.raises(ProfileError, match="is not an importance profile"):
+        ImportanceProfile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is not a selection profile"),
+        ({"cost": {}}, "is not a whole selection profile"),
+        ({"selected": {"2": {"attention": {}, "ffn": {"1": 1.0}, "divergence": 1, "found_by": "x"}}}, "from 1 on"),
+        ({"selected": {"1": {"attention": {}, "ffn": {}, "divergence": 1, "found_by": "x"}}}, "for 1 sublayers has 0"),
+    ],
+)
+def test_a_damaged_selection_is_refused(selection, tmp_path, change, message):
+    path = selection.save(tmp_path / "selection.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ProfileError, match=message):
+        SelectionProfile.load(path)
+
+
+def test_the_strategy_skips_the_set_of_its_budget_in_its_phase(selection):
+    strategy = build("calibrated", phase=selection.phase, budget=Budget(sublayers=3), num_layers=4, profile=selection)
+    assert isinstance(strategy, CalibratedSkip)
+    assert strategy.skipped == selection.selected[3].plan
+    assert strategy.prefill_plan == (EMPTY_PLAN if selection.phase == "decode" else strategy.skipped)
+    assert strategy.window_tokens == 0
+
+
+def test_a_selection_for_something_else_is_refused(selection, model, prompts):
+    other = {"prefill": "decode", "decode": "e2e", "e2e": "prefill"}[selection.phase]
+    options = {"phase": selection.phase, "budget": Budget(sublayers=3), "num_layers": 4, "profile": selection}
+    with pytest.raises(ValueError, match=f"for phase {selection.phase}, not for {other}"):
+        build("calibrated", **{**options, "phase": other})
+    with pytest.raises(ValueError, match="up to 4 sublayers; budget sublayers=5 asks for 5"):
+        build("calibrated", **{**options, "budget": Budget(sublayers=5)})
+    with pytest.raises(ValueError, match="is for 4 layers, the model has 6"):
+        build("calibrated", **{**options, "num_layers": 6})
+    with pytest.raises(ValueError, match="adaskip needs ImportanceProfile, not SelectionProfile"):
+        build("adaskip", **options)
+    with pytest.raises(ValueError, match="calibrated needs SelectionProfile, not ImportanceProfile"):
+        build("calibrated", **{**options, "profile": calibrate(model, prompts)})
