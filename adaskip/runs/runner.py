@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from adaskip.blocks import decoder_layers
 from adaskip.generate import Generation, generate
-from adaskip.importance import ImportanceProfile
 from adaskip.longbench import TaskSpec, build_prompt_ids
 from adaskip.models import LoadedModel
 from adaskip.plan import Budget, check_phase
@@ -28,7 +27,7 @@ from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, find_job
 from adaskip.runs.manifest import describe_job, describe_run
 from adaskip.runs.processes import Processes, one_line
-from adaskip.runs.profiles import profile_for
+from adaskip.runs.profiles import Profile, profile_for
 from adaskip.runs.sources import Sample, load
 from adaskip.strategies import Strategy, build, needs_profile
 
@@ -133,7 +132,7 @@ def execute(job: Job, processes: Processes) -> Iterator[Progress]:
     processes.from_main(lambda: _end(job))
 
 
-def _find_profile(job: Job, loaded: LoadedModel) -> tuple[ImportanceProfile, Path] | tuple[None, None]:
+def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple[None, None]:
     if not needs_profile(job.config.strategy):
         return None, None
     with _before_the_first_sample(job):
