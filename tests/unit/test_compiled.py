@@ -8,88 +8,25 @@ import weakref
 
 import pytest
 import torch
-from transformers import CompileConfig
 
 from adaskip.compiled import compiled_steps
 from adaskip.generate import generate
 from adaskip.kv_cache import kv_bytes
 from adaskip.patching import patches_of
-from adaskip.plan import Affine, Budget, SkipPlan, Sublayer
 from adaskip.skipping import skipping
-from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode, UnifiedSkipping
-from adaskip.token_ids import left_padded
-from tests.families import WIDTH, random_model, random_prompts
-from tests.profiles import profile_of
-
-NEW_TOKENS = 9
-
-
-class CountedGraphs(list):
-    """The graphs that were compiled, and a `CompileConfig` that runs them as they were traced, on any device."""
-
-    def config(self, **options) -> CompileConfig:
-        def backend(graph, example_inputs):
-            self.append(graph)
-            return graph.forward
-
-        config = CompileConfig(**{"backend": backend, "fullgraph": True, "mode": None, **options})
-        config._compile_all_devices = True
-        return config
-
-
-def run(model, prompts, *, compile_config=None, **options):
-    ids, mask = left_padded(prompts, 0, model.device)
-    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    settings |= {"cache_implementation": "static", "disable_compile": compile_config is None}
-    return model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        compile_config=compile_config,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **settings | options,
-    )
-
-
-def assert_same(ours, expected, tolerance=1e-5):
-    assert torch.equal(ours.sequences, expected.sequences)
-    assert (torch.stack(ours.logits) - torch.stack(expected.logits)).abs().max() < tolerance
-
-
-def affine(slope: float) -> Affine:
-    return Affine(scale=[1.0 + slope * i for i in range(WIDTH)], shift=[slope * (8 - i) for i in range(WIDTH)])
-
-
-def fixed(*sublayers, phase, scale) -> FixedPlan:
-    plan = SkipPlan.of_sublayers({Sublayer(kind, layer): scale for kind, layer in sublayers})
-    return FixedPlan(num_layers=4, phase=phase, plan=plan)
-
-
-def early_exit(phase, factor):
-    return EarlyExit(num_layers=4, budget=Budget(layers=1), phase=phase)
-
-
-def unified(phase, factor):
-    return UnifiedSkipping(num_layers=4, budget=Budget(layers=2), phase=phase)
-
-
-def skip_decode(phase, factor):
-    return SkipDecode(num_layers=4, budget=Budget(layers=3), phase=phase, max_decode_steps=6)
-
-
-def ada_skip(phase, factor):
-    """Attention 1 is skipped and the FFNs of a random model lie on both sides of its similarity."""
-    profile = profile_of(attention=[-0.9, 0.8, -0.9, -0.9], ffn=[-1.0] * 4, scale=factor)
-    return AdaSkip(num_layers=4, budget=Budget(sublayers=1), phase=phase, profile=profile, learning_window=3)
-
-
-def scaled(phase, factor):
-    return fixed(("attention", 0), ("ffn", 1), ("attention", 2), phase=phase, scale=factor)
-
-
-def affine_plan(phase, factor):
-    return fixed(("ffn", 0), ("attention", 2), phase=phase, scale=affine(0.02 * factor))
-
+from tests.compiled_runs import (
+    CountedGraphs,
+    ada_skip,
+    affine_plan,
+    assert_same,
+    early_exit,
+    fixed,
+    run,
+    scaled,
+    skip_decode,
+    unified,
+)
+from tests.families import random_model, random_prompts
 
 CASES = [  # and how many sets the decode steps go through
     (early_exit, "e2e", 1),
@@ -132,6 +69,7 @@ def test_sliding_windows_compile_too(family):
     assert len(graphs) == made
 
 
+@pytest.mark.slow
 def test_chunks_of_a_prompt_are_compiled_apart():
     model, graphs = random_model("llama"), CountedGraphs()
     prompts, config = random_prompts([12]), graphs.config()
@@ -158,6 +96,7 @@ def test_steps_alternate_between_scales_without_a_graph_more():
     assert torch.equal(torch.stack(runs[0].logits), torch.stack(runs[2].logits))
 
 
+@pytest.mark.slow
 def test_sets_beyond_the_bound_run_from_graphs_of_layers(monkeypatch):
     monkeypatch.setattr("adaskip.compiled.MAX_STEP_GRAPHS", 2)
     model, graphs = random_model("llama"), CountedGraphs()
@@ -175,6 +114,7 @@ def test_sets_beyond_the_bound_run_from_graphs_of_layers(monkeypatch):
     assert counts[0] == counts[1] <= 2 + 4 * 2  # each of four layers with and without its FFN
 
 
+@pytest.mark.slow
 def test_online_sets_beyond_the_bound_still_measure_and_learn(monkeypatch):
     monkeypatch.setattr("adaskip.compiled.MAX_STEP_GRAPHS", 0)
     model, graphs = random_model("llama"), CountedGraphs()
