@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adaskip.runs.cells import Cell, load_setup
+from adaskip.runs.folder import RunFolder
 
 CLASSES = ["Number of something", "Food", "Date", "Individual"]
 WORDS = [
@@ -53,8 +54,9 @@ def write_run(
         records = [
             _record(cell, task, index, chance, num_layers, added(index), speedup) for index in range(num_samples)
         ]
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / f"{task}.jsonl").write_text(text, encoding="utf-8")
+        run_folder = RunFolder(folder)
+        run_folder.append(task, records)
+        run_folder.merge(task, [record["id"] for record in records], batch_size=1)
     manifest = _manifest(cell, dict.fromkeys(tasks, expected or num_samples), num_layers)
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder

@@ -122,19 +122,20 @@ def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
     path, times_path = place.records_path(task), place.times_path(task)
     files = [file for file in (path, *place.part_paths(task)) if file.exists()]
     problems = [] if files else [f"{path.name} is missing"]
-    times = _read_lines(times_path, times_path.read_bytes(), ("id",), problems) if times_path.exists() else {}
+    times_content = times_path.read_bytes() if times_path.exists() else b""
+    times = _read_lines(f"times/{times_path.name}", times_content, ("id",), problems)
     records: dict[str, Record] = {}
     digest = hashlib.sha256()
     for file in files:
         content = file.read_bytes()
         digest.update(content)
-        records = {**_read_lines(file, content, REQUIRED_FIELDS, problems), **records}
+        records = {**_read_lines(file.name, content, REQUIRED_FIELDS, problems), **records}
     timed = [{**times.get(name, {}), **record} for name, record in records.items()]
     ordered = sorted(timed, key=lambda record: record["index"])
     return TaskRecords(task, tuple(ordered), expected, tuple(problems), digest.hexdigest())
 
 
-def _read_lines(path: Path, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
+def _read_lines(name: str, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
     """The records of a file by their ids; what is wrong with other lines is added to `problems`."""
     records: dict[str, Record] = {}
     lines = content.split(b"\n")
@@ -146,9 +147,9 @@ def _read_lines(path: Path, content: bytes, required: Sequence[str], problems: l
         if problem is None:
             records[record["id"]] = record
         else:
-            problems.append(f"{path.name}, line {number} {problem}")
+            problems.append(f"{name}, line {number} {problem}")
     if torn:
-        problems.append(f"{path.name}, line {len(lines) + 1} is torn (no end of line)")
+        problems.append(f"{name}, line {len(lines) + 1} is torn (no end of line)")
     return records
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from adaskip.results.runs import ResultsError, find_run, load_run, load_runs
 from adaskip.runs.cells import Cell
+from adaskip.runs.folder import RunFolder
 from tests.saved_runs import write_run
 
 EE = Cell("llama", "prefill", "early_exit", 4)
@@ -138,5 +139,45 @@ def test_a_name_of_another_form_is_an_error(tmp_path):
 
 
 def test_the_fake_records_have_the_fields_that_are_required(tmp_path):
-    line = (write_run(tmp_path, EE, 0.5) / "trec.jsonl").read_text().splitlines()[0]
-    assert {"plan", "online_ffns", "ttft_s", "tpot_ms", "kv_bytes"} <= set(json.loads(line))
+    record = trec_of(write_run(tmp_path, EE, 0.5)).records[0]
+    assert {"plan", "online_ffns", "ttft_s", "tpot_ms", "kv_bytes"} <= set(record)
+
+
+@pytest.mark.parametrize("where", ["times", "records", "parts"])
+def test_times_join_their_records_wherever_they_are_saved(tmp_path, where):
+    folder = write_run(tmp_path, EE, 0.5)
+    expected, place = trec_of(folder), RunFolder(folder)
+    if where != "times":
+        lines = "".join(json.dumps(record) + "\n" for record in expected.records)
+        place.times_path("trec").unlink()
+        place.records_path("trec").unlink()
+        path = place.path / ("trec.jsonl" if where == "records" else "parts/trec.0-here-7.jsonl")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(lines)
+    task = trec_of(folder)
+    assert task.complete
+    assert task.records == expected.records
+    assert len({record["ttft_s"] for record in task.records}) == 12
+
+
+def test_records_of_an_unfinished_run_are_read_from_all_its_files(tmp_path):
+    """Some merged, some in two parts, one of them merged already: a kill came before its part was removed."""
+    folder = write_run(tmp_path, EE, 0.5)
+    whole, place = trec_of(folder), RunFolder(folder)
+    rewrite(folder, lambda text: "".join(text.splitlines(keepends=True)[:4]))
+    place.append("trec", whole.records[6:8], rank=0)
+    place.append("trec", [whole.records[3], whole.records[9]], rank=1)
+    task = trec_of(folder)
+    assert [record["index"] for record in task.records] == [0, 1, 2, 3, 6, 7, 9]
+    assert task.problems == ()
+    assert not task.complete
+    assert task.sha256 != whole.sha256
+
+
+def test_a_damaged_line_of_times_is_named_and_costs_no_record(tmp_path):
+    folder = write_run(tmp_path, EE, 0.5)
+    path = RunFolder(folder).times_path("trec")
+    path.write_text(path.read_text().replace('{"id": "trec-3"', '{"id" "trec-3"'))
+    task = trec_of(folder)
+    assert len(task.records) == 12
+    assert task.problems == ("times/trec.jsonl, line 4 is not JSON",)
