@@ -40,10 +40,11 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of a run: samples that were already done, or samples just made."""
+    """A step of a run: samples that were already done, samples just made, or samples left to the other processes."""
 
     found: int = 0
     made: int = 0
+    elsewhere: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def run(
         processes.from_main(lambda: held.enter_context(job.folder.lock()))
         for step in execute(job, processes):
             found, made = found + step.found, made + step.made
+            bar.total -= step.elsewhere
             bar.update(step.found + step.made)
             if watch is not None:
                 watch(step)
@@ -124,10 +126,12 @@ def execute(job: Job, processes: Processes) -> Iterator[Progress]:
         manifest = {**describe_run(job, loaded, profile, profile_path), "processes": processes.size}
     manifests = processes.gather(manifest)
     missing = processes.from_main(lambda: _begin(job, manifests))
-    yield Progress(found=job.num_samples - _count(job, missing))
+    mine = [processes.share(starts) for starts in missing]
+    left = _count(job, missing)
+    yield Progress(found=job.num_samples - left, elsewhere=left - _count(job, mine))
     with processes.together():
-        for part, strategy, starts in zip(job.parts, strategies, missing, strict=True):
-            for start in processes.share(starts):
+        for part, strategy, starts in zip(job.parts, strategies, mine, strict=True):
+            for start in starts:
                 yield Progress(made=_run_batch(job, part, start, loaded, strategy, processes.rank))
     processes.from_main(lambda: _end(job))
 
