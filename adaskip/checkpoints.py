@@ -6,6 +6,7 @@ rather than in a library's traceback after minutes of loading.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -22,6 +23,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 METADATA_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_FILES: dict[str, str] = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
+SAMPLED_BLOCKS = 256
+BLOCK_BYTES = 4096
 WeightFormat = Literal["safetensors", "bin"]
 
 
@@ -29,13 +32,16 @@ class ModelError(ValueError):
     """A model or checkpoint cannot be used; the message is one line that says what to do."""
 
 
-def find_folder(checkpoint: str | Path, revision: str | None = None, *, offline: bool = True) -> Path:
+def find_folder(
+    checkpoint: str | Path, revision: str | None = None, *, offline: bool = True, only_config: bool = False
+) -> Path:
     """The local folder of a checkpoint: a folder, a Hub cache folder (`models--org--name`), or a Hub id.
 
     Args:
         checkpoint: an existing folder, or `org/name`, or `org/name@revision`.
         revision: commit, branch or tag of a Hub id that names none itself; None: main.
         offline: look for a Hub id in the local cache only.
+        only_config: of a Hub id, get no more than its config.json.
 
     Raises:
         ModelError: there is no such folder, or the Hub id is not in the cache or cannot be downloaded.
@@ -48,7 +54,7 @@ def find_folder(checkpoint: str | Path, revision: str | None = None, *, offline:
     if not isinstance(checkpoint, str) or not HUB_ID.fullmatch(checkpoint):
         raise ModelError(f"checkpoint folder {str(checkpoint)!r} does not exist")
     repo, _, own_revision = checkpoint.partition("@")
-    return _from_hub(repo, own_revision or revision or "main", offline)
+    return _from_hub(repo, own_revision or revision or "main", offline, only_config)
 
 
 def _snapshot_in_cache(folder: Path) -> Path:
@@ -66,8 +72,10 @@ def _snapshot_in_cache(folder: Path) -> Path:
     return found[0]
 
 
-def _from_hub(repo: str, revision: str, offline: bool) -> Path:
+def _from_hub(repo: str, revision: str, offline: bool, only_config: bool) -> Path:
     """Metadata first, then safetensors, and the older .bin only where there are none."""
+    if only_config:
+        return _download(repo, revision, offline, ["config.json"])
     folder = _download(repo, revision, offline, [*METADATA_FILES, WEIGHT_FILES["safetensors"]])
     if not any(folder.glob(WEIGHT_FILES["safetensors"])):
         folder = _download(repo, revision, offline, [*METADATA_FILES, WEIGHT_FILES["bin"]])
@@ -132,6 +140,23 @@ def check_weights(folder: Path) -> WeightFormat:
                 return "safetensors"
             return "bin"
     raise ModelError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES.values())}")
+
+
+def weight_files_fingerprint(folder: Path) -> str:
+    """SHA-256 over name, size and `SAMPLED_BLOCKS` evenly spaced blocks of every weight file; nothing is loaded.
+
+    Raises:
+        ModelError: no usable weights (see `check_weights`).
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(WEIGHT_FILES[check_weights(folder)])):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as handle:
+            for number in range(SAMPLED_BLOCKS):
+                handle.seek(number * size // SAMPLED_BLOCKS)
+                digest.update(handle.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _check_shards(folder: Path, kind: str) -> None:

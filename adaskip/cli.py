@@ -19,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from adaskip.options import Parser, add_options, resolve
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
-from adaskip.runs.grid import listing, run_grid
+from adaskip.runs.dry_run import dry_run
+from adaskip.runs.grid import run_grid
 from adaskip.runs.processes import Processes, leave_together
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.runner import RunError, run
@@ -102,10 +103,8 @@ def _calibrate(config: CalibrateConfig) -> int:
 
 def _grid(config: GridConfig) -> int:
     if config.dry_run:
-        states = list(listing(config))
-        for label, done in states:
-            print(f"{label:40} {'done' if done else 'missing'}")
-        print(f"{sum(done for _, done in states)} of {len(states)} cells done in {config.runs_dir}")
+        for line in dry_run(config):
+            print(line)
         return 0
     outcome = run_grid(config)
     complete, failed = len(outcome.complete), len(outcome.failed)

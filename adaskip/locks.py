@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +18,8 @@ class LockedError(ValueError):
 
 @contextmanager
 def exclusive(path: str | Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `path`; it is made when missing and removed on release.
+    """Hold the lock file `path`; it is made when missing, with its folder, and removed on release, with the
+    folders made for it that are still empty.
 
     Args:
         wait: wait for the holder to let go instead of raising.
@@ -26,6 +27,7 @@ def exclusive(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         LockedError: another process holds it; one line naming that process and its host.
     """
+    made = [folder for folder in Path(path).parents if not folder.exists()]
     handle = _acquire(Path(path), wait)
     try:
         handle.truncate(0)
@@ -35,12 +37,18 @@ def exclusive(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         Path(path).unlink(missing_ok=True)
         handle.close()
+        with suppress(OSError):  # something was put there
+            for folder in made:
+                folder.rmdir()
 
 
 def _acquire(path: Path, wait: bool) -> IO[str]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = path.open("a+", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # the last holder removed the empty folder
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -78,6 +78,8 @@ class TaskSpec:
     min_new_tokens: int = 0
     stop_at_newline: bool = False
     """Generation also ends at a newline token."""
+    num_long: int | None = None
+    """Records of the LongBench-E set with more than 4000 words, where it is known without the data."""
 
     def __post_init__(self) -> None:
         if "{context}" not in self.template:

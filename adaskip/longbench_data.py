@@ -32,6 +32,10 @@ class LongBenchError(ValueError):
     """A task, a record or a data source is not what LongBench's protocol asks for."""
 
 
+class MissingDataError(LongBenchError):
+    """No source was named, and LongBench is not in the local Hub cache."""
+
+
 @dataclass(frozen=True)
 class JsonlFile:
     """One set of records: a jsonl file, or a jsonl member of a zip archive."""
@@ -131,7 +135,7 @@ def hub_archive(download: bool = False) -> Path:
             path = Path(hf_hub_download(pin["repo"], pin["file"], **options))
     except (OSError, HFValidationError) as error:
         if not download:
-            raise LongBenchError(
+            raise MissingDataError(
                 f"{pin['file']} of {pin['repo']} at {pin['revision'][:7]} is not in the local Hub cache; "
                 f"give {HUB!r} to download it, or a local data.zip or folder of <task>.jsonl files"
             ) from None

@@ -35,12 +35,30 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from adaskip import internlm
 from adaskip.blocks import decoder_layers
-from adaskip.checkpoints import ModelError, check_weights, commit_of, find_folder, one_line, read_config
+from adaskip.checkpoints import (
+    ModelError,
+    check_weights,
+    commit_of,
+    find_folder,
+    one_line,
+    read_config,
+    weight_files_fingerprint,
+)
 from adaskip.configs import load_yaml
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.rope import fix_dynamic_rope
 
-__all__ = ["LoadedModel", "ModelError", "ModelSpec", "architecture", "load_model", "registry", "weights_fingerprint"]
+__all__ = [
+    "LoadedModel",
+    "ModelError",
+    "ModelSpec",
+    "architecture",
+    "load_model",
+    "placement",
+    "registry",
+    "weight_files",
+    "weights_fingerprint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +95,8 @@ class ModelSpec:
     """Folder or Hub id the weights came from."""
     revision: str | None
     """Commit of a Hub snapshot; None for an ordinary folder."""
+    weight_files: str
+    """`checkpoints.weight_files_fingerprint` of the folder."""
     max_prompt_tokens: int
     """Longest prompt before wrapping; a longer one loses its middle."""
     chat_template: str | None
@@ -118,8 +138,16 @@ def get_entry(name: str) -> ModelEntry:
     return models[name]
 
 
-def architecture(name: str) -> LlamaConfig:
-    """The published configuration of a model of the registry; reads no checkpoint and no network."""
+def architecture(name: str, checkpoint: str | Path | None = None) -> PreTrainedConfig:
+    """The configuration of a checkpoint, no weights read; without one, the published one of a model of the registry.
+
+    The network is touched only for a Hub id given as `checkpoint`, of which config.json is got.
+    """
+    if checkpoint is not None:
+        entry = get_entry(name)
+        revision = entry.revision if checkpoint == entry.checkpoint else None
+        folder = find_folder(checkpoint, revision, offline=False, only_config=True)
+        return _model_config(folder, read_config(folder))
     shape = get_entry(name).shape
     if shape is None:
         raise ModelError(f"configs/models.yaml says no shape of {name}")
@@ -165,18 +193,19 @@ def load_model(
     entry = get_entry(name) if name is not None else None
     if chat is not None:
         check_chat(chat)
-    placement = _placement(device, dtype, device_map)
+    where = placement(device, dtype, device_map)
     folder, source = _find(entry, checkpoint, offline)
     raw = read_config(folder)
     config = _model_config(folder, raw)
     entry = entry or ModelEntry(source, max_prompt_tokens=_prompt_limit(config))
     tokenizer = _load_tokenizer(folder, raw)
     chat_template = _wrapper(chat or entry.chat, tokenizer)
-    model = _load_weights(folder, config, attn_implementation, placement)
+    model = _load_weights(folder, config, attn_implementation, where)
     spec = ModelSpec(
         name=name or Path(source).name,
         checkpoint=source,
         revision=commit_of(folder),
+        weight_files=weight_files_fingerprint(folder),
         max_prompt_tokens=entry.max_prompt_tokens,
         chat_template=chat_template,
         stop_token_ids=_stop_token_ids(entry.stop_tokens, model, tokenizer),
@@ -196,7 +225,16 @@ def _find(entry: ModelEntry | None, checkpoint: str | Path | None, offline: bool
     return find_folder(source, revision, offline=checkpoint is None if offline is None else offline), str(source)
 
 
-def _placement(
+def weight_files(name: str, checkpoint: str | Path | None = None) -> str | None:
+    """The weight files' fingerprint of what `load_model` would load; None where they are not on this machine."""
+    try:
+        folder, _ = _find(get_entry(name), checkpoint, offline=True)
+    except ModelError:
+        return None
+    return weight_files_fingerprint(folder)
+
+
+def placement(
     device: str | torch.device | None, dtype: str | torch.dtype | None, device_map: str | dict[str, Any] | None
 ) -> dict[str, Any]:
     """The arguments of `from_pretrained` that say where the weights go and in which dtype."""
@@ -249,12 +287,12 @@ def _model_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _load_weights(
-    folder: Path, config: PreTrainedConfig, attn_implementation: str | None, placement: dict[str, Any]
+    folder: Path, config: PreTrainedConfig, attn_implementation: str | None, where: dict[str, Any]
 ) -> PreTrainedModel:
     """The model with every weight from the folder: safetensors, or .bin read with `torch.load(weights_only=True)`."""
     # InternLM's weights carry LLaMA's names; the automatic class would ask for remote code because of `auto_map`.
     model_class: Any = LlamaForCausalLM if config.model_type == "llama" else AutoModelForCausalLM
-    options = {**placement, "use_safetensors": check_weights(folder) == "safetensors", "local_files_only": True}
+    options = {**where, "use_safetensors": check_weights(folder) == "safetensors", "local_files_only": True}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with _said_in_one_line(f"{folder} cannot be loaded"):

@@ -117,11 +117,19 @@ class PhaseSpec:
 class Setup:
     """One block of `configs/phases.yaml`: the experiments on real checkpoints, or on the testbed."""
 
+    num_layers: int
     budgets: tuple[int, ...]
     batch_size: int
     calibration_task: str
     calibration_samples: int
     phases: dict[str, PhaseSpec]
+
+    def budgets_for(self, num_layers: int) -> tuple[int, ...]:
+        """The budgets in sublayers of a model of `num_layers` layers: of another depth the nearest whole layers."""
+        if num_layers == self.num_layers:
+            return self.budgets
+        layers = (round(budget / 2 * num_layers / self.num_layers) for budget in self.budgets)
+        return tuple(dict.fromkeys(2 * max(1, count) for count in layers))
 
 
 def load_setup(name: str) -> Setup:
@@ -132,6 +140,7 @@ def load_setup(name: str) -> Setup:
         for phase, spec in block["phases"].items()
     }
     return Setup(
+        num_layers=block["num_layers"],
         budgets=tuple(block["budgets"]),
         batch_size=block["batch_size"],
         calibration_task=block["calibration"]["task"],

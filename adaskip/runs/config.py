@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adaskip.longbench import get_task
 from adaskip.options import option
 from adaskip.plan import Budget
-from adaskip.runs.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, grid, load_setup
+from adaskip.roofline import known_devices
+from adaskip.runs.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, load_setup
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -82,7 +81,9 @@ class RunConfig(WorkConfig):
     model: str = option(f"model: {', '.join(MODELS)}", required=True)
     phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
     strategy: str = option(f"strategy: {', '.join(SHORT_NAMES)}", required=True)
-    budget: int | None = option("sublayers to skip; every strategy but full needs exactly one way of giving its budget")
+    budget: int | None = option(
+        "sublayers to skip; if no budget is given in any form, the smallest of the setup's (an eighth of all sublayers)"
+    )
     skip_sub_layer_num: int | None = option("the same, in the artifact's spelling", aliases=["--skip_sub_layer_num"])
     skip_full_layer_num: int | None = option(
         "whole layers to skip, two sublayers each", aliases=["--skip_full_layer_num"]
@@ -106,22 +107,23 @@ class RunConfig(WorkConfig):
         if self.strategy == "full":
             if set(given.values()) - {0}:
                 raise ValueError(f"the full model skips nothing and takes no budget; given: {spelled}")
-        elif len(given) != 1:
+        elif len(given) > 1:
             raise ValueError(
-                f"strategy {self.strategy!r} needs one budget: --budget or --skip-sub-layer-num (sublayers), "
+                f"strategy {self.strategy!r} takes one budget: --budget or --skip-sub-layer-num (sublayers), "
                 f"--skip-full-layer-num (layers), or --alpha; given: {spelled}"
             )
 
     @property
     def skip_budget(self) -> Budget | None:
-        """The budget in whichever form it was given; None for the full model."""
+        """The budget in whichever form it was given; None for the full model, and where none was given."""
         if self.strategy == "full":
             return None
         if self.alpha is not None:
             return Budget(alpha=self.alpha)
         if self.skip_full_layer_num is not None:
             return Budget(layers=self.skip_full_layer_num)
-        return Budget(sublayers=self.budget if self.budget is not None else self.skip_sub_layer_num)
+        sublayers = self.budget if self.budget is not None else self.skip_sub_layer_num
+        return None if sublayers is None else Budget(sublayers=sublayers)
 
     @property
     def strategy_options(self) -> dict[str, int | float]:
@@ -165,7 +167,8 @@ class GridConfig(WorkConfig):
     jobs: int | None = option(
         "cells run at the same time; if not given, with --testbed on a CPU one per core, else one"
     )
-    dry_run: bool = option("print the cells, done or missing, and run nothing", False)
+    dry_run: bool = option("print the cells, done or missing, and what they would cost; load and run nothing", False)
+    estimate_for: str = option(f"GPU whose time the dry run estimates: {', '.join(known_devices())}", "L20")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,22 +181,9 @@ class GridConfig(WorkConfig):
                 check_choice(what, name, allowed)
             _refuse_repeats(what, given)
         _refuse_repeats("budget", self.budgets or ())
+        check_choice("--estimate-for", self.estimate_for, known_devices())
         if self.checkpoint is not None and len(self.models) != 1:
             raise ValueError("--checkpoint is one model's: give it with exactly one of --models")
-
-    def runs(self) -> list[RunConfig]:
-        """One configuration per cell, ordered by model, phase, strategy and budget."""
-        shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(WorkConfig)}
-        return [
-            RunConfig(
-                **shared,
-                model=cell.model,
-                phase=cell.phase,
-                strategy=cell.strategy,
-                budget=cell.sublayers or None,
-            )
-            for cell in grid(self.models, self.phases, self.strategies, self.budgets or self.setup.budgets)
-        ]
 
 
 def _refuse_repeats(what: str, given: Sequence[str | int]) -> None:

@@ -25,7 +25,7 @@ from adaskip.locks import exclusive
 MANIFEST = "manifest.json"
 JOURNAL = ("started", "finished", "resumed")
 """Manifest fields that tell when, not what."""
-ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint")
+ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint", "weight_files")
 """Manifest fields that may differ when a run is continued: they name places, not what is computed."""
 TIMES = ("ttft_s", "tpot_ms")
 """Record fields that differ from run to run."""

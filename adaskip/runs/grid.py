@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 
@@ -22,8 +22,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from adaskip.runs.config import GridConfig, RunConfig
-from adaskip.runs.job import find_cell, find_job
-from adaskip.runs.manifest import is_done
+from adaskip.runs.job import find_cell, find_cells, find_job
 from adaskip.runs.runner import Progress, RunError, run
 
 
@@ -53,16 +52,9 @@ class GridOutcome:
     made: int
 
 
-def listing(config: GridConfig) -> Iterator[tuple[str, bool]]:
-    """(label, whether its manifest says that it is done as configured) of every cell; loads no model."""
-    for cell in config.runs():
-        job = find_job(cell)
-        yield job.cell.label, is_done(job)
-
-
 def run_grid(config: GridConfig) -> GridOutcome:
     """Bring every cell to its end; the finished ones are only checked."""
-    cells = config.runs()
+    cells = find_cells(config)
     jobs = min(config.jobs or default_jobs(config), len(cells))
     if jobs > 1 and config.threads is None:
         cells = [replace(cell, threads=1) for cell in cells]

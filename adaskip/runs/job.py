@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from adaskip.longbench import TaskSpec, get_task
-from adaskip.runs.cells import Cell
-from adaskip.runs.config import RunConfig
+from adaskip.runs.cells import Cell, grid
+from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.sources import Sample, num_layers, scored_samples
-from adaskip.strategies import AdaSkip
+from adaskip.strategies import FULL, AdaSkip
 
 
 @dataclass(frozen=True)
@@ -45,39 +46,74 @@ class Job:
 
 def find_job(config: RunConfig) -> Job:
     """Resolve a configuration: what it leaves open is taken from `configs/phases.yaml`."""
-    setup = config.setup
-    phase = setup.phases[config.phase]
-    limit = None if config.subset else config.limit or phase.limit
+    config = _with_budget(config)
     cell = find_cell(config)
     return Job(
         config=config,
         cell=cell,
         folder=RunFolder(cell.folder(config.runs_dir)),
-        parts=tuple(_find_part(config, name, limit, phase.max_new_tokens) for name in config.tasks or phase.tasks),
-        limit=limit,
+        parts=tuple(_find_part(config, name) for name in tasks_of(config)),
+        limit=_limit(config),
         subset=config.subset,
-        batch_size=config.batch_size or setup.batch_size,
+        batch_size=config.batch_size or config.setup.batch_size,
     )
 
 
-def _find_part(config: RunConfig, name: str, limit: int | None, phase_cap: int) -> Part:
-    task = get_task(name)
-    cap = config.max_new_tokens or min(phase_cap, task.max_new_tokens)
-    return Part(name, task, scored_samples(config, name, limit=limit, subset=config.subset), cap)
+def _find_part(config: RunConfig, name: str) -> Part:
+    samples = scored_samples(config, name, limit=_limit(config), subset=config.subset)
+    return Part(name, get_task(name), samples, answer_cap(config, name))
+
+
+def tasks_of(config: RunConfig) -> tuple[str, ...]:
+    """The tasks a run is scored on."""
+    return config.tasks or config.setup.phases[config.phase].tasks
+
+
+def answer_cap(config: RunConfig, task: str) -> int:
+    """How many tokens a task's answers may have."""
+    return config.max_new_tokens or min(config.setup.phases[config.phase].max_new_tokens, get_task(task).max_new_tokens)
+
+
+def num_wanted(config: RunConfig) -> int | None:
+    """How many samples of each task are asked for; None for all."""
+    return config.subset or _limit(config)
+
+
+def _limit(config: RunConfig) -> int | None:
+    return None if config.subset else config.limit or config.setup.phases[config.phase].limit
 
 
 def find_cell(config: RunConfig) -> Cell:
-    """The cell a configuration fills; a budget given as alpha depends on the model's depth and loads the model."""
-    return Cell(config.model, config.phase, config.strategy, _num_sublayers(config))
+    """The cell a configuration fills; no model is loaded."""
+    return Cell(config.model, config.phase, config.strategy, _num_sublayers(_with_budget(config)))
+
+
+def find_cells(config: GridConfig) -> list[RunConfig]:
+    """One configuration per cell of the grid, ordered by model, phase, strategy and budget."""
+    shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(WorkConfig)}
+    return [
+        RunConfig(**shared, model=cell.model, phase=cell.phase, strategy=cell.strategy, budget=cell.sublayers or None)
+        for model in config.models
+        for cell in grid((model,), config.phases, config.strategies, config.budgets or _budgets(config, model))
+    ]
+
+
+def _budgets(config: WorkConfig, model: str) -> tuple[int, ...]:
+    return config.setup.budgets_for(num_layers(config, model))
+
+
+def _with_budget(config: RunConfig) -> RunConfig:
+    """The configuration with the setup's smallest budget where it gives none."""
+    if config.strategy == FULL or config.skip_budget is not None:
+        return config
+    return replace(config, budget=min(_budgets(config, config.model)))
 
 
 def _num_sublayers(config: RunConfig) -> int:
     budget = config.skip_budget
     if budget is None:
         return 0
-    if budget.alpha is None:
-        return budget.sublayers if budget.sublayers is not None else 2 * (budget.layers or 0)
     layers = num_layers(config, config.model)
-    if config.strategy == AdaSkip.name:
-        return budget.num_sublayers(layers)
-    return 2 * budget.num_whole_layers(layers, most=layers)
+    if budget.alpha is not None and config.strategy != AdaSkip.name:
+        return 2 * budget.num_whole_layers(layers, most=layers)
+    return budget.num_sublayers(layers)

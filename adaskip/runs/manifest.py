@@ -15,15 +15,18 @@ import torch
 
 from adaskip.blocks import decoder_layers
 from adaskip.importance import ImportanceProfile
-from adaskip.models import LoadedModel, weights_fingerprint
+from adaskip.models import LoadedModel, placement, weights_fingerprint
 from adaskip.runs.job import Job
-from adaskip.runs.sources import fingerprint
+from adaskip.runs.sources import chat_of, fingerprint, weight_files_of
 from adaskip.selection.profile import SelectionProfile
+
+DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 
 
 def describe_job(job: Job) -> dict[str, Any]:
     """The part of the manifest that is known before the model is loaded."""
-    config = job.config
+    config, chat = job.config, chat_of(job.config, job.config.model)
+    where = placement(config.device, config.dtype, config.device_map)
     return {
         "run_name": job.cell.run_name,
         "model": config.model,
@@ -38,6 +41,9 @@ def describe_job(job: Job) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "seed": config.seed,
         "device_map": config.device_map,
+        "dtype": str(where["dtype"]).removeprefix("torch."),
+        "attn_implementation": config.attn_implementation,
+        **({} if chat == "template" else {"chat_template": None if chat == "none" else chat}),
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
     }
 
@@ -63,6 +69,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "num_layers": len(decoder_layers(model)),
         "checkpoint": _without_home(loaded.spec.checkpoint),
         "revision": loaded.spec.revision,
+        "weight_files": loaded.spec.weight_files,
         "weights_fingerprint": weights_fingerprint(model),
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -85,11 +92,26 @@ def _without_home(checkpoint: str) -> str:
 
 
 def is_done(job: Job) -> bool:
-    """Whether the folder's manifest says that this very job is finished; loads no model."""
-    manifest = job.folder.read_manifest()
-    if manifest is None or not manifest.get("finished"):
-        return False
-    return all(manifest.get(name) == value for name, value in describe_job(job).items())
+    """Whether the folder's manifest says that this very job is finished."""
+    return find_state(job) == DONE
+
+
+def find_state(job: Job) -> str:
+    """`done`, `unfinished`, `missing`, or what the run in the job's folder was made otherwise with; loads no model.
+
+    Weights are told apart by their files, where both the run's and the job's are known.
+    """
+    held = job.folder.read_manifest()
+    if held is None:
+        return MISSING
+    wanted = describe_job(job)
+    files = weight_files_of(job.config, job.config.model)
+    if files is not None and "weight_files" in held:
+        wanted["weight_files"] = files
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            return f"other {name.replace('_', ' ')}: {json.dumps(held.get(name))}, here {json.dumps(value)}"
+    return DONE if held.get("finished") else UNFINISHED
 
 
 def _digest(profile: ImportanceProfile | SelectionProfile) -> str:

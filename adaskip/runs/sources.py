@@ -9,11 +9,12 @@ from functools import lru_cache
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedConfig
 
 from adaskip import testbed
-from adaskip.blocks import decoder_layers
-from adaskip.longbench import LongBenchError, as_dataset, load_records
-from adaskip.models import LoadedModel, load_model
+from adaskip.longbench import as_dataset, load_records
+from adaskip.longbench_data import MissingDataError
+from adaskip.models import LoadedModel, architecture, load_model, registry, weight_files
 from adaskip.runs.config import SharedConfig
 
 Sample = dict[str, Any]
@@ -21,26 +22,46 @@ Sample = dict[str, Any]
 
 def load(config: SharedConfig, model: str) -> LoadedModel:
     """The model of a configuration; the last one stays loaded, so that cells of one model share it."""
-    checkpoint, chat = config.checkpoint, config.chat
-    if config.testbed:  # its models were trained on bare prompts
-        checkpoint, chat = checkpoint or str(testbed.checkpoint_dir(model)), chat or "none"
     return _load(
         model,
-        checkpoint,
+        checkpoint_of(config, model),
         device=config.device,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         device_map=config.device_map,
-        chat=chat,
+        chat=chat_of(config, model),
     )
 
 
 _load = lru_cache(maxsize=1)(load_model)
 
 
+def checkpoint_of(config: SharedConfig, model: str) -> str | None:
+    """Folder or Hub id of a configuration's model; None for the one that `configs/models.yaml` pins."""
+    return config.checkpoint or (str(testbed.checkpoint_dir(model)) if config.testbed else None)
+
+
+def chat_of(config: SharedConfig, model: str) -> str:
+    """How prompts are wrapped; the testbed's models were trained on bare ones."""
+    return config.chat or ("none" if config.testbed else registry()[model].chat)
+
+
+def model_config(config: SharedConfig, model: str) -> PreTrainedConfig:
+    """The architecture of a configuration's model, which is not loaded."""
+    return _architecture(model, checkpoint_of(config, model))
+
+
+_architecture = lru_cache(maxsize=8)(architecture)
+
+
 def num_layers(config: SharedConfig, model: str) -> int:
-    """Decoder layers of the model of a configuration."""
-    return len(decoder_layers(load(config, model).model))
+    """Decoder layers of a configuration's model, which is not loaded."""
+    return model_config(config, model).get_text_config().num_hidden_layers
+
+
+def weight_files_of(config: SharedConfig, model: str) -> str | None:
+    """Fingerprint of the model's weight files; None where they are not on this machine."""
+    return weight_files(model, checkpoint_of(config, model))
 
 
 def scored_samples(
@@ -72,11 +93,9 @@ def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limi
         return as_dataset(testbed.records(task, split=split, limit=limit))
     try:
         return load_records(task, data_dir, limit=limit)
-    except LongBenchError as error:
-        if data_dir is not None:
-            raise
+    except MissingDataError as error:
         hint = "--data-dir takes any of these, --testbed the embedded models and tasks"
-        raise LongBenchError(f"{error}; {hint}") from None
+        raise MissingDataError(f"{error}; {hint}") from None
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

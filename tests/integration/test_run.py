@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -111,6 +112,39 @@ def test_another_configuration_in_the_same_folder_is_refused(options, capsys):
     assert cli.main(["run", *cell(), *options, "--limit", "3", "--batch-size", "2"]) == 2
     assert "limit was null, is 3" in (line := error_of(capsys))
     assert "batch_size was 1, is 2" in line
+
+
+def state_of(options, capsys, *given) -> str:
+    """What the dry run says of the one cell."""
+    grid = ["grid", "--models", "llama", "--phases", "decode", "--strategies", "early_exit", "--budgets", "2"]
+    assert cli.main([*grid, *options, *given, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_cell_of_other_weights_or_settings_does_not_count_as_done(options, checkpoint, tmp_path, capsys):
+    assert cli.main(["run", *cell(), *options]) == 0
+    capsys.readouterr()
+    assert "1 of 1 cells done" in state_of(options, capsys)
+    for given, says in (
+        (["--dtype", "bfloat16"], 'other dtype: "float32", here "bfloat16"'),
+        (["--attn-implementation", "eager"], 'other attn implementation: "sdpa", here "eager"'),
+        (["--chat", "Q: {prompt}"], 'other chat template: null, here "Q: {prompt}"'),
+        (["--subset", "3"], "other tasks: "),
+    ):
+        output = state_of(options, capsys, *given)
+        assert says in output
+        assert "0 of 1 cells done" in output
+        assert cli.main(["run", *cell(), *options, *given]) == 2
+        assert "holds a run with another configuration" in error_of(capsys)
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    assert "1 of 1 cells done" in state_of(options, capsys, "--checkpoint", str(other))
+    model = LlamaForCausalLM.from_pretrained(other)
+    model.lm_head.weight.data.mul_(1.5)
+    model.save_pretrained(other)
+    output = state_of(options, capsys, "--checkpoint", str(other))
+    assert "other weight files: " in output
+    assert cli.main(["run", *cell(), *options, "--checkpoint", str(other)]) == 2
+    assert "weights_fingerprint was" in error_of(capsys)
 
 
 def test_two_runs_into_one_folder_are_refused(options, tmp_path, capsys):

@@ -6,7 +6,9 @@ import pytest
 
 from adaskip.options import Parser, add_options, option, resolve
 from adaskip.plan import Budget
+from adaskip.runs.cells import load_setup
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.job import find_cell, find_cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +116,7 @@ def test_the_full_model_has_no_budget():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "strategy 'early_exit' needs one budget: .* given: none"),
-        ({"budget": 8, "alpha": 1.2}, "given: --budget 8, --alpha 1.2"),
+        ({"budget": 8, "alpha": 1.2}, "strategy 'early_exit' takes one budget: .* given: --budget 8, --alpha 1.2"),
         ({"strategy": "full", "budget": 4}, "the full model skips nothing and takes no budget; given: --budget 4"),
         ({"model": "lama", "budget": 4}, "unknown model 'lama'. Did you mean 'llama'"),
         ({"phase": "night", "budget": 4}, "unknown phase 'night'.* Allowed: prefill, decode, e2e"),
@@ -143,7 +144,7 @@ def test_the_output_directory_follows_the_testbed():
 
 
 def test_a_grid_is_its_runs_in_order():
-    runs = GridConfig(testbed=True, models=("vicuna",), phases=("e2e",), limit=3, budgets=(4,)).runs()
+    runs = find_cells(GridConfig(testbed=True, models=("vicuna",), phases=("e2e",), limit=3, budgets=(4,)))
     assert [(run.model, run.strategy, run.budget, run.limit) for run in runs] == [
         ("vicuna", "full", None, 3),
         ("vicuna", "early_exit", 4, 3),
@@ -152,6 +153,19 @@ def test_a_grid_is_its_runs_in_order():
         ("vicuna", "adaskip", 4, 3),
         ("vicuna", "calibrated", 4, 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "budgets"), [(32, (8, 12, 16)), (28, (8, 10, 14)), (8, (2, 4)), (2, (2,)), (80, (20, 30, 40))]
+)
+def test_the_setups_budgets_are_the_nearest_whole_layers_of_another_depth(num_layers, budgets):
+    assert load_setup("real").budgets_for(num_layers) == budgets
+
+
+@pytest.mark.parametrize("strategy", ["early_exit", "adaskip"])
+def test_without_a_budget_a_run_skips_an_eighth(strategy):
+    assert find_cell(RunConfig(**CELL | {"strategy": strategy})).sublayers == 8
+    assert find_cell(RunConfig(**CELL | {"strategy": strategy}, testbed=True)).sublayers == 4
 
 
 def test_a_grid_of_several_models_has_no_checkpoint():

@@ -393,7 +393,7 @@ def test_impossible_options(snapshots, options, text):
 )
 def test_placement_where_there_is_a_gpu(monkeypatch, options, dtype, device_map):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert models._placement(*options) == {"dtype": dtype, "device_map": device_map}
+    assert models.placement(*options) == {"dtype": dtype, "device_map": device_map}
 
 
 @pytest.mark.gpu

@@ -1,0 +1,84 @@
+"""What `adaskip grid --dry-run` prints: the cells, then what those that are left would take, and what is assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from adaskip.configs import load_yaml
+from adaskip.models import registry
+from adaskip.roofline import Ceilings, known_ceilings
+from adaskip.runs.config import GridConfig
+from adaskip.runs.estimate import (
+    TOKENS_PER_WORD,
+    CellSize,
+    calibration_seconds,
+    gpu_bytes,
+    listing,
+    result_bytes,
+    seconds,
+)
+from adaskip.runs.sources import weight_files_of
+
+EFFICIENCY = 0.5
+
+
+def dry_run(config: GridConfig) -> Iterator[str]:
+    """The lines to print; the testbed needs no GPU, so that its cost is not estimated."""
+    cells, ceilings = list(listing(config)), known_ceilings(config.estimate_for)
+    times = {} if config.testbed else {cell.label: seconds(cell, ceilings) for cell in cells}
+    for cell in cells:
+        time = f" {_time(times[cell.label]):>12}" if times else ""
+        yield f"{cell.label:34} {cell.samples:6} samples{time}  {cell.state}"
+    yield f"{sum(cell.is_done for cell in cells)} of {len(cells)} cells done in {config.runs_dir}"
+    left = [cell for cell in cells if not cell.is_done]
+    if times and left:
+        yield from _cost(config, left, {cell.label: times[cell.label] for cell in left}, ceilings)
+
+
+def _cost(config: GridConfig, left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> Iterator[str]:
+    by_model = {model: [cell for cell in left if cell.config.model == model] for model in config.models}
+    calibration = sum(
+        max((calibration_seconds(c.config, ceilings) for c in mine), default=0) for mine in by_model.values()
+    )
+    total = sum(times.values()) + calibration
+    yield (
+        f"estimated GPU time of the {len(left)} cells left, on one {ceilings.name}: {_time(total)}, of which "
+        f"calibration {_time(calibration)}; a lower bound, every sublayer at the data sheet's "
+        f"{ceilings.matmul_flops / 1e12:g} TFLOP/s and {ceilings.bandwidth / 1e9:g} GB/s (efficiency 100 %); "
+        f"{_time(total / EFFICIENCY)} at {100 * EFFICIENCY:.0f} %"
+    )
+    yield (
+        "assumed: 16-bit weights, batches of one, every answer as long as it may get, as many attentions as FFNs "
+        "skipped where importance decides; not counted: loading, tokenising, launching kernels. " + _samples(left)
+    )
+    for model, mine in by_model.items():
+        if mine:
+            weights, kv = gpu_bytes(mine[0])
+            checkpoint = config.checkpoint or registry()[model].checkpoint
+            here = "" if weight_files_of(config, model) is not None else ", not on this machine"
+            yield (
+                f"{model}: {_size(weights)} of weights ({checkpoint}{here}), and up to {_size(kv)} of K/V on the GPU"
+            )
+    data = (
+        ""
+        if all(cell.is_counted for cell in left)
+        else f", and {_size(load_yaml('longbench')['hub']['bytes'])} of LongBench's data"
+    )
+    yield f"disk: the weights, about {_size(sum(map(result_bytes, left)))} of results{data}"
+
+
+def _samples(cells: Sequence[CellSize]) -> str:
+    if all(cell.is_counted for cell in cells):
+        return f"Samples are counted; a word of theirs is taken as {TOKENS_PER_WORD} tokens, up to the model's limit."
+    return (
+        "No data here: samples are LongBench-E's of more than 4000 words (configs/longbench.yaml), every prompt as "
+        "long as the model's limit."
+    )
+
+
+def _time(time_s: float) -> str:
+    return f"{time_s / 3600:.2f} h" if time_s >= 360 else f"{time_s:.3g} s"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2g} MB"

@@ -1,0 +1,187 @@
+"""What a grid would cost, before anything is loaded: GPU time by the roofline, and bytes.
+
+The time is what the least times of `adaskip.roofline` add up to: every live sublayer at the device's ceilings, every
+answer as long as it may get, nothing counted for loading, tokenising and launching kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import mean
+
+from adaskip.longbench import get_task
+from adaskip.longbench_data import HUB, MissingDataError
+from adaskip.models import architecture, registry
+from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, check_phase
+from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
+from adaskip.roofline.predict import DecodePlan
+from adaskip.runs.config import GridConfig, RunConfig
+from adaskip.runs.folder import RunFolder
+from adaskip.runs.job import answer_cap, find_cell, find_cells, find_job, num_wanted, tasks_of
+from adaskip.runs.manifest import DONE, MISSING, find_state
+from adaskip.runs.sources import calibration_samples, checkpoint_of
+from adaskip.strategies import FULL, build, needs_profile
+
+TOKENS_PER_WORD = 1.4
+"""Assumed of a record's `length`, for the tokenizer is not loaded."""
+RECORD_BYTES, BYTES_PER_NEW_TOKEN = 8192, 8
+"""Assumed of a saved record: references and plan, and each token of the answer."""
+UNCHECKED = "unchecked"
+"""The state of a run that is there while its data is not."""
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """How many samples a task has, and how many words each; None where the data is not there to be counted."""
+
+    samples: int
+    words: tuple[int, ...] | None = None
+
+    def prompts(self, most: int) -> Counter[int]:
+        """How many prompts there are of each length in tokens, `most` at most; all so long if words are unknown."""
+        if self.words is None:
+            return Counter({most: self.samples})
+        return Counter(min(most, max(1, round(TOKENS_PER_WORD * words))) for words in self.words)
+
+
+@dataclass(frozen=True)
+class CellSize:
+    """One cell: whether it is done, and the samples of its tasks."""
+
+    config: RunConfig
+    label: str
+    state: str
+    tasks: dict[str, TaskSize]
+
+    @property
+    def samples(self) -> int:
+        return sum(size.samples for size in self.tasks.values())
+
+    @property
+    def is_done(self) -> bool:
+        return self.state == DONE
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the samples were counted rather than taken from `configs/longbench.yaml`."""
+        return all(size.words is not None for size in self.tasks.values())
+
+
+def listing(config: GridConfig) -> Iterator[CellSize]:
+    """Every cell of the grid and whether it is done as configured; loads and downloads nothing."""
+    if config.data_dir == HUB:
+        config = replace(config, data_dir=None)
+    for cell in find_cells(config):
+        label = find_cell(cell).label
+        try:
+            job = find_job(cell)
+        except MissingDataError:
+            state = MISSING if RunFolder(cell.runs_dir / label).read_manifest() is None else UNCHECKED
+            yield CellSize(cell, label, state, {task: _published_size(cell, task) for task in tasks_of(cell)})
+        else:
+            sizes = {part.name: _size(part.samples) for part in job.parts}
+            yield CellSize(cell, label, find_state(job), sizes)
+
+
+def _size(samples: Sequence[dict]) -> TaskSize:
+    return TaskSize(len(samples), tuple(sample["length"] for sample in samples))
+
+
+def _published_size(config: RunConfig, name: str) -> TaskSize:
+    number = get_task(name).num_long
+    if number is None:
+        raise MissingDataError(f"the number of samples of {name} is not known without the data: give --data-dir")
+    return TaskSize(min(number, num_wanted(config) or number))
+
+
+def seconds(cell: CellSize, ceilings: Ceilings) -> float:
+    """Least GPU time of the whole cell, one sample after the other."""
+    config, shape = cell.config, shape_of(cell.config)
+    most, sublayers = registry()[config.model].max_prompt_tokens, find_cell(config).sublayers
+    total = 0.0
+    for task, size in cell.tasks.items():
+        prompts, new_tokens = size.prompts(most), answer_cap(config, task)
+        prefill_plan, decode_plan = assumed_plans(config, sublayers, shape.num_layers, new_tokens)
+        # A decode step takes time linear in its context: the mean prompt stands for all.
+        request = predict(
+            shape,
+            prefill_plan=prefill_plan,
+            decode_plan=decode_plan,
+            prompt_tokens=round(mean(prompts.elements())),
+            new_tokens=new_tokens,
+            ceilings=ceilings,
+        )
+        total += prefill_seconds(shape, prefill_plan, prompts, ceilings)
+        total += size.samples * (new_tokens - 1) * (request.tpot_s or 0.0)
+    return total
+
+
+def prefill_seconds(shape: ModelShape, plan: SkipPlan, prompts: Counter[int], ceilings: Ceilings) -> float:
+    """Least time of reading so many prompts of each length."""
+    return sum(
+        count
+        * predict(
+            shape, prefill_plan=plan, decode_plan=plan, prompt_tokens=length, new_tokens=1, ceilings=ceilings
+        ).ttft_s
+        for length, count in prompts.items()
+    )
+
+
+def calibration_seconds(config: RunConfig, ceilings: Ceilings) -> float:
+    """Least time of reading the calibration prompts of a cell's model; 0 where no profile has to be measured."""
+    if not needs_profile(config.strategy) or config.profile is not None:
+        return 0.0
+    try:
+        size = _size(calibration_samples(config, config.setup.calibration_samples))
+    except MissingDataError:
+        size = TaskSize(config.setup.calibration_samples)
+    prompts = size.prompts(registry()[config.model].max_prompt_tokens)
+    return prefill_seconds(shape_of(config), EMPTY_PLAN, prompts, ceilings)
+
+
+def assumed_plans(config: RunConfig, sublayers: int, num_layers: int, new_tokens: int) -> tuple[SkipPlan, DecodePlan]:
+    """(prefill, decode) plans of a cell; where measurement will decide, as many attentions as FFNs."""
+    if config.strategy == FULL:
+        return EMPTY_PLAN, EMPTY_PLAN
+    if needs_profile(config.strategy):
+        plan = SkipPlan(frozenset(range(sublayers // 2)), frozenset(range(sublayers - sublayers // 2)))
+        plan.check_fits(num_layers)
+        return EMPTY_PLAN if config.phase == "decode" else plan, plan
+    strategy = build(
+        config.strategy,
+        phase=check_phase(config.phase),
+        budget=Budget(sublayers=sublayers),
+        num_layers=num_layers,
+        max_decode_steps=new_tokens,
+    )
+    assert strategy is not None, "only the full model has no strategy"
+    return strategy.prefill_plan, strategy.decode_plan
+
+
+def result_bytes(cell: CellSize) -> int:
+    """About how large the cell's records get."""
+    return sum(
+        size.samples * (RECORD_BYTES + BYTES_PER_NEW_TOKEN * answer_cap(cell.config, task))
+        for task, size in cell.tasks.items()
+    )
+
+
+def gpu_bytes(cell: CellSize) -> tuple[int, int]:
+    """(bytes of the weights in 16 bits, bytes of K/V of the longest request under the full model)."""
+    shape = shape_of(cell.config)
+    answer = max(answer_cap(cell.config, name) for name in cell.tasks)
+    longest = registry()[cell.config.model].max_prompt_tokens + answer
+    return 2 * shape.num_parameters, longest * kv_bytes_per_token(shape, EMPTY_PLAN)
+
+
+def shape_of(config: RunConfig) -> ModelShape:
+    """The shape of a cell's model, from its configuration alone."""
+    return _shape(config.model, checkpoint_of(config, config.model))
+
+
+@lru_cache
+def _shape(model: str, checkpoint: str | None) -> ModelShape:
+    return ModelShape.of(architecture(model, checkpoint))
