@@ -42,7 +42,21 @@ test-compat:
 	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
 
-# The paper's tables, plots and observations on the testbed; continues where it was stopped.
+# The paper's tables, plots and observations on the testbed; continues where it was stopped. With MODEL=llama, internlm,
+# vicuna or all, the tables and plots of real checkpoints:
+#   make reproduce MODEL=llama [CHECKPOINT=DIR] [DATA_DIR=DIR] [SUBSET=N [SEED=S]] [DRY_RUN=1]
+ifdef MODEL
+REAL_RUNS := results/$(if $(SUBSET),subset-$(SUBSET)-seed-$(or $(SEED),0)/)runs
+
+reproduce: setup
+	$(BIN)/adaskip grid --models $(if $(filter all,$(MODEL)),llama internlm vicuna,$(MODEL)) --output-dir $(REAL_RUNS) \
+	    $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") \
+	    $(if $(SUBSET),--subset $(SUBSET)) $(if $(SEED),--seed $(SEED)) $(if $(DRY_RUN),--dry-run)
+ifndef DRY_RUN
+	$(BIN)/python eval/tables.py --results-dir $(REAL_RUNS)
+	$(BIN)/python eval/plots.py --results-dir $(REAL_RUNS)
+endif
+else
 reproduce: setup
 	$(BIN)/adaskip grid --testbed --jobs $(JOBS)
 	$(BIN)/python eval/tables.py --testbed
@@ -51,6 +65,7 @@ reproduce: setup
 	    echo llama internlm vicuna | xargs -n 1 -P $(JOBS) $(BIN)/python observations/$$script.py --testbed --threads 1 --model \
 	    && $(BIN)/python observations/$$script.py --testbed --draw-only || exit 1; \
 	done
+endif
 
 # The observations on real checkpoints: make observations MODEL=llama
 observations: setup

@@ -49,7 +49,8 @@ def _cost(config: GridConfig, left: list[CellSize], times: dict[str, float], cei
     )
     yield (
         "assumed: 16-bit weights, batches of one, every answer as long as it may get, as many attentions as FFNs "
-        "skipped where importance decides; not counted: loading, tokenising, launching kernels. " + _samples(left)
+        "skipped where importance decides; not counted: loading, tokenising, launching kernels, "
+        "the search of strategy calibrated. " + _samples(left)
     )
     for model, mine in by_model.items():
         if mine:
