@@ -65,6 +65,7 @@ reproduce: setup
 	    echo llama internlm vicuna | xargs -n 1 -P $(JOBS) $(BIN)/python observations/$$script.py --testbed --threads 1 --model \
 	    && $(BIN)/python observations/$$script.py --testbed --draw-only || exit 1; \
 	done
+	$(BIN)/python eval/online_ablation.py --testbed --jobs $(JOBS)
 endif
 
 # The observations on real checkpoints: make observations MODEL=llama

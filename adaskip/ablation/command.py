@@ -1,0 +1,86 @@
+"""`observations/online_ablation.py`: measures what is missing, then judges, tabulates and draws what is saved."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+from rich.console import Console
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from adaskip.ablation import figure, saved
+from adaskip.ablation.cells import ensure_cell, read_subject
+from adaskip.ablation.findings import find, groups
+from adaskip.ablation.settings import STORIES, AblationConfig
+from adaskip.ablation.stories import ensure_stories, read_stories, stories_dir
+from adaskip.cli import guarded
+from adaskip.observations.findings import write_findings
+from adaskip.options import Parser, add_options, resolve
+
+NOT_AT_HAND = f"{STORIES} was left out: ADASKIP_REAL names no folder that holds it."
+
+
+def main(doc: str | None) -> int:
+    """The script's whole life; returns its exit code. doc: the script's docstring."""
+    return guarded(lambda: _run((doc or "").split("\n")[0], sys.argv))
+
+
+def _run(description: str, argv: Sequence[str]) -> int:
+    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
+    add_options(parser, AblationConfig)
+    given = vars(parser.parse_args(argv[1:]))
+    config = resolve(AblationConfig, given, given.pop("config"))
+    if not config.draw_only:
+        measure(config)
+    subjects = saved.load(config.out_dir)
+    with_stories = any(subject.name == STORIES for subject in subjects)
+    findings = find(subjects, None if with_stories else NOT_AT_HAND)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(findings.title, style="bold")
+    for claim in findings.claims:
+        console.print(f"- {claim.sentence}")
+    written = [*write_findings(findings, config.out_dir), *figure.draw(groups(subjects), config.out_dir)]
+    console.print("wrote " + ", ".join(path.name for path in written) + f" to {config.out_dir}")
+    return 0
+
+
+def measure(config: AblationConfig) -> None:
+    """Bring every run to its end and keep what the verdict needs; what is finished is passed over.
+
+    Raises:
+        ValueError: a run cannot be, or its folder holds another or is in use.
+        RunError: a run failed half-way; the same command continues.
+    """
+    with_stories = config.stories > 0 and stories_dir() is not None
+    work: list[tuple[Callable[..., None], tuple]] = [
+        (ensure_cell, (config, model, variant)) for model in config.models for variant in config.variants
+    ]
+    if with_stories:
+        work += [(ensure_stories, (config, variant)) for variant in config.stories_variants]
+    elif config.stories > 0:
+        print(NOT_AT_HAND, file=sys.stderr)
+    _side_by_side(work, min(config.num_jobs, len(work)))
+    subjects = [read_subject(config, model) for model in config.models]
+    saved.keep(config.out_dir, [*subjects, *([read_stories(config)] if with_stories else [])])
+
+
+def _side_by_side(work: Sequence[tuple[Callable[..., None], tuple]], jobs: int) -> None:
+    """Call everything, in so many processes; the first failure ends it, what is saved stays."""
+    with tqdm(total=len(work), desc="online ablation", unit="run", disable=None) as bar:
+        if jobs == 1:
+            for call, arguments in work:
+                call(*arguments)
+                bar.update()
+            return
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=disable_progress_bar) as pool:
+            futures: list[Future[None]] = [pool.submit(call, *arguments) for call, arguments in work]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise

@@ -1,0 +1,114 @@
+"""The ablation of online learning: what is compared with what, what is said of it, and that nothing runs to draw it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from adaskip.ablation.command import NOT_AT_HAND, main
+from adaskip.ablation.comparing import Comparison
+from adaskip.ablation.findings import find
+from adaskip.ablation.saved import SampleResult, Subject, keep, load, mean_skipped
+from adaskip.ablation.settings import STORIES, AblationConfig, Variant, variants
+
+NUM_SAMPLES = 12
+OFF_4, OFF_6, ONLINE, IDLE = Variant(4), Variant(6), Variant(4, 20, 0.25), Variant(4, 20)
+
+
+def samples(quality: float, skipped: float, added: int = 0) -> list[SampleResult]:
+    """Qualities that differ from sample to sample in the same way in every variant."""
+    return [SampleResult(f"s{i}", quality + 0.01 * i, skipped, added, 10.0) for i in range(NUM_SAMPLES)]
+
+
+def subject(online: float, name="llama", measure="score", skipped=5.0) -> Subject:
+    """4 sublayers offline keep 0.8 and 6 keep 0.4, so 5 keep 0.6; online learning keeps `online`."""
+    results = {
+        OFF_4: samples(0.8, 4),
+        OFF_6: samples(0.4, 6),
+        ONLINE: samples(online, skipped, 2),
+        IDLE: samples(0.8, 4),
+    }
+    return Subject(name, measure, {"checkpoint": "none"}, results)
+
+
+@pytest.mark.parametrize(("online", "verdict"), [(0.7, "better"), (0.6, "within chance"), (0.5, "worse")])
+def test_what_is_learnt_is_judged_against_as_many_sublayers_offline(online, verdict):
+    comparison = Comparison([subject(online)], ONLINE)
+    assert comparison.over_offline is not None
+    assert comparison.over_offline.value == pytest.approx(online - 0.6)
+    assert comparison.over_off.value == pytest.approx(online - 0.8)
+    if verdict == "within chance":  # equal but for the last bits of the interpolation
+        assert comparison.over_offline.value == pytest.approx(0, abs=1e-12)
+    else:
+        assert comparison.verdict == verdict
+
+
+def test_a_window_that_never_fires_adds_nothing():
+    comparison = Comparison([subject(0.7)], IDLE)
+    assert comparison.verdict == "adds nothing"
+    assert comparison.fired == comparison.over_off.value == 0
+
+
+def test_nothing_is_extrapolated_beyond_the_offline_sets():
+    comparison = Comparison([subject(0.7, skipped=6.5)], ONLINE)
+    assert comparison.over_offline is None
+    assert comparison.verdict == "beyond the offline sets"
+
+
+def test_models_are_matched_one_by_one():
+    comparison = Comparison([subject(0.7, skipped=4.0), subject(0.7, "vicuna", skipped=6.0)], ONLINE)
+    assert comparison.over_offline is not None
+    assert comparison.over_offline.value == pytest.approx(((0.7 - 0.8) + (0.7 - 0.4)) / 2)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(40, 4 + 3 * 20 / 40), (20, 4), (10, 4), (0, 4)])
+def test_what_joined_counts_from_the_end_of_the_window(steps, expected):
+    assert mean_skipped(4, 20, 3, steps) == pytest.approx(expected)
+
+
+def test_the_verdict_is_in_words_and_names_what_is_missing():
+    findings = find([subject(0.7)], NOT_AT_HAND)
+    fires, helps, keeps = (claim.sentence for claim in findings.claims)
+    assert (
+        "the window adds FFNs: holds in 1 of 2 cases. At the paper's P = 20 and beta: in 0 % of the requests" in fires
+    )
+    assert "than as many sublayers chosen offline: holds." in helps
+    assert "better beyond chance at P = 20 (q0.25); worse beyond chance at none" in helps
+    assert "It costs quality beyond chance in 1 of 1." in keeps
+    assert NOT_AT_HAND in findings.as_markdown()
+
+
+def test_results_are_kept_whole_and_drawn_without_a_model(tmp_path, monkeypatch, capsys):
+    kept = [subject(0.7), subject(-1.5, STORIES, "loss")]
+    keep(tmp_path, kept[:1])
+    keep(tmp_path, kept[1:])
+    assert load(tmp_path) == kept
+    monkeypatch.setattr(sys, "argv", ["online_ablation.py", "--draw-only", "--output-dir", str(tmp_path)])
+    monkeypatch.setattr("adaskip.ablation.command.measure", None)
+    assert main("What it does.") == 0
+    assert "stories260K: the window adds FFNs" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.glob("online_ablation.*")}
+    assert names == {f"online_ablation.{kind}" for kind in ("md", "csv", "json", "png", "svg")}
+
+
+def test_drawing_what_was_not_measured_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["online_ablation.py", "--draw-only", "--output-dir", str(tmp_path / "none")])
+    assert main("What it does.") == 2
+    assert "does not exist; leave out --draw-only" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_variants_are_the_full_model_offline_budgets_and_every_p_and_beta():
+    made = variants([4, 6], [5, 20], [0.5])
+    assert [variant.label for variant in made] == [
+        *("0-off", "4-off", "6-off", "4-P5-q0.5", "4-P5-paper", "4-P20-q0.5", "4-P20-paper")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"), [({"windows": (0,)}, "at least 1 token"), ({"quantiles": (2.0,)}, "0 and 1")]
+)
+def test_impossible_options_are_refused(options, line):
+    with pytest.raises(ValueError, match=line):
+        AblationConfig(testbed=True, **options)
