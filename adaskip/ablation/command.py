@@ -1,4 +1,4 @@
-"""`observations/online_ablation.py`: measures what is missing, then judges, tabulates and draws what is saved."""
+"""`eval/online_ablation.py`: measures what is missing, then judges, tabulates and draws what is saved."""
 
 from __future__ import annotations
 

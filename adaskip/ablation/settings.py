@@ -51,7 +51,7 @@ def variants(budgets: Sequence[int], windows: Sequence[int], quantiles: Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class AblationConfig(SharedConfig):
-    """The options of `observations/online_ablation.py`."""
+    """The options of `eval/online_ablation.py`."""
 
     models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS, aliases=["--model"])
     tasks: tuple[str, ...] = option("LongBench tasks with answers longer than P", ("gov_report", "multi_news"))

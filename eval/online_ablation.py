@@ -1,6 +1,6 @@
 """Online learning on and off, P and beta varied: what it gains and what it costs.
 
-python observations/online_ablation.py --testbed [--jobs N] [--draw-only]
+python eval/online_ablation.py --testbed [--jobs N] [--draw-only]
 """
 
 import sys
