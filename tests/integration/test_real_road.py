@@ -202,7 +202,7 @@ def test_a_dry_run_for_a_faster_gpu_takes_less(tmp_path, capsys):
         times[device] = float(number) * (3600 if unit == "h" else 1)
     assert times["L20"] > 4 * times["H200"] > 0
     assert cli.main([*GRID, "--estimate-for", "L2"]) == 2
-    assert "Did you mean 'L20'?" in capsys.readouterr().err
+    assert "unknown --estimate-for 'L2'. Allowed: L20, " in capsys.readouterr().err
 
 
 def test_a_dry_run_of_a_task_of_unknown_size_asks_for_the_data(tmp_path, monkeypatch, capsys):
