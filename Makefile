@@ -3,9 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON_COMPAT ?= python3.12
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
+BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m
+BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
+BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test test-fast test-compat reproduce observations clean
+.PHONY: setup format lint type test test-fast test-compat reproduce observations bench bench-testbed bench-gpu clean
 
 setup: .venv/.complete
 
@@ -71,6 +74,27 @@ endif
 # The observations on real checkpoints: make observations MODEL=llama
 observations: setup
 	for script in $(OBSERVATIONS); do $(BIN)/python observations/$$script.py --model $(or $(MODEL),all) || exit 1; done
+
+# The benchmark on one core, in about six minutes; on a quiet machine. Each figure is a command of its own and continues.
+bench: setup
+	$(call measure,$(BENCH))
+
+# Speedups of the testbed's three models, for the picture of quality against speed.
+bench-testbed: setup
+	$(call measure,$(BENCH_TESTBED))
+
+# The benchmark on CUDA, at most ten minutes a command; what is incomplete the same command continues.
+bench-gpu: setup
+	$(call measure,$(BENCH_GPU))
+
+# A mistake (2: no such device) ends the list, anything else leaves the other figures their turn.
+define measure
+	incomplete=0; for figure in $(1); do \
+	    $(BIN)/adaskip bench --figure $$figure; status=$$?; \
+	    if [ $$status -eq 2 ] || [ $$status -gt 127 ]; then exit $$status; fi; \
+	    if [ $$status -ne 0 ]; then incomplete=1; fi; \
+	done; $(BIN)/adaskip bench-report && exit $$incomplete
+endef
 
 clean:
 	rm -rf .venv .venv-compat build *.egg-info .pytest_cache .ruff_cache .hypothesis

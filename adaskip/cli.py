@@ -1,4 +1,4 @@
-"""The command line: `adaskip run`, `calibrate` and `grid`, and the door through which the run scripts come in.
+"""The command line: `adaskip run`, `calibrate`, `grid` and `bench`, and the door through which the scripts come in.
 
 A user's mistake is one line and exit code 2; a run that stops half-way (out of memory, disk full) is one line and exit
 code 1; a signal is 128 plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead. Of
@@ -16,6 +16,8 @@ from typing import NoReturn
 
 from transformers.utils.logging import disable_progress_bar
 
+from adaskip.bench.command import ReportConfig, bench, bench_report
+from adaskip.bench.settings import BenchConfig, figure_settings
 from adaskip.options import Parser, add_options, resolve
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
@@ -48,6 +50,11 @@ def run_cell(*, phase: str, model: str, strategy: str) -> NoReturn:
     sys.exit(guarded(lambda: _run_script(phase, model, strategy, sys.argv)))
 
 
+def run_speed(*, model: str) -> NoReturn:
+    """What a speed script does: `adaskip bench` of its model, with the other options of that command."""
+    sys.exit(guarded(lambda: _speed_script(model, sys.argv)))
+
+
 def _command(argv: Sequence[str]) -> int:
     parser = Parser(prog="adaskip", description="Sublayer skipping for long-context LLMs on stock transformers models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -59,6 +66,8 @@ def _command(argv: Sequence[str]) -> int:
         if command != "run":
             Processes().require_one(f"adaskip {command}")
         config, execute, _ = COMMANDS[command]
+        if figure := given.get("figure"):
+            given = {**figure_settings(figure), **given}
         resolved = resolve(config, given, given.pop("config"))
     return execute(resolved)
 
@@ -77,6 +86,14 @@ def _run_script(phase: str, model: str, strategy: str, argv: Sequence[str]) -> i
         yaml_file = given.pop("config")
         config = resolve(RunConfig, {**given, "phase": phase, "model": model, "strategy": strategy}, yaml_file)
     return _run(config)
+
+
+def _speed_script(model: str, argv: Sequence[str]) -> int:
+    parser = Parser(prog=argv[0], description=f"Times {model} under every strategy.", allow_abbrev=False)
+    add_options(parser, BenchConfig, leave_out=("model", "figure"))
+    given = vars(parser.parse_args(argv[1:]))
+    yaml_file = given.pop("config")
+    return bench(resolve(BenchConfig, {**given, "model": model}, yaml_file))
 
 
 def _run(config: RunConfig) -> int:
@@ -131,6 +148,8 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
         _calibrate,
         "Measure a model's importance profile, or search the sets of strategy calibrated.",
     ),
+    "bench": (BenchConfig, bench, "Time the full model and every strategy side by side."),
+    "bench-report": (ReportConfig, bench_report, "Tables and plots of the saved benchmarks."),
 }
 
 

@@ -36,6 +36,13 @@ def mean_estimate(values: Sequence[float]) -> Estimate | None:
     return Estimate(mean(values), *_interval([values], lambda sample, axis: np.mean(sample, axis=axis)))
 
 
+def median_estimate(values: Sequence[float]) -> Estimate | None:
+    """The median of `values`; None for no values."""
+    if not values:
+        return None
+    return Estimate(float(np.median(values)), *_interval([values], lambda sample, axis: np.median(sample, axis=axis)))
+
+
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate | None:
     """mean(numerators) / mean(denominators) of paired samples; None where the denominator's mean is zero."""
     if not numerators or mean(denominators) == 0:

@@ -1,0 +1,46 @@
+"""`adaskip bench` and `adaskip bench-report`: measure what is missing, and draw what is saved."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from adaskip.bench.measuring import run_bench
+from adaskip.bench.report import result_markdown, write_bench_report
+from adaskip.bench.settings import RESULTS_DIR, BenchConfig
+from adaskip.options import option
+
+INCOMPLETE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Where the results are."""
+
+    results_dir: str = option("folder of the results", RESULTS_DIR)
+
+
+def bench(config: BenchConfig) -> int:
+    """Run a benchmark; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("adaskip.bench").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()  # random weights have no generation config to be warned of
+    outcome = run_bench(config)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if outcome.result.entries:
+        console.print(result_markdown(outcome.result))
+    for note in outcome.notes:
+        console.print(note)
+    console.print(f"{'complete' if outcome.complete else 'incomplete'}: {outcome.result.path}")
+    return 0 if outcome.complete else INCOMPLETE
+
+
+def bench_report(config: ReportConfig) -> int:
+    """Draw again what is saved."""
+    written = write_bench_report(Path(config.results_dir))
+    print(f"wrote {len(written)} files, first {written[0]}")
+    return 0

@@ -1,0 +1,150 @@
+"""One timed generation: greedy, of a fixed length, without a synchronisation between its first mark and its last."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache
+
+from adaskip.bench.cells import EAGER
+from adaskip.bench.stopwatch import Clock, Stopwatch
+from adaskip.blocks import decoder_layers
+from adaskip.kv_cache import kv_bytes
+from adaskip.patching import patches_of
+from adaskip.request import RequestTrace
+from adaskip.skipping import skipping
+from adaskip.strategies import Strategy
+
+
+@cache
+def mode_options(mode: str) -> dict[str, Any]:
+    """The arguments of `generate` that make it decode in a mode; the same objects each time, so that graphs last.
+
+    transformers compiles on CUDA only, unless it is told otherwise.
+    """
+    if mode == EAGER:
+        return {}
+    config: Any = CompileConfig()
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@dataclass(frozen=True)
+class TimedGeneration:
+    """ttft_s: from the call to the first token. steps_s: time of each further token. cache: as the last step left it.
+    peak_bytes: most memory allocated meanwhile, None on the CPU. trace: what was skipped, None for the stock model."""
+
+    ttft_s: float
+    steps_s: list[float]
+    cache: Cache
+    peak_bytes: int | None
+    trace: RequestTrace | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in a result's records."""
+        measured: dict[str, Any] = {
+            "ttft_s": self.ttft_s,
+            "steps_s": self.steps_s,
+            "kv_bytes": kv_bytes(self.cache),
+            "peak_memory_bytes": self.peak_bytes,
+        }
+        if self.trace is not None:
+            measured["online_ffns"] = list(self.trace.online_ffns)
+        return measured
+
+
+class _MarkTokens(StoppingCriteria):
+    """Stops nothing; `generate` calls it after each token."""
+
+    def __init__(self, stopwatch: Stopwatch, rows: int, device: torch.device):
+        self.stopwatch = stopwatch
+        self.go_on = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
+        self.stopwatch.mark()
+        return self.go_on
+
+
+@torch.no_grad()
+def timed_generation(
+    model: PreTrainedModel, strategy: Strategy | None, ids: Tensor, new_tokens: int, clock: Clock, **options: Any
+) -> TimedGeneration:
+    """Generate `new_tokens` tokens per row and note the time of each.
+
+    strategy: None for the stock model. ids: [B, S]. options: further arguments of `generate`.
+    """
+    stopwatch = Stopwatch(ids.device, clock)
+    stock_generate: Any = model.generate
+    with nullcontext() if strategy is None else skipping(model, strategy) as session, undisturbed(ids.device):
+        stopwatch.mark()
+        output = stock_generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([_MarkTokens(stopwatch, len(ids), ids.device)]),
+            **options,
+        )
+        ttft_s, *steps_s = stopwatch.laps()
+        trace = None if session is None else session.last_request
+    peak = torch.cuda.max_memory_allocated(ids.device) if ids.is_cuda else None
+    assert len(steps_s) == new_tokens - 1, f"{len(steps_s) + 1} of {new_tokens} tokens were made"
+    return TimedGeneration(ttft_s, steps_s, output.past_key_values, peak, trace)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """An idle device, and no garbage collection, as in the standard library's timeit."""
+    gc.collect()
+    gc.disable()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class _SublayerMarks:
+    """Probe that marks the moment after each sublayer; a hook on the first layer marks the one before them all."""
+
+    def __init__(self, stopwatch: Stopwatch):
+        self.stopwatch = stopwatch
+
+    def before_layers(self, layer: nn.Module, args: tuple) -> None:
+        self.stopwatch.mark()
+
+    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
+        if kind != "layer":
+            self.stopwatch.mark()
+
+
+def sublayer_times(
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Clock
+) -> tuple[TimedGeneration, list[list[float]]]:
+    """A generation by the full model, and the time of its sublayers: [forward][2M], attention and FFN in turn."""
+    patches, first, stopwatch = patches_of(model), decoder_layers(model)[0], Stopwatch(ids.device, clock)
+    probe = _SublayerMarks(stopwatch)
+    with patches.install():
+        patches.set_probe(probe)
+        hook = first.register_forward_pre_hook(probe.before_layers)
+        try:
+            timed = timed_generation(model, None, ids, new_tokens, clock)
+        finally:
+            hook.remove()
+    laps, per_forward = [*stopwatch.laps(), 0.0], 2 * len(patches.patches) + 1
+    assert len(laps) == new_tokens * per_forward
+    starts = range(0, len(laps), per_forward)  # the lap between two forwards belongs to no sublayer
+    return timed, [laps[start : start + per_forward - 1] for start in starts]

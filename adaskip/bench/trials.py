@@ -1,0 +1,132 @@
+"""What one cell does in one round, and what it reports: a mapping that goes into the result as it is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.bench.cells import (
+    ADASKIP,
+    BREAKDOWN,
+    COUNTS,
+    KV_CHECK,
+    MEASURING_PREFILL,
+    PATCHED,
+    PLAIN_PREFILL,
+    WINDOWLESS,
+    Cell,
+    Workload,
+)
+from adaskip.bench.counts import count_work
+from adaskip.bench.generation import mode_options, sublayer_times, timed_generation, undisturbed
+from adaskip.bench.kv_check import check_kv
+from adaskip.bench.skip_sets import decode_plans, shares
+from adaskip.bench.stopwatch import Clock, Stopwatch
+from adaskip.bench.subject import Subject
+from adaskip.blocks import execution_device, find_decoder
+from adaskip.calibration import measure
+from adaskip.plan import EMPTY_PLAN, Budget
+from adaskip.strategies import FULL, FixedPlan, Strategy, build
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Runs cells of one subject with one clock."""
+
+    subject: Subject
+    clock: Clock
+
+    def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        """What `cell` measures on `workload`. Raises torch's error if the memory is not enough."""
+        special: dict[str, Callable[[Cell, Workload], dict[str, Any]]] = {
+            BREAKDOWN: self._breakdown,
+            COUNTS: self._counts,
+            KV_CHECK: self._kv,
+            PLAIN_PREFILL: self._prefill,
+            MEASURING_PREFILL: self._prefill,
+        }
+        return special.get(cell.name, self._generation)(cell, workload)
+
+    def strategy(self, cell: Cell, workload: Workload) -> Strategy | None:
+        """What a cell skips; None for the stock model. Raises ValueError for an impossible budget.
+
+        SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it.
+        """
+        num_layers = self.subject.num_layers
+        if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
+            return None
+        if cell.name == PATCHED:
+            return FixedPlan(num_layers=num_layers, plan=EMPTY_PLAN)
+        return build(
+            ADASKIP if cell.name in (WINDOWLESS, KV_CHECK) else cell.name,
+            phase=cell.phase,  # pyright: ignore[reportArgumentType]
+            budget=Budget(sublayers=cell.sublayers),
+            num_layers=num_layers,
+            profile=self.subject.profile,
+            max_decode_steps=workload.new_tokens,
+            **({"learning_window": 0} if cell.name in (WINDOWLESS, KV_CHECK) else {}),
+        )
+
+    def prompts(self, workload: Workload) -> Tensor:
+        """Random token ids [B, S], the same ones in every cell and round."""
+        model, generator = self.subject.model, torch.Generator().manual_seed(SEED)
+        size = (workload.batch_size, workload.prompt_tokens)
+        embeddings: Any = model.get_input_embeddings()
+        return torch.randint(embeddings.num_embeddings, size, generator=generator).to(execution_device(model))
+
+    def _generation(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        strategy = self.strategy(cell, workload)
+        timed = timed_generation(
+            self.subject.model,
+            strategy,
+            self.prompts(workload),
+            workload.new_tokens,
+            self.clock,
+            **mode_options(cell.mode),
+        )
+        measured = timed.to_dict()
+        if strategy is not None and timed.trace is not None:
+            plans = decode_plans(strategy, workload.decode_steps, timed.trace.online_ffns)
+            measured["prefill_shares"] = shares([strategy.prefill_plan], strategy.num_layers)
+            measured["decode_shares"] = shares(plans, strategy.num_layers)
+        return measured
+
+    def _breakdown(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        """Seconds of each sublayer in the prompt's forward and, by medians over the steps, in a decode step."""
+        timed, forwards = sublayer_times(self.subject.model, self.prompts(workload), workload.new_tokens, self.clock)
+        prefill, decode = forwards[0], [statistics.median(times) for times in zip(*forwards[1:], strict=True)]
+        return {**timed.to_dict(), "prefill_sublayers_s": _by_kind(prefill), "decode_sublayers_s": _by_kind(decode)}
+
+    def _prefill(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        """A prompt through the decoder without cache and logits, measured or not: what a calibration does."""
+        ids, stopwatch = self.prompts(workload), Stopwatch(execution_device(self.subject.model), self.clock)
+        with undisturbed(ids.device), torch.no_grad():
+            stopwatch.mark()
+            if cell.name == MEASURING_PREFILL:
+                for measured in measure(self.subject.model, list(ids), batch_size=len(ids)):
+                    measured.means()
+            else:
+                find_decoder(self.subject.model)(input_ids=ids, use_cache=False)
+            stopwatch.mark()
+            return {"prefill_s": stopwatch.laps()[0]}
+
+    def _counts(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        ids = self.prompts(workload)
+        both = {name: self.strategy(Cell(name), workload) for name in (FULL, PATCHED)}
+        return {name: count_work(self.subject.model, strategy, ids) for name, strategy in both.items()}
+
+    def _kv(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        strategy = self.strategy(cell, workload)
+        assert strategy is not None
+        return check_kv(self.subject.model, strategy, self.prompts(workload), workload.new_tokens)
+
+
+def _by_kind(times: Sequence[float]) -> dict[str, list[float]]:
+    return {"attention": list(times[::2]), "ffn": list(times[1::2])}
