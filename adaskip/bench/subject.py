@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from adaskip import testbed
@@ -97,7 +97,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 @torch.no_grad()
 def random_model(
-    config: LlamaConfig, device: torch.device, dtype: torch.dtype, attn_implementation: str
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     """The architecture with N(0, 0.02) weights, allocated and filled on `device` itself."""
     with torch.device(device), no_init_weights():
