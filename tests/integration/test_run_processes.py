@@ -99,7 +99,7 @@ GRID = ["--models", "llama", "--phases", "decode", "--budgets", "2", "--jobs", "
 
 def test_a_grid_runs_every_cell_and_then_finds_them_complete(options, tmp_path, capsys):
     assert cli.main(["grid", *GRID, *options, "--dry-run"]) == 0
-    assert capsys.readouterr().out.endswith(f"0 of 5 cells done in {tmp_path / 'runs'}\n")
+    assert f"0 of 5 cells done in {tmp_path / 'runs'}\n" in capsys.readouterr().out
     assert cli.main(["grid", *GRID, *options]) == 0
     made = 5 * 2 * NUM_SAMPLES
     assert capsys.readouterr().out == f"5 of 5 cells complete in {tmp_path / 'runs'}, {made} samples made now\n"
