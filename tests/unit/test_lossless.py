@@ -286,7 +286,6 @@ def test_model_and_cache_are_restored_exactly(fails):
         ({"prompt_lookup_num_tokens": 3}, "got assisted_generation"),
         ({"use_cache": False}, "use_cache=True"),
         ({"cache_implementation": "static"}, "got StaticCache"),
-        ({"cache_implementation": "offloaded"}, "with offloading"),
         ({"return_dict_in_generate": True, "output_attentions": True}, "no attentions"),
         ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
     ],
@@ -307,6 +306,14 @@ def test_a_cache_of_a_skipping_context_is_refused():
         generated(model, prompt[:-1], past_key_values=cache, max_new_tokens=1)
     with pytest.raises(ValueError, match="filled by the full model; got DynamicCache of DynamicLayer, SkippedLayer"):
         generated(model, prompt, lossless(model, fixed()), past_key_values=cache)
+
+
+def test_an_offloaded_cache_is_refused():
+    model = MODELS["llama"]
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True  # asked for in the constructor it would want a device to come back to
+    with pytest.raises(ValueError, match="got DynamicCache with offloading"):
+        generated(model, random_prompts([5])[0], lossless(model, fixed()), past_key_values=cache)
 
 
 def test_inside_a_skipping_context_it_is_refused():
