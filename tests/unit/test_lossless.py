@@ -225,10 +225,11 @@ def test_a_draft_holds_no_second_cache():
     model = MODELS["llama"]
     cache = DynamicCache(config=model.config)
     (prompt,) = random_prompts([30])
+    gamma, new_tokens = 4, 10
+    decoder = lossless(model, fixed(), gamma=gamma)
     held = []
     hook = model.model.register_forward_hook(lambda *_: held.append(kv_bytes(cache)))
-    gamma, new_tokens = 4, 10
-    generated(model, prompt, lossless(model, fixed(), gamma=gamma), past_key_values=cache, max_new_tokens=new_tokens)
+    generated(model, prompt, decoder, past_key_values=cache, max_new_tokens=new_tokens)
     hook.remove()
     per_token = kv_bytes(cache) / cache.get_seq_length()
     assert cache.get_seq_length() == 30 + new_tokens - 1
