@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adaskip.calibration import calibrate
+    from adaskip.context import skipping
     from adaskip.importance import ImportanceProfile
     from adaskip.plan import Budget, SkipPlan
-    from adaskip.skipping import skipping
+    from adaskip.selection.profile import SelectionProfile
+    from adaskip.selection.select import select
     from adaskip.speculative import lossless
-    from adaskip.strategies import AdaSkip, EarlyExit, LeastSkip, MostSkip, SkipDecode, UnifiedSkipping
+    from adaskip.strategies import (
+        AdaSkip,
+        CalibratedSkip,
+        EarlyExit,
+        FixedPlan,
+        LeastSkip,
+        MostSkip,
+        SkipDecode,
+        UnifiedSkipping,
+    )
 
 # Names of the library and the modules they come from; loaded at first use, so that `import adaskip` needs no torch.
 _HOMES = {
@@ -23,39 +32,44 @@ _HOMES = {
     "ImportanceProfile": "adaskip.importance",
     "Budget": "adaskip.plan",
     "SkipPlan": "adaskip.plan",
-    "skipping": "adaskip.skipping",
+    "skipping": "adaskip.context",
+    "SelectionProfile": "adaskip.selection.profile",
+    "select": "adaskip.selection.select",
     "lossless": "adaskip.speculative",
     **dict.fromkeys(
-        ("AdaSkip", "EarlyExit", "LeastSkip", "MostSkip", "SkipDecode", "UnifiedSkipping"), "adaskip.strategies"
+        (
+            "AdaSkip",
+            "CalibratedSkip",
+            "EarlyExit",
+            "FixedPlan",
+            "LeastSkip",
+            "MostSkip",
+            "SkipDecode",
+            "UnifiedSkipping",
+        ),
+        "adaskip.strategies",
     ),
 }
 
 __all__ = [
     "AdaSkip",
     "Budget",
+    "CalibratedSkip",
     "EarlyExit",
+    "FixedPlan",
     "ImportanceProfile",
     "LeastSkip",
     "MostSkip",
+    "SelectionProfile",
     "SkipDecode",
     "SkipPlan",
     "UnifiedSkipping",
     "__version__",
     "calibrate",
     "lossless",
+    "select",
     "skipping",
 ]
-
-
-class _Package(ModuleType):
-    """Importing `adaskip.skipping` would put that module in the place of the function `adaskip.skipping`."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

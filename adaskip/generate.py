@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adaskip.blocks import execution_device
+from adaskip.context import skipping
 from adaskip.kv_cache import kv_bytes
 from adaskip.plan import EMPTY_PLAN
-from adaskip.skipping import skipping
 from adaskip.strategies.base import Strategy
 from adaskip.token_ids import end_token_ids, left_padded
 

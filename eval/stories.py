@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from adaskip.calibration import calibrate
+from adaskip.context import skipping
 from adaskip.files import write_text_atomic
 from adaskip.models import load_model
 from adaskip.plan import PHASES, Budget
@@ -27,7 +28,6 @@ from adaskip.results.labels import PHASES as PHASE_LABELS
 from adaskip.results.labels import STRATEGIES as LABELS
 from adaskip.results.markdown import pipe_table
 from adaskip.selection.select import select
-from adaskip.skipping import skipping
 from adaskip.strategies import build
 
 COMPARED = ("early_exit", "skipdecode", "unified", "adaskip")

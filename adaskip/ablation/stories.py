@@ -23,12 +23,12 @@ from transformers import DynamicCache
 from adaskip.ablation.saved import SampleResult, Subject, mean_skipped
 from adaskip.ablation.settings import STORIES, AblationConfig, Variant
 from adaskip.calibration import calibrate
+from adaskip.context import skipping
 from adaskip.importance import ImportanceProfile
 from adaskip.models import LoadedModel, load_model
 from adaskip.plan import Budget
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.manifest import describe_model
-from adaskip.skipping import skipping
 from adaskip.strategies import AdaSkip
 
 BEGINNINGS = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from adaskip.skipping import skipping
+from adaskip.context import skipping
 from adaskip.strategies import Strategy
 
 STEPS = 8

@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache
 from adaskip.bench.cells import EAGER
 from adaskip.bench.stopwatch import Clock, Stopwatch
 from adaskip.blocks import decoder_layers
+from adaskip.context import skipping
 from adaskip.kv_cache import kv_bytes
 from adaskip.patching import patches_of
 from adaskip.request import RequestTrace
-from adaskip.skipping import skipping
 from adaskip.strategies import Strategy
 
 

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip.blocks import find_decoder
+from adaskip.context import skipping
 from adaskip.kv_cache import kv_bytes
 from adaskip.plan import SkipPlan
 from adaskip.roofline import ModelShape, kv_bytes_per_token
-from adaskip.skipping import skipping
 from adaskip.strategies import Strategy
 
 

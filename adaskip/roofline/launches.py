@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from adaskip.context import skipping
 from adaskip.plan import EMPTY_PLAN, SkipPlan
-from adaskip.skipping import skipping
 from adaskip.strategies import FixedPlan
 
 NARROW = {

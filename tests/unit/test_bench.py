@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from adaskip import context
 from adaskip.bench import limits, measuring
 from adaskip.bench.cells import BREAKDOWN, COUNTS, MODES, STUDIES, Cell, Workload, cells_of, rotated
 from adaskip.bench.counts import count_work
@@ -116,14 +116,13 @@ def test_kv_bytes_are_exactly_those_of_the_live_layers(subject, phase):
 
 
 def test_kv_that_somebody_keeps_is_seen(subject, monkeypatch):
-    skipping_module = import_module("adaskip.skipping")  # the package's own name for it is the function
-    kept, stock = [], skipping_module.release_skipped
+    kept, stock = [], context.release_skipped
 
     def keep_and_release(cache, *args):
         kept.extend(layer.keys for layer in cache.layers)
         stock(cache, *args)
 
-    monkeypatch.setattr(skipping_module, "release_skipped", keep_and_release)
+    monkeypatch.setattr(context, "release_skipped", keep_and_release)
     strategy = FixedPlan(num_layers=LAYERS, plan=SkipPlan(attention={2}), phase="decode")
     assert check_kv(subject.model, strategy, ids(8), 3)["kept_alive"] == [2]
 

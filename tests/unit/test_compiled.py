@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from adaskip.compiled import compiled_steps
+from adaskip.context import skipping
 from adaskip.generate import generate
 from adaskip.kv_cache import kv_bytes
 from adaskip.patching import patches_of
-from adaskip.skipping import skipping
 from tests.compiled_runs import (
     CountedGraphs,
     ada_skip,

@@ -64,7 +64,7 @@ def test_there_are_no_circles():
 SPECULATIVE = [name.removeprefix("adaskip.") for name in MODULES if name.startswith("adaskip.speculative")]
 
 
-@pytest.mark.parametrize("name", ["patching", "request", "skipping", "calibration", "kv_cache", "blocks", *SPECULATIVE])
+@pytest.mark.parametrize("name", ["patching", "request", "context", "calibration", "kv_cache", "blocks", *SPECULATIVE])
 def test_the_core_knows_no_concrete_strategy(name):
     strategies = {m for m in GRAPH[f"adaskip.{name}"] if m.startswith("adaskip.strategies")}
     assert strategies <= {"adaskip.strategies.base"}
@@ -72,12 +72,12 @@ def test_the_core_knows_no_concrete_strategy(name):
 
 @pytest.mark.parametrize("name", [m for m in MODULES if m.startswith("adaskip.strategies")])
 def test_strategies_see_no_model_and_no_patching(name):
-    above = {"patching", "skipping", "request", "calibration", "generate", "kv_cache", "blocks"}
+    above = {"patching", "context", "request", "calibration", "generate", "kv_cache", "blocks"}
     assert not {f"adaskip.{m}" for m in above} & reachable(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["patching", "skipping", "request", "calibration", "generate", "importance", *SPECULATIVE]
+    "name", ["patching", "context", "request", "calibration", "generate", "importance", *SPECULATIVE]
 )
 def test_the_library_does_not_reach_up_to_the_runs(name):
     above = ("runs", "results", "plots", "cli", "testbed", "longbench", "report")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from adaskip.context import skipping
 from adaskip.kv_cache import kv_bytes
 from adaskip.plan import Budget, SkipPlan, Sublayer
-from adaskip.skipping import skipping
 from adaskip.speculative import lossless
 from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode, UnifiedSkipping
 from tests.families import FAMILIES, VOCAB, random_model, random_prompts
@@ -351,11 +348,3 @@ def test_wrong_arguments_are_refused_in_one_line():
         lossless(model, fixed(), draft_cost=0.0)
     with pytest.raises(ValueError, match="another model"):
         generated(MODELS["granite"], random_prompts([5])[0], lossless(model, fixed()))
-
-
-def test_the_package_gives_functions_where_a_module_has_the_same_name():
-    code = (
-        "import adaskip.generate, adaskip; from adaskip import calibrate, lossless, skipping; import sys; "
-        "sys.exit(not all(map(callable, (calibrate, lossless, skipping, adaskip.skipping))))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

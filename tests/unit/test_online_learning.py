@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from adaskip.calibration import calibrate
+from adaskip.context import skipping
 from adaskip.plan import Budget, SkipPlan
 from adaskip.request import LearningWindow
-from adaskip.skipping import skipping
 from adaskip.strategies import AdaSkip
 from adaskip.token_ids import left_padded
 from tests.families import random_model, random_prompts

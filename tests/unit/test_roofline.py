@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
 from adaskip.blocks import UnsupportedModelError
+from adaskip.context import skipping
 from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan
 from adaskip.roofline import (
     Ceilings,
@@ -31,7 +32,6 @@ from adaskip.roofline import (
     predict,
     sublayer_seconds,
 )
-from adaskip.skipping import skipping
 from adaskip.strategies import FixedPlan, SkipDecode
 from tests.families import FAMILIES, WINDOW, random_model, random_prompts
 

@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 from adaskip.blocks import UnsupportedModelError, find_structure
 from adaskip.calibration import calibrate
+from adaskip.context import skipping
 from adaskip.kv_cache import SkippedLayer, kv_bytes
 from adaskip.patching import LayerPatch
 from adaskip.plan import Budget, SkipPlan, Sublayer
-from adaskip.skipping import skipping
 from adaskip.strategies import EarlyExit, FixedPlan, SkipDecode
 from adaskip.token_ids import left_padded
 from tests.families import COMMON, FAMILIES, random_model, random_prompts

@@ -10,10 +10,10 @@ import torch
 
 from adaskip.blocks import find_decoder
 from adaskip.calibration import calibrate
+from adaskip.context import skipping
 from adaskip.generate import generate
 from adaskip.patching import patches_of
 from adaskip.plan import EMPTY_PLAN, Budget
-from adaskip.skipping import skipping
 from adaskip.strategies import AdaSkip, FixedPlan
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from adaskip.context import skipping
 from adaskip.plan import Affine, Budget, Phase, SkipPlan, Sublayer
-from adaskip.skipping import skipping
 from adaskip.strategies import FixedPlan, SkipDecode
 from adaskip.token_ids import left_padded
 from tests.families import FAMILIES, VOCAB, WIDTH, random_model, random_prompts
