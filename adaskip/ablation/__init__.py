@@ -1,1 +1,1 @@
-"""Online learning switched on and off, and varied: what it gains and what it costs."""
+"""Single parts of AdaSkip switched on and off, and varied: online learning, compensation."""

@@ -70,7 +70,7 @@ def kept_path(config: RunConfig, loaded: LoadedModel) -> Path:
 
 def measure(config: SharedConfig, loaded: LoadedModel, num_samples: int, batch_size: int = 1) -> ImportanceProfile:
     """Calibrate on the first `num_samples` samples of the setup's calibration task."""
-    return calibrate(loaded.model, **_calibration_data(config, loaded, num_samples), batch_size=batch_size)
+    return calibrate(loaded.model, **calibration_data(config, loaded, num_samples), batch_size=batch_size)
 
 
 def search(
@@ -80,7 +80,7 @@ def search(
     tokenizer: Any = loaded.tokenizer
     return select(
         loaded.model,
-        **_calibration_data(config, loaded, num_samples),
+        **calibration_data(config, loaded, num_samples),
         phase=phase,
         up_to=up_to or max(config.setup.budgets),
         eos_token_ids=loaded.spec.stop_token_ids,
@@ -88,7 +88,8 @@ def search(
     )
 
 
-def _calibration_data(config: SharedConfig, loaded: LoadedModel, num_samples: int) -> Mapping[str, Any]:
+def calibration_data(config: SharedConfig, loaded: LoadedModel, num_samples: int) -> Mapping[str, Any]:
+    """The first samples of the setup's calibration task as prompts, and what they are, by `calibrate`'s names."""
     samples, spec = calibration_samples(config, num_samples), loaded.spec
     task = get_task(config.setup.calibration_task)
     prompts = [

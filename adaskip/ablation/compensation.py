@@ -1,0 +1,207 @@
+"""`eval/compensation.py`: how far the output lies from the full model's under each way to compensate AdaSkip's sets.
+
+Fitted on the calibration prompts, measured on further samples of the calibration task, never on test data. On
+stories260K both are stories that the model tells itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from tqdm import tqdm
+
+from adaskip.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
+from adaskip.ablation.settings import STORIES
+from adaskip.ablation.stories import stories_dir, tell
+from adaskip.calibration import calibrate
+from adaskip.cli import guarded
+from adaskip.files import write_text_atomic
+from adaskip.importance import ImportanceProfile
+from adaskip.locks import exclusive
+from adaskip.models import LoadedModel, load_model
+from adaskip.observations.findings import write_findings
+from adaskip.options import Parser, add_options, option, resolve
+from adaskip.plan import Budget, Compensation, Phase, SkipPlan, Sublayer
+from adaskip.runs.cells import MODELS, check_choice
+from adaskip.runs.config import SharedConfig
+from adaskip.runs.manifest import describe_model
+from adaskip.runs.profiles import calibration_data
+from adaskip.runs.sources import load
+from adaskip.selection.compensation import StreamMoments, stream_moments
+from adaskip.selection.divergence import OutputDivergence
+from adaskip.strategies import AdaSkip
+
+RESULTS_FILE = "compensation_divergences.json"
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+STORIES_BUDGETS = (2, 4, 6)
+STORIES_SEED = 1
+"""Other stories than those that the ablation of online learning tests on."""
+NOT_AT_HAND = f"{STORIES} was left out: ADASKIP_REAL names no folder that holds it."
+SAME = ("weights_fingerprint", "dtype", "device", "attn_implementation", "prompts_fingerprint", "calibration_prompts")
+"""What must be equal for measurements to be continued."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensationConfig(SharedConfig):
+    """The options of `eval/compensation.py`."""
+
+    models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS, aliases=["--model"])
+    held_out: int = option("prompts to measure on, none of them among those that calibrate", 24)
+    output_dir: str = option("where everything goes", "results/compensation")
+    draw_only: bool = option("run no model: table and verdict of what is saved", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.models:
+            check_choice("model", name, MODELS)
+        if self.checkpoint is not None and len(self.models) != 1:
+            raise ValueError("--checkpoint is one model's: give it with exactly one --model")
+        if self.held_out < 2:
+            raise ValueError(f"--held-out must be at least 2, not {self.held_out}: one prompt has no interval")
+
+    @property
+    def results_path(self) -> Path:
+        return Path(self.output_dir) / RESULTS_FILE
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure. prompts: token ids, 1-D, the first ones to calibrate on. stops, pad: token ids."""
+
+    loaded: LoadedModel
+    prompts: Sequence[Tensor]
+    calibration: int
+    budgets: Sequence[int]
+    stops: Sequence[int]
+    pad: int
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """What the numbers are measured on."""
+        told = str([prompt.tolist() for prompt in self.prompts])
+        described = describe_model(self.loaded)
+        return {
+            **{name: value for name, value in described.items() if name not in ("checkpoint", "device_name")},
+            "calibration_prompts": self.calibration,
+            "held_out_prompts": len(self.prompts) - self.calibration,
+            "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
+        }
+
+
+def main(doc: str | None) -> int:
+    """The script's whole life; returns its exit code. doc: the script's docstring."""
+    return guarded(lambda: _run((doc or "").split("\n")[0], sys.argv))
+
+
+def _run(description: str, argv: Sequence[str]) -> int:
+    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
+    add_options(parser, CompensationConfig)
+    given = vars(parser.parse_args(argv[1:]))
+    config = resolve(CompensationConfig, given, given.pop("config"))
+    if not config.draw_only:
+        with exclusive(config.results_path.with_suffix(".lock")):
+            measure(config)
+    results = read(config.results_path)
+    if not results:
+        raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
+    findings = find(results, None if STORIES in results else NOT_AT_HAND)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(findings.title, style="bold")
+    for line in [*(f"- {claim.sentence}" for claim in findings.claims), findings.notes[-1]]:
+        console.print(line)
+    written = write_findings(findings, Path(config.output_dir))
+    console.print("wrote " + ", ".join(path.name for path in written) + f" to {config.output_dir}")
+    return 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What is saved, by model; nothing where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def measure(config: CompensationConfig) -> None:
+    """Measure what is missing; each model's phase is saved as soon as it is measured.
+
+    Raises ValueError if what is saved of a model was measured on other weights or prompts.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    subjects: dict[str, Callable[[], Subject]] = {
+        name: lambda name=name: _of_task(config, name) for name in config.models
+    }
+    if stories_dir() is None:
+        print(NOT_AT_HAND, file=sys.stderr)
+    else:
+        subjects[STORIES] = lambda: _of_stories(config.held_out)
+    with tqdm(total=len(subjects) * len(PHASES), desc="compensation", unit="phase", disable=None) as bar:
+        for name, make in subjects.items():
+            _measure_subject(config.results_path, name, make(), bar)
+
+
+def _measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
+    results, sources = read(path), subject.sources
+    held = results.setdefault(name, {"sources": sources, "cells": []})
+    if other := [key for key in SAME if held["sources"][key] != sources[key]]:
+        raise ValueError(f"{path} holds {name} measured with other {', '.join(other)}; give another --output-dir")
+    done = {(cell["phase"], cell["sublayers"]) for cell in held["cells"]}
+    missing: list[Phase] = [phase for phase in PHASES if not {(phase, count) for count in subject.budgets} <= done]
+    bar.update(len(PHASES) - len(missing))
+    if not missing:
+        return
+    model, fitting = subject.loaded.model, subject.prompts[: subject.calibration]
+    importance, moments = calibrate(model, fitting), stream_moments(model, fitting)
+    for phase in missing:
+        held["cells"] = [cell for cell in held["cells"] if cell["phase"] != phase]
+        held["cells"] += _cells(subject, phase, importance, moments)
+        write_text_atomic(path, json.dumps(results, allow_nan=False) + "\n")
+        bar.update()
+
+
+def _cells(
+    subject: Subject, phase: Phase, importance: ImportanceProfile, moments: dict[Sublayer, StreamMoments]
+) -> list[dict[str, Any]]:
+    """Of each budget the divergences on every held-out prompt, by compensation."""
+    stand_ins: dict[str, Callable[[Sublayer], Compensation]] = {
+        NONE: lambda sublayer: 1.0,
+        SCALE: importance.scale_of,
+        LEAST_SQUARES: lambda sublayer: moments[sublayer].least_squares_scale(),
+        AFFINE: lambda sublayer: moments[sublayer].affine(),
+        SHIFT: lambda sublayer: moments[sublayer].shift(importance.scale_of(sublayer)),
+    }
+    held_out = subject.prompts[subject.calibration :]
+    ends = {"eos_token_ids": subject.stops, "pad_token_id": subject.pad}
+    divergence = OutputDivergence(subject.loaded.model, held_out, phase, **ends)
+    cells = []
+    for count in subject.budgets:
+        budget = Budget(sublayers=count)
+        skipped = AdaSkip(num_layers=importance.num_layers, budget=budget, profile=importance, phase=phase).skipped
+        measured = {
+            name: divergence(SkipPlan.of_sublayers({sublayer: stand_in(sublayer) for sublayer in skipped.scales}))
+            for name, stand_in in stand_ins.items()
+        }
+        cells.append({"phase": phase, "sublayers": count, "plan": skipped.to_dict(), "divergences": measured})
+    return cells
+
+
+def _of_task(config: CompensationConfig, name: str) -> Subject:
+    loaded, calibration = load(config, name), config.setup.calibration_samples
+    data = calibration_data(config, loaded, calibration + config.held_out)
+    budgets = config.setup.budgets_for(loaded.model.config.num_hidden_layers)
+    tokenizer: Any = loaded.tokenizer
+    stops, pad = loaded.spec.stop_token_ids, tokenizer.pad_token_id
+    return Subject(loaded, data["prompts"], calibration, budgets, stops, pad)
+
+
+def _of_stories(held_out: int) -> Subject:
+    loaded = load_model(None, checkpoint=str(stories_dir()), device="cpu", dtype="float32")
+    prompts = tell(loaded, 20 + held_out, STORIES_SEED)
+    return Subject(loaded, prompts, 20, STORIES_BUDGETS, [], 0)
