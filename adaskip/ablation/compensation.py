@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from adaskip.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
 from adaskip.ablation.settings import STORIES
-from adaskip.ablation.stories import stories_dir, tell
+from adaskip.ablation.stories import CALIBRATION_STORIES, stories_dir, tell
 from adaskip.calibration import calibrate
 from adaskip.cli import guarded
 from adaskip.files import write_text_atomic
@@ -144,10 +144,11 @@ def measure(config: CompensationConfig) -> None:
         subjects[STORIES] = lambda: _of_stories(config.held_out)
     with tqdm(total=len(subjects) * len(PHASES), desc="compensation", unit="phase", disable=None) as bar:
         for name, make in subjects.items():
-            _measure_subject(config.results_path, name, make(), bar)
+            measure_subject(config.results_path, name, make(), bar)
 
 
-def _measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
+def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
+    """Measure the phases that the file at `path` lacks of one model, and add them to it."""
     results, sources = read(path), subject.sources
     held = results.setdefault(name, {"sources": sources, "cells": []})
     if other := [key for key in SAME if held["sources"][key] != sources[key]]:
@@ -203,5 +204,5 @@ def _of_task(config: CompensationConfig, name: str) -> Subject:
 
 def _of_stories(held_out: int) -> Subject:
     loaded = load_model(None, checkpoint=str(stories_dir()), device="cpu", dtype="float32")
-    prompts = tell(loaded, 20 + held_out, STORIES_SEED)
-    return Subject(loaded, prompts, 20, STORIES_BUDGETS, [], 0)
+    prompts = tell(loaded, CALIBRATION_STORIES + held_out, STORIES_SEED)
+    return Subject(loaded, prompts, CALIBRATION_STORIES, STORIES_BUDGETS, stops=[], pad=0)

@@ -16,7 +16,7 @@ NAME = "compensation"
 NONE, SCALE, LEAST_SQUARES, AFFINE, SHIFT = "none", "scale", "least_squares", "affine", "shift"
 LABELS = {
     SCALE: "scale of Eq. (3)",
-    NONE: "none",
+    NONE: "no compensation",
     LEAST_SQUARES: "least-squares scale",
     AFFINE: "affine per channel",
     SHIFT: "scale of Eq. (3) and shift per channel",
@@ -43,18 +43,24 @@ def relative(cells: Cells, name: str) -> Estimate:
     return found
 
 
-def outcome(cell: Mapping[str, Any], name: str) -> int:
-    """-1 if the output diverges less than under Eq. (3)'s scale beyond chance, 1 if more, else 0."""
-    found = difference(cell, name)
+def beyond_chance(found: Estimate) -> int:
+    """-1 if a difference lies below 0 with its whole interval, 1 if above, else 0."""
     assert found.low is not None
     assert found.high is not None
     return -1 if found.high < 0 else 1 if found.low > 0 else 0
 
 
 def verdict(cells: Cells, name: str) -> str:
-    """On one model: helps if it is better beyond chance somewhere and worse nowhere, harms the other way round."""
-    outcomes = {outcome(cell, name) for cell in cells} - {0}
-    return {(-1,): HELPS, (1,): HARMS, (-1, 1): MIXED, (): CHANCE}[tuple(sorted(outcomes))]
+    """On one model: what holds over all cells, unless cells say the opposite beyond chance (mixed)."""
+    overall = beyond_chance(relative(cells, name))
+    found = {overall, *(beyond_chance(difference(cell, name)) for cell in cells)}
+    return MIXED if {-1, 1} <= found else {-1: HELPS, 0: CHANCE, 1: HARMS}[overall]
+
+
+def best(cells: Cells) -> str:
+    """On one model: the way that helps and lowers divergence most; Eq. (3)'s scale if none helps."""
+    helping = [name for name in OTHERS if verdict(cells, name) == HELPS]
+    return min(helping, key=lambda name: relative(cells, name).value, default=SCALE)
 
 
 def kept(results: Mapping[str, Any]) -> str:
@@ -67,19 +73,20 @@ def kept(results: Mapping[str, Any]) -> str:
 def find(results: Mapping[str, Any], left_out: str | None = None) -> Findings:
     """results: by model, `sources` and `cells`. left_out: why stories260K is missing."""
     choice = kept(results)
+    by_model = ", ".join(f"{LABELS[best(each['cells'])]} on {model}" for model, each in results.items())
     reason = "it helps on every model" if choice != SCALE else "no other way helps on every model"
     return Findings(
         name=NAME,
         title="What stands in for a skipped sublayer",
         notes=[
-            "AdaSkip's sets, each sublayer replaced by: nothing (none), the scale of Eq. (3), the least-squares scale, "
-            "a least-squares scale and shift per channel (affine), or Eq. (3)'s scale with a least-squares shift per "
-            "channel. Fitted on the calibration prompts' tokens. None costs a matrix product.",
+            "AdaSkip's sets, each sublayer replaced by the identity (no compensation), the scale of Eq. (3), the "
+            "least-squares scale, a least-squares scale and shift per channel (affine), or Eq. (3)'s scale with a "
+            "least-squares shift per channel. Fitted on the calibration prompts' tokens. None costs a matrix product.",
             "Shown is KL(full || skipped) of the next-token distribution in nats on prompts that calibrated nothing "
-            "and test nothing, less is better; in brackets the mean difference from Eq. (3)'s scale over the same prompts "
-            "with its 95 % bootstrap interval, **bold** where it is better beyond chance.",
+            "and test nothing, less is better; in brackets the mean difference from Eq. (3)'s scale over the same "
+            "prompts with its 95 % bootstrap interval, **bold** where it is better beyond chance.",
             *([left_out] if left_out else []),
-            f"Kept: {LABELS[choice]}, since {reason}.",
+            f"Best of what helps, by model: {by_model}. Kept as the default: {LABELS[choice]}, since {reason}.",
         ],
         claims=[_claim(results, name) for name in OTHERS],
         table=_table(results),
@@ -95,7 +102,7 @@ def _differences(cell: Mapping[str, Any], name: str) -> list[float]:
 
 
 def _claim(results: Mapping[str, Any], name: str) -> Claim:
-    outcomes = [outcome(cell, name) for each in results.values() for cell in each["cells"]]
+    outcomes = [beyond_chance(difference(cell, name)) for each in results.values() for cell in each["cells"]]
     told = []
     for model, each in results.items():
         found = relative(each["cells"], name)
@@ -126,7 +133,7 @@ def _table(results: Mapping[str, Any]) -> Table:
 
 def _text(cell: Mapping[str, Any], name: str) -> str:
     value, found = f"{mean(cell['divergences'][name]):.4f}", difference(cell, name)
-    value = f"**{value}**" if outcome(cell, name) < 0 else value
+    value = f"**{value}**" if beyond_chance(found) < 0 else value
     return f"{value} ({found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}])"
 
 

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
+from adaskip.ablation import compensation
+from adaskip.ablation.compensation import (
+    NOT_AT_HAND,
+    RESULTS_FILE,
+    CompensationConfig,
+    Subject,
+    main,
+    measure_subject,
+    read,
+)
+from adaskip.ablation.compensation_findings import (
+    AFFINE,
+    CHANCE,
+    HARMS,
+    HELPS,
+    LEAST_SQUARES,
+    MIXED,
+    NONE,
+    SCALE,
+    SHIFT,
+    best,
+    find,
+    kept,
+    verdict,
+)
 from adaskip.plan import Affine, Sublayer
+from adaskip.runs.config import SharedConfig
+from adaskip.runs.sources import load
 from adaskip.selection.compensation import StreamMoments, stream_moments
 from tests.families import random_model, random_prompts
 
@@ -74,3 +105,78 @@ def test_moments_are_those_of_the_stream_around_each_sublayer():
 def test_nothing_seen_is_nothing_fitted():
     with pytest.raises(ValueError, match="no token was seen"):
         StreamMoments().affine()
+
+
+def cells(*affine: float) -> list[dict]:
+    """Cells of eight prompts whose divergence is about 1 under Eq. (3)'s scale, and about `affine` of it."""
+    scale = [0.9 + 0.02 * i for i in range(8)]
+    others = {name: [x + 0.1 * (-1) ** i for i, x in enumerate(scale)] for name in (NONE, LEAST_SQUARES, SHIFT)}
+    noise = [0.01 * (-1) ** i for i in range(8)]
+    return [
+        {
+            **{"phase": "decode", "sublayers": 4 + i, "plan": {}},
+            "divergences": {
+                SCALE: scale,
+                AFFINE: [x * factor + e for x, e in zip(scale, noise, strict=True)],
+                **others,
+            },
+        }
+        for i, factor in enumerate(affine)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("affine", "expected"), [((0.5, 1.0), HELPS), ((1.5, 1.0), HARMS), ((0.5, 1.1), MIXED), ((1.0, 1.0), CHANCE)]
+)
+def test_verdict_on_a_model(affine, expected):
+    measured = cells(*affine)
+    assert verdict(measured, AFFINE) == expected
+    assert verdict(measured, NONE) == CHANCE
+    assert best(measured) == (AFFINE if expected == HELPS else SCALE)
+
+
+@pytest.mark.parametrize(("second", "choice"), [(0.9, AFFINE), (1.0, SCALE)])
+def test_only_what_helps_on_every_model_is_kept(second, choice):
+    results = {"llama": {"sources": {}, "cells": cells(0.5)}, "vicuna": {"sources": {}, "cells": cells(second)}}
+    assert kept(results) == choice
+    findings = find(results, NOT_AT_HAND)
+    assert NOT_AT_HAND in findings.as_markdown()
+    (claim,) = [claim for claim in findings.claims if claim.text.startswith("Affine")]
+    assert claim.holding == (2 if choice == AFFINE else 1)
+    assert "llama: helps (-50.0 % [" in claim.evidence
+
+
+def tiny_subject(seed: int = 0) -> Subject:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(3, 90, (12,), generator=generator) for _ in range(4)]
+    return Subject(load(SharedConfig(testbed=True, device="cpu"), "llama"), prompts, 2, [2], [], 0)
+
+
+def test_a_study_continues_and_never_mixes(tmp_path, monkeypatch, capsys):
+    path, bar = tmp_path / RESULTS_FILE, tqdm(disable=True)
+    measure_subject(path, "llama", tiny_subject(), bar)
+    whole = read(path)
+    assert [cell["phase"] for cell in whole["llama"]["cells"]] == ["prefill", "decode"]
+    path.write_text(json.dumps({"llama": {**whole["llama"], "cells": whole["llama"]["cells"][:1]}}))
+    measure_subject(path, "llama", tiny_subject(), bar)
+    assert read(path) == whole
+    with pytest.raises(ValueError, match="measured with other prompts_fingerprint"):
+        measure_subject(path, "llama", tiny_subject(seed=1), bar)
+
+    monkeypatch.setattr(compensation, "stream_moments", None)
+    measure_subject(path, "llama", tiny_subject(), bar)  # nothing is missing
+    monkeypatch.setattr(sys, "argv", ["compensation.py", "--draw-only", "--output-dir", str(tmp_path)])
+    assert main("What it does.") == 0
+    assert "Kept as the default" in capsys.readouterr().out
+    assert {p.suffix for p in tmp_path.glob("compensation.*")} == {".md", ".csv", ".json"}
+
+
+def test_drawing_what_was_not_measured_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compensation.py", "--draw-only", "--output-dir", str(tmp_path / "none")])
+    assert main("What it does.") == 2
+    assert "does not exist; leave out --draw-only" in capsys.readouterr().err
+
+
+def test_one_prompt_is_refused():
+    with pytest.raises(ValueError, match="at least 2, not 1"):
+        CompensationConfig(testbed=True, held_out=1)
