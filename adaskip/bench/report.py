@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -81,7 +81,8 @@ def _about(result: Result) -> list[str]:
         f"{subject['attn_implementation']}, on {result.device} ({identity['device_name']}, {identity['threads']} "
         f"threads, {clocks[clock] if result.device == 'cpu' else 'CUDA events'}), torch "
         f"{identity['versions']['torch']}, transformers {identity['versions']['transformers']}.",
-        f"AdaSkip's sets: {subject['profile']}. SkipDecode's schedule spans the new tokens.",
+        f"AdaSkip's sets: {subject['profile']}. {_calibrated(subject['selections'])}SkipDecode's schedule spans the "
+        "new tokens.",
         "Speedups are over the full model in the same mode, medians over rounds with 95 % bootstrap intervals. Ideal "
         "is the full model's time less the measured time of the skipped sublayers. Limit is the time at the device's "
         "measured ceilings.",
@@ -97,6 +98,12 @@ def _about(result: Result) -> list[str]:
             "its speedups say what sublayers' number is worth, not what their size is."
         )
     return about
+
+
+def _calibrated(selections: Mapping[str, str]) -> str:
+    if not selections:
+        return ""
+    return f"Calibrated's: {'; '.join(f'{phase}, {what}' for phase, what in selections.items())}. "
 
 
 def _line(entry: Record) -> list[str]:

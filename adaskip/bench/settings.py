@@ -13,13 +13,12 @@ from adaskip.options import option
 from adaskip.plan import PHASES
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import DTYPES
-from adaskip.strategies import STRATEGIES
+from adaskip.strategies import STRATEGIES, CalibratedSkip
 
 SMALL_MODEL = "llama-100m"
 BENCH_MODELS = (*MODELS, SMALL_MODEL)
-TO_COMPARE = tuple(name for name in STRATEGIES if name not in ("most_skip", "least_skip", "calibrated"))
-"""Every strategy but the two that only check importance, and the one whose search is a job of its own;
-with a set of the same kinds it costs what AdaSkip without its window costs."""
+TO_COMPARE = tuple(name for name in STRATEGIES if name not in ("most_skip", "least_skip"))
+"""Every strategy but the two that only check importance."""
 RESULTS_DIR = "speed/results"
 MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure")
 """Options that may differ when a result is continued."""
@@ -40,6 +39,10 @@ class BenchConfig:
     profile: str | None = option(
         "importance profile strategies choose by; if not given, measured with --testbed, else assumed: mostly "
         "attention, late layers (the result says so)"
+    )
+    selection: tuple[str, ...] | None = option(
+        "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated; if not given, with "
+        "--testbed the one kept by the runs (made first when missing: minutes), else AdaSkip's sets (the result says so)"
     )
     phases: tuple[str, ...] = option(f"what skips, of {', '.join(PHASES)}", ("e2e",))
     strategies: tuple[str, ...] = option(f"of {', '.join(TO_COMPARE)}", TO_COMPARE)
@@ -80,6 +83,8 @@ class BenchConfig:
         given = [name for name in ("random_weights", "testbed", "checkpoint") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{_flags(given)} each say where the weights come from: give one of them")
+        if self.selection and (CalibratedSkip.name not in self.strategies or self.study != "strategies"):
+            raise ValueError("--selection is for strategy calibrated in study strategies, which is not asked for")
         if self.model == SMALL_MODEL and not self.random_weights:
             raise ValueError(f"{SMALL_MODEL} is a shape without a checkpoint: give --random-weights with it")
 
@@ -90,7 +95,7 @@ class BenchConfig:
         for name, values in {**many, **single}.items():
             if values and min(values) < 1:
                 raise ValueError(f"{_flags([name])} must be at least 1, not {min(values)}")
-        for name in ("phases", "strategies", "modes", "prompt_tokens", "batch_sizes", "budgets"):
+        for name in ("phases", "strategies", "modes", "selection", "prompt_tokens", "batch_sizes", "budgets"):
             repeatable: Sequence[Any] = getattr(self, name) or ()
             if len(set(repeatable)) < len(repeatable):
                 raise ValueError(f"{_flags([name])} names something twice: {' '.join(map(str, repeatable))}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,14 @@ from adaskip.blocks import decoder_layers
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.importance import ImportanceProfile
 from adaskip.models import LoadedModel, architecture, load_model
+from adaskip.plan import Phase, check_phase
 from adaskip.rope import fix_dynamic_rope
 from adaskip.runs import profiles
-from adaskip.runs.config import SharedConfig
+from adaskip.runs.config import RunConfig, SharedConfig
+from adaskip.selection.profile import SelectionProfile
+from adaskip.strategies import CalibratedSkip
+
+logger = logging.getLogger(__name__)
 
 STD = 0.02  # the usual initialisation of these models
 SMALL_SHAPE: dict[str, Any] = {
@@ -35,12 +42,14 @@ SMALL_SHAPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that never ends an answer by itself, and the profile AdaSkip chooses by."""
+    """A model that never ends an answer by itself, and the profiles strategies choose by."""
 
     model: PreTrainedModel
     profile: ImportanceProfile
     weights: str
     """random, or the weights' fingerprint"""
+    selections: Mapping[Phase, SelectionProfile | None] = field(default_factory=dict)
+    """What strategy calibrated skips in each phase that is timed; None: AdaSkip's sets."""
 
     def __post_init__(self) -> None:
         self.model.generation_config = GenerationConfig(pad_token_id=0)  # no end token: answers have their full length
@@ -61,11 +70,12 @@ class Subject:
             "profile": f"{self.profile.dataset} ({self.profile.tokens} tokens)"
             if self.profile.data_ids
             else self.profile.dataset,
+            "selections": {phase: _of_selection(found) for phase, found in self.selections.items()},
         }
 
 
 def load_subject(config: BenchConfig) -> Subject:
-    """The model and profile a configuration asks for.
+    """The model and profiles a configuration asks for.
 
     Raises:
         ModelError: the checkpoint, device or dtype cannot be used.
@@ -77,11 +87,12 @@ def load_subject(config: BenchConfig) -> Subject:
         shape = LlamaConfig(**SMALL_SHAPE) if config.model == SMALL_MODEL else architecture(config.model)
         model, weights = random_model(shape, device, dtype, config.attn_implementation), "random"
         profile = _named_profile(config, model) or assumed_profile(len(decoder_layers(model)))
+        loaded = None
     else:
         loaded = _load(config, device)
         model, weights = loaded.model, weights_fingerprint(loaded.model)
         profile = _named_profile(config, model) or _own_profile(config, loaded)
-    return Subject(model, profile, weights)
+    return Subject(model, profile, weights, _selections(config, model, loaded))
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -141,3 +152,48 @@ def _own_profile(config: BenchConfig, loaded: LoadedModel) -> ImportanceProfile:
         return assumed_profile(len(decoder_layers(loaded.model)))
     shared = SharedConfig(testbed=True)
     return profiles.measure(shared, loaded, shared.setup.calibration_samples)
+
+
+def _selections(
+    config: BenchConfig, model: PreTrainedModel, loaded: LoadedModel | None
+) -> dict[Phase, SelectionProfile | None]:
+    """What strategy calibrated chooses by in each phase: what `--selection` names, the testbed's kept one, or None."""
+    if config.study != "strategies" or CalibratedSkip.name not in config.strategies:
+        return {}
+    named = _named_selections(config, model)
+    found: dict[Phase, SelectionProfile | None] = {}
+    for phase in map(check_phase, config.phases):
+        found[phase] = named.get(phase)
+        if phase not in named and config.testbed and loaded is not None:
+            found[phase] = _kept_selection(config, loaded, phase)
+    return found
+
+
+def _named_selections(config: BenchConfig, model: PreTrainedModel) -> dict[Phase, SelectionProfile]:
+    """The selections of `--selection` by phase; for random weights any of a model of that depth serves."""
+    named: dict[Phase, SelectionProfile] = {}
+    for path in config.selection or ():
+        if not Path(path).is_file():
+            raise ValueError(f"--selection {path} does not exist; `adaskip calibrate --select PHASE` makes one")
+        selection = SelectionProfile.load(path, None if config.random_weights else model)
+        if selection.phase in named or selection.phase not in config.phases:
+            raise ValueError(
+                f"--selection {path} is for phase {selection.phase}; give at most one for each of --phases "
+                f"{' '.join(config.phases)}"
+            )
+        named[selection.phase] = selection
+    return named
+
+
+def _kept_selection(config: BenchConfig, loaded: LoadedModel, phase: Phase) -> SelectionProfile:
+    """The selection `adaskip grid --testbed` keeps, searched first when there is none."""
+    run = RunConfig(testbed=True, model=config.model, phase=phase, strategy=CalibratedSkip.name)
+    if not (path := profiles.kept_path(run, loaded)).is_file():
+        logger.info("searching %s for strategy calibrated, which takes minutes", path)
+    selection, _ = profiles.profile_for(run, loaded)
+    assert isinstance(selection, SelectionProfile)
+    return selection
+
+
+def _of_selection(selection: SelectionProfile | None) -> str:
+    return "AdaSkip's sets" if selection is None else f"{selection.dataset} ({len(selection.data_ids)} prompts)"

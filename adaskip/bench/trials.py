@@ -30,8 +30,8 @@ from adaskip.bench.stopwatch import Clock, Stopwatch
 from adaskip.bench.subject import Subject
 from adaskip.blocks import execution_device, find_decoder
 from adaskip.calibration import measure
-from adaskip.plan import EMPTY_PLAN, Budget
-from adaskip.strategies import FULL, FixedPlan, Strategy, build
+from adaskip.plan import EMPTY_PLAN, Budget, check_phase
+from adaskip.strategies import FULL, CalibratedSkip, FixedPlan, Strategy, build
 
 SEED = 0
 
@@ -57,21 +57,25 @@ class Trials:
     def strategy(self, cell: Cell, workload: Workload) -> Strategy | None:
         """What a cell skips; None for the stock model. Raises ValueError for an impossible budget.
 
-        SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it.
+        SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it. Calibrated
+        without a selection is AdaSkip without its window: another set, the same work.
         """
         num_layers = self.subject.num_layers
         if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
             return None
         if cell.name == PATCHED:
             return FixedPlan(num_layers=num_layers, plan=EMPTY_PLAN)
+        phase = check_phase(cell.phase)
+        selection = self.subject.selections.get(phase) if cell.name == CalibratedSkip.name else None
+        windowless = selection is None and cell.name in (WINDOWLESS, KV_CHECK, CalibratedSkip.name)
         return build(
-            ADASKIP if cell.name in (WINDOWLESS, KV_CHECK) else cell.name,
-            phase=cell.phase,  # pyright: ignore[reportArgumentType]
+            ADASKIP if windowless else cell.name,
+            phase=phase,
             budget=Budget(sublayers=cell.sublayers),
             num_layers=num_layers,
-            profile=self.subject.profile,
+            profile=selection or self.subject.profile,
             max_decode_steps=workload.new_tokens,
-            **({"learning_window": 0} if cell.name in (WINDOWLESS, KV_CHECK) else {}),
+            **({"learning_window": 0} if windowless else {}),
         )
 
     def prompts(self, workload: Workload) -> Tensor:
