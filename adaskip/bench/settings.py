@@ -42,7 +42,7 @@ class BenchConfig:
     )
     selection: tuple[str, ...] | None = option(
         "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated; if not given, with "
-        "--testbed the one kept by the runs (made first when missing: minutes), else AdaSkip's sets (the result says so)"
+        "--testbed the one kept by the runs (searched if missing: minutes), else AdaSkip's sets (the result says so)"
     )
     phases: tuple[str, ...] = option(f"what skips, of {', '.join(PHASES)}", ("e2e",))
     strategies: tuple[str, ...] = option(f"of {', '.join(TO_COMPARE)}", TO_COMPARE)

@@ -112,11 +112,12 @@ def test_a_selection_of_another_depth_is_refused(here, monkeypatch):
 
 
 def test_a_budget_beyond_the_selection_is_refused(here, llama):
-    path = selection_for(llama, "prefill").save(here / "named.json")
+    whole = selection_for(llama, "prefill")
+    path = replace(whole, selected={n: whole.selected[n] for n in range(1, 5)}).save(here / "named.json")
     subject = load_subject(config_of(selection=(str(path),)))
     assert isinstance(strategy_of(subject, "calibrated"), CalibratedSkip)
-    with pytest.raises(ValueError, match="goes up to 31 sublayers; budget 32 sublayers asks for 32"):
-        Trials(subject, "wall").strategy(Cell("calibrated", "prefill", 32), WORKLOAD)
+    with pytest.raises(ValueError, match="goes up to 4 sublayers; budget .* asks for 6"):
+        Trials(subject, "wall").strategy(Cell("calibrated", "prefill", 6), WORKLOAD)
 
 
 def test_a_selection_of_a_phase_that_is_not_timed_or_given_twice_is_one_line(here, llama, capsys):
