@@ -102,6 +102,8 @@ def _run(config: RunConfig) -> int:
         return 0
     before = f", {outcome.found} of them before" if outcome.found else ""
     print(f"{outcome.cell.label}: {outcome.made + outcome.found} samples{before}, in {outcome.folder}")
+    if outcome.target is not None:
+        print(outcome.target.line)
     return 0
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from adaskip.longbench import get_task
 from adaskip.options import option
 from adaskip.plan import Budget
-from adaskip.roofline import known_devices
+from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, load_setup
+from adaskip.strategies import CalibratedSkip
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -89,6 +90,15 @@ class RunConfig(WorkConfig):
         "whole layers to skip, two sublayers each", aliases=["--skip_full_layer_num"]
     )
     alpha: float | None = option("acceleration ratio; of M layers M - M/alpha are skipped")
+    target_speedup: float | None = option(
+        "calibrated: the least divergent set that the roofline predicts to reach this speedup of the phase, as 1.2, at "
+        "the tasks' mean prompt lengths and answer caps; it ignores launch overhead, so small models attain less: the "
+        "attained speedup is measured at the end of the run and told beside it"
+    )
+    speedup_on: str | None = option(
+        f"GPU that --target-speedup is predicted for: {', '.join(known_devices())}; if not given, the present device, "
+        "measured"
+    )
     profile: str | None = option("profile of `adaskip calibrate`; if not given, made once and kept")
     learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
     beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
@@ -98,10 +108,26 @@ class RunConfig(WorkConfig):
         check_choice("model", self.model, MODELS)
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
+        self._check_target()
         self._check_budget()
 
+    def _check_target(self) -> None:
+        if self.speedup_on is not None:
+            if self.target_speedup is None:
+                raise ValueError(f"--speedup-on {self.speedup_on} says where --target-speedup holds: give that, too")
+            known_ceilings(self.speedup_on)
+        if self.target_speedup is None:
+            return
+        if self.strategy != CalibratedSkip.name:
+            raise ValueError(
+                f"--target-speedup chooses among the sets of strategy {CalibratedSkip.name!r}, the only one allowed "
+                f"with it; given: {self.strategy!r}"
+            )
+        if not self.target_speedup > 1:
+            raise ValueError(f"--target-speedup must be above 1, the full model's own; given: {self.target_speedup:g}")
+
     def _check_budget(self) -> None:
-        forms = ("budget", "skip_sub_layer_num", "skip_full_layer_num", "alpha")
+        forms = ("budget", "skip_sub_layer_num", "skip_full_layer_num", "alpha", "target_speedup")
         given = {name: value for name in forms if (value := getattr(self, name)) is not None}
         spelled = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items()) or "none"
         if self.strategy == "full":
@@ -110,7 +136,7 @@ class RunConfig(WorkConfig):
         elif len(given) > 1:
             raise ValueError(
                 f"strategy {self.strategy!r} takes one budget: --budget or --skip-sub-layer-num (sublayers), "
-                f"--skip-full-layer-num (layers), or --alpha; given: {spelled}"
+                f"--skip-full-layer-num (layers), --alpha, or of calibrated --target-speedup; given: {spelled}"
             )
 
     @property

@@ -46,17 +46,23 @@ class Job:
 
 def find_job(config: RunConfig) -> Job:
     """Resolve a configuration: what it leaves open is taken from `configs/phases.yaml`."""
+    assert config.target_speedup is None, "the budget is chosen first (adaskip.runs.speedup)"
     config = _with_budget(config)
     cell = find_cell(config)
     return Job(
         config=config,
         cell=cell,
         folder=RunFolder(cell.folder(config.runs_dir)),
-        parts=tuple(_find_part(config, name) for name in tasks_of(config)),
+        parts=find_parts(config),
         limit=_limit(config),
         subset=config.subset,
-        batch_size=config.batch_size or config.setup.batch_size,
+        batch_size=batch_size_of(config),
     )
+
+
+def find_parts(config: RunConfig) -> tuple[Part, ...]:
+    """The tasks of a configuration with their samples; its budget does not matter."""
+    return tuple(_find_part(config, name) for name in tasks_of(config))
 
 
 def _find_part(config: RunConfig, name: str) -> Part:
@@ -67,6 +73,11 @@ def _find_part(config: RunConfig, name: str) -> Part:
 def tasks_of(config: RunConfig) -> tuple[str, ...]:
     """The tasks a run is scored on."""
     return config.tasks or config.setup.phases[config.phase].tasks
+
+
+def batch_size_of(config: RunConfig) -> int:
+    """Samples generated together."""
+    return config.batch_size or config.setup.batch_size
 
 
 def answer_cap(config: RunConfig, task: str) -> int:

@@ -13,11 +13,11 @@ import torch
 from adaskip.calibration import calibrate
 from adaskip.importance import ImportanceProfile
 from adaskip.locks import exclusive
-from adaskip.longbench import build_prompt_ids, get_task
+from adaskip.longbench import get_task
 from adaskip.models import LoadedModel, weights_fingerprint
 from adaskip.plan import Phase, check_phase
 from adaskip.runs.config import CalibrateConfig, RunConfig, SharedConfig
-from adaskip.runs.sources import calibration_samples, fingerprint, load
+from adaskip.runs.sources import calibration_samples, fingerprint, load, prompt_ids
 from adaskip.selection.profile import SelectionProfile
 from adaskip.selection.select import select
 from adaskip.strategies import CalibratedSkip
@@ -90,14 +90,9 @@ def search(
 
 def calibration_data(config: SharedConfig, loaded: LoadedModel, num_samples: int) -> Mapping[str, Any]:
     """The first samples of the setup's calibration task as prompts, and what they are, by `calibrate`'s names."""
-    samples, spec = calibration_samples(config, num_samples), loaded.spec
-    task = get_task(config.setup.calibration_task)
-    prompts = [
-        torch.tensor(build_prompt_ids(sample, task, loaded.tokenizer, spec.max_prompt_tokens, spec.chat_template))
-        for sample in samples
-    ]
-    ids = [sample["_id"] for sample in samples]
-    return {"prompts": prompts, "model_name": spec.name, "dataset": task.name, "data_ids": ids}
+    samples, task = calibration_samples(config, num_samples), get_task(config.setup.calibration_task)
+    prompts, ids = prompt_ids(samples, task, loaded), [sample["_id"] for sample in samples]
+    return {"prompts": prompts, "model_name": loaded.spec.name, "dataset": task.name, "data_ids": ids}
 
 
 def calibrate_to(config: CalibrateConfig) -> Profile:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from tqdm import tqdm
 
 from adaskip.blocks import decoder_layers
 from adaskip.generate import Generation, generate
-from adaskip.longbench import TaskSpec, build_prompt_ids
+from adaskip.longbench import TaskSpec
 from adaskip.models import LoadedModel
 from adaskip.plan import Budget, check_phase
-from adaskip.runs.cells import Cell
+from adaskip.runs.cells import Cell, run_name
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, find_job
 from adaskip.runs.manifest import describe_job, describe_run
 from adaskip.runs.processes import Processes, one_line
 from adaskip.runs.profiles import Profile, profile_for
-from adaskip.runs.sources import Sample, load
+from adaskip.runs.sources import Sample, load, prompt_ids
+from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy, build, needs_profile
 
 Record = dict[str, Any]
@@ -49,12 +51,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished cell: how many of its samples were done before, and how many this call made."""
+    """A finished cell: how many of its samples were done before, and how many this call made.
+
+    target: the speedup it was asked for, and what came of it; None where the budget was given.
+    """
 
     cell: Cell
     folder: Path
     found: int
     made: int
+    target: Target | None = None
 
 
 def run(
@@ -73,7 +79,13 @@ def run(
     """
     processes = Processes()
     with processes.together():
-        job = _prepare(config, processes)
+        _prepare(config, processes)
+    target = None
+    if config.target_speedup is not None:
+        target = processes.from_main(lambda: _find_target(config))
+        config = target.settle(config)
+    with processes.together():
+        job = find_job(config)
     show = show_progress and processes.is_main
     found = made = 0
     with (
@@ -81,16 +93,20 @@ def run(
         tqdm(total=job.num_samples, desc=job.cell.label, unit="sample", disable=None if show else True) as bar,
     ):
         processes.from_main(lambda: held.enter_context(job.folder.lock()))
-        for step in execute(job, processes):
+        for number, step in enumerate(execute(job, processes)):
+            if target is not None and number == 0:  # the folder is this run's now
+                processes.from_main(partial(target.save, job.folder.path))
             found, made = found + step.found, made + step.made
             bar.total -= step.elsewhere
             bar.update(step.found + step.made)
             if watch is not None:
                 watch(step)
-    return Outcome(job.cell, job.folder.path, found, sum(processes.gather(made)))
+        if target is not None and target.attained is None:
+            target = processes.from_main(partial(_attain, job, target))
+    return Outcome(job.cell, job.folder.path, found, sum(processes.gather(made)), target)
 
 
-def _prepare(config: RunConfig, processes: Processes) -> Job:
+def _prepare(config: RunConfig, processes: Processes) -> None:
     if processes.size > 1 and config.device_map is not None:
         raise ValueError(
             f"--device-map {config.device_map} spreads one model over the devices and {processes.size} processes load "
@@ -99,7 +115,20 @@ def _prepare(config: RunConfig, processes: Processes) -> Job:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    return find_job(config)
+
+
+def _find_target(config: RunConfig) -> Target:
+    where = f"{run_name(config.model, config.phase, config.strategy)} stopped before it chose its budget"
+    with one_line_if_it_fails(where, "nothing was written"):
+        return find_target(config)
+
+
+def _attain(job: Job, target: Target) -> Target:
+    failed = f"the run in {job.folder.path} is finished, its speedup could not be measured"
+    with one_line_if_it_fails(failed, "the same command tries again"):
+        attained = attain(job, target)
+        attained.save(job.folder.path)
+    return attained
 
 
 def execute(job: Job, processes: Processes) -> Iterator[Progress]:
@@ -201,12 +230,8 @@ def make_records(
     part: Part, batch: Sequence[Sample], start: int, loaded: LoadedModel, strategy: Strategy | None
 ) -> list[Record]:
     """Generate for a batch of samples, the first of which is number `start` of its task."""
-    spec = loaded.spec
     tokenizer: Any = loaded.tokenizer
-    prompts = [
-        torch.tensor(build_prompt_ids(sample, part.task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
-        for sample in batch
-    ]
+    prompts = prompt_ids(batch, part.task, loaded)
     generations = generate(
         loaded.model,
         strategy,

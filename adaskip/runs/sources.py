@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from adaskip import testbed
-from adaskip.longbench import as_dataset, load_records
+from adaskip.longbench import TaskSpec, as_dataset, build_prompt_ids, load_records
 from adaskip.longbench_data import MissingDataError
 from adaskip.models import LoadedModel, architecture, load_model, registry, weight_files
 from adaskip.runs.config import SharedConfig
@@ -96,6 +98,16 @@ def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limi
     except MissingDataError as error:
         hint = "--data-dir takes any of these, --testbed the embedded models and tasks"
         raise MissingDataError(f"{error}; {hint}") from None
+
+
+def prompt_ids(samples: Sequence[Sample], task: TaskSpec, loaded: LoadedModel) -> list[Tensor]:
+    """The samples' prompts as the model is given them, 1-D token ids."""
+    spec = loaded.spec
+    tokenizer: Any = loaded.tokenizer
+    return [
+        torch.tensor(build_prompt_ids(sample, task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
+        for sample in samples
+    ]
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -1,0 +1,203 @@
+"""`--target-speedup`: the budget a run chooses for itself, and the speedup it then attains.
+
+The choice is written to `speedup-<asked>[-<device>].json` in the run's folder as soon as that is there, so that a run
+that is continued keeps it, wherever and with whatever ceilings; what was attained joins it when the run ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice, zip_longest
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from adaskip.blocks import decoder_layers
+from adaskip.files import write_text_atomic
+from adaskip.generate import generate
+from adaskip.models import LoadedModel
+from adaskip.plan import Budget, check_phase
+from adaskip.results.intervals import median_estimate
+from adaskip.roofline import Ceilings, ModelShape, known_ceilings, measure_ceilings
+from adaskip.runs.cells import run_name
+from adaskip.runs.config import RunConfig
+from adaskip.runs.job import Job, Part, batch_size_of, find_parts
+from adaskip.runs.manifest import device_name
+from adaskip.runs.profiles import profile_for
+from adaskip.runs.sources import Sample, load, prompt_ids
+from adaskip.selection.profile import SelectionProfile
+from adaskip.selection.speedup import Predictor, Request, choose, phase_seconds
+from adaskip.strategies import CalibratedSkip, Strategy
+
+PAIRS = 6
+"""Batches timed under the full model and the skipped one."""
+
+
+@dataclass(frozen=True)
+class Attained:
+    """The median over pairs of time of the full model over time of the skipped one, and its 95 % interval."""
+
+    speedup: float
+    low: float | None
+    high: float | None
+    device: str
+    full_s: tuple[float, ...]
+    skipped_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A speedup asked for and the number of sublayers chosen for it.
+
+    on: the device of `--speedup-on`, None for the present one. requests: by task, the mean prompt length and the cap of
+    the answers it was predicted for. attained: None until the run has ended.
+    """
+
+    asked: float
+    on: str | None
+    sublayers: int
+    divergence: float
+    predicted: float
+    ceilings: Ceilings
+    requests: dict[str, Request]
+    attained: Attained | None = None
+
+    def settle(self, config: RunConfig) -> RunConfig:
+        """The configuration with the chosen budget instead of the speedup."""
+        return replace(config, budget=self.sublayers, target_speedup=None, speedup_on=None)
+
+    @property
+    def line(self) -> str:
+        """What a run says of it."""
+        told = f"speedup asked {self.asked:.2f}, predicted {self.predicted:.2f} on {self.ceilings.name}"
+        if (attained := self.attained) is None:
+            return told
+        interval = "" if attained.low is None else f" [{attained.low:.2f}, {attained.high:.2f}]"
+        return f"{told}, attained {attained.speedup:.2f}{interval} on {attained.device}, {self.sublayers} sublayers"
+
+    def save(self, folder: Path) -> Path:
+        """Write it into a run's folder, whole or not at all."""
+        return write_text_atomic(folder / _file_name(self.asked, self.on), json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Target:
+        """Read a saved target; ValueError if it is none."""
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            fields["ceilings"] = Ceilings(**fields["ceilings"])
+            fields["requests"] = {task: Request(**request) for task, request in fields["requests"].items()}
+            fields["attained"] = None if fields["attained"] is None else Attained(**fields["attained"])
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no saved choice ({error}); delete it to choose again") from None
+
+
+def _file_name(asked: float, on: str | None) -> str:
+    return f"speedup-{asked}{'' if on is None else f'-{on}'}.json"
+
+
+def find_target(config: RunConfig) -> Target:
+    """The choice that a run of this configuration made before, or a new one, which takes the model and its profile.
+
+    Raises:
+        UnreachableSpeedupError: no set of the profile is predicted to be that fast.
+    """
+    assert config.target_speedup is not None
+    name = _file_name(config.target_speedup, config.speedup_on)
+    runs = config.runs_dir / run_name(config.model, config.phase, config.strategy)
+    held = sorted(runs.glob(f"*-sublayers/{name}"))
+    if len(held) > 1:
+        raise ValueError(f"several runs chose for this speedup: {', '.join(map(str, held))}; delete all but one")
+    return Target.load(held[0]) if held else _choose(config, config.target_speedup)
+
+
+def _choose(config: RunConfig, asked: float) -> Target:
+    loaded = load(config, config.model)
+    profile, _ = profile_for(config, loaded)
+    assert isinstance(profile, SelectionProfile)
+    requests = {part.name: _typical_request(part, loaded) for part in find_parts(config)}
+    predictor = _predictor(config, loaded, list(requests.values()))
+    speedups = {count: predictor.speedup(chosen.plan) for count, chosen in profile.selected.items()}
+    sublayers = choose(profile, asked, speedups, f"in phase {config.phase} on {predictor.ceilings.name}")
+    return Target(
+        asked=asked,
+        on=config.speedup_on,
+        sublayers=sublayers,
+        divergence=profile.selected[sublayers].divergence,
+        predicted=speedups[sublayers],
+        ceilings=predictor.ceilings,
+        requests=requests,
+    )
+
+
+def _typical_request(part: Part, loaded: LoadedModel) -> Request:
+    lengths = [len(prompt) for prompt in prompt_ids(part.samples, part.task, loaded)]
+    return Request(round(mean(lengths)), part.max_new_tokens, len(lengths))
+
+
+def _predictor(config: RunConfig, loaded: LoadedModel, requests: Sequence[Request]) -> Predictor:
+    """For a named device in the 16 bits of its data sheet, for the present one in the model's own dtype."""
+    model, on = loaded.model, config.speedup_on
+    return Predictor(
+        shape=ModelShape.of(model.config),
+        phase=check_phase(config.phase),
+        requests=requests,
+        ceilings=known_ceilings(on) if on is not None else measure_ceilings(model.device, model.dtype),
+        batch_size=batch_size_of(config),
+        bytes_per_value=model.dtype.itemsize if on is None else 2,
+        attention="eager" if config.attn_implementation == "eager" else "fused",
+    )
+
+
+def attain(job: Job, target: Target) -> Target:
+    """Time the first batches of the job's tasks, in turn, under the full model and its skipped set, side by side.
+
+    Every answer has the length of its cap, so that both make as many tokens. One pair beforehand warms up; which of a
+    pair goes first alternates.
+    """
+    loaded = load(job.config, job.config.model)
+    profile, _ = profile_for(job.config, loaded)
+    assert isinstance(profile, SelectionProfile)
+    skipped = CalibratedSkip(
+        num_layers=len(decoder_layers(loaded.model)),
+        budget=Budget(sublayers=target.sublayers),
+        phase=check_phase(job.config.phase),
+        profile=profile,
+    )
+    pairs = []
+    for number, (part, batch) in enumerate(_first_batches(job)):
+        strategies = (None, skipped) if number % 2 == 0 else (skipped, None)
+        timed = {strategy: _seconds(job, part, batch, loaded, strategy) for strategy in strategies}
+        pairs.append((timed[None], timed[skipped]))
+    full_s, skipped_s = zip(*pairs[1:], strict=True)
+    estimate = median_estimate([full / skip for full, skip in pairs[1:]])
+    assert estimate is not None
+    device = device_name(loaded.model.device)
+    return replace(target, attained=Attained(estimate.value, estimate.low, estimate.high, device, full_s, skipped_s))
+
+
+def _first_batches(job: Job) -> list[tuple[Part, Sequence[Sample]]]:
+    """One batch to warm up with and `PAIRS` to time, from the tasks in turn, from the beginning again if they end."""
+    starts = range(0, max(len(part.samples) for part in job.parts), job.batch_size)
+    batches = zip_longest(
+        *([(part, part.samples[start : start + job.batch_size]) for start in starts] for part in job.parts)
+    )
+    filled = [(part, batch) for row in batches for part, batch in row if batch]
+    return list(islice(cycle(filled), PAIRS + 1))
+
+
+def _seconds(job: Job, part: Part, batch: Sequence[Sample], loaded: LoadedModel, strategy: Strategy | None) -> float:
+    tokenizer: Any = loaded.tokenizer
+    generation, *_ = generate(
+        loaded.model,
+        strategy,
+        prompt_ids(batch, part.task, loaded),
+        max_new_tokens=part.max_new_tokens,
+        min_new_tokens=part.max_new_tokens,
+        eos_token_ids=loaded.spec.stop_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tpot_s = None if generation.tpot_ms is None else generation.tpot_ms / 1000
+    return phase_seconds(check_phase(job.config.phase), generation.ttft_s, tpot_s, part.max_new_tokens)
