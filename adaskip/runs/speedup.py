@@ -168,11 +168,11 @@ def attain(job: Job, target: Target) -> Target:
     )
     pairs = []
     for number, (part, batch) in enumerate(_first_batches(job)):
-        strategies = (None, skipped) if number % 2 == 0 else (skipped, None)
-        timed = {strategy: _seconds(job, part, batch, loaded, strategy) for strategy in strategies}
-        pairs.append((timed[None], timed[skipped]))
+        first, second = (None, skipped) if number % 2 == 0 else (skipped, None)
+        times = [_seconds(job, part, batch, loaded, strategy) for strategy in (first, second)]
+        pairs.append(times if first is None else times[::-1])
     full_s, skipped_s = zip(*pairs[1:], strict=True)
-    estimate = median_estimate([full / skip for full, skip in pairs[1:]])
+    estimate = median_estimate([full / skip for full, skip in zip(full_s, skipped_s, strict=True)])
     assert estimate is not None
     device = device_name(loaded.model.device)
     return replace(target, attained=Attained(estimate.value, estimate.low, estimate.high, device, full_s, skipped_s))
