@@ -116,7 +116,7 @@ def test_a_budget_beyond_the_selection_is_refused(here, llama):
     path = replace(whole, selected={n: whole.selected[n] for n in range(1, 5)}).save(here / "named.json")
     subject = load_subject(config_of(selection=(str(path),)))
     assert isinstance(strategy_of(subject, "calibrated"), CalibratedSkip)
-    with pytest.raises(ValueError, match="goes up to 4 sublayers; budget .* asks for 6"):
+    with pytest.raises(ValueError, match=r"goes up to 4 sublayers; budget .* asks for 6"):
         Trials(subject, "wall").strategy(Cell("calibrated", "prefill", 6), WORKLOAD)
 
 
