@@ -8,7 +8,7 @@ BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
 BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test test-fast test-compat reproduce observations bench bench-testbed bench-gpu clean
+.PHONY: setup format lint type test test-all test-compat reproduce observations bench bench-testbed bench-gpu clean
 
 setup: .venv/.complete
 
@@ -31,11 +31,11 @@ type: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
-
-# Without the tests that take more than a few seconds each.
-test-fast: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+
+# With the tests that take more than a few seconds each: processes killed in the middle, compilers, whole searches.
+test-all: setup lint type
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
 
 # The oldest supported torch and transformers, on the newest supported Python.
 test-compat:

@@ -27,6 +27,7 @@ from adaskip.results.intervals import mean_estimate
 from adaskip.results.labels import PHASES as PHASE_LABELS
 from adaskip.results.labels import STRATEGIES as LABELS
 from adaskip.results.markdown import pipe_table
+from adaskip.runs.manifest import describe_model
 from adaskip.selection.select import select
 from adaskip.strategies import build
 
@@ -36,7 +37,7 @@ CALIBRATION_STORIES = 20
 PROMPT_TOKENS = 96
 ANSWER_TOKENS = 64
 BATCH_SIZE = 20
-"""Stories that run together; AdaSkip's window then chooses one set for all of them."""
+"""Stories that run together; with a strategy that learns online every story runs alone, a request of its own."""
 
 
 def tell(model: Any, bos: int, count: int) -> Tensor:
@@ -51,7 +52,7 @@ def tell(model: Any, bos: int, count: int) -> Tensor:
 def losses(model: Any, strategy: Any, stories: Tensor) -> list[float]:
     """Mean negative log-likelihood of each story's answer; strategy None: the full model."""
     found = []
-    for batch in stories.split(BATCH_SIZE):
+    for batch in stories.split(1 if strategy is not None and strategy.window_tokens else BATCH_SIZE):
         cache, logits = DynamicCache(config=model.config), []
         session = skipping(model, strategy, eos_token_id=[]) if strategy is not None else None
         with session if session is not None else torch.no_grad():
@@ -116,6 +117,7 @@ def main() -> None:
     loaded = load_model(None, checkpoint=str(checkpoint), device="cpu", dtype="float32")
     tokenizer: Any = loaded.tokenizer
     result = measure(loaded.model, tokenizer.bos_token_id or 1, arguments.stories)
+    result["model"] = {key: value for key, value in describe_model(loaded).items() if key != "checkpoint"}
     full = sum(result["full"]) / len(result["full"])
     text = (
         "# stories260K: test loss by strategy\n\n"

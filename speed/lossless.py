@@ -141,6 +141,7 @@ def run(name: str, count: int, path: Path) -> None:
     """Answer `count` prompts, going on with those that the file has already."""
     loaded = load(name)
     settings = {"model": name, "prompts": count, "drafts": [str(draft) for draft in DRAFTS], **describe_model(loaded)}
+    settings["checkpoint"] = Path(loaded.spec.checkpoint).name  # the folder, wherever it lies
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     same = ("model", "prompts", "drafts", "weights_fingerprint", "device_name", "threads", "versions")
     if saved is not None and any(saved["manifest"][key] != settings[key] for key in same):
