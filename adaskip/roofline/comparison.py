@@ -16,13 +16,14 @@ from adaskip.roofline.predict import predict
 from adaskip.roofline.shape import ModelShape
 from adaskip.roofline.work import AttentionImplementation
 from adaskip.runs.cells import GRID_STRATEGIES
-from adaskip.strategies import FULL, FixedPlan, Strategy, build
+from adaskip.strategies import FULL, CalibratedSkip, FixedPlan, Strategy, build
 
 PAPER_DEVICE = "L20"
 ADASKIP = "adaskip"
 ATTENTION_ALONE = "attention_alone"
 """AdaSkip's budget spent on nothing but attention, late layers first: how far its set can move the numbers."""
-SKIPPING = tuple(name for name in GRID_STRATEGIES if name != FULL)
+SKIPPING = tuple(name for name in GRID_STRATEGIES if name not in (FULL, CalibratedSkip.name))
+"""Without calibrated, whose sets only a search on a model's weights can tell."""
 
 
 @dataclass(frozen=True)
