@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -122,8 +122,7 @@ def _calibrate(config: CalibrateConfig) -> int:
 
 def _grid(config: GridConfig) -> int:
     if config.dry_run:
-        for line in dry_run(config):
-            print(line)
+        _print_lines(dry_run(config))
         return 0
     outcome = run_grid(config)
     complete, failed = len(outcome.complete), len(outcome.failed)
@@ -131,6 +130,16 @@ def _grid(config: GridConfig) -> int:
     if failed:
         print(f"{failed} cells failed; the same command tries them again", file=sys.stderr)
     return STOPPED if outcome.failed else 0
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Print until the end, or until a reader such as `head` has had enough."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered, at exit
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {

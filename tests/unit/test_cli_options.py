@@ -1,5 +1,8 @@
 """Options: a dataclass as command line and YAML file, and the configurations made of them."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 
 import pytest
@@ -171,3 +174,14 @@ def test_without_a_budget_a_run_skips_an_eighth(strategy):
 def test_a_grid_of_several_models_has_no_checkpoint():
     with pytest.raises(ValueError, match="exactly one of --models"):
         GridConfig(checkpoint="x")
+
+
+def test_a_reader_that_has_had_enough_of_a_dry_run_is_no_error():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "adaskip", "grid", "--dry-run", "--testbed", "--models", "llama"]
+    try:
+        done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    finally:
+        os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
