@@ -168,7 +168,7 @@ def window_cost(result: Result, workload: Workload, cell: Cell) -> Estimate:
 
 def calibration_over_plain(result: Result, workload: Workload) -> Estimate:
     """Time of a prefill that measures IO similarity / a plain one's."""
-    pairs = zip(*(result.of(workload, Cell(name)) for name in (MEASURING_PREFILL, PATCHED, PLAIN_PREFILL)), strict=True)
+    pairs = zip(*(result.of(workload, Cell(name)) for name in (MEASURING_PREFILL, PLAIN_PREFILL)), strict=True)
     estimate = median_estimate([measuring["prefill_s"] / plain["prefill_s"] for measuring, plain in pairs])
     assert estimate is not None
     return estimate
