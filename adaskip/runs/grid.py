@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cell, find_cells, find_job
 from adaskip.runs.runner import Progress, RunError, run
+from adaskip.strategies import CalibratedSkip
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,23 @@ class GridOutcome:
 
 def run_grid(config: GridConfig) -> GridOutcome:
     """Bring every cell to its end; the finished ones are only checked."""
-    cells = find_cells(config)
+    cells = searches_first(find_cells(config))
     jobs = min(config.jobs or default_jobs(config), len(cells))
     if jobs > 1 and config.threads is None:
         cells = [replace(cell, threads=1) for cell in cells]
     total = sum(find_job(cell).num_samples for cell in cells)
     with tqdm(total=total, unit="sample", desc="grid", smoothing=0.05, disable=None) as bar:
         return Pool(jobs, bar).run(cells)
+
+
+def searches_first(cells: Sequence[RunConfig]) -> list[RunConfig]:
+    """The cells of each model, one of each selection ahead, so that no two workers wait for the same search."""
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    searches: dict[tuple[str, str], RunConfig] = {}
+    for cell in cells:
+        if cell.strategy == CalibratedSkip.name:
+            searches.setdefault((cell.model, cell.phase), cell)
+    return sorted(cells, key=lambda cell: (models.index(cell.model), cell not in searches.values()))
 
 
 def default_jobs(config: GridConfig) -> int:

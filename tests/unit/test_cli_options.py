@@ -11,6 +11,7 @@ from adaskip.options import Parser, add_options, option, resolve
 from adaskip.plan import Budget
 from adaskip.runs.cells import load_setup
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.grid import searches_first
 from adaskip.runs.job import find_cell, find_cells
 
 
@@ -156,6 +157,18 @@ def test_a_grid_is_its_runs_in_order():
         ("vicuna", "adaskip", 4, 3),
         ("vicuna", "calibrated", 4, 3),
     ]
+
+
+def test_the_workers_of_a_grid_begin_with_one_cell_of_each_search():
+    cells = find_cells(GridConfig(testbed=True, models=("vicuna", "llama"), budgets=(4, 6)))
+    ordered = searches_first(cells)
+    assert sorted(map(repr, ordered)) == sorted(map(repr, cells))
+    half = len(cells) // 2
+    assert {cell.model for cell in ordered[:half]} == {"vicuna"}
+    for model in (ordered[:half], ordered[half:]):
+        searching = [(cell.strategy, cell.phase, cell.budget) for cell in model[:3]]
+        assert searching == [("calibrated", phase, 4) for phase in ("prefill", "decode", "e2e")]
+        assert model[3:] == [cell for cell in cells if cell in model[3:]]
 
 
 @pytest.mark.parametrize(
