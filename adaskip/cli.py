@@ -1,4 +1,4 @@
-"""The command line: `adaskip run`, `calibrate`, `grid` and `bench`, and the door through which the scripts come in.
+"""The command line: `adaskip run`, `calibrate`, `grid` and `bench`, and the doors through which the scripts come in.
 
 A user's mistake is one line and exit code 2; a run that stops half-way (out of memory, disk full) is one line and exit
 code 1; a signal is 128 plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead. Of
@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from adaskip.bench.command import ReportConfig, bench, bench_report
 from adaskip.bench.settings import BenchConfig, figure_settings
-from adaskip.options import Parser, add_options, resolve
+from adaskip.options import Config, Parser, add_options, resolve
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
@@ -53,6 +53,14 @@ def run_cell(*, phase: str, model: str, strategy: str) -> NoReturn:
 def run_speed(*, model: str) -> NoReturn:
     """What a speed script does: `adaskip bench` of its model, with the other options of that command."""
     sys.exit(guarded(lambda: _speed_script(model, sys.argv)))
+
+
+def study(doc: str | None, config: type[Config], execute: Callable[[Config], int]) -> int:
+    """The whole life of a script that is a study, with the options of `config`; returns its exit code.
+
+    doc: the script's docstring, whose first line describes it in the help text.
+    """
+    return guarded(lambda: _study((doc or "").split("\n")[0], config, execute, sys.argv))
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -94,6 +102,14 @@ def _speed_script(model: str, argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(argv[1:]))
     yaml_file = given.pop("config")
     return bench(resolve(BenchConfig, {**given, "model": model}, yaml_file))
+
+
+def _study(description: str, config: type[Config], execute: Callable[[Config], int], argv: Sequence[str]) -> int:
+    Processes().require_one(argv[0])
+    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
+    add_options(parser, config)
+    given = vars(parser.parse_args(argv[1:]))
+    return execute(resolve(config, given, given.pop("config")))
 
 
 def _run(config: RunConfig) -> int:

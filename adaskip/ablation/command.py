@@ -14,25 +14,19 @@ from transformers.utils.logging import disable_progress_bar
 from adaskip.ablation import figure, saved
 from adaskip.ablation.cells import ensure_cell, read_subject
 from adaskip.ablation.findings import find, groups
-from adaskip.ablation.settings import STORIES, AblationConfig
-from adaskip.ablation.stories import ensure_stories, read_stories, stories_dir
-from adaskip.cli import guarded
+from adaskip.ablation.settings import AblationConfig
+from adaskip.ablation.stories import ensure_stories, read_stories
+from adaskip.cli import study
 from adaskip.observations.findings import write_findings
-from adaskip.options import Parser, add_options, resolve
-
-NOT_AT_HAND = f"{STORIES} was left out: ADASKIP_REAL names no folder that holds it."
+from adaskip.stories import NOT_AT_HAND, STORIES, stories_dir
 
 
 def main(doc: str | None) -> int:
     """The script's whole life; returns its exit code. doc: the script's docstring."""
-    return guarded(lambda: _run((doc or "").split("\n")[0], sys.argv))
+    return study(doc, AblationConfig, _run)
 
 
-def _run(description: str, argv: Sequence[str]) -> int:
-    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
-    add_options(parser, AblationConfig)
-    given = vars(parser.parse_args(argv[1:]))
-    config = resolve(AblationConfig, given, given.pop("config"))
+def _run(config: AblationConfig) -> int:
     if not config.draw_only:
         measure(config)
     subjects = saved.load(config.out_dir)

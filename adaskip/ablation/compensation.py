@@ -20,16 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaskip.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
-from adaskip.ablation.settings import STORIES
-from adaskip.ablation.stories import CALIBRATION_STORIES, stories_dir, tell
+from adaskip.ablation.stories import TOKENS
 from adaskip.calibration import calibrate
-from adaskip.cli import guarded
+from adaskip.cli import study
 from adaskip.files import write_text_atomic
 from adaskip.importance import ImportanceProfile
 from adaskip.locks import exclusive
-from adaskip.models import LoadedModel, load_model
+from adaskip.models import LoadedModel
 from adaskip.observations.findings import write_findings
-from adaskip.options import Parser, add_options, option, resolve
+from adaskip.options import option
 from adaskip.plan import Budget, Compensation, Phase, SkipPlan, Sublayer
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
@@ -38,6 +37,7 @@ from adaskip.runs.profiles import calibration_data
 from adaskip.runs.sources import load
 from adaskip.selection.compensation import StreamMoments, stream_moments
 from adaskip.selection.divergence import OutputDivergence
+from adaskip.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.strategies import AdaSkip
 
 RESULTS_FILE = "compensation_divergences.json"
@@ -45,7 +45,6 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 STORIES_BUDGETS = (2, 4, 6)
 STORIES_SEED = 1
 """Other stories than those that the ablation of online learning tests on."""
-NOT_AT_HAND = f"{STORIES} was left out: ADASKIP_REAL names no folder that holds it."
 SAME = ("weights_fingerprint", "dtype", "device", "attn_implementation", "prompts_fingerprint", "calibration_prompts")
 """What must be equal for measurements to be continued."""
 
@@ -99,14 +98,10 @@ class Subject:
 
 def main(doc: str | None) -> int:
     """The script's whole life; returns its exit code. doc: the script's docstring."""
-    return guarded(lambda: _run((doc or "").split("\n")[0], sys.argv))
+    return study(doc, CompensationConfig, _run)
 
 
-def _run(description: str, argv: Sequence[str]) -> int:
-    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
-    add_options(parser, CompensationConfig)
-    given = vars(parser.parse_args(argv[1:]))
-    config = resolve(CompensationConfig, given, given.pop("config"))
+def _run(config: CompensationConfig) -> int:
     if not config.draw_only:
         with exclusive(config.results_path.with_suffix(".lock")):
             measure(config)
@@ -203,6 +198,6 @@ def _of_task(config: CompensationConfig, name: str) -> Subject:
 
 
 def _of_stories(held_out: int) -> Subject:
-    loaded = load_model(None, checkpoint=str(stories_dir()), device="cpu", dtype="float32")
-    prompts = tell(loaded, CALIBRATION_STORIES + held_out, STORIES_SEED)
+    loaded = load_stories()
+    prompts = tell(loaded, CALIBRATION_STORIES + held_out, TOKENS, STORIES_SEED)
     return Subject(loaded, prompts, CALIBRATION_STORIES, STORIES_BUDGETS, stops=[], pad=0)

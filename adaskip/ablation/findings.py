@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from adaskip.ablation.comparing import Comparison, comparisons
 from adaskip.ablation.saved import Subject
-from adaskip.ablation.settings import STORIES, Variant
+from adaskip.ablation.settings import Variant
 from adaskip.observations.findings import Claim, Findings, Table
 from adaskip.results import labels
 from adaskip.results.intervals import Estimate
+from adaskip.stories import STORIES
 from adaskip.strategies.adaskip import LEARNING_WINDOW
 
 NAME = "online_ablation"

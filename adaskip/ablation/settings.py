@@ -11,10 +11,10 @@ from adaskip.longbench import get_task
 from adaskip.options import option
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
+from adaskip.stories import STORIES
 
 OUTPUT_DIRS = {False: Path("results/online"), True: Path("results/testbed/online")}
 """By whether it is the testbed."""
-STORIES = "stories260K"
 WINDOWS = (5, 10, 20, 40)
 QUANTILES = (0.1, 0.25, 0.5)
 OFFLINE = (1.0, 1.5, 2.0, 2.5, 3.0)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,36 +19,22 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from adaskip.ablation.saved import SampleResult, Subject, mean_skipped
-from adaskip.ablation.settings import STORIES, AblationConfig, Variant
+from adaskip.ablation.settings import AblationConfig, Variant
 from adaskip.calibration import calibrate
 from adaskip.context import skipping
 from adaskip.importance import ImportanceProfile
-from adaskip.models import LoadedModel, load_model
+from adaskip.models import LoadedModel
 from adaskip.plan import Budget
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.manifest import describe_model
+from adaskip.stories import CALIBRATION_STORIES, STORIES, load_stories, tell
 from adaskip.strategies import AdaSkip
 
-BEGINNINGS = (
-    "Once upon a time, there was a little girl named",
-    "One day, a big dog",
-    "Tom and his mom went to the park. They",
-    "Lily liked to play with her",
-)
 TOKENS = 128
-"""Length of a story, its beginning included; shorter ones are not kept."""
+"""Length of a story, its beginning included."""
 PROMPT_TOKENS = 16
 """Of each story, read as its prompt."""
-CALIBRATION_STORIES = 20
-TOLD_TOGETHER = 16
 TASK = "stories"
-
-
-def stories_dir() -> Path | None:
-    """Where the model is; None if ADASKIP_REAL names no folder that holds it."""
-    folder = os.environ.get("ADASKIP_REAL")
-    found = Path(folder) / STORIES if folder else None
-    return found if found is not None and found.is_dir() else None
 
 
 def ensure_stories(config: AblationConfig, variant: Variant) -> None:
@@ -104,32 +88,9 @@ def _folder(config: AblationConfig, variant: Variant) -> RunFolder:
 @lru_cache(maxsize=1)
 def _prepared(count: int, seed: int) -> tuple[LoadedModel, ImportanceProfile, list[Tensor]]:
     """The model, its profile on stories of its own, and `count` others to measure on."""
-    folder = stories_dir()
-    assert folder is not None, "asked for only where it is"
-    loaded = load_model(None, checkpoint=str(folder), device="cpu", dtype="float32")
-    told = tell(loaded, CALIBRATION_STORIES + count, seed)
+    loaded = load_stories()
+    told = tell(loaded, CALIBRATION_STORIES + count, TOKENS, seed)
     return loaded, calibrate(loaded.model, told[:CALIBRATION_STORIES]), told[CALIBRATION_STORIES:]
-
-
-@torch.no_grad()
-def tell(loaded: LoadedModel, count: int, seed: int) -> list[Tensor]:
-    """So many stories of `TOKENS` tokens, sampled from the model, [S] each."""
-    model: Any = loaded.model
-    tokenizer: Any = loaded.tokenizer
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    kept: list[Tensor] = []
-    torch.manual_seed(seed)
-    while len(kept) < count:
-        for beginning in BEGINNINGS:
-            prompt = torch.tensor(tokenizer(beginning).input_ids)[None].expand(TOLD_TOGETHER, -1)
-            told = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_length=TOKENS, pad_token_id=0
-            )
-            whole = ~torch.isin(told[:, prompt.shape[1] :], ends).any(dim=1)
-            kept += list(told[whole]) if told.shape[1] == TOKENS else []
-    order = torch.randperm(len(kept)).tolist()  # so that calibration and test stories begin alike
-    return [kept[i] for i in order[:count]]
 
 
 @torch.no_grad()

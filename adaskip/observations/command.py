@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from adaskip.cli import guarded
+from adaskip.cli import study
 from adaskip.observations import figures, hit_rates, kinds, layers, phases, skip_check, skip_findings
 from adaskip.observations.findings import Findings, write_findings
 from adaskip.observations.measuring import measure_targets
 from adaskip.observations.saved import load_saved
 from adaskip.observations.settings import ObserveConfig, Target
-from adaskip.options import Parser, add_options, resolve
-from adaskip.runs.processes import Processes
 
 Result = tuple[list[Findings], list[Path]]
 """What was found, and the figures of it."""
@@ -23,16 +20,10 @@ Result = tuple[list[Findings], list[Path]]
 
 def main(observation: str, doc: str | None) -> int:
     """A script's whole life; returns its exit code. doc: the script's docstring."""
-    description = (doc or "").split("\n")[0]
-    return guarded(lambda: _run(observation, description, sys.argv))
+    return study(doc, ObserveConfig, lambda config: _run(observation, config))
 
 
-def _run(observation: str, description: str | None, argv: Sequence[str]) -> int:
-    Processes().require_one(argv[0])
-    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
-    add_options(parser, ObserveConfig)
-    given = vars(parser.parse_args(argv[1:]))
-    config = resolve(ObserveConfig, given, given.pop("config"))
+def _run(observation: str, config: ObserveConfig) -> int:
     found, drawn = OBSERVATIONS[observation](config)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for findings in found:

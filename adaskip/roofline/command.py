@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +11,11 @@ from pathlib import Path
 import torch
 
 from adaskip.bench.skip_sets import ASSUMED, assumed_profile
-from adaskip.cli import guarded
+from adaskip.cli import study
 from adaskip.files import write_text_atomic
 from adaskip.importance import ImportanceProfile
 from adaskip.models import architecture
-from adaskip.options import Parser, add_options, option, resolve
+from adaskip.options import option
 from adaskip.results.paper import load_paper
 from adaskip.roofline.ceilings import known_ceilings, known_devices, measure_ceilings
 from adaskip.roofline.comparison import PAPER_DEVICE, Device, Workload, compare, explain, ways
@@ -85,14 +83,10 @@ class RooflineConfig:
 
 def main(doc: str | None) -> int:
     """The script's whole life; returns its exit code. doc: the script's docstring."""
-    return guarded(lambda: _run((doc or "").split("\n")[0], sys.argv))
+    return study(doc, RooflineConfig, _run)
 
 
-def _run(description: str, argv: Sequence[str]) -> int:
-    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
-    add_options(parser, RooflineConfig)
-    given = vars(parser.parse_args(argv[1:]))
-    config = resolve(RooflineConfig, given, given.pop("config"))
+def _run(config: RooflineConfig) -> int:
     print("wrote " + ", ".join(map(str, write(config, predict_all(config)))))
     return 0
 

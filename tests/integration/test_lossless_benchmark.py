@@ -8,31 +8,69 @@ from pathlib import Path
 
 import pytest
 
+from adaskip.bench import lossless
+
 SCRIPT = Path(__file__).resolve().parents[2] / "speed" / "lossless.py"
 
 
-@pytest.mark.slow
-def test_the_benchmark_continues_and_counts_differing_answers(tmp_path, monkeypatch, capsys):
-    def start(prompts):
-        arguments = ["lossless.py", "--model", "llama", "--prompts", str(prompts), "--output", str(tmp_path)]
-        monkeypatch.setattr("sys.argv", arguments)
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return capsys.readouterr().out
+@pytest.fixture
+def start(tmp_path, monkeypatch, capsys):
+    """Run the script on the testbed's llama with some drafts: exit code, standard output, the line of an error."""
+    monkeypatch.setattr(lossless, "DRAFTS", lossless.DRAFTS[:2])
 
-    assert "10 answers compared with stock `generate`, 0 differing" in start(2)
-    path = tmp_path / "lossless-llama.json"
+    def start(*options: str) -> tuple[int, str, str]:
+        arguments = ["lossless.py", "--testbed", "--model", "llama", "--threads", "1", "--output-dir", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", [*arguments, *options])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()  # pyright: ignore[reportReturnType]
+
+    return start
+
+
+@pytest.mark.slow
+def test_the_benchmark_continues_and_counts_differing_answers(start, tmp_path):
+    code, table, _ = start("--prompts", "3")
+    assert code == 0
+    assert "6 answers compared with stock `generate`, 0 differing" in table
+    path = tmp_path / "cpu" / "lossless-llama.json"
     whole = json.loads(path.read_text())
-    first, second = whole["records"]
+    first, second, third = whole["records"]
     path.write_text(json.dumps({**whole, "records": [first]}))
-    start(2)
+    assert start("--prompts", "3")[0] == 0
     again = json.loads(path.read_text())["records"]
     assert again[0] == first
-    assert again[1]["answers"]["full"]["tokens"] == second["answers"]["full"]["tokens"]
-    with pytest.raises(SystemExit) as refusal:
-        start(3)
-    assert refusal.value.code == 2
+    for made, before in zip(again[1:], (second, third), strict=True):
+        assert [x["tokens"] for x in made["answers"].values()] == [x["tokens"] for x in before["answers"].values()]
+    code, _, error = start("--prompts", "2")
+    assert code == 2
+    assert "was measured with other prompts_fingerprint; give another --output-dir" in error
     again[1]["answers"]["adaskip 25.0% gamma 4"]["tokens"][-1] += 1
     path.write_text(json.dumps({**whole, "records": again}))
-    table = start(2)
-    assert "10 answers compared with stock `generate`, 1 differing" in table
-    assert "is finished" in table
+    assert "6 answers compared with stock `generate`, 1 differing" in start("--draw-only")[1]
+
+
+def test_nothing_saved_is_nothing_to_draw(start, tmp_path):
+    code, _, error = start("--draw-only")
+    assert code == 2
+    assert f"nothing is saved in {tmp_path}; leave out --draw-only" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompts", "1"], "--prompts must be at least 2, not 1"),
+        (["--models", "lama"], "unknown model 'lama'. Did you mean 'llama'?"),
+        (["--tasks", "terc"], "unknown LongBench task 'terc'"),
+    ],
+)
+def test_a_mistaken_option_is_refused(start, options, says):
+    code, _, error = start(*options)
+    assert code == 2
+    assert says in error
+
+
+def test_the_whole_layer_drafts_skip_whole_layers():
+    assert [draft.sublayers(16) for draft in lossless.DRAFTS] == [8, 8, 12, 16, 16, 8, 8]
+    assert lossless.Draft("early_exit", 0.25).sublayers(5) == 2
+    assert lossless.Draft("adaskip", 0.375).sublayers(5) == 4

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-from adaskip.ablation.command import NOT_AT_HAND, main
+from adaskip.ablation.command import main
 from adaskip.ablation.comparing import Comparison
 from adaskip.ablation.findings import find
 from adaskip.ablation.saved import SampleResult, Subject, keep, load, mean_skipped
-from adaskip.ablation.settings import STORIES, AblationConfig, Variant, variants
+from adaskip.ablation.settings import AblationConfig, Variant, variants
+from adaskip.stories import NOT_AT_HAND, STORIES
 
 NUM_SAMPLES = 12
 OFF_4, OFF_6, ONLINE, IDLE = Variant(4), Variant(6), Variant(4, 20, 0.25), Variant(4, 20)
