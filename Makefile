@@ -3,12 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON_COMPAT ?= python3.12
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
-BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m
+BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
 BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
-BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
+BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test test-all test-compat reproduce observations bench bench-testbed bench-gpu clean
+.PHONY: setup format lint type test test-all test-gpu test-compat reproduce observations bench bench-testbed bench-gpu clean
 
 setup: .venv/.complete
 
@@ -36,6 +36,10 @@ test: setup lint type
 # With the tests that take more than a few seconds each: processes killed in the middle, compilers, whole searches.
 test-all: setup lint type
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
+
+# The tests that need a CUDA device, on a machine that has one.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 # The oldest supported torch and transformers, on the newest supported Python.
 test-compat:
@@ -75,7 +79,7 @@ endif
 observations: setup
 	for script in $(OBSERVATIONS); do $(BIN)/python observations/$$script.py --model $(or $(MODEL),all) || exit 1; done
 
-# The benchmark on one core, in about six minutes; on a quiet machine. Each figure is a command of its own and continues.
+# The benchmark on one core, in about ten minutes; on a quiet machine. Each figure is a command of its own and continues.
 bench: setup
 	$(call measure,$(BENCH))
 

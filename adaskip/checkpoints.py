@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,20 +126,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> WeightFormat:
-    """Which weights the folder holds; safetensors are preferred, and each of them is opened to see that it is whole.
+    """Which weights the folder holds; safetensors are preferred, and each file is looked at to see that it is whole.
 
     Raises:
-        ModelError: no weights, a shard of the index is missing, or a safetensors file is damaged.
+        ModelError: no weights, a shard of the index is missing, or a file is damaged.
     """
-    for kind, pattern in WEIGHT_FILES.items():
-        files = sorted(folder.glob(pattern))
-        if files:
+    kinds: tuple[WeightFormat, ...] = ("safetensors", "bin")
+    for kind in kinds:
+        if files := sorted(folder.glob(WEIGHT_FILES[kind])):
             _check_shards(folder, kind)
-            if kind == "safetensors":
-                for path in files:
-                    _check_safetensors(path)
-                return "safetensors"
-            return "bin"
+            for path in files:
+                _check_safetensors(path) if kind == "safetensors" else _check_bin(path)
+            return kind
     raise ModelError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES.values())}")
 
 
@@ -164,8 +163,8 @@ def _check_shards(folder: Path, kind: str) -> None:
     if not index.is_file():
         return
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a weight index: {one_line(error)}") from None
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
@@ -180,6 +179,14 @@ def _check_safetensors(path: Path) -> None:
         raise ModelError(
             f"{path} is truncated or no safetensors file ({path.stat().st_size} bytes; {one_line(error)}): get it again"
         ) from None
+
+
+def _check_bin(path: Path) -> None:
+    """What torch.save writes is a zip archive, whose directory is at its end; files of before torch 1.6 are not."""
+    with path.open("rb") as handle:
+        begins_like_zip = handle.read(4) == b"PK\x03\x04"
+    if begins_like_zip and not zipfile.is_zipfile(path):
+        raise ModelError(f"{path} is truncated ({path.stat().st_size} bytes): get it again")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

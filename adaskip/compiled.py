@@ -40,11 +40,13 @@ class CompiledSteps:
         self.steps: dict[tuple[StepKind, Work], Callable[..., Any]] = {}
         self.layers: tuple[Callable[..., Any], ...] = ()
 
-    def run(self, patches: ModelPatches, kind: StepKind, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def run(
+        self, patches: ModelPatches, kind: StepKind, model: nn.Module, inputs: dict[str, Any], max_step_graphs: int
+    ) -> Any:
         """One forward of `model` with the plan its patches were given. kind: chunks of a prompt have shapes apart."""
         key = kind, patches.work
         step = self.steps.get(key)
-        if step is None and len(self.steps) < MAX_STEP_GRAPHS:
+        if step is None and len(self.steps) < max_step_graphs:
             _pin_scales(patches)
             step = self.steps[key] = torch.compile(_with_own_code(_step), **self.config.to_dict())
         if step is not None:

@@ -19,7 +19,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip.blocks import find_decoder, restore_attribute
-from adaskip.compiled import StepKind, compiled_steps
+from adaskip.compiled import MAX_STEP_GRAPHS, StepKind, compiled_steps
 from adaskip.kv_cache import release_skipped, restore_emptied, skipped_layers
 from adaskip.patching import NOTHING, ModelPatches, patches_of
 from adaskip.request import LearningWindow, Request, RequestTrace
@@ -29,7 +29,11 @@ from adaskip.token_ids import end_token_ids
 
 @contextmanager
 def skipping(
-    model: PreTrainedModel, strategy: Strategy, *, eos_token_id: int | list[int] | None = None
+    model: PreTrainedModel,
+    strategy: Strategy,
+    *,
+    eos_token_id: int | list[int] | None = None,
+    max_step_graphs: int = MAX_STEP_GRAPHS,
 ) -> Iterator[SkippingSession]:
     """Skip sublayers of `model` as `strategy` says, as long as the context lasts.
 
@@ -39,6 +43,8 @@ def skipping(
 
     eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config.
     Give it here, too, if you give `generate` another one.
+    max_step_graphs: where `generate` compiles, the first so many sets of sublayers of the model get a graph of the
+    whole step; later sets run from graphs of single layers, which serve them all.
 
     Two limits. A compiled model cannot be called directly (the choice of the plan would become part of the graph);
     `generate` compiles around it. In assisted decoding a decode step is a verification of several tokens, and so
@@ -55,7 +61,7 @@ def skipping(
             f"strategy {strategy.name} was made for {strategy.num_layers} layers, "
             f"{type(model).__name__} has {len(patches.patches)}"
         )
-    session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id))
+    session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id), max_step_graphs)
     overrides = {
         "prepare_inputs_for_generation": session.wrap_prepare_inputs(),
         "get_compiled_call": session.get_compiled_call,
@@ -76,9 +82,15 @@ class SkippingSession:
     """One `skipping` context: it follows the requests that run through the model."""
 
     def __init__(
-        self, model: PreTrainedModel, strategy: Strategy, patches: ModelPatches, eos_token_ids: tuple[int, ...]
+        self,
+        model: PreTrainedModel,
+        strategy: Strategy,
+        patches: ModelPatches,
+        eos_token_ids: tuple[int, ...],
+        max_step_graphs: int,
     ):
         self.model, self.strategy, self.patches, self.eos_token_ids = model, strategy, patches, eos_token_ids
+        self.max_step_graphs = max_step_graphs
         self._requests: WeakKeyDictionary[Cache, Request] = WeakKeyDictionary()
         self._last: Request | None = None
         self._measuring: LearningWindow | None = None  # the window of the request whose step runs
@@ -128,7 +140,7 @@ class SkippingSession:
         steps = compiled_steps(self.patches, compile_config)
 
         def compiled_call(**inputs):
-            return steps.run(self.patches, self._kind, self.model, inputs)
+            return steps.run(self.patches, self._kind, self.model, inputs, self.max_step_graphs)
 
         return compiled_call
 

@@ -136,9 +136,17 @@ def _cache_options(
         return {}
     if not compile:
         return {"cache_implementation": "static", "disable_compile": True}
-    config: Any = CompileConfig() if compile is True else copy.copy(compile)
-    config._compile_all_devices = True  # the CPU, too: here it was asked for
-    return {"cache_implementation": "static", "compile_config": config}
+    return {
+        "cache_implementation": "static",
+        "compile_config": on_any_device(CompileConfig() if compile is True else compile),
+    }
+
+
+def on_any_device(config: CompileConfig) -> CompileConfig:
+    """The same for every device: transformers compiles on some only, unless it is told otherwise."""
+    config = copy.copy(config)
+    config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    return config
 
 
 def _until_end(token_ids: list[int], ends: list[int]) -> list[int]:

@@ -17,6 +17,11 @@ from adaskip.checkpoints import ModelError
 
 MODEL_TYPE = "internlm"
 BASE = 10000.0
+CLEAN_UP = {
+    **{" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"},
+    **{" n't": "n't", " 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"},
+}
+"""What the published tokenizer replaces in all decoded text, in this order, whatever its settings say."""
 SAME_NAME = (
     "vocab_size",
     "hidden_size",
@@ -62,7 +67,8 @@ class InternLMTokenizer(SentencePieceBackend):
     """The checkpoint's SentencePiece model itself behind transformers' tokenizer interface.
 
     Text is cut at the special tokens and every part goes through SentencePiece, as in InternLM's own class: token ids
-    are the original's whatever normalisation the model file asks for. `<eoh>` and `<eoa>` are ordinary pieces.
+    are the original's whatever normalisation the model file asks for. `<eoh>` and `<eoa>` are ordinary pieces. Decoded
+    text is cleaned up as there, so that a prompt that loses its middle, and an answer, read as LongBench's.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (transformers' own attribute)
@@ -75,7 +81,7 @@ class InternLMTokenizer(SentencePieceBackend):
         super().__init__(**{**special, **options, "legacy": True})
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of pieces; SentencePiece joins byte pieces and drops the space it put in front itself."""
+        """Text of pieces, cleaned up; SentencePiece joins byte pieces and drops the space it put in front itself."""
         parts: list[str] = []
         run: list[str] = []
         for token in tokens:
@@ -84,4 +90,7 @@ class InternLMTokenizer(SentencePieceBackend):
                 run = []
             else:
                 run.append(token)
-        return "".join([*parts, self.sp_model.decode(run)])
+        text = "".join([*parts, self.sp_model.decode(run)])
+        for spaced, joined in CLEAN_UP.items():
+            text = text.replace(spaced, joined)
+        return text

@@ -31,8 +31,10 @@ __all__ = [
     "TaskSpec",
     "as_dataset",
     "build_prompt_ids",
+    "find_set",
     "get_task",
     "load_records",
+    "set_meant",
 ]
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,33 @@ def get_task(name: str) -> TaskSpec:
     raise LongBenchError(f"unknown LongBench task {name!r}.{hint} Tasks: {', '.join(TASKS)}")
 
 
+def set_meant(task: str, extended: bool | None = None) -> str:
+    """The set that a task's name means: of `trec` LongBench-E's `trec_e`, unless `extended` is False; of `trec_e` that.
+
+    Raises:
+        LongBenchError: no such task.
+    """
+    spec = get_task(task)
+    takes_extended = task not in TASKS or (spec.has_extended and extended is not False)
+    return spec.name + EXTENDED_SUFFIX * takes_extended
+
+
+def find_set(task: str, source: str | Path | None = None, extended: bool | None = None) -> JsonlFile:
+    """The file of a task's records in `source`; the arguments are those of `load_records`.
+
+    Raises:
+        LongBenchError: unknown task, a missing or broken source, or no such set in it.
+    """
+    spec, sets, meant = get_task(task), list_sets(source), set_meant(task, extended)
+    if extended and not spec.has_extended:
+        raise LongBenchError(f"LongBench-E has no set of {spec.name!r}; it has: {', '.join(EXTENDED_TASKS)}")
+    names = [meant] + [task] * (extended is None and meant != task)
+    for name in names:
+        if name in sets:
+            return sets[name]
+    raise LongBenchError(f"{source or HUB} has no {' or '.join(names)} (.jsonl); it has: {', '.join(sets)}")
+
+
 def load_records(
     task: str,
     source: str | Path | None = None,
@@ -140,9 +169,9 @@ def load_records(
     """
     if limit is not None and limit < 1:
         raise LongBenchError(f"limit is {limit}, it must be at least 1")
-    spec = get_task(task)
-    extended = True if task not in TASKS else extended
-    file = _choose_set(spec, list_sets(source), source, extended)
+    spec, file = get_task(task), find_set(task, source, extended)
+    if extended is None and file.set_name != (meant := set_meant(task)):
+        logger.warning("%s has no %s.jsonl (LongBench-E); taking %s.jsonl", source, meant, file.set_name)
     records = (_checked(record, spec, f"{file}:{number}") for number, record in file.records())
     kept = list(islice((r for r in records if min_length is None or r["length"] > min_length), limit))
     if not kept:
@@ -157,22 +186,6 @@ def load_records(
 def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
     """Records in LongBench's format as a table in memory; texts stay as they are, to the last byte."""
     return Dataset.from_list([dict(record) for record in records], features=COLUMNS)
-
-
-def _choose_set(
-    spec: TaskSpec, sets: Mapping[str, JsonlFile], source: str | Path | None, extended: bool | None
-) -> JsonlFile:
-    if extended and not spec.has_extended:
-        raise LongBenchError(f"LongBench-E has no set of {spec.name!r}; it has: {', '.join(EXTENDED_TASKS)}")
-    plain, extended_name = spec.name, spec.name + EXTENDED_SUFFIX
-    if spec.has_extended and extended is not False and extended_name in sets:
-        return sets[extended_name]
-    if plain in sets and not extended:
-        if spec.has_extended and extended is None:
-            logger.warning("%s has no %s.jsonl (LongBench-E); taking %s.jsonl", source, extended_name, plain)
-        return sets[plain]
-    wanted = [extended_name] * (spec.has_extended and extended is not False) + [plain] * (not extended)
-    raise LongBenchError(f"{source or HUB} has no {' or '.join(wanted)} (.jsonl); it has: {', '.join(sets)}")
 
 
 def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, Any]:
@@ -206,7 +219,8 @@ def build_prompt_ids(
     Args:
         record: a record with the fields the task's template names.
         max_prompt_tokens: the model's limit before wrapping (llama 31500, internlm 7500, vicuna 15500).
-        chat_template: text with `{prompt}`; used only if the task is wrapped at all. None: no wrapper.
+        chat_template: text with `{prompt}`, or with `{prompt|trim}` for a wrapper that drops the white space around a
+            prompt; used only if the task is wrapped at all. None: no wrapper.
 
     Raises:
         LongBenchError: the record lacks a field, the limit is below 2, or the chat template has no `{prompt}`.
@@ -237,9 +251,12 @@ def _cut_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 
 
 def _wrap(prompt: str, chat_template: str) -> str:
+    # Not str.format: a template may hold other braces.
+    if "{prompt|trim}" in chat_template:
+        return chat_template.replace("{prompt|trim}", prompt.strip())
     if "{prompt}" not in chat_template:
         raise LongBenchError(f"the chat template has no {{prompt}}: {chat_template!r}")
-    return chat_template.replace("{prompt}", prompt)  # not str.format: a template may hold other braces
+    return chat_template.replace("{prompt}", prompt)
 
 
 def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 
 from adaskip.configs import load_yaml
 
@@ -45,6 +44,11 @@ class JsonlFile:
 
     def __str__(self) -> str:
         return f"{self.path}" if self.member is None else f"{self.path}!{self.member}"
+
+    @property
+    def set_name(self) -> str:
+        """`trec`, or `trec_e` for LongBench-E's."""
+        return Path(self.member or self.path).stem
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (line number, JSON object) in file order; blank lines are passed over.
@@ -99,7 +103,7 @@ def list_sets(source: str | Path | None = None) -> dict[str, JsonlFile]:
 
 def _sets_in_folder(folder: Path) -> dict[str, JsonlFile]:
     for candidate in (folder, folder / "data"):
-        found = {file.stem: JsonlFile(file) for file in sorted(candidate.glob("*.jsonl"))}
+        found = {file.set_name: file for file in map(JsonlFile, sorted(candidate.glob("*.jsonl")))}
         if found:
             return found
     archive = folder / "data.zip"
@@ -118,7 +122,7 @@ def _sets_in_zip(path: Path) -> dict[str, JsonlFile]:
         raise LongBenchError(f"{path} is neither a folder nor a readable zip archive ({error})") from None
     if not members:
         raise LongBenchError(f"archive {path} holds no .jsonl files")
-    return {Path(member).stem: JsonlFile(path, member) for member in members}
+    return {file.set_name: file for file in (JsonlFile(path, member) for member in members)}
 
 
 @cache
@@ -133,7 +137,7 @@ def hub_archive(download: bool = False) -> Path:
         with _quiet_hub():
             options = {"repo_type": "dataset", "revision": pin["revision"], "local_files_only": not download}
             path = Path(hf_hub_download(pin["repo"], pin["file"], **options))
-    except (OSError, HFValidationError) as error:
+    except Exception as error:  # the Hub's client passes on errors of the HTTP library it happens to use
         if not download:
             raise MissingDataError(
                 f"{pin['file']} of {pin['repo']} at {pin['revision'][:7]} is not in the local Hub cache; "

@@ -53,8 +53,10 @@ __all__ = [
     "ModelError",
     "ModelSpec",
     "architecture",
+    "check_checkpoint",
     "load_model",
     "placement",
+    "prompt_limit",
     "registry",
     "weight_files",
     "weights_fingerprint",
@@ -100,7 +102,7 @@ class ModelSpec:
     max_prompt_tokens: int
     """Longest prompt before wrapping; a longer one loses its middle."""
     chat_template: str | None
-    """Wrapper text with one `{prompt}`, or None."""
+    """Wrapper text with one `{prompt}`, or `{prompt|trim}` where the wrapper drops white space around it, or None."""
     stop_token_ids: tuple[int, ...]
     """Every token that ends an answer."""
     stop_strings: tuple[str, ...]
@@ -157,8 +159,8 @@ def architecture(name: str, checkpoint: str | Path | None = None) -> PreTrainedC
 
 
 def check_chat(chat: str) -> None:
-    """ModelError unless `chat` is "none", "template" or a text with one `{prompt}`."""
-    if chat not in ("none", "template") and chat.count("{prompt}") != 1:
+    """ModelError unless `chat` is "none", "template" or a text with one `{prompt}` (or `{prompt|trim}`)."""
+    if chat not in ("none", "template") and chat.count("{prompt}") + chat.count("{prompt|trim}") != 1:
         raise ModelError(f"chat must be 'none', 'template' or a text with one {{prompt}}, not {chat!r}")
 
 
@@ -171,6 +173,7 @@ def load_model(
     attn_implementation: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     chat: str | None = None,
+    max_prompt_tokens: int | None = None,
     offline: bool | None = None,
 ) -> LoadedModel:
     """Load a model, its tokenizer and what `configs/models.yaml` says about it.
@@ -183,6 +186,7 @@ def load_model(
         attn_implementation: transformers' attention backend; None: its choice.
         device_map: accelerate's device map, e.g. "auto", instead of `device`.
         chat: "none", "template" (the tokenizer's own chat template) or a text with `{prompt}`; None: the registry's.
+        max_prompt_tokens: longest prompt before wrapping; None: `prompt_limit`, with a warning below the registry's.
         offline: use the local Hub cache only; None: yes, unless `checkpoint` is a Hub id.
 
     Raises:
@@ -197,7 +201,13 @@ def load_model(
     folder, source = _find(entry, checkpoint, offline)
     raw = read_config(folder)
     config = _model_config(folder, raw)
-    entry = entry or ModelEntry(source, max_prompt_tokens=_prompt_limit(config))
+    limit = max_prompt_tokens or prompt_limit(config, name)
+    entry = entry or ModelEntry(source, limit)
+    if max_prompt_tokens is None and limit < entry.max_prompt_tokens:
+        logger.warning(
+            "%s was made for fewer tokens than %s: prompts are cut at %d, not at %d",
+            *(source, name, limit, entry.max_prompt_tokens),
+        )
     tokenizer = _load_tokenizer(folder, raw)
     chat_template = _wrapper(chat or entry.chat, tokenizer)
     model = _load_weights(folder, config, attn_implementation, where)
@@ -206,7 +216,7 @@ def load_model(
         checkpoint=source,
         revision=commit_of(folder),
         weight_files=weight_files_fingerprint(folder),
-        max_prompt_tokens=entry.max_prompt_tokens,
+        max_prompt_tokens=limit,
         chat_template=chat_template,
         stop_token_ids=_stop_token_ids(entry.stop_tokens, model, tokenizer),
         stop_strings=entry.stop_strings,
@@ -232,6 +242,17 @@ def weight_files(name: str, checkpoint: str | Path | None = None) -> str | None:
     except ModelError:
         return None
     return weight_files_fingerprint(folder)
+
+
+def check_checkpoint(name: str, checkpoint: str | Path | None = None) -> None:
+    """Refuse what `load_model` would refuse for its configuration or weight files; a Hub id is downloaded as there.
+
+    Raises:
+        ModelError: the checkpoint is not to be had, or is no causal language model, or its weights are damaged.
+    """
+    folder, _ = _find(get_entry(name), checkpoint, offline=None)
+    _model_config(folder, read_config(folder))
+    check_weights(folder)
 
 
 def placement(
@@ -322,27 +343,55 @@ def _load_tokenizer(folder: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _prompt_limit(config: PreTrainedConfig) -> int:
-    """Positions the model was made for, linear rope scaling included, less the room for an answer (at most half)."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    factor = rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0
-    positions = int(config.max_position_embeddings * factor)
-    return max(positions - ANSWER_ROOM, positions // 2)
+def prompt_limit(config: PreTrainedConfig, name: str | None = None) -> int:
+    """Longest prompt before wrapping of a checkpoint with this configuration.
+
+    Of any checkpoint, the positions it was made for, scaled rope included, less the room for an answer (at most half).
+    Of one that stands for the model `name` of the registry, no more than the registry's limit; and just that with
+    dynamic NTK, which stretches the positions as far as a prompt goes.
+    """
+    text_config = config.get_text_config()
+    positions = int(text_config.max_position_embeddings)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind in ("linear", "yarn"):
+        unscaled = rope.get("original_max_position_embeddings") or positions
+        positions = max(positions, int(unscaled * (rope.get("factor") or 1.0)))
+    own = max(positions - ANSWER_ROOM, positions // 2)
+    if name is None:
+        return own
+    published = get_entry(name).max_prompt_tokens
+    return published if kind == "dynamic" else min(published, own)
 
 
 def _wrapper(chat: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text with `{prompt}` that `chat` stands for."""
+    """The text with `{prompt}` that `chat` stands for.
+
+    Raises:
+        ModelError: there is no chat template, or it does more to a prompt than to drop the white space around it.
+    """
     if chat == "none":
         return None
     if chat != "template":
         return chat
+    spaced = " \n{prompt} \n"
     with _said_in_one_line("the tokenizer has no usable chat template"):
-        messages = [{"role": "user", "content": "{prompt}"}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text, around_spaced = (_one_turn(tokenizer, content) for content in ("{prompt}", spaced))
     check_chat(text)
+    if around_spaced == text:
+        text = text.replace("{prompt}", "{prompt|trim}")
+    elif around_spaced != text.replace("{prompt}", spaced):
+        raise ModelError(
+            "the tokenizer's chat template drops some of the white space around a prompt: give a text with {prompt}"
+        )
     # The tokenizer puts its own begin-of-text in front when the wrapped prompt is tokenised.
     begins = tokenizer("", add_special_tokens=True).input_ids[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(str(tokenizer.bos_token)) if begins else text
+
+
+def _one_turn(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    messages = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _stop_token_ids(

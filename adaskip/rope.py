@@ -13,11 +13,13 @@ Dynamic NTK stretches the rotary base once a sequence is longer than `max_positi
 
 On a small trained model (stories260K, limit 128, prompts of 400 tokens decoded to 480) the KL divergence to the
 published behaviour is 0.005 here and 0.23 stock, the next token the same in 96.7 % and 78.2 % of the steps
-(tests/unit/test_internlm.py measures it). A prompt below the limit that is decoded past it stays on the plain base, and
-a chunked prefill takes the base of its first chunk.
+(tests/unit/test_internlm.py measures it). A prompt below the limit that is decoded past it stays on the plain base, a
+chunked prefill takes the base of its first chunk, and a prompt of one token that is given a used cache object takes,
+from its second token on, the base of the request before it.
 
 The length lives with its owner, the request's KV cache, one number per batch row: requests may be interleaved, and a
-row does not feel its neighbours. No host synchronisation, no data-dependent branch.
+row does not feel its neighbours. No host synchronisation, no data-dependent branch. A decode step only reads it: as a
+CUDA graph, it must not take in what an earlier run of the graph put out, for that is overwritten by then.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ class DynamicNTKRope(nn.Module):
         self.prompt_length: Tensor | None = None  # of the request in this forward; set and cleared by the hooks below
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [B, S, head_dim] in x's dtype, of positions [B, S]."""
+        """cos and sin, [B, S, head_dim] on x's device and in its dtype, of positions [B, S]."""
+        if self.inv_freq.device != x.device:  # a model spread over devices: accelerate's hook was the stock module's
+            self.to(x.device)
+        position_ids = position_ids.to(x.device)
         inv_freq = self.inv_freq * self._stretch(position_ids) ** -self.exponent
         angles = position_ids[..., None].float() * inv_freq[:, None]
         angles = torch.cat((angles, angles), dim=-1)
@@ -65,10 +70,12 @@ class DynamicNTKRope(nn.Module):
         The base is multiplied by stretch ** (d / (d - 2)), hence frequency i by stretch ** (-2i / (d - 2)).
         """
         length = position_ids.amax(dim=-1, keepdim=True) + 1
-        if self.prompt_length is not None:
+        held = self.prompt_length
+        if held is not None:
             begins = position_ids.amin(dim=-1, keepdim=True) == 0  # a reused cache object begins a new request
-            length = torch.where(begins, length, self.prompt_length.to(length.device))
-        self.prompt_length = length
+            length = torch.where(begins, length, held.to(length.device))
+        if held is None or position_ids.shape[-1] > 1:
+            self.prompt_length = length
         return 1 + self.factor * (length / self.limit - 1).clamp(min=0)
 
 

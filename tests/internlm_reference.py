@@ -106,6 +106,13 @@ def train_tokenizer(path: Path, **options: Any) -> None:
     )
 
 
+def clean_up(text: str) -> str:
+    """What the published tokenizer does with every decoded text, whatever its settings say."""
+    text = text.replace(" .", ".").replace(" ?", "?").replace(" !", "!").replace(" ,", ",").replace(" ' ", "'")
+    text = text.replace(" n't", "n't").replace(" 'm", "'m").replace(" 's", "'s")
+    return text.replace(" 've", "'ve").replace(" 're", "'re")
+
+
 def write_checkpoint(
     folder: Path, weights: dict[str, Tensor], *, layout: str, config: dict[str, Any] | None = None
 ) -> Path:

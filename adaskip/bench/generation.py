@@ -11,30 +11,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
-from adaskip.bench.cells import EAGER
+from adaskip.bench.cells import Cell, Workload
 from adaskip.bench.stopwatch import Clock, Stopwatch
 from adaskip.blocks import decoder_layers
 from adaskip.context import skipping
-from adaskip.kv_cache import kv_bytes
+from adaskip.generate import on_any_device
+from adaskip.kv_cache import kv_bytes, restore_emptied
 from adaskip.patching import patches_of
 from adaskip.request import RequestTrace
 from adaskip.strategies import Strategy
 
+MANY = 64
+"""Every set of a benchmark gets a graph of the whole step, so that none is slower for having come late."""
+
 
 @cache
-def mode_options(mode: str) -> dict[str, Any]:
-    """The arguments of `generate` that make it decode in a mode; the same objects each time, so that graphs last.
+def compile_config() -> CompileConfig:
+    """transformers' default, on any device, with graphs of their own for every prompt length; always the same object,
+    so that graphs last."""
+    return on_any_device(CompileConfig(dynamic=False))
 
-    transformers compiles on CUDA only, unless it is told otherwise.
-    """
-    if mode == EAGER:
-        return {}
-    config: Any = CompileConfig()
-    config._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": config}
+
+class StaticCaches:
+    """The static KV cache of each cell, emptied and used again: a captured CUDA graph reads fixed addresses, and would
+    be captured anew for a new cache. A longer cache left from another workload would slow a shorter one down."""
+
+    def __init__(self) -> None:
+        self.caches: dict[tuple[Cell, Workload], StaticCache] = {}
+
+    def emptied(self, cell: Cell, workload: Workload, model: PreTrainedModel) -> StaticCache:
+        """The cell's cache for a workload, as if new; those of other workloads are let go."""
+        self.caches = {key: cache for key, cache in self.caches.items() if key[1] == workload}
+        if (cell, workload) not in self.caches:
+            length = workload.prompt_tokens + workload.new_tokens
+            config = model.config.get_text_config(decoder=True)
+            self.caches[cell, workload] = StaticCache(config=config, max_cache_len=length)
+        cache = self.caches[cell, workload]
+        restore_emptied(cache)
+        cache.reset()
+        return cache
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,10 @@ def timed_generation(
     """
     stopwatch = Stopwatch(ids.device, clock)
     stock_generate: Any = model.generate
-    with nullcontext() if strategy is None else skipping(model, strategy) as session, undisturbed(ids.device):
+    with (
+        nullcontext() if strategy is None else skipping(model, strategy, max_step_graphs=MANY) as session,
+        undisturbed(ids.device),
+    ):
         stopwatch.mark()
         output = stock_generate(
             input_ids=ids,

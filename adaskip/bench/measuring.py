@@ -6,7 +6,7 @@ import logging
 import platform
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ from adaskip.runs.manifest import device_name, git_commit
 logger = logging.getLogger(__name__)
 
 BUDGETS = (0.125, 0.25)
+WARM_UP = 0
+"""The number of the round that does not count."""
+LACKS_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How CUDA and cuBLAS say it; torch's own allocators are known to accelerate."""
 
 
 @dataclass(frozen=True)
@@ -93,44 +97,68 @@ class _Runner:
     cells: list[Cell]
     result: Result
     began: float
+    saved: bool = False
+    """Whether this command has added anything to the result."""
+    round_s: float = 0.0
+    """How long the last round took; a warm-up's time, which may hold compilation, until a round that counts follows."""
+    running: Record = field(default_factory=dict)
+    """Workload, cell and round of what runs."""
 
     def run(self, workload: Workload) -> str | None:
         """Run the missing rounds of a workload; returns a line on why some are still missing."""
-        if self.result.failed(workload) or self.result.rounds_of(workload) >= self.config.rounds:
+        done = self.result.rounds_of(workload)
+        if self.result.failed(workload) or done >= self.config.rounds:
             return None
         try:
-            took = self._round(workload, 0)[1]  # warms up, and shows how long a round takes
-            for number in range(self.result.rounds_of(workload) + 1, self.config.rounds + 1):
-                if self._too_late(took):
-                    return f"{workload}: {number - 1} of {self.config.rounds} rounds so far; the same command continues"
-                records, took = self._round(workload, number)
-                self.result.records += records
-                self.result.save()
-                logger.info("%s: round %d of %d, %.1f s", workload, number, self.config.rounds, took)
+            for number in (WARM_UP, *range(done + 1, self.config.rounds + 1)):
+                if self._too_late():
+                    return f"{workload}: {self._progress(workload)} so far; the same command continues"
+                records = self._round(workload, number)
+                if number != WARM_UP:
+                    self._save(records)
+                    logger.info("%s: round %d of %d, %.1f s", workload, number, self.config.rounds, self.round_s)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not _lacks_memory(error):
                 raise
         else:
             return None
-        self._give_up(workload)  # outside of the handler, whose traceback keeps the tensors alive
-        return f"{workload}: not enough memory on {self.trials.subject.model.device}; passed over"
+        return self._give_up(workload)  # outside of the handler, whose traceback keeps the tensors alive
 
-    def _round(self, workload: Workload, number: int) -> tuple[list[Record], float]:
+    def _round(self, workload: Workload, number: int) -> list[Record]:
         start, records = time.monotonic(), []
         for cell in rotated(self.cells, number):
-            about = {"workload": vars(workload), "cell": cell.to_dict(), "round": number}
-            records.append({**about, **_rounded(self.trials.run(cell, workload))})
-        return records, time.monotonic() - start
+            self.running = {"workload": vars(workload), "cell": cell.to_dict(), "round": number}
+            records.append({**self.running, **_rounded(self.trials.run(cell, workload))})
+        self.round_s = time.monotonic() - start
+        return records
 
-    def _too_late(self, round_s: float) -> bool:
+    def _too_late(self) -> bool:
+        """Whether another round would end behind the time limit.
+
+        Never before something is saved: however slow the warm-up, a command that is repeated comes to an end.
+        """
         limit = self.config.time_limit_s
-        return limit is not None and time.monotonic() - self.began + round_s > limit
+        return limit is not None and self.saved and time.monotonic() - self.began + self.round_s > limit
 
-    def _give_up(self, workload: Workload) -> None:
+    def _give_up(self, workload: Workload) -> str:
+        """Note which cell lacked memory; the rounds before it stay."""
         torch.cuda.empty_cache()
-        self.result.records = [record for record in self.result.records if record["workload"] != vars(workload)]
-        self.result.records.append({"workload": vars(workload), "cell": {}, "round": 0, "error": "out of memory"})
+        self._save([{**self.running, "error": "out of memory"}])
+        device, cell = self.trials.subject.model.device, Cell(**self.running["cell"])
+        return f"{workload}: not enough memory on {device} for {cell.label}; {self._progress(workload)}"
+
+    def _save(self, records: list[Record]) -> None:
+        self.result.records += records
         self.result.save()
+        self.saved = True
+
+    def _progress(self, workload: Workload) -> str:
+        return f"{self.result.rounds_of(workload)} of {self.config.rounds} rounds"
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    told = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return told or any(text in str(error) for text in LACKS_MEMORY)
 
 
 def _rounded(value: Any) -> Any:

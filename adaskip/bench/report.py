@@ -46,14 +46,14 @@ COLUMNS = (
 def write_bench_report(results_dir: Path) -> list[Path]:
     """Write `summary.md` into `results_dir`, and a table and a plot beside every study of strategies.
 
-    Raises ValueError if there is no result.
+    What lacked memory has a page beside it, too. Raises ValueError if there is no result.
     """
     results = load_results(results_dir)
     if not results:
         raise ValueError(f"no benchmark results in {results_dir}; `adaskip bench` makes them")
     written = [write_text_atomic(results_dir / "summary.md", f"{INTRODUCTION}\n\n{bars_markdown(results)}\n")]
     for result in results:
-        if result.entries:
+        if result.study == "strategies" or any(map(result.failed, result.workloads)):
             written.append(write_text_atomic(result.path.with_suffix(".md"), result_markdown(result)))
             written += draw(result)
     return written
@@ -63,13 +63,17 @@ def result_markdown(result: Result) -> str:
     """One study of strategies: what was measured on what, a table per workload, and the time of the sublayers."""
     parts = [f"# {result.name}", *_about(result)]
     for workload in result.workloads:
-        if result.failed(workload):
-            parts += [f"## {workload}", "Not enough memory."]
-            continue
-        lines = [_line(entry) for entry in result.entries if vars(workload).items() <= entry.items()]
-        parts += [f"## {workload}, {result.rounds_of(workload)} rounds", pipe_table(COLUMNS, lines)]
-        parts += _sublayer_lines(result, workload)
+        parts += [f"## {workload}, {result.rounds_of(workload)} rounds", *_failure(result, workload)]
+        if lines := [_line(entry) for entry in result.entries if vars(workload).items() <= entry.items()]:
+            parts += [pipe_table(COLUMNS, lines), *_sublayer_lines(result, workload)]
     return "\n\n".join(parts) + "\n"
+
+
+def _failure(result: Result, workload: Workload) -> list[str]:
+    if (failure := result.failure(workload)) is None:
+        return []
+    when = f"round {failure['round']}" if failure["round"] else "the warm-up"
+    return [f"Not enough memory for {Cell(**failure['cell']).label} in {when}."]
 
 
 def _about(result: Result) -> list[str]:

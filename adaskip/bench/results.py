@@ -24,8 +24,8 @@ class Result:
     """What is known of one benchmark.
 
     manifest: `identity` (what must not change), and what describes model, machine and code. records: each with
-    workload, cell, round and what the cell measured, or `error`. limits: least times of cells on the device's measured
-    ceilings. entries: medians over the rounds, made from the records.
+    workload, cell, round and what the cell measured, or `error` if its memory was not enough. limits: least times of
+    cells on the device's measured ceilings. entries: medians over the rounds, made from the records.
     """
 
     path: Path
@@ -60,9 +60,14 @@ class Result:
             and (cell is None or record["cell"] == cell.to_dict())
         ]
 
+    def failure(self, workload: Workload) -> Record | None:
+        """Which cell in which round lacked memory; None if none did."""
+        errors = (record for record in self.records if "error" in record)
+        return next((record for record in errors if record["workload"] == vars(workload)), None)
+
     def failed(self, workload: Workload) -> bool:
-        """Whether the memory was not enough for `workload`."""
-        return any("error" in record and record["workload"] == vars(workload) for record in self.records)
+        """Whether the memory was not enough for `workload`; whole rounds before that still count."""
+        return self.failure(workload) is not None
 
     @property
     def workloads(self) -> list[Workload]:

@@ -18,6 +18,8 @@ from adaskip.strategies.adaskip import LEARNING_WINDOW
 
 GENERATION_TOKENS = 256
 """The length of generation that the learning window's cost is told for."""
+WINDOW_STEPS = LEARNING_WINDOW + 1
+"""Decode steps that differ by the window: its own, and the one behind it."""
 
 
 def tpot_s(record: Record) -> float:
@@ -154,12 +156,17 @@ def window_cost(result: Result, workload: Workload, cell: Cell) -> Estimate:
 
     The window's bookkeeping ends with the step behind it; only these steps are compared, and the time they add is
     set against 255 mean steps: so a machine's noise over the rest does not drown it.
+
+    Raises ValueError if the answers end before the window does.
     """
-    measured = LEARNING_WINDOW + 1
+    if workload.decode_steps < WINDOW_STEPS:
+        raise ValueError(
+            f"the learning window's cost shows in {WINDOW_STEPS} decode steps; {workload} have {workload.decode_steps}"
+        )
     without = Cell(WINDOWLESS, cell.phase, cell.sublayers, cell.mode)
     costs = []
     for ours, plain in zip(result.of(workload, cell), result.of(workload, without), strict=True):
-        added = sum(ours["steps_s"][:measured]) - sum(plain["steps_s"][:measured])
+        added = sum(ours["steps_s"][:WINDOW_STEPS]) - sum(plain["steps_s"][:WINDOW_STEPS])
         costs.append(added / (tpot_s(plain) * (GENERATION_TOKENS - 1)))
     estimate = median_estimate(costs)
     assert estimate is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from adaskip.bench.cells import (
     ADASKIP,
     BREAKDOWN,
     COUNTS,
+    EAGER,
     KV_CHECK,
     MEASURING_PREFILL,
     PATCHED,
@@ -23,7 +24,7 @@ from adaskip.bench.cells import (
     Workload,
 )
 from adaskip.bench.counts import count_work
-from adaskip.bench.generation import mode_options, sublayer_times, timed_generation, undisturbed
+from adaskip.bench.generation import StaticCaches, compile_config, sublayer_times, timed_generation, undisturbed
 from adaskip.bench.kv_check import check_kv
 from adaskip.bench.skip_sets import decode_plans, shares
 from adaskip.bench.stopwatch import Clock, Stopwatch
@@ -42,6 +43,7 @@ class Trials:
 
     subject: Subject
     clock: Clock
+    static_caches: StaticCaches = field(default_factory=StaticCaches)
 
     def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """What `cell` measures on `workload`. Raises torch's error if the memory is not enough."""
@@ -93,7 +95,7 @@ class Trials:
             self.prompts(workload),
             workload.new_tokens,
             self.clock,
-            **mode_options(cell.mode),
+            **self._mode_options(cell, workload),
         )
         measured = timed.to_dict()
         if strategy is not None and timed.trace is not None:
@@ -101,6 +103,13 @@ class Trials:
             measured["prefill_shares"] = shares([strategy.prefill_plan], strategy.num_layers)
             measured["decode_shares"] = shares(plans, strategy.num_layers)
         return measured
+
+    def _mode_options(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        """The arguments of `generate` that make it decode in the cell's mode."""
+        if cell.mode == EAGER:
+            return {}
+        cache = self.static_caches.emptied(cell, workload, self.subject.model)
+        return {"past_key_values": cache, "compile_config": compile_config()}
 
     def _breakdown(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """Seconds of each sublayer in the prompt's forward and, by medians over the steps, in a decode step."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from adaskip.bench.settings import RESULTS_DIR
 from adaskip.bench.skip_sets import ASSUMED, assumed_profile
 from adaskip.cli import study
 from adaskip.files import write_text_atomic
@@ -22,6 +23,7 @@ from adaskip.roofline.comparison import PAPER_DEVICE, Device, Workload, compare,
 from adaskip.roofline.crossover import crossovers
 from adaskip.roofline.figure import plot_sublayers
 from adaskip.roofline.launches import Launches
+from adaskip.roofline.measured import read_measured
 from adaskip.roofline.report import Roofline
 from adaskip.roofline.shape import ModelShape
 from adaskip.runs.cells import MODELS, check_choice
@@ -29,6 +31,8 @@ from adaskip.runs.config import DTYPES
 from adaskip.runs.manifest import git_commit
 
 STEM = "roofline"
+PLACES = ("measured_dir", "output_dir")
+"""Options that name folders, not what is predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class RooflineConfig:
     profile: str | None = option(
         "saved importance profile of the one model given; if not given, a set like the paper's"
     )
+    measured_dir: str = option("folder of the benchmark's results, beside which predictions are shown", RESULTS_DIR)
     output_dir: str = option("where the results go", "speed/results/roofline")
 
     def __post_init__(self) -> None:
@@ -124,6 +129,7 @@ def predict_all(config: RooflineConfig) -> Roofline:
             crossover for model, shape in shapes.items() for crossover in crossovers(model, shape, devices[0].ceilings)
         ],
         operators={model: counted.by_kind() for model, counted in launches.items()},
+        measured=read_measured(Path(config.measured_dir)),
     )
 
 
@@ -143,7 +149,7 @@ def _manifest(config: RooflineConfig) -> dict[str, object]:
     versions = {name: version(name) for name in ("torch", "transformers", "adaskip")}
     return {
         "made_by": "speed/roofline.py",
-        "config": {name: value for name, value in asdict(config).items() if name != "output_dir"},
+        "config": {name: value for name, value in asdict(config).items() if name not in PLACES},
         "versions": {"python": platform.python_version(), **versions},
         "git_commit": git_commit(),
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaskip.roofline.comparison import ATTENTION_ALONE, PAPER_DEVICE, Device, Explained, Prediction, Workload
 from adaskip.roofline.crossover import STEPS, Crossover
+from adaskip.roofline.measured import Measured, measured_table
 from adaskip.roofline.shape import ModelShape
 from adaskip.roofline.tables import (
     EXPLANATIONS,
@@ -28,7 +29,7 @@ class Roofline:
     """Everything that was computed.
 
     shapes: by model. skip_set: where AdaSkip's sets come from. operators: by model, those of a decode step
-    (`Launches.by_kind`).
+    (`Launches.by_kind`). measured: what the benchmark timed, wherever that was.
     """
 
     work: Workload
@@ -39,6 +40,7 @@ class Roofline:
     explained: Sequence[Explained]
     crossovers: Sequence[Crossover]
     operators: Mapping[str, Mapping[str, int]]
+    measured: Sequence[Measured]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -56,6 +58,7 @@ class Roofline:
             "operators": self.operators,
             "predictions": [asdict(prediction) for prediction in self.predictions],
             "paper": [asdict(explained) for explained in self.explained],
+            "measured": [asdict(measured) for measured in self.measured],
         }
 
     def to_markdown(self, figure: str) -> str:
@@ -64,6 +67,7 @@ class Roofline:
         parts += ["## When attention skipping wins, and when FFN skipping does", *self._by_context(figure)]
         if self.explained:
             parts += [f"## Beside what the paper measured on one {PAPER_DEVICE}", *self._beside_the_paper()]
+        parts += ["## Beside what the benchmark measured", *self._beside_the_benchmark()]
         parts += ["## TTFT: milliseconds, and speedup over the full model", "The prompt skips (phase prefill)."]
         parts += [f"### {model}\n\n{times_table(self._of(model, 'prefill'), 'ttft')}" for model in self.shapes]
         parts += ["## TPOT: milliseconds, and speedup over the full model", "Decoding skips (phase decode)."]
@@ -111,6 +115,16 @@ class Roofline:
             f"Speedup of one forward on {device.name} with a quarter of the sublayers skipped, all of them attention / "
             "all FFN, by context:",
             context_table(self.shapes, device),
+        ]
+
+    def _beside_the_benchmark(self) -> list[str]:
+        if not self.measured:
+            return ["Nothing is measured yet: `adaskip bench` times the strategies on a device and its ceilings."]
+        return [
+            "Speedups over the full model in the same mode. Predicted: at the ceilings measured on the device itself, "
+            "with the sets and lengths of the measurement. Measured: medians over the rounds with 95 % intervals, from "
+            "`adaskip bench`. *Phase* is what skips; in phase prefill one set serves prompt and answer.",
+            measured_table(self.measured),
         ]
 
     def _beside_the_paper(self) -> list[str]:

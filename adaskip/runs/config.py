@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.longbench import get_task
+from adaskip.longbench import PAPER_MIN_LENGTH, TASKS, get_task, set_meant
 from adaskip.options import option
 from adaskip.plan import Budget
 from adaskip.roofline import known_ceilings, known_devices
@@ -14,6 +14,8 @@ from adaskip.runs.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Set
 from adaskip.strategies import CalibratedSkip
 
 DTYPES = ("float32", "bfloat16", "float16")
+LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True}
+"""Choices of `--longbench-set`, and what they are to `longbench.load_records`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,12 @@ class WorkConfig(SharedConfig):
     """What `run` and `grid` share: how much of which task, and where it goes."""
 
     tasks: tuple[str, ...] | None = option("LongBench tasks; if not given, the phase's")
+    longbench_set: str = option(
+        "what a task's name means: plain (LongBench's own set), extended (LongBench-E's) or auto (LongBench-E's where "
+        "there is one); a name that ends in _e is LongBench-E's",
+        "auto",
+    )
+    min_length: int = option("only records of more than N words, 0 for all; the paper's are", PAPER_MIN_LENGTH)
     limit: int | None = option("only the first N samples of each task; if not given, the phase's")
     subset: int | None = option("only N samples of each task, drawn at random by --seed, the same for every cell")
     batch_size: int | None = option("samples generated together; if not given, the setup's")
@@ -69,6 +77,28 @@ class WorkConfig(SharedConfig):
         for task in self.tasks or ():
             get_task(task)
         _refuse_repeats("task", self.tasks or ())
+        self._check_sets()
+
+    def _check_sets(self) -> None:
+        check_choice("--longbench-set", self.longbench_set, LONGBENCH_SETS)
+        if self.min_length < 0:
+            raise ValueError(f"--min-length must be at least 0 words, not {self.min_length}")
+        if self.testbed and (self.longbench_set, self.min_length) != ("auto", PAPER_MIN_LENGTH):
+            raise ValueError(
+                "--longbench-set and --min-length choose among LongBench's records and --testbed generates its own: "
+                f"leave them out; given: {self.longbench_set}, {self.min_length}"
+            )
+        for task in self.tasks or ():
+            if task in TASKS and (meant := set_meant(task, self.extended)) != task and meant in (self.tasks or ()):
+                raise ValueError(
+                    f"--tasks {task} and {meant} are one set with --longbench-set {self.longbench_set}: give one of "
+                    f"them, or --longbench-set plain, by which {task} is LongBench's own"
+                )
+
+    @property
+    def extended(self) -> bool | None:
+        """`--longbench-set` as `longbench.load_records` takes it."""
+        return LONGBENCH_SETS[self.longbench_set]
 
     @property
     def runs_dir(self) -> Path:

@@ -9,18 +9,22 @@ from adaskip.longbench import TaskSpec, get_task
 from adaskip.runs.cells import Cell, grid
 from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
 from adaskip.runs.folder import RunFolder
-from adaskip.runs.sources import Sample, num_layers, scored_samples
+from adaskip.runs.sources import Sample, num_layers, scored_samples, set_name
 from adaskip.strategies import FULL, AdaSkip
 
 
 @dataclass(frozen=True)
 class Part:
-    """One task of a job: its samples in the data's order, and how many tokens each may generate."""
+    """One task of a job: its samples in the data's order, and how many tokens each may generate.
+
+    set_name: the set of LongBench that they are of, `trec` or `trec_e`; None on the testbed.
+    """
 
     name: str
     task: TaskSpec
     samples: tuple[Sample, ...]
     max_new_tokens: int
+    set_name: str | None
 
     @property
     def ids(self) -> list[str]:
@@ -66,8 +70,10 @@ def find_parts(config: RunConfig) -> tuple[Part, ...]:
 
 
 def _find_part(config: RunConfig, name: str) -> Part:
-    samples = scored_samples(config, name, limit=_limit(config), subset=config.subset)
-    return Part(name, get_task(name), samples, answer_cap(config, name))
+    samples = scored_samples(
+        config, name, _limit(config), config.subset, min_length=config.min_length or None, extended=config.extended
+    )
+    return Part(name, get_task(name), samples, answer_cap(config, name), set_name(config, name, config.extended))
 
 
 def tasks_of(config: RunConfig) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +17,20 @@ import torch
 
 from adaskip.blocks import decoder_layers
 from adaskip.importance import ImportanceProfile
-from adaskip.models import LoadedModel, placement, weights_fingerprint
+from adaskip.models import LoadedModel, placement, registry, weights_fingerprint
 from adaskip.runs.job import Job
-from adaskip.runs.sources import chat_of, fingerprint, weight_files_of
+from adaskip.runs.sources import chat_of, fingerprint, given_profile, max_prompt_tokens, weight_files_of
 from adaskip.selection.profile import SelectionProfile
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
+NEWER = (
+    *("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
+    *("weight_files",),
+)
+"""Fields that runs made before these existed do not have, and are not refused for."""
+RESULTS = ("results", "speed/results")
+"""Folders of the checkout that hold what was measured."""
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -44,6 +54,11 @@ def describe_job(job: Job) -> dict[str, Any]:
         "dtype": str(where["dtype"]).removeprefix("torch."),
         "attn_implementation": config.attn_implementation,
         **({} if chat == "template" else {"chat_template": None if chat == "none" else chat}),
+        "max_prompt_tokens": max_prompt_tokens(config, config.model),
+        "stop_strings": list(registry()[config.model].stop_strings),
+        "templates_fingerprint": _digest({part.name: part.task.template for part in job.parts}),
+        "sets": None if config.testbed else {part.name: part.set_name for part in job.parts},
+        "min_length": None if config.testbed else config.min_length,
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
     }
 
@@ -57,8 +72,11 @@ def describe_run(
         **describe_job(job),
         "budget": {"sublayers": sublayers, "layers": sublayers / 2, "fraction": sublayers / (2 * depth)},
         **describe_model(loaded),
+        "max_prompt_tokens": loaded.spec.max_prompt_tokens,
+        "stop_token_ids": list(loaded.spec.stop_token_ids),
+        "stop_strings": list(loaded.spec.stop_strings),
         "profile": None if profile_path is None else str(profile_path),
-        "profile_fingerprint": None if profile is None else _digest(profile),
+        "profile_fingerprint": None if profile is None else _profile_fingerprint(profile),
     }
 
 
@@ -99,37 +117,71 @@ def is_done(job: Job) -> bool:
 def find_state(job: Job) -> str:
     """`done`, `unfinished`, `missing`, or what the run in the job's folder was made otherwise with; loads no model.
 
-    Weights are told apart by their files, where both the run's and the job's are known.
+    Weights are told apart by their files, where both the run's and the job's are known. A profile that is not given but
+    kept by the runs goes with the weights and the calibration data, and is not looked at.
     """
     held = job.folder.read_manifest()
     if held is None:
         return MISSING
     wanted = describe_job(job)
-    files = weight_files_of(job.config, job.config.model)
-    if files is not None and "weight_files" in held:
+    if (files := weight_files_of(job.config, job.config.model)) is not None:
         wanted["weight_files"] = files
-    for name, value in wanted.items():
+    if (profile := given_profile(job.config)) is not None:
+        wanted["profile_fingerprint"] = _profile_fingerprint(profile)
+    for name, value in comparable(wanted, held).items():
         if held.get(name) != value:
             return f"other {name.replace('_', ' ')}: {json.dumps(held.get(name))}, here {json.dumps(value)}"
     return DONE if held.get("finished") else UNFINISHED
 
 
-def _digest(profile: ImportanceProfile | SelectionProfile) -> str:
+def comparable(wanted: Mapping[str, Any], held: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of `wanted` that the manifest `held` must agree with: all but the newer ones that it does not have."""
+    return {name: value for name, value in wanted.items() if held is None or name in held or name not in NEWER}
+
+
+def _profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:
     """SHA-256 over the measured numbers, or over the sets chosen."""
     units = ("selected",) if isinstance(profile, SelectionProfile) else ("attention", "ffn", "layer")
-    numbers = {unit: asdict(profile)[unit] for unit in units}
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+    return _digest({unit: asdict(profile)[unit] for unit in units})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    """The GPU's or the processor's model name, or the machine's architecture where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor_name() or platform.processor() or platform.machine()
+
+
+def _processor_name() -> str | None:
+    try:
+        described = CPUINFO.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    named = re.search(r"^model name\s*:[ \t]*(.*\S)", described, flags=re.MULTILINE)
+    return named and named[1]
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package lies in, with `-dirty` if files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the checkout this package lies in, with `-dirty` if its files differ; None outside a checkout.
+
+    Results do not count: a measurement that writes them is still one of the commit's code.
+    """
+    if not (commit := _git("rev-parse", "--verify", "HEAD")):
+        return None
+    but_results = [":/", *(f":(top,exclude){folder}" for folder in RESULTS)]
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *but_results)
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    """What git prints about this package's checkout; nothing where there is no git or no checkout."""
+    command = ["git", *arguments]
     try:
         answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return None
-    return answer.stdout.strip() or None
+        return ""
+    return answer.stdout.strip()

@@ -7,6 +7,7 @@ not. Of several processes (`adaskip.runs.processes`) the main one holds the fold
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,17 +22,19 @@ from adaskip.blocks import decoder_layers
 from adaskip.generate import Generation, generate
 from adaskip.longbench import TaskSpec
 from adaskip.models import LoadedModel
-from adaskip.plan import Budget, check_phase
 from adaskip.runs.cells import Cell, run_name
+from adaskip.runs.checks import build_strategies, check
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, find_job
-from adaskip.runs.manifest import describe_job, describe_run
+from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
 from adaskip.runs.processes import Processes, one_line
 from adaskip.runs.profiles import Profile, profile_for
 from adaskip.runs.sources import Sample, load, prompt_ids
 from adaskip.runs.speedup import Target, attain, find_target
-from adaskip.strategies import Strategy, build, needs_profile
+from adaskip.strategies import Strategy, needs_profile
+
+__all__ = ["Outcome", "Progress", "RunError", "check", "make_records", "run", "stop_token_ids"]
 
 Record = dict[str, Any]
 
@@ -66,7 +69,7 @@ class Outcome:
 def run(
     config: RunConfig, *, show_progress: bool = False, watch: Callable[[Progress], object] | None = None
 ) -> Outcome:
-    """Run the cell to its end, or continue it; a finished one is only checked.
+    """Run the cell to its end, or continue it; of a finished one the model is not loaded.
 
     Args:
         show_progress: draw a progress bar if standard error is a terminal.
@@ -80,6 +83,7 @@ def run(
     processes = Processes()
     with processes.together():
         _prepare(config, processes)
+        check(config)
     target = None
     if config.target_speedup is not None:
         target = processes.from_main(lambda: _find_target(config))
@@ -112,6 +116,8 @@ def _prepare(config: RunConfig, processes: Processes) -> None:
             f"--device-map {config.device_map} spreads one model over the devices and {processes.size} processes load "
             "one each: leave it out, or run in one process"
         )
+    if not processes.is_main:
+        logging.getLogger("adaskip").setLevel(logging.ERROR)  # the main process warns for all
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -133,25 +139,14 @@ def _attain(job: Job, target: Target) -> Target:
 
 def execute(job: Job, processes: Processes) -> Iterator[Progress]:
     """Do this process's share of what is left of a job whose folder is held, step by step."""
-    config, folder = job.config, job.folder
-    processes.from_main(lambda: folder.check(describe_job(job)))  # before the model is loaded, which may take minutes
+    if processes.from_main(lambda: _is_complete(job)):
+        yield Progress(found=job.num_samples)
+        return
     with processes.together(), _before_the_first_sample(job):
-        loaded = load(config, config.model)
+        loaded = load(job.config, job.config.model)
     profile, profile_path = processes.from_main(lambda: _find_profile(job, loaded))
-    budget = config.skip_budget or Budget(sublayers=0)
     with processes.together():
-        strategies = [  # all of them first: a budget that cannot be is refused before anything is written
-            build(
-                config.strategy,
-                phase=check_phase(config.phase),
-                budget=budget,
-                num_layers=len(decoder_layers(loaded.model)),
-                profile=profile,
-                max_decode_steps=part.max_new_tokens,
-                **config.strategy_options,
-            )
-            for part in job.parts
-        ]
+        strategies = build_strategies(job, len(decoder_layers(loaded.model)), profile)
         manifest = {**describe_run(job, loaded, profile, profile_path), "processes": processes.size}
     manifests = processes.gather(manifest)
     missing = processes.from_main(lambda: _begin(job, manifests))
@@ -165,6 +160,15 @@ def execute(job: Job, processes: Processes) -> Iterator[Progress]:
     processes.from_main(lambda: _end(job))
 
 
+def _is_complete(job: Job) -> bool:
+    """Whether nothing is left to do; before the model is loaded, refuse a folder that holds another run.
+
+    A finished run whose records were lost or cut is not complete.
+    """
+    job.folder.check(comparable(describe_job(job), job.folder.read_manifest()))
+    return is_done(job) and not _count(job, _merge(job))
+
+
 def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple[None, None]:
     if not needs_profile(job.config.strategy):
         return None, None
@@ -175,7 +179,7 @@ def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple
 def _begin(job: Job, manifests: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Write the manifest and return the batches to be made, of each part."""
     check_alike(manifests)
-    job.folder.start(manifests[0])
+    job.folder.start(comparable(manifests[0], job.folder.read_manifest()))
     return _merge(job)
 
 

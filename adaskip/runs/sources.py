@@ -1,11 +1,15 @@
-"""Where a run's model and samples come from: the embedded testbed, or a real checkpoint and LongBench."""
+"""Where a run's model, samples and given profile come from: the testbed, or a real checkpoint and LongBench."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +18,61 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from adaskip import testbed
-from adaskip.longbench import TaskSpec, as_dataset, build_prompt_ids, load_records
+from adaskip.importance import ImportanceProfile
+from adaskip.longbench import PAPER_MIN_LENGTH, TaskSpec, as_dataset, build_prompt_ids, find_set, load_records
 from adaskip.longbench_data import MissingDataError
-from adaskip.models import LoadedModel, architecture, load_model, registry, weight_files
-from adaskip.runs.config import SharedConfig
+from adaskip.models import (
+    LoadedModel,
+    architecture,
+    check_checkpoint,
+    load_model,
+    prompt_limit,
+    registry,
+    weight_files,
+)
+from adaskip.runs.config import RunConfig, SharedConfig
+from adaskip.selection.profile import SelectionProfile
+from adaskip.strategies import CalibratedSkip, needs_profile
+
+logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
+_held: dict[tuple[Any, ...], LoadedModel] = {}
+"""The last model, by all that it was loaded with."""
 
 
 def load(config: SharedConfig, model: str) -> LoadedModel:
-    """The model of a configuration; the last one stays loaded, so that cells of one model share it."""
-    return _load(
-        model,
-        checkpoint_of(config, model),
-        device=config.device,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        device_map=config.device_map,
-        chat=chat_of(config, model),
-    )
+    """The model of a configuration; the last one stays loaded, so that cells of one model share it.
+
+    Another one is let go of first: two of them may not fit into memory.
+    """
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint_of(config, model),
+        "device": config.device,
+        "dtype": config.dtype,
+        "attn_implementation": config.attn_implementation,
+        "device_map": config.device_map,
+        "chat": chat_of(config, model),
+        # The testbed's prompts were made for its models, so that a limit below the registry's is nothing to warn of.
+        "max_prompt_tokens": max_prompt_tokens(config, model) if config.testbed else None,
+    }
+    key = (model, *options.values())
+    if key not in _held:
+        _release()
+        _held[key] = load_model(model, **options)
+    return _held[key]
 
 
-_load = lru_cache(maxsize=1)(load_model)
+def _release() -> None:
+    _held.clear()
+    gc.collect()  # a model holds itself in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check_weights(config: SharedConfig, model: str) -> None:
+    """ModelError if the weights of a configuration's model are missing or damaged; they are not loaded."""
+    check_checkpoint(model, checkpoint_of(config, model))
 
 
 def checkpoint_of(config: SharedConfig, model: str) -> str | None:
@@ -61,13 +98,23 @@ def num_layers(config: SharedConfig, model: str) -> int:
     return model_config(config, model).get_text_config().num_hidden_layers
 
 
+def max_prompt_tokens(config: SharedConfig, model: str) -> int:
+    """Longest prompt before wrapping of a configuration's model, which is not loaded."""
+    return prompt_limit(model_config(config, model), model)
+
+
 def weight_files_of(config: SharedConfig, model: str) -> str | None:
     """Fingerprint of the model's weight files; None where they are not on this machine."""
     return weight_files(model, checkpoint_of(config, model))
 
 
 def scored_samples(
-    config: SharedConfig, task: str, limit: int | None = None, subset: int | None = None
+    config: SharedConfig,
+    task: str,
+    limit: int | None = None,
+    subset: int | None = None,
+    min_length: int | None = PAPER_MIN_LENGTH,
+    extended: bool | None = None,
 ) -> tuple[Sample, ...]:
     """The samples a run is scored on, in LongBench's record format.
 
@@ -75,29 +122,115 @@ def scored_samples(
         limit: only the first so many.
         subset: only so many drawn by `config.seed`, or all where there are fewer. The draw depends on nothing but the
             task's records and the seed, and a larger subset begins with the smaller one.
+        min_length, extended: which of LongBench's records (see `longbench.load_records`); the testbed has its own.
     """
-    samples = _samples(task, config.testbed, "test", config.data_dir, None if subset else limit)
+    first = None if subset else limit
+    samples = _samples(task, config.testbed, "test", config.data_dir, first, min_length, extended)
     if subset:
         samples = samples.shuffle(seed=config.seed).take(min(subset, len(samples)))
     return tuple(samples.to_list())
 
 
 def calibration_samples(config: SharedConfig, limit: int) -> tuple[Sample, ...]:
-    """The first `limit` samples of the setup's calibration task."""
-    return tuple(
-        _samples(config.setup.calibration_task, config.testbed, "calibration", config.data_dir, limit).to_list()
+    """The first `limit` samples of the setup's calibration task, filtered as in the paper.
+
+    Warns, once in a process, if there are fewer.
+    """
+    task = config.setup.calibration_task
+    samples = _samples(task, config.testbed, "calibration", config.data_dir, limit, PAPER_MIN_LENGTH, None)
+    if len(samples) < limit:
+        _warn_of_few(task, len(samples), limit)
+    return tuple(samples.to_list())
+
+
+@lru_cache
+def _warn_of_few(task: str, found: int, asked: int) -> None:
+    logger.warning(
+        "calibration on %d samples of %s instead of %d: the data has no more of over %d words",
+        *(found, task, asked, PAPER_MIN_LENGTH),
     )
 
 
+def set_name(config: SharedConfig, task: str, extended: bool | None = None) -> str | None:
+    """The set of LongBench that a task's samples are of, `trec` or `trec_e`; None on the testbed."""
+    return None if config.testbed else _set_name(task, config.data_dir, extended)
+
+
+@lru_cache
+def _set_name(task: str, data_dir: str | None, extended: bool | None) -> str:
+    with _said_where_to_get_data():
+        return find_set(task, data_dir, extended).set_name
+
+
+def unscored_samples(
+    config: SharedConfig, tasks: Sequence[str], limit: int, *, max_length: int, extended: bool | None = None
+) -> list[tuple[str, Sample]]:
+    """(task, sample) of `limit` samples that no run is scored on, the tasks in turns: in LongBench those of at most
+    `max_length` words, the first in file order; in the testbed the calibration split.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    each = -(-limit // len(tasks))
+    columns = []
+    for task in tasks:
+        found = _unscored(task, config.testbed, config.data_dir, max_length, extended)[:each]
+        if len(found) < each:
+            raise ValueError(
+                f"strategy calibrated searches on {each} samples of {task} that no run is scored on, of at most "
+                f"{max_length} words, and there are {len(found)}; give --profile, a selection of `adaskip calibrate --select`"
+            )
+        columns.append([(task, sample) for sample in found])
+    return [pair for row in zip(*columns, strict=True) for pair in row][:limit]
+
+
 @lru_cache(maxsize=16)
-def _samples(task: str, is_testbed: bool, split: str, data_dir: str | None, limit: int | None) -> Dataset:
+def _unscored(
+    task: str, is_testbed: bool, data_dir: str | None, max_length: int, extended: bool | None
+) -> tuple[Sample, ...]:
+    if is_testbed:
+        return tuple(testbed.records(task, split="calibration"))
+    records = load_records(task, data_dir, min_length=None, extended=extended)
+    return tuple(record for record in records.to_list() if record["length"] <= max_length)
+
+
+@lru_cache(maxsize=16)
+def _samples(
+    task: str,
+    is_testbed: bool,
+    split: str,
+    data_dir: str | None,
+    limit: int | None,
+    min_length: int | None,
+    extended: bool | None,
+) -> Dataset:
     if is_testbed:
         return as_dataset(testbed.records(task, split=split, limit=limit))
+    with _said_where_to_get_data():
+        return load_records(task, data_dir, min_length, limit, extended)
+
+
+@contextmanager
+def _said_where_to_get_data() -> Iterator[None]:
     try:
-        return load_records(task, data_dir, limit=limit)
+        yield
     except MissingDataError as error:
         hint = "--data-dir takes any of these, --testbed the embedded models and tasks"
         raise MissingDataError(f"{error}; {hint}") from None
+
+
+def given_profile(config: RunConfig) -> ImportanceProfile | SelectionProfile | None:
+    """What `--profile` names, for whatever model it was made; None where it names nothing that the strategy uses.
+
+    Raises:
+        ValueError: there is no such file, or it is no profile of the strategy's kind.
+    """
+    if config.profile is None or not needs_profile(config.strategy):
+        return None
+    if not Path(config.profile).is_file():
+        raise ValueError(f"--profile {config.profile} does not exist; `adaskip calibrate` makes one")
+    kind = SelectionProfile if config.strategy == CalibratedSkip.name else ImportanceProfile
+    return kind.load(config.profile)
 
 
 def prompt_ids(samples: Sequence[Sample], task: TaskSpec, loaded: LoadedModel) -> list[Tensor]:

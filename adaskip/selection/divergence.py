@@ -1,8 +1,9 @@
 """How far a skipped model's next-token distributions lie from the full model's, on calibration prompts.
 
 Each prompt is followed by the full model's own greedy answer; nothing else is known to be right. What runs under the
-plan, and which of its positions count, follows the phase: everything in prefill and e2e, and in decode the prompt's
-end and the answer, as if both had been generated, over K/V that the full model computed once.
+plan, and where it is compared, follows the phase. In prefill the prompt and the answer run, and both are compared; in
+decode the answer alone, over K/V of the prompt that the full model computed once; in e2e both run, and the answer is
+compared.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from adaskip.generate import generate
 from adaskip.patching import patches_of
 from adaskip.plan import Phase, SkipPlan
 
-ANSWER_TOKENS = 64
+OBJECTIVE = 2
+"""Number of what is measured here, from one change of it to the next: what was chosen by another is chosen anew."""
+ANSWER_TOKENS = 128
 """At most so many tokens of a greedy answer."""
 PROMPT_POSITIONS = 64
-"""So many positions of each prompt are compared, evenly spaced."""
-GENERATED_TAIL = 128
-"""So many tokens at a prompt's end stand for generated ones in decode and e2e; at most half of the prompt."""
+"""In prefill so many positions of each prompt are compared, evenly spaced."""
+RESIDENT = 4
+"""K/V of so many prompts stay where the model is, those that a search tries most; the others' wait on the CPU: of
+20 prompts of 7000 tokens they are 73 GB in a model of Vicuna-7B's shape."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Passage:
     """A calibration prompt with its answer: what is run, where it is compared, and what the full model said there.
 
     ids: [1, T], what runs under the plan. dense: K/V of what comes before, by the full model. positions: [N] in ids.
-    weights: [N], which add up to 1: half for the prompt's positions, half for the answer's. reference: [N, V]
-    log-probabilities of the full model.
+    weights: [N], which add up to 1; in prefill half for the prompt's positions, half for the answer's. reference:
+    [N, V], log-probabilities of the full model.
     """
 
     ids: Tensor
@@ -64,13 +68,14 @@ class OutputDivergence:
     ):
         if not prompts:
             raise ValueError("selection needs at least one calibration prompt")
-        self.model, self.phase = model, phase
+        self.model = model
+        self.phase: Phase = phase
         self.num_forwards = self.num_tokens = 0
         self.seconds = 0.0
         self._patches = patches_of(model)
         with self._counting(), torch.no_grad():
             ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
-            self.passages = [self._passage(prompt, **ends) for prompt in prompts]
+            self.passages = [self._passage(prompt, i < RESIDENT, **ends) for i, prompt in enumerate(prompts)]
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -85,12 +90,16 @@ class OutputDivergence:
             divergences = [self._divergence(passage) for passage in passages]
             return torch.stack(divergences).tolist()
 
+    def num_tokens_of(self, prompt: int) -> int:
+        """Tokens that one measurement on that prompt runs under the plan."""
+        return self.passages[prompt].ids.numel()
+
     def _divergence(self, passage: Passage) -> Tensor:
         log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
         return kl @ passage.weights
 
-    def _passage(self, prompt: Tensor, *, eos_token_ids: Sequence[int], pad_token_id: int) -> Passage:
+    def _passage(self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int) -> Passage:
         (answer,) = generate(
             self.model,
             None,
@@ -103,13 +112,18 @@ class OutputDivergence:
         self.num_tokens += len(prompt) + len(answer.token_ids)
         ids = torch.cat([prompt, torch.tensor(answer.token_ids, dtype=prompt.dtype)])[None]
         ids = ids.to(execution_device(self.model))
-        tail = min(GENERATED_TAIL, len(prompt) // 2)
-        start = len(prompt) - tail if self.phase == "decode" else 0
-        first = 0 if self.phase == "prefill" else len(prompt) - tail
-        positions, weights = _positions(first, len(prompt), ids.shape[1])
+        if self.phase == "decode" and not answer.token_ids:
+            raise ValueError(
+                f"in phase decode the answers are compared, and the full model answers one of the prompts, of "
+                f"{len(prompt)} tokens, with none; give prompts that it answers"
+            )
+        start = len(prompt) if self.phase == "decode" else 0
+        positions, weights = _positions(len(prompt), ids.shape[1], self.phase)
         positions, weights = positions.to(ids.device) - start, weights.to(ids.device)
         dense = self._dense(ids[:, :start]) if start else None
         reference = self._log_probs(ids[:, start:], dense, positions)
+        if dense is not None and not resident:
+            _to_cpu(dense)
         return Passage(ids[:, start:], dense, positions, weights, reference)
 
     def _dense(self, ids: Tensor) -> DynamicCache:
@@ -139,16 +153,29 @@ class OutputDivergence:
             self.seconds += time.perf_counter() - start
 
 
-def _positions(first: int, prompt_length: int, length: int) -> tuple[Tensor, Tensor]:
-    """Positions from `first` on and their weights: evenly spaced ones of the prompt, all that predict the answer."""
-    prompt = torch.linspace(first, prompt_length - 2, PROMPT_POSITIONS).round().long().clamp_min(0).unique()
-    answer = torch.arange(prompt_length - 1, length)
+def _positions(prompt_length: int, length: int, phase: Phase) -> tuple[Tensor, Tensor]:
+    """Positions compared and their weights. The prompt's last position predicts the answer's first token, which in
+    decode the full model makes."""
+    answer = torch.arange(prompt_length - (phase != "decode"), length)
+    if phase != "prefill" or prompt_length < 2:
+        return answer, torch.full((len(answer),), 1.0 / len(answer))
+    prompt = torch.linspace(0, prompt_length - 2, PROMPT_POSITIONS).round().long().unique()
     weights = [torch.full((len(part),), 0.5 / len(part)) for part in (prompt, answer)]
     return torch.cat([prompt, answer]), torch.cat(weights)
 
 
+def _to_cpu(cache: DynamicCache) -> None:
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
+
+
 def _view(cache: DynamicCache) -> DynamicCache:
-    """A cache with the same K/V that can grow without changing `cache`: dynamic layers concatenate, never write."""
+    """A cache with the same K/V, where each layer had them first, that can grow without changing `cache`: dynamic
+    layers concatenate, never write."""
     view = copy.copy(cache)
-    view.layers = [copy.copy(layer) for layer in cache.layers]
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.to(layer.device), layer.values.to(layer.device)
+    view.layers = layers
     return view

@@ -2,14 +2,17 @@
 
 A step re-examines only the most promising candidates: those that cost least when last tried, first on a few prompts,
 then the finalists on all of them. What others would choose (`starts`) takes over wherever it diverges less, and the
-search goes on from there; so no chosen set diverges more on the calibration prompts than any of them.
+search goes on from there. One of the others, the `default`, is what is known to work: its set is chosen unless the
+best one diverges less beyond chance, by the paired differences over the prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
+
+from tqdm import tqdm
 
 from adaskip.plan import Sublayer
 
@@ -22,6 +25,8 @@ CONSIDERED = 8
 """Candidates tried again in each step after the first, on the screening prompts."""
 FINALISTS = 3
 SEARCH = "search"
+STANDARD_ERRORS = 2.0
+"""By so many the mean paired difference must lie below zero."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,11 @@ def search(
     num_prompts: int,
     up_to: int,
     starts: Mapping[str, Mapping[int, Set]],
+    default: str | None = None,
+    show_progress: bool = False,
 ) -> dict[int, Choice]:
-    """The set chosen for every count 1..up_to. starts: sets that others would choose, by name and count.
+    """The set chosen for every count 1..up_to. starts: sets that others would choose, by name and count; default: the
+    one of them that is left only for a better one.
 
     A contender is dropped as soon as its divergences so far exceed the best one's over all prompts: none is negative.
     Raises ValueError if there are too few candidates.
@@ -53,7 +61,7 @@ def search(
     current: Set = frozenset()
     screened = {current: [0.0]}
     choices: dict[int, Choice] = {}
-    for count in range(1, up_to + 1):
+    for count in tqdm(range(1, up_to + 1), desc="search", unit="set", disable=None if show_progress else True):
         free = [c for c in candidates if c not in current and _leaves_attention(current, c, num_layers)]
         considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
         if not considered:
@@ -74,7 +82,26 @@ def search(
                 best, least = contender, total
         current = best
         choices[count] = Choice(current, least / num_prompts, contenders[current])
+        if default is not None and count in starts[default] and starts[default][count] != current:
+            usual = measure(starts[default][count], range(num_prompts))
+            if not _beyond_chance(measure(current, range(num_prompts)), usual):
+                choices[count] = Choice(starts[default][count], fmean(usual), default)
     return choices
+
+
+def _beyond_chance(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether `ours` are smaller than `theirs`, pair by pair; of a single pair, whatever it says."""
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    return fmean(gaps) < -STANDARD_ERRORS * error
+
+
+def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) -> int:
+    """How often a search measures a set on a prompt at most. starts: how many sets of others there are, by count."""
+    screening = min(SCREENING_PROMPTS, num_prompts)
+    tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates) + sum(starts)
+    finalists = sum(FINALISTS + number for number in starts)
+    return screening * tried + (num_prompts - screening) * finalists
 
 
 def _total(measure: Measure, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,10 +18,12 @@ from adaskip.importance import ImportanceProfile
 from adaskip.plan import Budget, Phase, SkipPlan, Sublayer
 from adaskip.selection.divergence import OutputDivergence
 from adaskip.selection.profile import SearchCost, Selected, SelectionProfile
-from adaskip.selection.search import Choice, Set, search
+from adaskip.selection.progress import Progress
+from adaskip.selection.search import Choice, Set, most_measured, search
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
 
 KINDS = ("attention", "ffn")
+WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
 CANDIDATES_PER_PLACE = 3
 """The search looks at so many times as many sublayers as the largest set has, the most similar ones."""
 
@@ -34,45 +39,89 @@ def select(
     model_name: str | None = None,
     dataset: str = "",
     data_ids: Iterable[str] = (),
+    importance: ImportanceProfile | None = None,
+    progress_path: Path | None = None,
+    show_progress: bool = False,
 ) -> SelectionProfile:
     """The sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
 
-    prompts: token ids, 1-D. Similarity and scales are measured first, by AdaSkip's calibration on the same prompts.
+    prompts: token ids, 1-D; the closer to what the model will be asked, the better. importance: AdaSkip's profile, of
+    candidates, scales and AdaSkip's own sets; if not given, it is measured on the same prompts. AdaSkip's sets are kept
+    wherever the search finds none that is better beyond chance.
+    progress_path: a file that keeps what is measured until the search ends; after a stop the same call goes on there.
+    show_progress: draw a progress bar if standard error is a terminal.
     """
     began = time.perf_counter()
-    importance = calibrate(model, prompts, model_name=model_name, dataset=dataset, data_ids=data_ids)
+    measured = calibrate(model, prompts, model_name=model_name, dataset=dataset, data_ids=data_ids)
     adaskip_seconds = time.perf_counter() - began
+    importance = measured if importance is None else importance
     num_layers = importance.num_layers
     Budget(sublayers=up_to).num_sublayers(num_layers)  # refuses what no plan can hold
     divergence = OutputDivergence(model, prompts, phase, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
+    setup_forwards, setup_tokens, setup_seconds = divergence.num_forwards, divergence.num_tokens, divergence.seconds
+    progress = Progress(
+        lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
+        progress_path,
+        _identity(importance, prompts, phase, eos_token_ids),
+    )
     choices = search(
-        lambda chosen, which: divergence(_plan(chosen, importance), which),
-        importance.ranking()[: max(CANDIDATES_PER_PLACE * up_to, num_layers)],
+        progress,
+        importance.ranking()[: num_candidates(up_to, num_layers)],
         num_layers=num_layers,
         num_prompts=len(prompts),
         up_to=up_to,
         starts=sets_of_others(importance, up_to),
+        default=AdaSkip.name,
+        show_progress=show_progress,
     )
+    progress.end()
     return SelectionProfile(
         selected={count: _selected(choice, importance) for count, choice in choices.items()},
         phase=phase,
         num_layers=num_layers,
         cost=SearchCost(
-            num_forwards=divergence.num_forwards + len(prompts),
-            num_tokens=divergence.num_tokens + importance.tokens,
-            seconds=divergence.seconds + adaskip_seconds,
+            num_forwards=len(prompts) + setup_forwards + len(progress.known),
+            num_tokens=measured.tokens + setup_tokens + sum(divergence.num_tokens_of(i) for _, i in progress.known),
+            seconds=adaskip_seconds + setup_seconds + progress.seconds,
             adaskip_forwards=len(prompts),
-            adaskip_tokens=importance.tokens,
+            adaskip_tokens=measured.tokens,
             adaskip_seconds=adaskip_seconds,
         ),
-        model=importance.model,
-        weights_fingerprint=importance.weights_fingerprint,
-        dtype=importance.dtype,
-        attn_implementation=importance.attn_implementation,
+        model=measured.model,
+        weights_fingerprint=measured.weights_fingerprint,
+        dtype=measured.dtype,
+        attn_implementation=measured.attn_implementation,
         dataset=dataset,
-        data_ids=importance.data_ids,
+        data_ids=measured.data_ids,
         versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
     )
+
+
+def num_candidates(up_to: int, num_layers: int) -> int:
+    """How many sublayers, the most similar ones, a search for `up_to` of a model of `num_layers` layers looks at."""
+    return min(max(CANDIDATES_PER_PLACE * up_to, num_layers), 2 * num_layers)
+
+
+def most_forwards(num_layers: int, num_prompts: int, up_to: int) -> int:
+    """How many forwards on calibration prompts a search for `up_to` sublayers takes at most."""
+    whole_layers = len(WHOLE_LAYER_STRATEGIES)
+    starts = [1 + (whole_layers if count % 2 == 0 else 0) for count in range(1, up_to + 1)]
+    return most_measured(num_candidates(up_to, num_layers), num_prompts, starts)
+
+
+def _identity(
+    importance: ImportanceProfile, prompts: Sequence[Tensor], phase: Phase, eos_token_ids: Sequence[int]
+) -> dict[str, str]:
+    """All that the divergences of a search depend on."""
+    told = str([list(eos_token_ids), *(torch.as_tensor(prompt).tolist() for prompt in prompts)])
+    return {
+        "phase": phase,
+        "weights": importance.weights_fingerprint,
+        "dtype": importance.dtype,
+        "attn_implementation": importance.attn_implementation,
+        "prompts": hashlib.sha256(told.encode()).hexdigest(),
+        "scales": hashlib.sha256(str((importance.attention, importance.ffn)).encode()).hexdigest(),
+    }
 
 
 def sets_of_others(importance: ImportanceProfile, up_to: int) -> dict[str, dict[int, Set]]:
@@ -85,7 +134,7 @@ def sets_of_others(importance: ImportanceProfile, up_to: int) -> dict[str, dict[
     for count in range(1, up_to + 1):
         budget = Budget(sublayers=count)
         sets[AdaSkip.name][count] = _set(AdaSkip(num_layers=num_layers, budget=budget, profile=importance).skipped)
-        for strategy in (EarlyExit, SkipDecode, UnifiedSkipping):
+        for strategy in WHOLE_LAYER_STRATEGIES:
             if count % 2 == 0 and count // 2 <= num_layers - 2:
                 plan = strategy(num_layers=num_layers, budget=budget).skipped
                 sets.setdefault(strategy.name, {})[count] = _set(plan)

@@ -192,7 +192,7 @@ def test_a_prompt_too_long_for_the_memory_is_one_line_and_the_sweep_goes_on(tiny
 
     monkeypatch.setattr(Trials, "run", run)
     outcome = run_bench(tiny(prompt_tokens=(16, 8)))
-    assert outcome.notes == ("1 x 16 + 4 tokens: not enough memory on cpu; passed over",)
+    assert outcome.notes == ("1 x 16 + 4 tokens: not enough memory on cpu for unified e2e 2 eager; 0 of 2 rounds",)
     assert outcome.complete
     assert outcome.result.rounds_of(Workload(16, 4)) == 0
     assert outcome.result.rounds_of(Workload(8, 4)) == 2

@@ -34,8 +34,9 @@ def llama():
 def here(monkeypatch, tmp_path, llama):
     """A folder of its own, where nothing is searched or calibrated."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiles, "search", lambda *args: pytest.fail("searched"))
-    monkeypatch.setattr(profiles, "measure", lambda *args: profile_of([0.9] * LAYERS, [0.9] * LAYERS))
+    measured = replace(profile_of([0.9] * LAYERS, [0.9] * LAYERS), weights_fingerprint=weights_fingerprint(llama.model))
+    monkeypatch.setattr(profiles, "search", lambda *args, **options: pytest.fail("searched"))
+    monkeypatch.setattr(profiles, "measure", lambda *args: measured)
     return tmp_path
 
 
@@ -66,9 +67,9 @@ def test_the_testbed_skips_by_the_selection_that_the_grid_keeps(here, llama):
 def test_a_missing_selection_is_searched_once_and_kept(here, llama, monkeypatch):
     searched = []
 
-    def search(config, loaded, num_samples, phase):
-        searched.append(phase)
-        return selection_for(llama, phase)
+    def search(config, *args, **options):
+        searched.append(config.phase)
+        return selection_for(llama, config.phase)
 
     monkeypatch.setattr(profiles, "search", search)
     assert load_subject(config_of()).selections == load_subject(config_of()).selections

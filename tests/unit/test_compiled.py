@@ -97,8 +97,7 @@ def test_steps_alternate_between_scales_without_a_graph_more():
 
 
 @pytest.mark.slow
-def test_sets_beyond_the_bound_run_from_graphs_of_layers(monkeypatch):
-    monkeypatch.setattr("adaskip.compiled.MAX_STEP_GRAPHS", 2)
+def test_sets_beyond_the_bound_run_from_graphs_of_layers():
     model, graphs = random_model("llama"), CountedGraphs()
     config, prompts = graphs.config(), random_prompts([9, 5])
     sets = [{0}, {1}, {0, 1}, {3}, {2, 3}, {0, 3}]
@@ -106,7 +105,7 @@ def test_sets_beyond_the_bound_run_from_graphs_of_layers(monkeypatch):
     for scale in (1.1, 1.2):
         for ffns in sets:
             sublayers = [("attention", 1), *(("ffn", i) for i in ffns)]
-            with skipping(model, fixed(*sublayers, phase="e2e", scale=scale)):
+            with skipping(model, fixed(*sublayers, phase="e2e", scale=scale), max_step_graphs=2):
                 expected = run(model, prompts)
                 assert_same(run(model, prompts, compile_config=config), expected)
         counts.append(len(graphs))
@@ -115,15 +114,14 @@ def test_sets_beyond_the_bound_run_from_graphs_of_layers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_online_sets_beyond_the_bound_still_measure_and_learn(monkeypatch):
-    monkeypatch.setattr("adaskip.compiled.MAX_STEP_GRAPHS", 0)
+def test_online_sets_beyond_the_bound_still_measure_and_learn():
     model, graphs = random_model("llama"), CountedGraphs()
     config, prompts = graphs.config(), random_prompts([9, 4, 7])
-    with skipping(model, ada_skip("e2e", 1.05)) as session:
+    with skipping(model, ada_skip("e2e", 1.05), max_step_graphs=0) as session:
         expected = run(model, prompts)
         learnt = session.last_request
     for _ in range(2):
-        with skipping(model, ada_skip("e2e", 1.05)) as session:
+        with skipping(model, ada_skip("e2e", 1.05), max_step_graphs=0) as session:
             assert_same(run(model, prompts, compile_config=config), expected)
             assert session.last_request.online_ffns == learnt.online_ffns
         made = len(graphs)

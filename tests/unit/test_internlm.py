@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -14,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from adaskip.checkpoints import ModelError
 from adaskip.internlm import InternLMTokenizer, llama_config
 from adaskip.models import load_model
-from adaskip.rope import DynamicNTKRope, fix_dynamic_rope
+from adaskip.rope import LENGTH, DynamicNTKRope, fix_dynamic_rope
+from tests.compiled_runs import CountedGraphs, assert_same, run
 from tests.internlm_reference import (
     CONFIG,
     EOA,
@@ -22,6 +24,7 @@ from tests.internlm_reference import (
     LIMIT,
     VOCAB,
     Reference,
+    clean_up,
     random_weights,
     train_tokenizer,
     write_checkpoint,
@@ -225,6 +228,44 @@ def test_rope_equals_stock_bit_for_bit_below_the_limit_and_closely_above(length)
         assert torch.equal(ours, theirs) if length <= LIMIT else torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_decode_steps_only_read_the_length_that_the_prompt_left_on_the_cache(model):
+    ids, prompt = random_ids(3 * LIMIT), 2 * LIMIT
+    out = model(ids[None, :prompt], use_cache=True)
+    left = getattr(out.past_key_values, LENGTH)
+    for token in ids[prompt:]:
+        model(token[None, None], past_key_values=out.past_key_values)
+        assert getattr(out.past_key_values, LENGTH) is left
+    assert left.tolist() == [[prompt]]
+
+
+class FreshInputs(CountedGraphs):
+    """Refuses a step that takes in what an earlier one put out: the next run of a CUDA graph overwrites its outputs."""
+
+    def config(self, **options):
+        outputs: list[Tensor] = []
+
+        def backend(graph, example_inputs):
+            self.append(graph)
+
+            def run(*inputs):
+                assert not any(given is made for given in inputs for made in outputs)
+                made = graph.forward(*inputs)
+                outputs.extend(made)
+                return made
+
+            return run
+
+        return super().config(backend=backend, **options)
+
+
+def test_compiled_decode_equals_eager_and_takes_in_no_output_of_an_earlier_step(model):
+    prompts, graphs = [random_ids(length, seed=length) for length in (5, LIMIT + 4, 2 * LIMIT)], FreshInputs()
+    compiled = run(model, prompts, compile_config=graphs.config())
+    assert len(graphs) == 1
+    assert_same(compiled, run(model, prompts))
+    torch.compiler.reset()
+
+
 @pytest.mark.slow
 def test_rope_compiles_into_one_graph(model):
     """Stock dynamic rope branches on its data, which cannot be compiled without a break."""
@@ -242,6 +283,25 @@ def test_only_dynamic_rope_is_replaced():
     rope = model.model.rotary_emb
     assert not fix_dynamic_rope(model)
     assert model.model.rotary_emb is rope
+
+
+def test_rope_goes_where_its_input_is():
+    """Where accelerate spreads a model, the embeddings may lie on another device than the rotary module was put on."""
+    rope = DynamicNTKRope(LlamaForCausalLM(llama_config(CONFIG)).model.rotary_emb)
+    x, positions = torch.empty(1, device="meta"), torch.arange(3)[None]
+    assert {part.device.type for part in rope(x, positions)} == {"meta"}
+    assert {buffer.device.type for buffer in rope.buffers()} == {"meta"}
+
+
+def test_a_model_spread_over_memory_and_disk_answers_like_one_that_is_not(model, weights, tmp_path):
+    spread = LlamaForCausalLM(llama_config(CONFIG)).eval()
+    spread.load_state_dict(weights)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "disk", "model.norm": "disk", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    dispatch_model(spread, device_map=places, main_device="cpu", offload_dir=tmp_path)
+    assert fix_dynamic_rope(spread)
+    ids, prompt = random_ids(2 * LIMIT + 4), 2 * LIMIT
+    assert torch.equal(decode(spread, ids[:prompt], ids[prompt:]), decode(model, ids[:prompt], ids[prompt:]))
 
 
 def test_a_copied_model_uses_its_own_rope(model):
@@ -263,6 +323,7 @@ TEXTS = [
     "▁odd\u00a0spaces",
     "",
     "\n",
+    "It 's a test , is n't it ? We 've 'm 're done ! 5 ' 6  . .",
 ]
 RULES = [
     {"add_dummy_prefix": prefix, "remove_extra_whitespaces": strip, "normalization_rule_name": rule}
@@ -280,7 +341,14 @@ def test_tokens_and_text_are_sentencepieces_own(tmp_path, rules):
     for text in TEXTS:
         ids = original.encode(text)
         assert tokenizer(text).input_ids == [original.bos_id(), *ids]
-        assert tokenizer.decode(ids, skip_special_tokens=True) == original.decode(ids)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == clean_up(original.decode(ids))
+
+
+def test_decoded_text_is_cleaned_up_whatever_the_settings_say(checkpoint):
+    tokenizer = load_model("internlm", checkpoint, device="cpu").tokenizer
+    assert tokenizer.clean_up_tokenization_spaces is False
+    ids = tokenizer("It 's a test , is n't it ?").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "It's a test, isn't it?"
 
 
 def test_special_tokens_in_the_text_are_special(checkpoint):

@@ -265,6 +265,18 @@ def test_no_network_is_one_line_that_says_what_to_do(hub):
     assert "pass a local data.zip or a folder" in message
 
 
+class ReadTimeout(Exception):
+    """What the Hub client's HTTP library raises is no OSError."""
+
+
+def test_an_error_of_the_hubs_http_library_is_one_line(hub):
+    def download(*arguments, **options):
+        raise ReadTimeout("The read operation timed out")
+
+    hub(download)
+    assert "at 5e628be from the Hub (The read operation timed out). Without a network, " in failure("qasper", HUB)
+
+
 def test_without_a_source_only_the_local_cache_is_read(tmp_path, monkeypatch):
     longbench_data.hub_archive.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from torch import nn
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from adaskip import checkpoints, models
 from adaskip.blocks import UnsupportedModelError, decoder_layers
 from adaskip.longbench import TASKS, build_prompt_ids
-from adaskip.models import ModelError, architecture, load_model, registry
+from adaskip.models import ModelError, architecture, load_model, prompt_limit, registry
 from adaskip.rope import DynamicNTKRope
-from tests.checkpoints import SMALL, write_family, write_hub_cache
+from tests.checkpoints import CHAT_TEMPLATE, SMALL, write_family, write_hub_cache
 
 FAMILIES = ("llama", "internlm", "vicuna")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -90,6 +91,42 @@ def test_architecture_has_the_published_rope_and_ends():
     ends = architecture("llama").eos_token_id
     assert isinstance(ends, list)
     assert {128001, 128009} <= set(ends)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("llama", 31500), ("internlm", 7500), ("vicuna", 15500)])
+def test_the_published_models_can_read_prompts_of_the_registrys_limits(family, limit):
+    assert prompt_limit(architecture(family), family) == limit
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "limit"),
+    [
+        (512, {"rope_type": "default"}, 256),
+        (1000, {"rope_type": "default"}, 500),
+        (4096, {"rope_type": "default"}, 3584),
+        (4096, {"rope_type": "linear", "factor": 2.0}, 7680),
+        (4096, {"rope_type": "linear", "factor": 16.0}, 31500),
+        (8192, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192}, 15872),
+        (16384, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 15872),
+        (512, {"rope_type": "dynamic", "factor": 2.0}, 31500),
+    ],
+)
+def test_a_prompt_is_no_longer_than_the_checkpoint_was_made_for(positions, rope, limit):
+    config = LlamaConfig(max_position_embeddings=positions, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert prompt_limit(config, "llama") == limit
+
+
+def test_a_limit_lowered_for_a_checkpoint_is_told(damaged, caplog):
+    edit_config(damaged, max_position_embeddings=1024, rope_scaling=None)
+    assert load_model("llama", damaged, device="cpu").spec.max_prompt_tokens == 512
+    line = f"{damaged} was made for fewer tokens than llama: prompts are cut at 512, not at 31500"
+    assert caplog.messages == [line]
+
+
+def test_a_limit_that_is_given_is_taken_and_not_told(damaged, caplog):
+    edit_config(damaged, max_position_embeddings=1024, rope_scaling=None)
+    assert load_model("llama", damaged, device="cpu", max_prompt_tokens=700).spec.max_prompt_tokens == 700
+    assert not caplog.messages
 
 
 def test_chat_wrappers_are_longbenchs():
@@ -185,13 +222,37 @@ def test_checkpoints_sampling_settings_are_dropped(snapshots):
 def test_tokenizers_own_chat_template(snapshots):
     loaded = load_model("llama", snapshots["llama"], device="cpu", chat="template")
     assert loaded.spec.chat_template == (
-        "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "<|start_header_id|>user<|end_header_id|>\n\n{prompt|trim}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     record = {"context": "She jumps.", "input": "who?", "_id": "0"}
     ids = build_prompt_ids(record, TASKS["multifieldqa_en"], loaded.tokenizer, 500, loaded.spec.chat_template)
     begin = loaded.tokenizer.bos_token_id
     assert ids[0] == begin
     assert begin not in ids[1:]
+
+
+def with_chat_template(folder: Path, content: str) -> None:
+    """The snapshot's chat template with `content` in the place of `message['content'] | trim`."""
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("message['content'] | trim", content))
+
+
+@pytest.mark.parametrize("content", ["message['content'] | trim", "message['content']"])
+@pytest.mark.parametrize("context", ["text", " \n text {prompt} {prompt|trim} {} \t\n"])
+def test_wrapping_equals_the_tokenizers_own_whatever_white_space_is_around_a_prompt(damaged, content, context):
+    with_chat_template(damaged, content)
+    loaded = load_model("llama", damaged, device="cpu", chat="template")
+    tokenizer, spec = loaded.tokenizer, loaded.spec
+    for template in ("{context}", TASKS["passage_count"].template):
+        task = replace(TASKS["passage_count"], template=template)
+        ids = build_prompt_ids({"context": context, "_id": "0"}, task, tokenizer, 5000, spec.chat_template)
+        messages = [{"role": "user", "content": template.format(context=context)}]
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def test_a_chat_template_that_drops_white_space_on_one_side_only_is_refused(damaged):
+    with_chat_template(damaged, "message['content'].rstrip()")
+    assert "drops some of the white space around a prompt" in refused("llama", damaged, chat="template")
 
 
 def test_chat_choices_are_checked(snapshots):
@@ -343,6 +404,17 @@ def test_missing_shard(damaged):
     assert path.name in message
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', "null", "{"])
+def test_an_index_that_is_none(damaged, content):
+    (damaged / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json is not a weight index: " in refused("llama", damaged)
+
+
+def test_an_index_that_names_no_files(damaged):
+    (damaged / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 1}}')
+    assert "lacks 1 of 1 weight files, first 1" in refused("llama", damaged)
+
+
 def test_weights_missing_from_the_files(damaged):
     (damaged / "model.safetensors.index.json").unlink()
     first_weights(damaged).rename(damaged / "model.safetensors")
@@ -354,6 +426,8 @@ def test_damaged_bin_and_bin_with_code_are_refused(snapshots, tmp_path):
     path = sorted(folder.glob("pytorch_model-*.bin"))[0]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
+    assert f"{path} is truncated ({len(whole) // 2} bytes): get it again" in refused("vicuna", folder)
+    path.write_bytes(b"no torch file")
     assert "cannot be loaded" in refused("vicuna", folder)
     torch.save({"model.norm.weight": print}, path)
     assert "cannot be loaded" in refused("vicuna", folder)

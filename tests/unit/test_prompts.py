@@ -1,18 +1,23 @@
 """Prompt ids equal an independent straight-line version of LongBench's pred.py, over odd cases."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from adaskip.internlm import InternLMTokenizer
 from adaskip.longbench import TASKS, LongBenchError, build_prompt_ids, load_records
+from tests.internlm_reference import clean_up, train_tokenizer
 
 REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
 CHAT = '<|User|>:{prompt}<eoh>\n<|Bot|>: {"json": {}}'
+PUNCTUATION = "It 's odd , is n't it ? We 've seen it ! 'm 're . "
 MULTI_BYTE = "Zoë wrote “naïve” – 第三段落：北京欢迎你。 👩‍👩‍👧 a\u0301 \u2028 end"  # noqa: RUF001
 
 
@@ -47,30 +52,51 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def internlm() -> InternLMTokenizer:
+    """SentencePiece itself, and decoded text loses spaces in front of punctuation."""
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(Path(folder) / "tokenizer.model")
+        return InternLMTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def real() -> PreTrainedTokenizerFast:
     if not (REAL / "stories260K").is_dir():
         pytest.skip(f"no real tokenizer at {REAL}/stories260K")
     return AutoTokenizer.from_pretrained(REAL / "stories260K")
 
 
-@pytest.fixture(scope="module", params=[byte_level, byte_fallback, real], ids=lambda maker: maker.__name__)
+@pytest.fixture(scope="module", params=[byte_level, byte_fallback, internlm, real], ids=lambda maker: maker.__name__)
 def tokenizer(request):
     return request.param()
 
 
 def straight_line(record, template, in_chat, tokenizer, max_length, chat_template):
     """What LongBench's get_pred does up to `generate`, line by line."""
+    encode, decode = straight_line_tokenizer(tokenizer)
     prompt = template.format(**record)
-    tokenized_prompt = tokenizer(prompt, truncation=False, return_tensors="pt").input_ids[0]
+    tokenized_prompt = encode(prompt)
     if len(tokenized_prompt) > max_length:
         half = int(max_length / 2)
-        prompt = tokenizer.decode(tokenized_prompt[:half], skip_special_tokens=True) + tokenizer.decode(
-            tokenized_prompt[-half:], skip_special_tokens=True
-        )
+        prompt = decode(tokenized_prompt[:half]) + decode(tokenized_prompt[-half:])
     if in_chat and chat_template:
         before, after = chat_template.split("{prompt}")
         prompt = before + prompt + after
-    return tokenizer(prompt, truncation=False, return_tensors="pt").input_ids[0].tolist()
+    return encode(prompt)
+
+
+def straight_line_tokenizer(tokenizer):
+    """The two functions that get_pred uses; InternLM's on its SentencePiece model, as its published class has them."""
+    if not isinstance(tokenizer, InternLMTokenizer):
+        return (
+            lambda text: tokenizer(text, truncation=False, return_tensors="pt").input_ids[0].tolist(),
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        )
+    original: SentencePieceProcessor = tokenizer.sp_model
+    special = {original.unk_id(), original.bos_id(), original.eos_id()}
+    return (
+        lambda text: [original.bos_id(), *original.encode(text)],
+        lambda ids: clean_up(original.decode([token for token in ids if token not in special])),
+    )
 
 
 def record(context: str, question: str = "Who?") -> dict:
@@ -85,7 +111,7 @@ def num_tokens(sample, task, tokenizer) -> int:
 @pytest.mark.parametrize("over", [-1, 0, 1, 2, 3, 40], ids="over{}".format)
 @pytest.mark.parametrize("task", ["qasper", "trec", "multifieldqa_zh", "passage_count", "lcc"])
 def test_prompt_ids_equal_the_straight_line_version(tokenizer, task, over, chat_template):
-    spec, sample = TASKS[task], record(MULTI_BYTE * 3 + " {braces} %s")
+    spec, sample = TASKS[task], record(PUNCTUATION + MULTI_BYTE * 3 + " {braces} %s", PUNCTUATION)
     limit = num_tokens(sample, spec, tokenizer) - over
     expected = straight_line(sample, spec.template, task not in {"trec", "lcc"}, tokenizer, limit, chat_template)
     assert build_prompt_ids(sample, spec, tokenizer, limit, chat_template) == expected

@@ -284,10 +284,20 @@ def test_ceilings_of_this_cpu_are_measured(monkeypatch):
 
 
 @pytest.mark.gpu
+def test_this_gpu_copies_no_faster_than_its_memory_is_clocked():
+    """Data sheets will not do: one name stands for several memories, as H100 does for SXM, PCIe and NVL."""
+    properties = torch.cuda.get_device_properties("cuda")
+    clocked = 2 * 1000 * properties.memory_clock_rate * properties.memory_bus_width / 8  # kHz, two values a beat
+    if not clocked:
+        pytest.skip("the driver does not tell the memory's clock")
+    assert 0.5 * clocked < measure_ceilings("cuda", torch.bfloat16).bandwidth < 1.05 * clocked
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", known_devices())
-def test_this_gpu_stays_below_its_data_sheet(name):
+def test_this_gpu_multiplies_no_faster_than_the_fastest_of_its_name(name):
+    """The data sheets are of the fastest; a PCIe card of less power reaches a good half of that."""
     if name.replace("RTX ", "") not in torch.cuda.get_device_name():
         pytest.skip(f"this is no {name}")
     sheet, measured = known_ceilings(name), measure_ceilings("cuda", torch.bfloat16)
-    assert 0.4 * sheet.matmul_flops < measured.matmul_flops < sheet.matmul_flops
-    assert 0.6 * sheet.bandwidth < measured.bandwidth < sheet.bandwidth
+    assert 0.25 * sheet.matmul_flops < measured.matmul_flops < 1.05 * sheet.matmul_flops

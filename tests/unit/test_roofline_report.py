@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import MistralConfig
 
+from adaskip.bench.cells import Workload as BenchWorkload
 from adaskip.bench.skip_sets import ASSUMED, assumed_profile
 from adaskip.models import architecture
 from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
@@ -34,6 +35,7 @@ from adaskip.roofline.comparison import (
 from adaskip.roofline.crossover import find_crossover, seconds, speedup_of_kind
 from adaskip.roofline.launches import Launches
 from adaskip.roofline.tables import gap_table, launch_table
+from tests.saved_benchmarks import GPU, LLAMA_8B, add_strategies, result_of, save
 
 L20 = known_ceilings("L20")
 WORK = Workload(prompt_tokens=8000, new_tokens=6)
@@ -42,9 +44,13 @@ LLAMA = ModelShape.of(architecture("llama"))
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    out_dir = tmp_path_factory.mktemp("roofline")
+    """Beside a measured prompt of 512 tokens on an L20."""
+    out_dir, measured_dir = (tmp_path_factory.mktemp(name) for name in ("roofline", "measured"))
+    result = result_of(measured_dir, "gpu_saving", "strategies", LLAMA_8B, device=GPU)
+    add_strategies(result, BenchWorkload(512, 25), ("prefill",), (8,))
+    save(result)
     sizes = {"models": ("llama",), "devices": ("L20", "H200"), "budgets": (8,), "new_tokens": 4}
-    config = RooflineConfig(**sizes, output_dir=str(out_dir))
+    config = RooflineConfig(**sizes, measured_dir=str(measured_dir), output_dir=str(out_dir))
     assert [path.name for path in write(config, predict_all(config))] == [
         "roofline.md",
         "roofline.json",
@@ -76,6 +82,24 @@ def test_the_document_has_the_papers_number_beside_the_predictions(written):
     assert row[4] == f"{paper:.2f}" == "1.32"
     full = forward_seconds(LLAMA, EMPTY_PLAN, tokens=8000, context=8000, ceilings=L20)
     assert ["0", "Full model", f"{1000 * full:.4g}"] in [row[:3] for row in cells]
+
+
+def test_the_document_has_measured_speedups_beside_those_predicted_for_them(written):
+    lines = (written / "roofline.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    way = [GPU, "llama", "1 x 512 + 25", "AdaSkip", "prefill", "8", "eager"]
+    assert [*way, "1.11", "1.11 [1.11, 1.11]", "1.11", "1.11 [1.11, 1.11]", "gpu_saving"] in rows
+    (measured,) = json.loads((written / "roofline.json").read_text())["measured"]
+    assert measured["predicted_decode"] == pytest.approx(1 / 0.9)
+    assert measured["measured_decode"]["value"] == pytest.approx(1 / 0.9)
+
+
+def test_a_document_without_measurements_says_so(tmp_path):
+    sizes = {"models": ("llama",), "devices": ("L20",), "budgets": (8,), "new_tokens": 2}
+    roofline = predict_all(RooflineConfig(**sizes, measured_dir=str(tmp_path / "none"), output_dir=str(tmp_path)))
+    assert roofline.to_dict()["measured"] == []
+    title = "## Beside what the benchmark measured"
+    assert f"{title}\n\nNothing is measured yet: `adaskip bench` times" in roofline.to_markdown("figure.png")
 
 
 @pytest.mark.parametrize(

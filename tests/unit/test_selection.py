@@ -14,10 +14,11 @@ from adaskip.calibration import calibrate
 from adaskip.generate import generate
 from adaskip.importance import ImportanceProfile, ProfileError
 from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
-from adaskip.selection.divergence import ANSWER_TOKENS, GENERATED_TAIL, PROMPT_POSITIONS, OutputDivergence
+from adaskip.selection.divergence import ANSWER_TOKENS, OutputDivergence
 from adaskip.selection.profile import SelectionProfile
-from adaskip.selection.search import SEARCH, search
-from adaskip.selection.select import select, sets_of_others
+from adaskip.selection.progress import Progress
+from adaskip.selection.search import SEARCH, most_measured, search
+from adaskip.selection.select import most_forwards, select, sets_of_others
 from adaskip.strategies import CalibratedSkip, build
 from tests.families import random_model, random_prompts
 from tests.reference import ReferenceDecoder
@@ -32,15 +33,15 @@ def naive_divergence(model, prompt, phase: str, plan: SkipPlan) -> float:
     """Token by token on a decoder without the skipped sublayers."""
     (answer,) = generate(model, None, [prompt], max_new_tokens=ANSWER_TOKENS, **ENDS)
     tokens = [*prompt.tolist(), *answer.token_ids]
-    tail = min(GENERATED_TAIL, len(prompt) // 2)
-    dense = len(prompt) - tail if phase == "decode" else 0
+    dense = len(prompt) if phase == "decode" else 0
     full, skipped = ReferenceDecoder(model), ReferenceDecoder(model)
     p = full.run(tokens).log_softmax(-1)
     q = torch.stack([skipped.step(token, plan if i >= dense else EMPTY_PLAN) for i, token in enumerate(tokens)])
     kl = kl_div(q.log_softmax(-1), p, reduction="none", log_target=True).sum(-1)
-    first = 0 if phase == "prefill" else len(prompt) - tail
-    spaced = torch.linspace(first, len(prompt) - 2, PROMPT_POSITIONS).round().long().unique()
-    return float(kl[spaced].mean() + kl[len(prompt) - 1 :].mean()) / 2
+    if phase == "decode":  # the answer's first token is the prompt's last forward's, which is dense
+        return float(kl[len(prompt) :].mean())
+    answered = kl[len(prompt) - 1 :].mean()
+    return float(answered if phase == "e2e" else (kl[: len(prompt) - 1].mean() + answered) / 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "gemma2"])
@@ -110,6 +111,24 @@ def test_a_better_set_of_another_takes_over_and_the_search_goes_on_from_it():
     assert found[2].found_by == "early_exit"
     assert theirs < found[3].sublayers < found[4].sublayers
     assert found[4].divergence == pytest.approx(0.14)
+
+
+@pytest.mark.parametrize(("spread", "chosen"), [(0.01, SEARCH), (0.8, "adaskip")])
+def test_the_default_is_left_only_for_what_is_better_beyond_chance(spread, chosen):
+    """The search's set is better by 0.1 on average, whatever the spread over the prompts."""
+    divergences = {frozenset(ALL[:1]): (1.0, 0.0), frozenset(ALL[1:2]): (0.9, spread)}
+
+    def measure(sublayers, which):
+        mean, gap = divergences.get(sublayers, (3.0, 0.0))
+        return [mean + (gap if prompt % 2 else -gap) for prompt in which]
+
+    options = {"num_layers": LAYERS, "num_prompts": 20, "up_to": 1, "starts": {"adaskip": {1: frozenset(ALL[:1])}}}
+    assert search(measure, ALL, **options)[1].sublayers == frozenset(ALL[1:2])
+    found = search(measure, ALL, **options, default="adaskip")[1]
+    assert found.found_by == chosen
+    assert (found.sublayers, found.divergence) == (
+        (frozenset(ALL[:1]), 1.0) if chosen == "adaskip" else (frozenset(ALL[1:2]), pytest.approx(0.9))
+    )
 
 
 def test_one_attention_stays_live():
@@ -193,3 +212,68 @@ def test_a_selection_for_something_else_is_refused(selection, model, prompts):
         build("adaskip", **options)
     with pytest.raises(ValueError, match="calibrated needs SelectionProfile, not ImportanceProfile"):
         build("calibrated", **{**options, "profile": calibrate(model, prompts)})
+
+
+def answers_of(model, prompts):
+    return [generate(model, None, [prompt], max_new_tokens=ANSWER_TOKENS, **ENDS)[0] for prompt in prompts]
+
+
+def test_a_search_measures_no_more_than_foretold(selection, model, prompts):
+    answers = sum(
+        len(generate(model, None, [prompt], max_new_tokens=ANSWER_TOKENS, **ENDS)[0].token_ids) for prompt in prompts
+    )
+    setup = len(prompts) * 2 + answers + len(prompts) * (2 if selection.phase == "decode" else 1)
+    searched = selection.cost.num_forwards - setup
+    assert 0 < searched <= most_forwards(LAYERS, len(prompts), 4)
+
+
+@pytest.mark.parametrize("num_prompts", [3, 6])
+def test_the_first_step_measures_the_most_where_nothing_is_dropped(num_prompts):
+    """All contenders equal until the last prompt: none can be given up early."""
+    asked = []
+
+    def measure(chosen, which):
+        asked.extend((chosen, prompt) for prompt in which)
+        return [1.0 if prompt == num_prompts - 1 else 0.0 for prompt in which]
+
+    search(measure, ALL, num_layers=LAYERS, num_prompts=num_prompts, up_to=1, starts={})
+    assert len(asked) == len(set(asked)) == most_measured(len(ALL), num_prompts, [0])
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_selection_goes_on_where_it_was(model, prompts, tmp_path, monkeypatch):
+    path, calls = tmp_path / "partial.jsonl", []
+    measured = OutputDivergence.__call__
+
+    def stopping(self, plan, which):
+        calls.append((plan, tuple(which)))
+        if len(calls) == 20:
+            raise Stopped
+        return measured(self, plan, which)
+
+    options = {"up_to": 4, "progress_path": path, **ENDS}
+    whole = select(model, prompts, "prefill", up_to=4, **ENDS)
+    monkeypatch.setattr(OutputDivergence, "__call__", stopping)
+    with pytest.raises(Stopped):
+        select(model, prompts, "prefill", **options)
+    with path.open("a") as file:
+        file.write('{"set": [["ffn", 1]], "prom')  # killed while it wrote
+    first = calls[:19]
+    calls[:] = [None] * 20
+    again = select(model, prompts, "prefill", **options)
+    assert not set(calls[20:]) & set(first)
+    assert again.selected == whole.selected
+    assert again.cost.num_forwards == whole.cost.num_forwards
+    assert again.cost.num_tokens == whole.cost.num_tokens
+    assert not path.exists()
+
+
+def test_what_another_search_has_measured_is_not_taken_over(model, prompts, tmp_path):
+    path = tmp_path / "partial.jsonl"
+    Progress(lambda chosen, prompt: 0.0, path, {"phase": "prefill"})(frozenset(ALL[:1]), [0])
+    assert len(path.read_text().splitlines()) == 2
+    assert Progress(lambda chosen, prompt: 1.0, path, {"phase": "prefill"})(frozenset(ALL[:1]), [0, 1]) == [0.0, 1.0]
+    assert Progress(lambda chosen, prompt: 2.0, path, {"phase": "decode"})(frozenset(ALL[:1]), [0]) == [2.0]
