@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adaskip.blocks import execution_device, find_decoder
 from adaskip.fingerprint import weights_fingerprint
-from adaskip.importance import ImportanceProfile, SublayerMeans, cosine_and_ratio
+from adaskip.importance import ImportanceProfile, RecentNorms, SublayerMeans, cosine_and_ratio
 from adaskip.patching import ModelPatches, patches_of
 from adaskip.token_ids import end_token_ids, is_end, left_padded, right_padded
 
@@ -50,13 +50,14 @@ class _RowSums:
         self.mask: Tensor | None = None  # [B, S], the tokens of the coming forward that count
         self.tokens: Tensor | None = None  # [B]
         self.sums: dict[tuple[str, int], Tensor] = {}  # each [2, B]
+        self.norms = RecentNorms()
         self.num_forwards = 0
         self.snapshots: dict[int, tuple[dict[tuple[str, int], Tensor], Tensor]] = {}  # by number of forwards
 
     def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
         assert self.mask is not None
         mask = self.mask.to(a.device)
-        step = torch.stack([(x * mask).sum(dim=-1) for x in cosine_and_ratio(a, b, change)])
+        step = torch.stack([(x * mask).sum(dim=-1) for x in cosine_and_ratio(a, b, change, self.norms)])
         known = self.sums.get((kind, layer))
         self.sums[kind, layer] = step if known is None else known + step
         if (kind, layer) == ("layer", 0):  # once per forward
@@ -66,6 +67,7 @@ class _RowSums:
             self._end_forward()
 
     def _end_forward(self) -> None:
+        self.norms.forget()
         self.num_forwards += 1
         if self.num_forwards in self.windows:
             assert self.tokens is not None

@@ -20,6 +20,7 @@ __all__ = [
     "BUCKETS",
     "METRICS",
     "STANDARD_ROUGE",
+    "BucketScore",
     "MetricError",
     "SampleScore",
     "TaskScore",
@@ -73,6 +74,14 @@ class TaskScore:
         return f"{self.task}: {self.score:.2f} (n={self.n}{''.join(f', {note}' for note in notes)})"
 
 
+@dataclass(frozen=True)
+class BucketScore:
+    """LongBench-E's number for the samples of one bucket: mean x 100, two decimals; None (never NaN) if it is empty."""
+
+    n: int
+    score: float | None
+
+
 def sample_score(
     task: str,
     prediction: str,
@@ -124,18 +133,19 @@ def score_samples(task: str, records: Iterable[Mapping[str, Any]], metric: str |
     return _summary(task, metric, samples, mean)
 
 
-def score_buckets(task: str, records: Iterable[Mapping[str, Any]], metric: str | None = None) -> dict[str, TaskScore]:
-    """Score a run's records in LongBench-E's three buckets, as eval.py does with `--e`."""
-    records = list(records)
-    if any("length" not in record for record in records):
-        raise MetricError(f"a record of {task} has no 'length', so it belongs to no bucket")
-    scores = {}
+def score_buckets(per_sample: Sequence[float], lengths: Sequence[int]) -> dict[str, BucketScore]:
+    """The scores of LongBench-E's three buckets, as eval.py prints them with `--e`.
+
+    Args:
+        per_sample: of `TaskScore`.
+        lengths: each sample's `length` in words.
+    """
+    buckets = {}
     for name, (low, high) in BUCKETS.items():
-        samples = _score_all(task, [record for record in records if low <= record["length"] < high], metric)
+        scores = [score for score, length in zip(per_sample, lengths, strict=True) if low <= length < high]
         # NumPy's mean and rounding, as in the original: they differ from Python's in rare last digits
-        mean = float(round(100 * np.mean([sample.score for sample in samples]), 2)) if samples else None
-        scores[name] = _summary(task, metric, samples, mean)
-    return scores
+        buckets[name] = BucketScore(len(scores), float(round(100 * np.mean(scores), 2)) if scores else None)
+    return buckets
 
 
 def _metric(name: str) -> Metric:

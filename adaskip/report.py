@@ -12,7 +12,7 @@ from adaskip.files import write_text_atomic
 from adaskip.plots.score_curves import plot_retention, plot_scores
 from adaskip.plots.skip_maps import plot_skip_map
 from adaskip.plots.tradeoff import plot_tradeoff
-from adaskip.results import tradeoff_text
+from adaskip.results import selection, tradeoff_text
 from adaskip.results.entries import PhaseEntries, to_csv
 from adaskip.results.latex import to_latex
 from adaskip.results.markdown import to_markdown
@@ -48,7 +48,7 @@ def load_tables(runs_dir: str | Path, *, jobs: int = 1, progress: bool = False) 
 
 
 def write_tables(tables: list[PhaseEntries], out_dir: Path) -> list[Path]:
-    """Tables 3 and 4 as Markdown, CSV and LaTeX, and the summary as Markdown and JSON."""
+    """Tables 3 and 4 as Markdown, CSV and LaTeX, the summary as Markdown and JSON, and calibrated's matches."""
     written = []
     for table in tables:
         for suffix, render in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
@@ -56,6 +56,8 @@ def write_tables(tables: list[PhaseEntries], out_dir: Path) -> list[Path]:
     summary = summarise(tables)
     written.append(write_text_atomic(out_dir / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n"))
     written.append(write_text_atomic(out_dir / "summary.md", to_text(summary)))
+    if found := selection.matches(tables):
+        written.append(write_text_atomic(out_dir / "selection.md", selection.to_text(found)))
     return written
 
 

@@ -13,6 +13,8 @@ from adaskip.runs.folder import TIMES
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{number}" for number in range(60)]
 NUM_SAMPLES = 5
+NUM_CALIBRATION = 20
+NUM_SHORT = 10
 
 
 def make_checkpoint(path: Path) -> Path:
@@ -29,7 +31,7 @@ def make_checkpoint(path: Path) -> Path:
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=32768,  # as long a prompt as any of the three models may have, and its answer
         initializer_range=0.5,
         pad_token_id=1,
         bos_token_id=None,
@@ -40,24 +42,31 @@ def make_checkpoint(path: Path) -> Path:
 
 
 def make_data(path: Path) -> Path:
-    """LongBench-E files; `length` says that the few words are more than 4000."""
+    """LongBench-E files; `length` says that the few words are more than 4000, or of the last ten records fewer."""
     rng = random.Random(0)
     for task in ("trec", "triviaqa", "multifieldqa_en", "gov_report", "multi_news", "qasper"):
-        samples = [
-            {
-                "input": "" if task in ("gov_report", "multi_news") else rng.choice(WORDS),
-                "context": " ".join(rng.choices(WORDS, k=rng.randint(5, 30))),
-                "answers": [rng.choice(WORDS)],
-                "length": 5000,
-                "dataset": f"{task}_e",
-                "language": "en",
-                "all_classes": WORDS[:4] if task == "trec" else None,
-                "_id": f"{task}-{number}",
-            }
-            for number in range(NUM_SAMPLES)
-        ]
-        (path / f"{task}_e.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        count = NUM_CALIBRATION if task == "qasper" else NUM_SAMPLES
+        samples = [make_sample(task, f"{task}-{number}", 5000, rng) for number in range(count)]
+        samples += [make_sample(task, f"{task}-short-{number}", 3000, rng) for number in range(NUM_SHORT)]
+        write_samples(path / f"{task}_e.jsonl", samples)
     return path
+
+
+def make_sample(task: str, name: str, length: int, rng: random.Random) -> dict:
+    return {
+        "input": "" if task in ("gov_report", "multi_news") else rng.choice(WORDS),
+        "context": " ".join(rng.choices(WORDS, k=rng.randint(5, 30))),
+        "answers": [rng.choice(WORDS)],
+        "length": length,
+        "dataset": f"{task}_e",
+        "language": "en",
+        "all_classes": WORDS[:4] if task == "trec" else None,
+        "_id": name,
+    }
+
+
+def write_samples(path: Path, samples: list[dict]) -> None:
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def cell(strategy="early_exit", phase="decode", budget="2", model="llama"):

@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from adaskip import metrics
+from adaskip.metrics import BucketScore
 from adaskip.results import labels
 from adaskip.results.runs import find_run
 from adaskip.results.scores import SCORES_FILE, SampleScores, ScoredRun, ScoredTask, score_run
@@ -20,27 +22,41 @@ def evaluate(name: str, runs_dir: str | Path) -> list[ScoredRun]:
 
 
 def print_scores(runs: Sequence[ScoredRun], console: Console) -> None:
-    """One table over all budgets and tasks, then a line for each thing that is wrong, then where the scores are."""
-    table = Table(
-        title=runs[0].run.cell.run_name, box=box.SIMPLE, caption="per cent, 95 % bootstrap intervals in brackets"
-    )
-    for name in ("skipped", "task", "metric"):
-        table.add_column(name, no_wrap=True)
+    """One table over all budgets and tasks, one of LongBench-E's buckets, what is wrong, and where the scores are."""
+    table = _table(runs[0].run.cell.run_name, "per cent, 95 % bootstrap intervals in brackets")
     for name in ("score", "rouge_score", "samples", "empty", "errors"):
         table.add_column(name, justify="right")
+    buckets = _table("LongBench-E", "per cent and number of samples, by words of the record")
+    for name in metrics.BUCKETS:
+        buckets.add_column(name, justify="right")
     for scored in runs:
         for task, scores in scored.tasks.items():
-            table.add_row(f"{scored.run.cell.sublayers} of {2 * scored.run.num_layers}", task, *_cells(scores))
+            first = (f"{scored.run.cell.sublayers} of {2 * scored.run.num_layers}", task, scores.main.metric)
+            table.add_row(*first, *_cells(scores))
+            if scores.buckets is not None:
+                buckets.add_row(*first, *map(_bucket, scores.buckets.values()))
     console.print(table)
+    if buckets.row_count:
+        console.print(buckets)
     for line in _warnings(runs):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for scored in runs:
         console.print(f"wrote {scored.run.folder / SCORES_FILE}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _table(title: str, caption: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE, caption=caption)
+    for name in ("skipped", "task", "metric"):
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _bucket(bucket: BucketScore) -> str:
+    return "no samples" if bucket.score is None else f"{bucket.score:.2f} ({bucket.n})"
+
+
 def _cells(scores: ScoredTask) -> Iterator[str]:
     records, main = scores.records, scores.main
-    yield main.metric
     yield _score(main)
     yield _score(scores.rouge_score) if scores.rouge_score else ""
     yield str(len(records.records)) + ("" if records.complete else f" of {records.expected}, partial")

@@ -71,6 +71,18 @@ def mean_ratio_estimate(groups: Sequence[Sequence[tuple[float, float]]]) -> Esti
     return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else Estimate(value)
 
 
+def mean_of_means_estimate(groups: Sequence[Sequence[float]]) -> Estimate:
+    """The mean over groups of the means of their values. Samples are resampled within their group."""
+    value = mean([mean(group) for group in groups])
+    if any(len(group) < 2 for group in groups):
+        return Estimate(value)
+    rng = np.random.default_rng(SEED)
+    drawn = [np.array(group)[rng.integers(len(group), size=(RESAMPLES, len(group)))].mean(axis=1) for group in groups]
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(np.mean(drawn, axis=0), [tail, 100 - tail]).tolist()
+    return Estimate(value, low, high)
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     """The geometric mean of positive `values`: that of speedups does not depend on which time is divided by which."""
     return math.exp(mean([math.log(value) for value in values]))

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from adaskip.longbench import EXTENDED_SUFFIX
 from adaskip.runs.cells import Cell, parse_run_name, run_name
 from adaskip.runs.folder import RunFolder
 
@@ -66,6 +67,10 @@ class Run:
     num_layers: int
     manifest: dict[str, Any]
     tasks: dict[str, TaskRecords]
+
+    def is_extended(self, task: str) -> bool:
+        """Whether a task's samples are LongBench-E's; of runs older than the manifest's `sets`, by the task's name."""
+        return (self.manifest.get("sets") or {}).get(task, task).endswith(EXTENDED_SUFFIX)
 
     @property
     def fraction(self) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 from adaskip import metrics, pair_metrics
 from adaskip.files import write_text_atomic
+from adaskip.metrics import BucketScore
 from adaskip.results.intervals import Estimate, mean_estimate
 from adaskip.results.runs import Run, TaskRecords
 
@@ -51,6 +52,8 @@ class ScoredTask:
     """By the task's own metric, LongBench's."""
     rouge_score: SampleScores | None
     """By Google's `rouge_score` too; None for a task that is not scored by Rouge-L."""
+    buckets: dict[str, BucketScore] | None
+    """Of `main`, by LongBench-E's buckets of length; None for a set that is not LongBench-E's."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,30 @@ def score_run(run: Run, *, fresh: bool = False) -> ScoredRun:
     saved = None if fresh else _read_saved(path, made_from)
     if saved is not None:
         return ScoredRun(run, {name: _from_saved(records, saved[name]) for name, records in run.tasks.items()})
-    scored = ScoredRun(run, {name: score_task(records) for name, records in run.tasks.items()})
+    tasks = {name: score_task(records, run.is_extended(name)) for name, records in run.tasks.items()}
+    scored = ScoredRun(run, tasks)
     write_text_atomic(path, _as_json(scored, made_from))
     return scored
 
 
-def score_task(records: TaskRecords) -> ScoredTask:
-    """Score one task's records by its own metric, and by `rouge_score` too where that is Rouge-L."""
+def score_task(records: TaskRecords, is_extended: bool = False) -> ScoredTask:
+    """Score one task's records by its own metric, and by `rouge_score` too where that is Rouge-L.
+
+    is_extended: they are of a LongBench-E set, whose buckets are scored, too.
+    """
     main = _score(records, None)
     return ScoredTask(
-        records, main, _score(records, beside) if (beside := metrics.STANDARD_ROUGE.get(main.metric)) else None
+        records,
+        main,
+        _score(records, beside) if (beside := metrics.STANDARD_ROUGE.get(main.metric)) else None,
+        _score_buckets(records, main) if is_extended else None,
     )
+
+
+def _score_buckets(records: TaskRecords, main: SampleScores) -> dict[str, BucketScore]:
+    if any("length" not in record for record in records.records):
+        raise metrics.MetricError(f"a record of {records.task} has no 'length', so that it belongs to no bucket")
+    return metrics.score_buckets(list(main.by_id.values()), [record["length"] for record in records.records])
 
 
 def _score(records: TaskRecords, metric: str | None) -> SampleScores:
@@ -117,7 +133,8 @@ def _from_saved(records: TaskRecords, saved: dict[str, Any]) -> ScoredTask:
         for part in (saved["main"], saved["rouge_score"])
     )
     assert main is not None, "every scored task has a score by its own metric"
-    return ScoredTask(records, main, beside)
+    buckets = saved["buckets"] and {name: BucketScore(**bucket) for name, bucket in saved["buckets"].items()}
+    return ScoredTask(records, main, beside, buckets)
 
 
 def _as_json(scored: ScoredRun, made_from: dict[str, Any]) -> str:
@@ -139,6 +156,7 @@ def _task_as_dict(task: ScoredTask) -> dict[str, Any]:
         "problems": task.records.problems,
         "main": _scores_as_dict(task.main),
         "rouge_score": _scores_as_dict(task.rouge_score) if task.rouge_score else None,
+        "buckets": task.buckets and {name: asdict(bucket) for name, bucket in task.buckets.items()},
     }
 
 

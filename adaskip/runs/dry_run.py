@@ -15,9 +15,11 @@ from adaskip.runs.estimate import (
     gpu_bytes,
     listing,
     result_bytes,
+    search_seconds,
     seconds,
 )
 from adaskip.runs.sources import weight_files_of
+from adaskip.strategies import CalibratedSkip
 
 EFFICIENCY = 0.5
 
@@ -40,17 +42,19 @@ def _cost(config: GridConfig, left: list[CellSize], times: dict[str, float], cei
     calibration = sum(
         max((calibration_seconds(c.config, ceilings) for c in mine), default=0) for mine in by_model.values()
     )
-    total = sum(times.values()) + calibration
+    searches = {(c.config.model, c.config.phase): search_seconds(c.config, ceilings) for c in left if _searches(c)}
+    search = sum(searches.values())
+    total = sum(times.values()) + calibration + search
     yield (
         f"estimated GPU time of the {len(left)} cells left, on one {ceilings.name}: {_time(total)}, of which "
-        f"calibration {_time(calibration)}; a lower bound, every sublayer at the data sheet's "
+        f"calibration {_time(calibration)} and the searches of strategy calibrated {_time(search)}; "
+        f"a lower bound, every sublayer at the data sheet's "
         f"{ceilings.matmul_flops / 1e12:g} TFLOP/s and {ceilings.bandwidth / 1e9:g} GB/s (efficiency 100 %); "
         f"{_time(total / EFFICIENCY)} at {100 * EFFICIENCY:.0f} %"
     )
     yield (
         "assumed: 16-bit weights, batches of one, every answer as long as it may get, as many attentions as FFNs "
-        "skipped where importance decides; not counted: loading, tokenising, launching kernels, "
-        "the search of strategy calibrated. " + _samples(left)
+        "skipped where importance decides; not counted: loading, tokenising, launching kernels. " + _samples(left)
     )
     for model, mine in by_model.items():
         if mine:
@@ -66,6 +70,10 @@ def _cost(config: GridConfig, left: list[CellSize], times: dict[str, float], cei
         else f", and {_size(load_yaml('longbench')['hub']['bytes'])} of LongBench's data"
     )
     yield f"disk: the weights, about {_size(sum(map(result_bytes, left)))} of results{data}"
+
+
+def _searches(cell: CellSize) -> bool:
+    return cell.config.strategy == CalibratedSkip.name
 
 
 def _samples(cells: Sequence[CellSize]) -> str:

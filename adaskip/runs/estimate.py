@@ -23,7 +23,9 @@ from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import answer_cap, find_cell, find_cells, find_job, num_wanted, tasks_of
 from adaskip.runs.manifest import DONE, MISSING, find_state
 from adaskip.runs.sources import calibration_samples, checkpoint_of
-from adaskip.strategies import FULL, build, needs_profile
+from adaskip.selection.divergence import ANSWER_TOKENS
+from adaskip.selection.select import most_forwards
+from adaskip.strategies import FULL, CalibratedSkip, build, needs_profile
 
 TOKENS_PER_WORD = 1.4
 """Assumed of a record's `length`, for the tokenizer is not loaded."""
@@ -140,6 +142,28 @@ def calibration_seconds(config: RunConfig, ceilings: Ceilings) -> float:
         size = TaskSize(config.setup.calibration_samples)
     prompts = size.prompts(registry()[config.model].max_prompt_tokens)
     return prefill_seconds(shape_of(config), EMPTY_PLAN, prompts, ceilings)
+
+
+def search_seconds(config: RunConfig, ceilings: Ceilings) -> float:
+    """Least time of the search of a cell's phase, if nothing can be given up early; 0 for other strategies, and with a
+    profile. Each forward is taken as that of the full model on the longest prompt that no run is scored on."""
+    if config.strategy != CalibratedSkip.name or config.profile is not None:
+        return 0.0
+    shape, count, answer = shape_of(config), config.setup.calibration_samples, _searched_answer(config)
+    words = TaskSize(count, (max(1, config.min_length),) * count)
+    (prompt,) = words.prompts(registry()[config.model].max_prompt_tokens)
+    largest = max(config.setup.budgets_for(shape.num_layers))
+    full = {"prefill_plan": EMPTY_PLAN, "decode_plan": EMPTY_PLAN, "ceilings": ceilings}
+    answered = predict(shape, prompt_tokens=prompt, new_tokens=answer, **full)
+    searched = prompt + answer if config.phase != "decode" else answer
+    forward = predict(shape, prompt_tokens=searched, new_tokens=1, **full)
+    reading = count * (answered.ttft_s + (answer - 1) * (answered.tpot_s or 0.0))
+    return reading + most_forwards(shape.num_layers, count, largest) * forward.ttft_s
+
+
+def _searched_answer(config: RunConfig) -> int:
+    """Tokens of the longest answers that a search compares."""
+    return min(ANSWER_TOKENS, max(answer_cap(config, task) for task in tasks_of(config)))
 
 
 def assumed_plans(config: RunConfig, sublayers: int, num_layers: int, new_tokens: int) -> tuple[SkipPlan, DecodePlan]:

@@ -178,7 +178,7 @@ def unscored_samples(
         if len(found) < each:
             raise ValueError(
                 f"strategy calibrated searches on {each} samples of {task} that no run is scored on, of at most "
-                f"{max_length} words, and there are {len(found)}; give --profile, a selection of `adaskip calibrate --select`"
+                f"{max_length} words, and there are {len(found)}; --profile takes a selection made elsewhere"
             )
         columns.append([(task, sample) for sample in found])
     return [pair for row in zip(*columns, strict=True) for pair in row][:limit]

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
+from adaskip import calibration, importance
 from adaskip.importance import ImportanceProfile, ProfileError, cosine_and_ratio
 from adaskip.plan import Sublayer
-from tests.families import random_model
+from tests.families import random_model, random_prompts
 from tests.profiles import profile_of
 
 
@@ -41,11 +42,23 @@ def test_three_norms_give_the_same_as_products(monkeypatch):
     a, change = torch.randn(300, 64), 0.1 * torch.randn(300, 64)
     expected = cosine_and_ratio(a, a + change)
 
-    class OnCuda(torch.Tensor):
-        is_cuda = True
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for got, want in zip(cosine_and_ratio(a, a + change, change), expected, strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
 
-    for got, want in zip(cosine_and_ratio(a.as_subclass(OnCuda), a + change, change), expected, strict=True):
-        assert torch.allclose(got.as_subclass(torch.Tensor), want, atol=1e-6)
+
+def test_a_measuring_prefill_reads_each_tensor_of_the_residual_stream_once(monkeypatch):
+    """On CUDA, whose path is taken here: 2 M + 1 for M layers, 2 M changes of sublayers and M of whole layers."""
+    read = []
+    plain = importance.norm
+    monkeypatch.setattr(importance, "norm", lambda x: read.append(x) or plain(x))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model, prompts = random_model("llama"), random_prompts([9])
+    (measured,) = calibration.measure(model, prompts)
+    assert len(read) == (2 * 4 + 1) + 2 * 4 + 4
+    monkeypatch.undo()
+    (expected,) = calibration.measure(model, prompts)
+    torch.testing.assert_close(measured.sums, expected.sums, rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_of_zeros_counts_as_nothing_known():

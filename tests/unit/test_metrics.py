@@ -11,8 +11,8 @@ from adaskip import pair_metrics
 from adaskip.metrics import (
     BUCKETS,
     STANDARD_ROUGE,
+    BucketScore,
     MetricError,
-    TaskScore,
     sample_score,
     score_buckets,
     score_sample,
@@ -164,13 +164,13 @@ def scorer_e(scores: list[float], lengths: list[int]) -> dict[str, float]:
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 12000)), min_size=1, max_size=40))
 def test_the_buckets_are_eval_pys(graded_lengths):
-    results = score_buckets("passage_count", [graded(grade, length) for grade, length in graded_lengths])
-    expected = scorer_e([grade / 1000 for grade, _ in graded_lengths], [length for _, length in graded_lengths])
+    scores, lengths = [grade / 1000 for grade, _ in graded_lengths], [length for _, length in graded_lengths]
+    results, expected = score_buckets(scores, lengths), scorer_e(scores, lengths)
     assert list(results) == list(expected) == list(BUCKETS)
+    assert sum(result.n for result in results.values()) == len(scores)
     for name, result in results.items():
-        assert isinstance(result, TaskScore)
         if math.isnan(expected[name]):
-            assert result.score is None
+            assert result == BucketScore(0, None)
         else:
             assert result.score == expected[name]
 
@@ -179,19 +179,12 @@ def test_the_buckets_are_eval_pys(graded_lengths):
     ("length", "bucket"), [(1, "0-4k"), (3999, "0-4k"), (4000, "4-8k"), (7999, "4-8k"), (8000, "8k+"), (50000, "8k+")]
 )
 def test_a_buckets_lower_bound_is_in_and_its_upper_bound_out(length, bucket):
-    results = score_buckets(QA, [sample("cat", "cat", length=length)])
+    results = score_buckets([1.0], [length])
     assert {name for name, result in results.items() if result.n} == {bucket}
 
 
 def test_a_plain_set_and_a_bucket_round_differently_as_in_the_original():
     """eval.py rounds a plain set with Python and a bucket with NumPy; 0.005 is 0.01 to one and 0.0 to the other."""
-    records = [graded(1)] + [graded(0)] * 19
-    assert score_samples("passage_count", records).score == 0.01
-    assert score_buckets("passage_count", records)["4-8k"].score == 0.0
-
-
-def test_a_record_without_a_length_belongs_to_no_bucket():
-    record = sample("cat", "cat")
-    del record["length"]
-    with pytest.raises(MetricError, match="has no 'length'"):
-        score_buckets(QA, [record])
+    result = score_samples("passage_count", [graded(1)] + [graded(0)] * 19)
+    assert result.score == 0.01
+    assert score_buckets(result.per_sample, [5000] * 20)["4-8k"].score == 0.0

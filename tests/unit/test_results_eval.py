@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -38,6 +40,24 @@ def test_the_artifacts_command_scores_every_budget_of_a_run(run_script):
     for text in ("8 of 64", "16 of 64", "multifieldqa_en", "trec", "100.00 [100.0, 100.0]"):
         assert text in out
     assert Path("results/runs/llama-EE-PREFILL/8-sublayers/scores.json").exists()
+
+
+def test_longbench_e_is_shown_by_buckets_and_an_empty_one_has_no_samples(run_script):
+    folder = write_run(Path("results/runs"), Cell("llama", "prefill", "early_exit", 4), 1.0, num_samples=3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sets = {"trec": "trec_e", "triviaqa": "triviaqa", "multifieldqa_en": "multifieldqa_en"}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sets": sets}))
+    code, out, _ = run_script("eval.py", "--model", "llama-EE-PREFILL")
+    assert code == 0
+    table = out[out.index("LongBench-E") :]
+    assert re.search(r"0-4k +4-8k +8k\+", table)
+    assert re.search(r"4 of 32 +trec +classification +100\.00 \(3\) +no samples +no samples", table)
+    assert "triviaqa" not in table
+
+
+def test_a_run_of_no_longbench_e_set_has_no_buckets(run_script):
+    write_run(Path("results/testbed/runs"), Cell("llama", "e2e", "adaskip", 4), 0.5)
+    assert "LongBench-E" not in run_script("eval.py", "--model", "llama-ADA-E2E", "--testbed")[1]
 
 
 def test_testbed_scores_the_testbeds_run(run_script):

@@ -34,6 +34,38 @@ def test_rouge_score_stands_beside_rouge_and_nowhere_else(tmp_path):
     assert all(task.rouge_score is None for task in answers.values())
 
 
+def as_extended(folder, task, lengths):
+    """Make a run's task LongBench-E's, with records of these lengths."""
+    path = folder / f"{task}.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [{**record, "length": length} for record, length in zip(records, lengths, strict=True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sets = {**dict.fromkeys(manifest["tasks"], "plain"), task: f"{task}_e"}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sets": sets}))
+    return folder
+
+
+def test_a_longbench_e_set_is_scored_by_buckets_and_others_are_not(tmp_path):
+    lengths = [1000] * 3 + [3999] * 2 + [9000] * 7
+    folder = as_extended(write_run(tmp_path, ADA, 0.6), "gov_report", lengths)
+    scored = score_run(load_run(folder)).tasks
+    per_sample = list(scored["gov_report"].main.by_id.values())
+    assert scored["gov_report"].buckets == metrics.score_buckets(per_sample, lengths)
+    assert scored["gov_report"].buckets["4-8k"] == metrics.BucketScore(0, None)
+    assert scored["multi_news"].buckets is None
+    assert score_run(load_run(folder)).tasks == scored, "read from scores.json"
+    assert "NaN" not in (folder / "scores.json").read_text()
+
+
+def test_a_record_without_a_length_belongs_to_no_bucket(tmp_path):
+    folder = as_extended(write_run(tmp_path, EE, 0.6), "trec", [5000] * 12)
+    text = (folder / "trec.jsonl").read_text().replace('"length"', '"words"')
+    (folder / "trec.jsonl").write_text(text)
+    with pytest.raises(metrics.MetricError, match="a record of trec has no 'length'"):
+        score_run(load_run(folder))
+
+
 def test_saved_scores_are_read_and_not_made_again(tmp_path, monkeypatch):
     folder = write_run(tmp_path, ADA, 0.6)
     first = score_run(load_run(folder))

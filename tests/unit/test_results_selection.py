@@ -1,0 +1,61 @@
+"""Calibrated against the best of the other four: which cells are compared, and what is said of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from adaskip.report import load_tables, write_tables
+from adaskip.results.intervals import mean_of_means_estimate
+from adaskip.results.selection import matches, sentence, to_text
+from adaskip.runs.cells import Cell
+from tests.saved_runs import write_run
+
+OTHERS = {"early_exit": 0.3, "skipdecode": 0.1, "unified": 0.2, "adaskip": 0.6}
+
+
+def write_all(folder, model, calibrated, **options):
+    for strategy, quality in {**OTHERS, "calibrated": calibrated}.items():
+        write_run(folder, Cell(model, "e2e", strategy, 4), quality, num_samples=40, **options)
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "verdict", "beyond"),
+    [(0.9, "better than", True), (0.6, "equal to", False), (0.3, "worse than", True)],
+)
+def test_the_difference_is_from_the_best_of_the_others(tmp_path, calibrated, verdict, beyond):
+    write_all(tmp_path, "llama", calibrated)
+    (match,) = matches(load_tables(tmp_path))
+    assert (match.phase, match.model, match.fraction, match.best_other) == ("e2e", "llama", 0.125, "adaskip")
+    assert match.difference.value == pytest.approx(match.means["calibrated"] - match.means["adaskip"])
+    assert (match.verdict, match.beyond_chance) == (verdict, beyond)
+    (row,) = [line for line in to_text([match]).splitlines() if line.startswith("| end to end")]
+    assert ("**worse than** AdaSkip" in row) == (verdict == "worse than")
+
+
+def test_only_what_is_complete_is_compared_and_counted(tmp_path):
+    write_all(tmp_path, "llama", 0.9)
+    write_all(tmp_path, "vicuna", 0.6)
+    write_all(tmp_path, "internlm", 0.9, expected=50)
+    tables = load_tables(tmp_path)
+    found = matches(tables)
+    assert [match.model for match in found] == ["llama", "vicuna"]
+    said = sentence(found)
+    assert "In 2 of 2 places" in said
+    assert "more in 1 (1 beyond chance), the same in 1. It scores less in 0 (0 beyond chance)." in said
+    assert (
+        said in next(path for path in write_tables(tables, tmp_path / "out") if path.name == "selection.md").read_text()
+    )
+
+
+def test_without_calibrated_there_is_no_document(tmp_path):
+    write_run(tmp_path, Cell("llama", "e2e", "adaskip", 4), 0.6)
+    assert "selection.md" not in [path.name for path in write_tables(load_tables(tmp_path), tmp_path / "out")]
+
+
+def test_groups_weigh_alike_whatever_their_size():
+    estimate = mean_of_means_estimate([[1.0] * 90 + [0.0] * 10, [0.0, 0.2]])
+    assert estimate.value == pytest.approx(0.5)
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert 0.4 < estimate.low < 0.5 < estimate.high < 0.6
+    assert mean_of_means_estimate([[1.0], [0.0, 1.0]]).low is None
