@@ -125,6 +125,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is any weight file, whole or not."""
+    return any(path for pattern in WEIGHT_FILES.values() for path in folder.glob(pattern))
+
+
 def check_weights(folder: Path) -> WeightFormat:
     """Which weights the folder holds; safetensors are preferred, and each file is looked at to see that it is whole.
 

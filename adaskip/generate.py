@@ -77,7 +77,8 @@ def generate(
 ) -> list[Generation]:
     """Greedy answers to a batch of prompts, one beam.
 
-    strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample. compile: run the
+    strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample. eos_token_ids:
+    what ends an answer, or nothing for what the model's generation config says. compile: run the
     decode steps compiled, which takes a static cache and makes a graph for each set of skipped sublayers when it first
     comes up: time a second generation of the same lengths. True is transformers' default, CUDA graphs where there is
     CUDA. Raises ValueError for a compiled generation on a cache that is not static.

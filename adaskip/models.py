@@ -40,6 +40,7 @@ from adaskip.checkpoints import (
     check_weights,
     commit_of,
     find_folder,
+    has_weights,
     one_line,
     read_config,
     weight_files_fingerprint,
@@ -241,7 +242,7 @@ def weight_files(name: str, checkpoint: str | Path | None = None) -> str | None:
         folder, _ = _find(get_entry(name), checkpoint, offline=True)
     except ModelError:
         return None
-    return weight_files_fingerprint(folder)
+    return weight_files_fingerprint(folder) if has_weights(folder) else None
 
 
 def check_checkpoint(name: str, checkpoint: str | Path | None = None) -> None:

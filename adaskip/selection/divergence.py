@@ -97,7 +97,7 @@ class OutputDivergence:
     def _divergence(self, passage: Passage) -> Tensor:
         log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
-        return kl @ passage.weights
+        return torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow is as bad as can be
 
     def _passage(self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int) -> Passage:
         (answer,) = generate(
@@ -119,12 +119,12 @@ class OutputDivergence:
             )
         start = len(prompt) if self.phase == "decode" else 0
         positions, weights = _positions(len(prompt), ids.shape[1], self.phase)
-        positions, weights = positions.to(ids.device) - start, weights.to(ids.device)
+        positions = positions - start  # on the CPU: the last layer may be on another device than the first
         dense = self._dense(ids[:, :start]) if start else None
         reference = self._log_probs(ids[:, start:], dense, positions)
         if dense is not None and not resident:
             _to_cpu(dense)
-        return Passage(ids[:, start:], dense, positions, weights, reference)
+        return Passage(ids[:, start:], dense, positions, weights.to(reference.device), reference)
 
     def _dense(self, ids: Tensor) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)

@@ -80,6 +80,8 @@ def search(
             total = _total(measure, contender, screened[contender], range(len(screening), num_prompts), least)
             if total < least:
                 best, least = contender, total
+        if not contenders.keys() & {best}:
+            raise ValueError(f"no set of {count} sublayers leaves the output finite on every calibration prompt")
         current = best
         choices[count] = Choice(current, least / num_prompts, contenders[current])
         if default is not None and count in starts[default] and starts[default][count] != current:

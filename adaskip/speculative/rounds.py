@@ -47,6 +47,8 @@ class Rounds:
     def run(self, ids: Tensor) -> Tensor:
         """Decode until the stopping criteria say so. ids: the prompt, [1, S]; returns prompt and answer."""
         prompt_length = ids.shape[1]
+        if self.streamer is not None:
+            self.streamer.put(ids.cpu())
         ids, finished = self._accept(ids, [], self.forwards.prefill(ids))
         while not finished:
             start_s = time.perf_counter()

@@ -277,3 +277,19 @@ def test_what_another_search_has_measured_is_not_taken_over(model, prompts, tmp_
     assert len(path.read_text().splitlines()) == 2
     assert Progress(lambda chosen, prompt: 1.0, path, {"phase": "prefill"})(frozenset(ALL[:1]), [0, 1]) == [0.0, 1.0]
     assert Progress(lambda chosen, prompt: 2.0, path, {"phase": "decode"})(frozenset(ALL[:1]), [0]) == [2.0]
+
+
+def test_an_output_that_overflows_is_as_bad_as_can_be(model, prompts):
+    """Two sublayers that leave the output finite, whatever the others do; then none is left."""
+    finite = frozenset(ALL[:2])
+
+    def measure(sublayers, which):
+        return [float(len(sublayers)) if sublayers <= finite else float("inf") for _ in which]
+
+    options = {"num_layers": LAYERS, "num_prompts": 2, "starts": {}}
+    assert search(measure, ALL, up_to=2, **options)[2].sublayers == finite
+    with pytest.raises(ValueError, match="no set of 3 sublayers leaves the output finite"):
+        search(measure, ALL, up_to=3, **options)
+    divergence = OutputDivergence(model, prompts[:1], "prefill", **ENDS)
+    nan = SkipPlan(ffn={1}, scales={("ffn", 1): float("nan")})
+    assert divergence(nan) == [float("inf")]
