@@ -51,23 +51,25 @@ test-compat:
 
 # The paper's tables, plots and observations on the testbed; continues where it was stopped. With MODEL=llama, internlm,
 # vicuna or all, the tables and plots of real checkpoints:
-#   make reproduce MODEL=llama [CHECKPOINT=DIR] [DATA_DIR=DIR] [SUBSET=N [SEED=S]] [DRY_RUN=1]
+#   make reproduce MODEL=llama [CHECKPOINT=DIR] [DATA_DIR=DIR] [STRATEGIES="full adaskip"] [SUBSET=N [SEED=S]] [DRY_RUN=1]
 ifdef MODEL
 REAL_RUNS := results/$(if $(SUBSET),subset-$(SUBSET)-seed-$(or $(SEED),0)/)runs
 
+# A cell that fails leaves the others their turn, and what is complete its tables; a mistake (2) or a stop ends at once.
 reproduce: setup
-	$(BIN)/adaskip grid --models $(if $(filter all,$(MODEL)),llama internlm vicuna,$(MODEL)) --output-dir $(REAL_RUNS) \
-	    $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") \
-	    $(if $(SUBSET),--subset $(SUBSET)) $(if $(SEED),--seed $(SEED)) $(if $(DRY_RUN),--dry-run)
-ifndef DRY_RUN
-	$(BIN)/python eval/tables.py --results-dir $(REAL_RUNS)
-	$(BIN)/python eval/plots.py --results-dir $(REAL_RUNS)
-endif
+	status=0; $(BIN)/adaskip grid --models $(if $(filter all,$(MODEL)),llama internlm vicuna,$(MODEL)) --output-dir $(REAL_RUNS) \
+	    $(if $(STRATEGIES),--strategies $(STRATEGIES)) $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
+	    $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") $(if $(SUBSET),--subset $(SUBSET)) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(DRY_RUN),--dry-run) || status=$$?; \
+	if [ -n "$(DRY_RUN)" ] || [ $$status -gt 1 ]; then exit $$status; fi; \
+	$(BIN)/python eval/tables.py --results-dir $(REAL_RUNS) && $(BIN)/python eval/plots.py --results-dir $(REAL_RUNS) \
+	    && exit $$status
 else
 reproduce: setup
 	$(BIN)/adaskip grid --testbed --jobs $(JOBS)
 	$(BIN)/python eval/tables.py --testbed
 	$(BIN)/python eval/plots.py --testbed
+	$(BIN)/python eval/tradeoff.py --testbed
 	for script in $(OBSERVATIONS); do \
 	    echo llama internlm vicuna | xargs -n 1 -P $(JOBS) $(BIN)/python observations/$$script.py --testbed --threads 1 --model \
 	    && $(BIN)/python observations/$$script.py --testbed --draw-only || exit 1; \

@@ -1,7 +1,7 @@
 """`eval/compensation.py`: how far the output lies from the full model's under each way to compensate AdaSkip's sets.
 
-Fitted on the calibration prompts, measured on further samples of the calibration task, never on test data. On
-stories260K both are stories that the model tells itself.
+Fitted on the calibration prompts, measured on samples of the phase's tasks that no run is scored on. On stories260K
+both are stories that the model tells itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaskip.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
+from adaskip.ablation.selection import PROMPT_TOKENS
 from adaskip.ablation.stories import TOKENS
 from adaskip.calibration import calibrate
 from adaskip.cli import study
 from adaskip.files import write_text_atomic
 from adaskip.importance import ImportanceProfile
 from adaskip.locks import exclusive
+from adaskip.longbench import PAPER_MIN_LENGTH, get_task
 from adaskip.models import LoadedModel
 from adaskip.observations.findings import write_findings
 from adaskip.options import option
@@ -34,7 +36,7 @@ from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.profiles import calibration_data
-from adaskip.runs.sources import load
+from adaskip.runs.sources import load, prompt_ids, unscored_samples
 from adaskip.selection.compensation import StreamMoments, stream_moments
 from adaskip.selection.divergence import OutputDivergence
 from adaskip.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
@@ -74,11 +76,12 @@ class CompensationConfig(SharedConfig):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. prompts: token ids, 1-D, the first ones to calibrate on. stops, pad: token ids."""
+    """A model to measure. calibration, held_out: prompts to fit on and, by phase, to measure on, token ids, 1-D. stops,
+    pad: token ids."""
 
     loaded: LoadedModel
-    prompts: Sequence[Tensor]
-    calibration: int
+    calibration: Sequence[Tensor]
+    held_out: Mapping[Phase, Sequence[Tensor]]
     budgets: Sequence[int]
     stops: Sequence[int]
     pad: int
@@ -86,12 +89,12 @@ class Subject:
     @property
     def sources(self) -> dict[str, Any]:
         """What the numbers are measured on."""
-        told = str([prompt.tolist() for prompt in self.prompts])
+        told = str([prompt.tolist() for prompts in (self.calibration, *self.held_out.values()) for prompt in prompts])
         described = describe_model(self.loaded)
         return {
             **{name: value for name, value in described.items() if name not in ("checkpoint", "device_name")},
-            "calibration_prompts": self.calibration,
-            "held_out_prompts": len(self.prompts) - self.calibration,
+            "calibration_prompts": len(self.calibration),
+            "held_out_prompts": {phase: len(prompts) for phase, prompts in self.held_out.items()},
             "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
         }
 
@@ -153,8 +156,8 @@ def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
     bar.update(len(PHASES) - len(missing))
     if not missing:
         return
-    model, fitting = subject.loaded.model, subject.prompts[: subject.calibration]
-    importance, moments = calibrate(model, fitting), stream_moments(model, fitting)
+    model = subject.loaded.model
+    importance, moments = calibrate(model, subject.calibration), stream_moments(model, subject.calibration)
     for phase in missing:
         held["cells"] = [cell for cell in held["cells"] if cell["phase"] != phase]
         held["cells"] += _cells(subject, phase, importance, moments)
@@ -173,9 +176,8 @@ def _cells(
         AFFINE: lambda sublayer: moments[sublayer].affine(),
         SHIFT: lambda sublayer: moments[sublayer].shift(importance.scale_of(sublayer)),
     }
-    held_out = subject.prompts[subject.calibration :]
     ends = {"eos_token_ids": subject.stops, "pad_token_id": subject.pad}
-    divergence = OutputDivergence(subject.loaded.model, held_out, phase, **ends)
+    divergence = OutputDivergence(subject.loaded.model, subject.held_out[phase], phase, **ends)
     cells = []
     for count in subject.budgets:
         budget = Budget(sublayers=count)
@@ -189,15 +191,24 @@ def _cells(
 
 
 def _of_task(config: CompensationConfig, name: str) -> Subject:
-    loaded, calibration = load(config, name), config.setup.calibration_samples
-    data = calibration_data(config, loaded, calibration + config.held_out)
+    loaded = load(config, name)
+    calibration = calibration_data(config, loaded, config.setup.calibration_samples)["prompts"]
+    held_out: dict[Phase, Sequence[Tensor]] = {phase: _unscored(config, loaded, phase) for phase in PHASES}
     budgets = config.setup.budgets_for(loaded.model.config.num_hidden_layers)
     tokenizer: Any = loaded.tokenizer
     stops, pad = loaded.spec.stop_token_ids, tokenizer.pad_token_id
-    return Subject(loaded, data["prompts"], calibration, budgets, stops, pad)
+    return Subject(loaded, calibration, held_out, budgets, stops, pad)
+
+
+def _unscored(config: CompensationConfig, loaded: LoadedModel, phase: Phase) -> list[Tensor]:
+    """Prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
+    searched, tasks = config.setup.calibration_samples, config.setup.phases[phase].tasks
+    samples = unscored_samples(config, tasks, searched + config.held_out, max_length=PAPER_MIN_LENGTH)
+    return [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in samples[searched:]]
 
 
 def _of_stories(held_out: int) -> Subject:
     loaded = load_stories()
-    prompts = tell(loaded, CALIBRATION_STORIES + held_out, TOKENS, STORIES_SEED)
-    return Subject(loaded, prompts, CALIBRATION_STORIES, STORIES_BUDGETS, stops=[], pad=0)
+    told = tell(loaded, CALIBRATION_STORIES + held_out, TOKENS, STORIES_SEED)
+    calibration, others = told[:CALIBRATION_STORIES], [story[:PROMPT_TOKENS] for story in told[CALIBRATION_STORIES:]]
+    return Subject(loaded, calibration, dict.fromkeys(PHASES, others), STORIES_BUDGETS, stops=[], pad=0)

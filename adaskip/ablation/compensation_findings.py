@@ -10,7 +10,7 @@ from typing import Any
 
 from adaskip.observations.findings import Claim, Findings, Table
 from adaskip.results import labels
-from adaskip.results.intervals import Estimate, mean, mean_estimate
+from adaskip.results.intervals import Estimate, mean, mean_estimate, mean_of_means_estimate
 
 NAME = "compensation"
 NONE, SCALE, LEAST_SQUARES, AFFINE, SHIFT = "none", "scale", "least_squares", "affine", "shift"
@@ -36,11 +36,15 @@ def difference(cell: Mapping[str, Any], name: str) -> Estimate:
 
 
 def relative(cells: Cells, name: str) -> Estimate:
-    """The same as a share of the mean under Eq. (3)'s scale, averaged over cells; prompts are what is resampled."""
-    shares = [[x / mean(cell["divergences"][SCALE]) for x in _differences(cell, name)] for cell in cells]
-    found = mean_estimate([mean(of_prompt) for of_prompt in zip(*shares, strict=True)])
-    assert found is not None
-    return found
+    """The same as a share of the mean under Eq. (3)'s scale, averaged over cells; the prompts of each phase are
+    what is resampled."""
+    by_phase: dict[str, list[list[float]]] = {}
+    for cell in cells:
+        shares = [x / mean(cell["divergences"][SCALE]) for x in _differences(cell, name)]
+        by_phase.setdefault(cell["phase"], []).append(shares)
+    return mean_of_means_estimate(
+        [[mean(of_prompt) for of_prompt in zip(*shares, strict=True)] for shares in by_phase.values()]
+    )
 
 
 def beyond_chance(found: Estimate) -> int:

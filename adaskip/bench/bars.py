@@ -108,7 +108,8 @@ def _overhead(result: Result, workload: Workload) -> Iterator[Finding]:
 
 def _realised(result: Result, workload: Workload) -> Iterator[Finding]:
     """In phase prefill, where one set serves prompt and answer and no window measures; on models that are no toys."""
-    if result.manifest["identity"]["testbed"]:
+    identity = result.manifest["identity"]
+    if identity["testbed"] or COMPILED in identity.get("modes", ()):  # those results are about something else
         return
     for compared in comparisons(result):
         share = compared.cell.sublayers / _num_sublayers(result)

@@ -2,7 +2,7 @@
 
 Each prompt is answered greedily by stock `generate` and with every draft, in turns, the first one changing from prompt
 to prompt, so that a drifting machine hits all alike. A file a model, written after every prompt: a stopped run
-continues, a finished one says so. What drafts is found on the setup's calibration samples; the prompts are others.
+continues, a finished one says so. What drafts is found on other samples than those that prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from adaskip.blocks import decoder_layers, execution_device
 from adaskip.calibration import calibrate
 from adaskip.cli import study
 from adaskip.files import write_text_atomic
-from adaskip.longbench import get_task
+from adaskip.importance import ImportanceProfile
+from adaskip.longbench import PAPER_MIN_LENGTH, get_task
 from adaskip.models import LoadedModel
 from adaskip.options import option
 from adaskip.plan import Budget
@@ -37,7 +38,7 @@ from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.profiles import calibration_data
-from adaskip.runs.sources import load, prompt_ids, scored_samples
+from adaskip.runs.sources import load, prompt_ids, scored_samples, unscored_samples
 from adaskip.selection.profile import SelectionProfile
 from adaskip.selection.select import select
 from adaskip.speculative import LosslessDecoder, lossless
@@ -113,11 +114,13 @@ class LosslessConfig(SharedConfig):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is asked. prompts, calibration: token ids, 1-D."""
+    """A model and what it is asked. prompts: token ids, 1-D. calibration: those that importance is measured on.
+    searched: those that the sets of calibrated are searched on."""
 
     loaded: LoadedModel
     prompts: Sequence[Tensor]
     calibration: Sequence[Tensor]
+    searched: Sequence[Tensor]
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -202,8 +205,11 @@ def _of_tasks(config: LosslessConfig, name: str) -> Subject:
     each = -(-config.prompts // len(tasks))
     columns = [prompt_ids(scored_samples(config, task, limit=each), get_task(task), loaded) for task in tasks]
     prompts = [ids for row in zip_longest(*columns) for ids in row if ids is not None]
-    calibration = calibration_data(config, loaded, config.setup.calibration_samples)["prompts"]
-    return Subject(loaded, prompts[: config.prompts], calibration)
+    count = config.setup.calibration_samples
+    calibration = calibration_data(config, loaded, count)["prompts"]
+    unscored = unscored_samples(config, tasks, count, max_length=PAPER_MIN_LENGTH)
+    searched = [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in unscored]
+    return Subject(loaded, prompts[: config.prompts], calibration, searched)
 
 
 def _of_stories(config: LosslessConfig) -> Subject:
@@ -213,7 +219,7 @@ def _of_stories(config: LosslessConfig) -> Subject:
     shortest, longest = STORY_PROMPT_TOKENS
     spread = longest - shortest + 1
     begun = [story[: shortest + i % spread] for i, story in enumerate(told[CALIBRATION_STORIES:])]
-    return Subject(loaded, begun, told[:CALIBRATION_STORIES])
+    return Subject(loaded, begun, told[:CALIBRATION_STORIES], told[:CALIBRATION_STORIES])
 
 
 def _fingerprint(prompts: Sequence[Tensor], new_tokens: int) -> str:
@@ -226,7 +232,7 @@ def strategies_for(subject: Subject, selection_path: Path) -> dict[Draft, Strate
     model, depth = subject.loaded.model, len(decoder_layers(subject.loaded.model))
     importance = calibrate(model, subject.calibration)
     searched = [draft.sublayers(depth) for draft in DRAFTS if draft.strategy == CalibratedSkip.name]
-    selection = _selection(subject, max(searched), selection_path) if searched else None
+    selection = _selection(subject, importance, max(searched), selection_path) if searched else None
     made = {}
     for draft in DRAFTS:
         profile = selection if draft.strategy == CalibratedSkip.name else importance
@@ -237,11 +243,13 @@ def strategies_for(subject: Subject, selection_path: Path) -> dict[Draft, Strate
     return made
 
 
-def _selection(subject: Subject, up_to: int, path: Path) -> SelectionProfile:
+def _selection(subject: Subject, importance: ImportanceProfile, up_to: int, path: Path) -> SelectionProfile:
     if path.is_file():
         return SelectionProfile.load(path, subject.loaded.model)
     ends = {"eos_token_ids": subject.stops, "pad_token_id": subject.pad}
-    selection = select(subject.loaded.model, subject.calibration, "decode", up_to=up_to, **ends)
+    selection = select(
+        subject.loaded.model, subject.searched, "decode", up_to=up_to, importance=importance, show_progress=True, **ends
+    )
     selection.save(path)
     return selection
 

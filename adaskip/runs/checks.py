@@ -14,6 +14,12 @@ from adaskip.runs.sources import calibration_samples, check_weights, given_profi
 from adaskip.selection.profile import SearchCost, Selected, SelectionProfile
 from adaskip.strategies import CalibratedSkip, Strategy, build, needs_profile
 
+UNKNOWN: dict[str, Any] = {
+    **{"model": "", "weights_fingerprint": "", "dtype": "", "attn_implementation": ""},
+    **{"dataset": "", "data_ids": ()},
+}
+"""Fields of a profile that stands for any."""
+
 
 def check(config: RunConfig) -> None:
     """Refuse a run that cannot be; a finished one is not looked into any further.
@@ -65,12 +71,6 @@ def _profile_without_model(config: RunConfig) -> Profile | None:
         return _any_importance(num_layers(config, config.model))
     unscored_samples(config, tasks_of(config), count, max_length=config.min_length, extended=config.extended)
     return _any_selection(config, num_layers(config, config.model))
-
-
-UNKNOWN: dict[str, Any] = {
-    **{"model": "", "weights_fingerprint": "", "dtype": "", "attn_implementation": ""},
-    **{"dataset": "", "data_ids": ()},
-}
 
 
 def _any_importance(depth: int) -> ImportanceProfile:

@@ -63,7 +63,9 @@ class WorkConfig(SharedConfig):
         "there is one); a name that ends in _e is LongBench-E's",
         "auto",
     )
-    min_length: int = option("only records of more than N words, 0 for all; the paper's are", PAPER_MIN_LENGTH)
+    min_length: int = option(
+        "only records of more than N words, 0 for all; calibration keeps to the paper's number", PAPER_MIN_LENGTH
+    )
     limit: int | None = option("only the first N samples of each task; if not given, the phase's")
     subset: int | None = option("only N samples of each task, drawn at random by --seed, the same for every cell")
     batch_size: int | None = option("samples generated together; if not given, the setup's")

@@ -54,7 +54,8 @@ class Passage:
 class OutputDivergence:
     """Mean KL(full || skipped) in nats of the next-token distributions, prompt by prompt.
 
-    num_forwards, num_tokens, seconds: what the calls so far have cost, the full model's answers among them.
+    Prompts without an answer are left out in decode, where there is nothing to compare. num_forwards, num_tokens,
+    seconds: what the calls so far have cost, the full model's answers among them.
     """
 
     def __init__(
@@ -75,10 +76,16 @@ class OutputDivergence:
         self._patches = patches_of(model)
         with self._counting(), torch.no_grad():
             ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
-            self.passages = [self._passage(prompt, i < RESIDENT, **ends) for i, prompt in enumerate(prompts)]
+            made = [self._passage(prompt, i < RESIDENT, **ends) for i, prompt in enumerate(prompts)]
+        self.passages = [passage for passage in made if passage is not None]
+        if not self.passages:
+            raise ValueError(
+                f"in phase decode answers are compared, and the full model ends each of the {len(prompts)} prompts "
+                "without one; give prompts that it answers"
+            )
 
     def __len__(self) -> int:
-        """Number of prompts."""
+        """Number of prompts compared."""
         return len(self.passages)
 
     @torch.no_grad()
@@ -99,7 +106,9 @@ class OutputDivergence:
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
         return torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow is as bad as can be
 
-    def _passage(self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int) -> Passage:
+    def _passage(
+        self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int
+    ) -> Passage | None:
         (answer,) = generate(
             self.model,
             None,
@@ -113,10 +122,7 @@ class OutputDivergence:
         ids = torch.cat([prompt, torch.tensor(answer.token_ids, dtype=prompt.dtype)])[None]
         ids = ids.to(execution_device(self.model))
         if self.phase == "decode" and not answer.token_ids:
-            raise ValueError(
-                f"in phase decode the answers are compared, and the full model answers one of the prompts, of "
-                f"{len(prompt)} tokens, with none; give prompts that it answers"
-            )
+            return None
         start = len(prompt) if self.phase == "decode" else 0
         positions, weights = _positions(len(prompt), ids.shape[1], self.phase)
         positions = positions - start  # on the CPU: the last layer may be on another device than the first

@@ -68,7 +68,7 @@ def select(
         progress,
         importance.ranking()[: num_candidates(up_to, num_layers)],
         num_layers=num_layers,
-        num_prompts=len(prompts),
+        num_prompts=len(divergence),
         up_to=up_to,
         starts=sets_of_others(importance, up_to),
         default=AdaSkip.name,

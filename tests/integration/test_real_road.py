@@ -44,7 +44,10 @@ def test_a_snapshot_goes_all_the_way_without_a_flag_more(family, data_dir, tmp_p
     assert manifest["dtype"] == "float32"
     assert len(list((tmp_path / "results/profiles").glob(f"{family}-*.json"))) == 1
     assert script(monkeypatch, f"eval/eval.py --model {name}") == 0
-    assert "2 of 4" in capsys.readouterr().out
+    scores = capsys.readouterr().out
+    assert "2 of 4" in scores
+    buckets = scores[scores.index("LongBench-E") :].splitlines()
+    assert sum(row.count("no samples") == 2 and f"({NUM_SAMPLES})" in row for row in buckets) == 3  # of 5000 words each
     assert script(monkeypatch, "eval/tables.py") == 0
     table = (tmp_path / "results/tables/table3_prefill.md").read_text()
     assert f"{NUM_SAMPLES} samples a task" in table

@@ -218,7 +218,7 @@ def test_another_template_is_another_run(options, capsys, monkeypatch):
     assert "templates_fingerprint was" in error_of(capsys)
 
 
-def test_a_checkpoint_of_fewer_positions_has_a_lower_limit_and_is_another_run(options, own, capsys, caplog):
+def test_a_checkpoint_of_fewer_positions_has_a_lower_limit_and_is_another_run(options, own, capsys):
     checkpoint, _, given = own
     argv = ["run", *cell(), *options, *given]
     assert cli.main(argv) == 0

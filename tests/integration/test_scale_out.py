@@ -6,6 +6,7 @@ The processes meet through gloo as those of `accelerate launch` do, which is its
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,6 +107,25 @@ def test_several_processes_leave_the_bytes_of_one(launch, whole, options, tmp_pa
         times = [json.loads(line) for line in (folder / f"times/{task}.jsonl").read_text().splitlines()]
         assert [line["id"] for line in times] == [row["id"] for row in rows]
         assert all(line["ttft_s"] > 0 for line in times)
+
+
+def test_a_finished_run_is_passed_over_by_every_process_without_weights(launch, options, checkpoint, tmp_path):
+    own = Path(shutil.copytree(checkpoint, tmp_path / "own"))
+    argv = [*ARGV, *options, "--checkpoint", str(own)]
+    assert cli.main(argv) == 0
+    found = contents(tmp_path / "runs" / LABEL)
+    (own / "model.safetensors").unlink()
+    assert launch(2, argv) == ([0, 0], [])
+    assert contents(tmp_path / "runs" / LABEL) == found
+
+
+def test_a_warning_is_told_by_the_main_process_alone(launch, options, checkpoint, tmp_path):
+    own = Path(shutil.copytree(checkpoint, tmp_path / "own"))
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    codes, errors = launch(2, [*ARGV, *options, "--checkpoint", str(own)])
+    assert codes == [0, 0]
+    assert errors == [f"{own} was made for fewer tokens than llama: prompts are cut at 256, not at 31500"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from adaskip import cli
-from adaskip.runs import speedup
+from adaskip.runs import sources, speedup
 from adaskip.runs.speedup import PAIRS, Target
 from adaskip.selection.profile import SelectionProfile
 from tests.tiny_runs import NUM_SAMPLES, cell, error_of, records
@@ -68,6 +68,16 @@ def test_a_continued_run_keeps_its_choice_and_is_measured_once(command, tmp_path
     assert cli.main(argv) == 0
     assert records(path.parent) == whole
     assert path.read_bytes() == content
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_a_finished_and_measured_run_loads_no_model(command, monkeypatch, capsys):
+    argv = command("decode", 1.3)
+    assert cli.main(argv) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(sources, "_held", {})
+    monkeypatch.setattr(sources, "load_model", None)
+    assert cli.main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 

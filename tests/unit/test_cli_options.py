@@ -132,6 +132,15 @@ def test_the_full_model_has_no_budget():
         ({"budget": 4, "dtype": "int8"}, "unknown --dtype 'int8'.* Allowed: float32, bfloat16, float16"),
         ({"budget": 4, "tasks": ("terc",)}, "unknown LongBench task 'terc'"),
         ({"budget": 4, "tasks": ("trec", "trec")}, "task given more than once: trec"),
+        ({"budget": 4, "tasks": ("trec", "trec_e")}, "trec and trec_e are one set with --longbench-set auto: give one"),
+        ({"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"}, "lcc and lcc_e are one set with .* extended: give"),
+        ({"budget": 4, "longbench_set": "e"}, "unknown --longbench-set 'e'.* Allowed: auto, plain, extended"),
+        ({"budget": 4, "min_length": -1}, "--min-length must be at least 0 words, not -1"),
+        (
+            {"budget": 4, "testbed": True, "min_length": 0},
+            "--testbed generates its own: leave them out; given: auto, 0",
+        ),
+        ({"budget": 4, "testbed": True, "longbench_set": "plain"}, "--testbed generates its own: leave them out"),
         ({"budget": 4, "testbed": True, "data_dir": "x"}, "give one of them"),
         ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give one of them"),
     ],
@@ -139,6 +148,11 @@ def test_the_full_model_has_no_budget():
 def test_a_configuration_that_cannot_be_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**CELL | given)
+
+
+def test_a_task_and_its_longbench_e_set_are_two_where_the_plain_name_means_the_plain_set():
+    tasks = ("trec", "trec_e", "narrativeqa")
+    assert RunConfig(**CELL, tasks=tasks, longbench_set="plain").tasks == tasks
 
 
 def test_the_output_directory_follows_the_testbed():

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from adaskip.ablation import compensation
 from adaskip.ablation.compensation import (
     NOT_AT_HAND,
+    PHASES,
     RESULTS_FILE,
     CompensationConfig,
     Subject,
@@ -148,8 +149,9 @@ def test_only_what_helps_on_every_model_is_kept(second, choice):
 
 def tiny_subject(seed: int = 0) -> Subject:
     generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(3, 90, (12,), generator=generator) for _ in range(4)]
-    return Subject(load(SharedConfig(testbed=True, device="cpu"), "llama"), prompts, 2, [2], [], 0)
+    prompts = [torch.randint(3, 90, (12,), generator=generator) for _ in range(8)]
+    loaded = load(SharedConfig(testbed=True, device="cpu"), "llama")
+    return Subject(loaded, prompts[:2], dict.fromkeys(PHASES, prompts[2:]), [2], [], 0)
 
 
 def test_a_study_continues_and_never_mixes(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adaskip import longbench_data
-from adaskip.longbench import HUB, LongBenchError, load_records
+from adaskip.longbench import HUB, LongBenchError, find_set, load_records
 from adaskip.longbench_data import check_sha256, list_sets
 
 REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
@@ -75,6 +75,21 @@ def test_the_filter_is_more_than_min_length(tmp_path):
     assert [r["length"] for r in load_records("qasper", tmp_path)] == [4001, 9000, 5000]
     assert list(load_records("qasper", tmp_path, min_length=None)) == RECORDS
     assert [r["_id"] for r in load_records("qasper", str(tmp_path), limit=2)] == ["id2", "id3"]
+
+
+@pytest.mark.parametrize("layout", ["folder", "zip"])
+def test_the_set_that_is_taken_has_a_name(tmp_path, layout):
+    if layout == "folder":
+        source = write_jsonl(tmp_path / "qasper_e.jsonl", RECORDS).parent
+        write_jsonl(tmp_path / "qasper.jsonl", RECORDS)
+    else:
+        source = write_zip(tmp_path / "data.zip", {"qasper_e": RECORDS, "qasper": RECORDS})
+    for task, extended, name in (
+        ("qasper", None, "qasper_e"),
+        ("qasper", False, "qasper"),
+        ("qasper_e", False, "qasper_e"),
+    ):
+        assert find_set(task, source, extended).set_name == name
 
 
 def test_the_extended_set_comes_first_and_a_fallback_is_announced(tmp_path, caplog):

@@ -7,7 +7,7 @@ import pytest
 
 from adaskip import configs
 from adaskip.configs import ConfigError, load_yaml
-from adaskip.longbench import EXTENDED_TASKS, TASKS, LongBenchError, TaskSpec, get_task
+from adaskip.longbench import EXTENDED_TASKS, TASKS, LongBenchError, TaskSpec, get_task, set_meant
 from adaskip.metrics import METRICS
 
 # LongBench's config/dataset2maxlen.json
@@ -59,6 +59,12 @@ def test_tasks_and_caps_are_longbenchs():
 def test_thirteen_tasks_have_an_extended_set():
     assert sorted(EXTENDED_TASKS) == sorted(EXTENDED)
     assert len(EXTENDED_TASKS) == 13
+
+
+def test_a_bare_name_means_longbench_e_where_it_has_a_set_unless_the_plain_one_is_asked_for():
+    assert [set_meant("trec", extended) for extended in (None, True, False)] == ["trec_e", "trec_e", "trec"]
+    assert [set_meant("trec_e", extended) for extended in (None, True, False)] == ["trec_e"] * 3
+    assert [set_meant("narrativeqa", extended) for extended in (None, False)] == ["narrativeqa"] * 2
 
 
 def test_templates_are_longbenchs_to_the_character():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -14,6 +15,7 @@ from adaskip.calibration import calibrate
 from adaskip.generate import generate
 from adaskip.importance import ImportanceProfile, ProfileError
 from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
+from adaskip.selection import divergence as divergence_module
 from adaskip.selection.divergence import ANSWER_TOKENS, OutputDivergence
 from adaskip.selection.profile import SelectionProfile
 from adaskip.selection.progress import Progress
@@ -293,3 +295,15 @@ def test_an_output_that_overflows_is_as_bad_as_can_be(model, prompts):
     divergence = OutputDivergence(model, prompts[:1], "prefill", **ENDS)
     nan = SkipPlan(ffn={1}, scales={("ffn", 1): float("nan")})
     assert divergence(nan) == [float("inf")]
+
+
+def test_in_decode_prompts_without_an_answer_are_left_out(model, prompts, monkeypatch):
+    answered = answers_of(model, prompts)
+    silent = [replace(answer, token_ids=[] if i % 2 else answer.token_ids) for i, answer in enumerate(answered)]
+    coming = iter(silent)
+    monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [next(coming)])
+    assert len(OutputDivergence(model, prompts, "decode", **ENDS)) == 3
+    monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [silent[1]])
+    with pytest.raises(ValueError, match="ends each of the 5 prompts without one"):
+        OutputDivergence(model, prompts, "decode", **ENDS)
+    assert len(OutputDivergence(model, prompts, "e2e", **ENDS)) == 5
