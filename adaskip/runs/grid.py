@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from adaskip.runs.checks import check
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cell, find_cells, find_job
 from adaskip.runs.runner import Progress, RunError, run
@@ -54,8 +55,14 @@ class GridOutcome:
 
 
 def run_grid(config: GridConfig) -> GridOutcome:
-    """Bring every cell to its end; the finished ones are only checked."""
+    """Bring every cell to its end; the finished ones are only checked.
+
+    Raises:
+        ValueError: a cell cannot run, as far as can be known before a model is loaded; then none is begun.
+    """
     cells = searches_first(find_cells(config))
+    for cell in cells:
+        check(cell)
     jobs = min(config.jobs or default_jobs(config), len(cells))
     if jobs > 1 and config.threads is None:
         cells = [replace(cell, threads=1) for cell in cells]

@@ -212,3 +212,43 @@ def test_a_dry_run_of_a_task_of_unknown_size_asks_for_the_data(tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert cli.main([*GRID, "--tasks", "hotpotqa"]) == 2
     assert "the number of samples of hotpotqa is not known without the data: give --data-dir" in capsys.readouterr().err
+
+
+def test_the_dry_run_counts_the_searches_of_calibrated(tmp_path, capsys):
+    seconds = {}
+    for strategy in ("adaskip", "calibrated"):
+        given = [*GRID, "--phases", "decode", "e2e", "--strategies", strategy, "--output-dir", str(tmp_path)]
+        assert cli.main(given) == 0
+        told = capsys.readouterr().out.split("searches of strategy calibrated ")[1].split(";")[0]
+        number, unit = told.split()
+        seconds[strategy] = float(number) * (3600 if unit == "h" else 1)
+    assert seconds["adaskip"] == 0
+    assert seconds["calibrated"] > 60
+
+
+@pytest.mark.slow
+def test_a_whole_grid_runs_continues_and_becomes_tables(checkpoint, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["grid", "--models", "llama", "--checkpoint", str(checkpoint), "--data-dir", str(data_dir)]
+    given += ["--subset", "2", "--max-new-tokens", "8", "--threads", "1"]
+    assert cli.main(given) == 0
+    cells, samples = 3 * len(GRID_STRATEGIES), 2 * (3 + 2 + 2) * len(GRID_STRATEGIES)
+    complete = f"{cells} of {cells} cells complete in results/runs"
+    assert f"{complete}, {samples} samples made now" in capsys.readouterr().out
+    names = sorted(path.name.split("-")[1] for path in (tmp_path / "results/profiles").glob("llama-selection-*.json"))
+    assert names == ["selection"] * 3
+    assert not list((tmp_path / "results/profiles").glob("*.partial.jsonl"))
+    assert cli.main(given) == 0
+    assert f"{complete}, 0 samples made now" in capsys.readouterr().out
+    assert script(monkeypatch, "eval/tables.py") == 0
+    assert "| 33.33 % | Calibrated" in (tmp_path / "results/tables/table3_prefill.md").read_text()
+    assert (tmp_path / "results/tables/selection.md").is_file()
+
+
+def test_a_grid_that_cannot_be_is_refused_before_any_cell(tmp_path, data_dir, llama, capsys):
+    given = ["grid", "--models", "llama", "--checkpoint", str(llama), "--data-dir", str(data_dir)]
+    assert cli.main([*given, "--budgets", "65", "--output-dir", str(tmp_path / "runs")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "budget of 65 sublayers" in lines[0]
+    assert not (tmp_path / "runs").exists()
