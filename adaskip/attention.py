@@ -3,7 +3,7 @@
 With a mask, as static caches always have one, transformers' `sdpa` writes out K/V for every query head when compiled:
 of Llama-3.1-8B at 8k tokens that is half as many bytes again as the weights. Here the query heads of a group are the
 rows of one product instead, as transformers does itself when it is not compiled. Choose it by name:
-`from_pretrained(..., attn_implementation="sdpa_packed")` after `import adaskip.attention`, or `--attn-implementation`.
+`from_pretrained(..., attn_implementation="sdpa_packed")` after `register_packed()`, or `--attn-implementation`.
 """
 
 from __future__ import annotations
@@ -46,5 +46,7 @@ def packed_sdpa(
     return output.reshape(batch, 1, heads, output.shape[-1]), None
 
 
-AttentionInterface.register(PACKED, packed_sdpa)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+def register_packed() -> None:
+    """Make `sdpa_packed` known to transformers; once is enough."""
+    AttentionInterface.register(PACKED, packed_sdpa)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)

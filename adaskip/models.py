@@ -34,6 +34,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adaskip import internlm
+from adaskip.attention import register_packed
 from adaskip.blocks import decoder_layers
 from adaskip.checkpoints import (
     ModelError,
@@ -209,6 +210,7 @@ def load_model(
             "%s was made for fewer tokens than %s: prompts are cut at %d, not at %d",
             *(source, name, limit, entry.max_prompt_tokens),
         )
+    register_packed()
     tokenizer = _load_tokenizer(folder, raw)
     chat_template = _wrapper(chat or entry.chat, tokenizer)
     model = _load_weights(folder, config, attn_implementation, where)

@@ -56,7 +56,7 @@ class BenchConfig:
     clock: str = option(f"on the CPU, of {', '.join(CLOCKS)}; CUDA has its own", "wall")
     device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
     dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
-    attn_implementation: str = option("transformers' attention backend, e.g. sdpa, eager, flash_attention_2", "sdpa")
+    attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
     threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
     output_dir: str = option("results go to a folder of the device's name in here", RESULTS_DIR)
     name: str | None = option("name of the result; if not given, the figure's, or model, weights and study")

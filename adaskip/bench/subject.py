@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from transformers.initialization import no_init_weights
 
 from adaskip import testbed
+from adaskip.attention import register_packed
 from adaskip.bench.settings import SMALL_MODEL, BenchConfig
 from adaskip.bench.skip_sets import assumed_profile
 from adaskip.blocks import decoder_layers
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.importance import ImportanceProfile
-from adaskip.models import LoadedModel, architecture, load_model
+from adaskip.models import LoadedModel, architecture, get_entry, load_model
 from adaskip.plan import Phase, check_phase
 from adaskip.rope import fix_dynamic_rope
 from adaskip.runs import profiles
@@ -111,6 +112,7 @@ def random_model(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     """The architecture with N(0, 0.02) weights, allocated and filled on `device` itself."""
+    register_packed()
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     torch.manual_seed(0)
@@ -132,6 +134,7 @@ def _load(config: BenchConfig, device: torch.device) -> LoadedModel:
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         chat="none",
+        max_prompt_tokens=get_entry(config.model).max_prompt_tokens,  # prompts here are as long as they are asked to be
     )
 
 

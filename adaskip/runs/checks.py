@@ -7,10 +7,10 @@ from typing import Any
 from adaskip.importance import ImportanceProfile, SublayerMeans
 from adaskip.plan import Budget, check_phase
 from adaskip.runs.config import RunConfig
-from adaskip.runs.job import Job, Part, find_job, find_parts, tasks_of
+from adaskip.runs.job import Job, Part, find_job, find_parts
 from adaskip.runs.manifest import is_done
-from adaskip.runs.profiles import Profile
-from adaskip.runs.sources import calibration_samples, check_weights, given_profile, num_layers, unscored_samples
+from adaskip.runs.profiles import Profile, searched_samples
+from adaskip.runs.sources import calibration_samples, check_weights, given_profile, num_layers
 from adaskip.selection.profile import SearchCost, Selected, SelectionProfile
 from adaskip.strategies import CalibratedSkip, Strategy, build, needs_profile
 
@@ -65,11 +65,10 @@ def _profile_without_model(config: RunConfig) -> Profile | None:
         return None
     if (given := given_profile(config)) is not None:
         return given
-    count = config.setup.calibration_samples
-    calibration_samples(config, count)
+    calibration_samples(config, config.setup.calibration_samples)
     if config.strategy != CalibratedSkip.name:
         return _any_importance(num_layers(config, config.model))
-    unscored_samples(config, tasks_of(config), count, max_length=config.min_length, extended=config.extended)
+    searched_samples(config)
     return _any_selection(config, num_layers(config, config.model))
 
 

@@ -29,7 +29,7 @@ class SharedConfig:
     )
     device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
     dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
-    attn_implementation: str = option("transformers' attention backend, e.g. sdpa, eager, flash_attention_2", "sdpa")
+    attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
     device_map: str | None = option("accelerate's device map, e.g. auto, to spread a model over several devices")
     chat: str | None = option("prompt wrapper: none, template, or a text with {prompt}; if not given, the model's own")
     seed: int = option("seed of torch's generators, and of --subset", 0)

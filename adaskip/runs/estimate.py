@@ -14,7 +14,7 @@ from statistics import mean
 
 from adaskip.longbench import get_task
 from adaskip.longbench_data import HUB, MissingDataError
-from adaskip.models import architecture, registry
+from adaskip.models import architecture
 from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, check_phase
 from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
 from adaskip.roofline.predict import DecodePlan
@@ -22,7 +22,7 @@ from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import answer_cap, find_cell, find_cells, find_job, num_wanted, tasks_of
 from adaskip.runs.manifest import DONE, MISSING, find_state
-from adaskip.runs.sources import calibration_samples, checkpoint_of
+from adaskip.runs.sources import calibration_samples, checkpoint_of, max_prompt_tokens
 from adaskip.selection.divergence import ANSWER_TOKENS
 from adaskip.selection.select import most_forwards
 from adaskip.strategies import FULL, CalibratedSkip, build, needs_profile
@@ -102,7 +102,7 @@ def _published_size(config: RunConfig, name: str) -> TaskSize:
 def seconds(cell: CellSize, ceilings: Ceilings) -> float:
     """Least GPU time of the whole cell, one sample after the other."""
     config, shape = cell.config, shape_of(cell.config)
-    most, sublayers = registry()[config.model].max_prompt_tokens, find_cell(config).sublayers
+    most, sublayers = max_prompt_tokens(config, config.model), find_cell(config).sublayers
     total = 0.0
     for task, size in cell.tasks.items():
         prompts, new_tokens = size.prompts(most), answer_cap(config, task)
@@ -140,7 +140,7 @@ def calibration_seconds(config: RunConfig, ceilings: Ceilings) -> float:
         size = _size(calibration_samples(config, config.setup.calibration_samples))
     except MissingDataError:
         size = TaskSize(config.setup.calibration_samples)
-    prompts = size.prompts(registry()[config.model].max_prompt_tokens)
+    prompts = size.prompts(max_prompt_tokens(config, config.model))
     return prefill_seconds(shape_of(config), EMPTY_PLAN, prompts, ceilings)
 
 
@@ -151,7 +151,7 @@ def search_seconds(config: RunConfig, ceilings: Ceilings) -> float:
         return 0.0
     shape, count, answer = shape_of(config), config.setup.calibration_samples, _searched_answer(config)
     words = TaskSize(count, (max(1, config.min_length),) * count)
-    (prompt,) = words.prompts(registry()[config.model].max_prompt_tokens)
+    (prompt,) = words.prompts(max_prompt_tokens(config, config.model))
     largest = max(config.setup.budgets_for(shape.num_layers))
     full = {"prefill_plan": EMPTY_PLAN, "decode_plan": EMPTY_PLAN, "ceilings": ceilings}
     answered = predict(shape, prompt_tokens=prompt, new_tokens=answer, **full)
@@ -197,7 +197,7 @@ def gpu_bytes(cell: CellSize) -> tuple[int, int]:
     """(bytes of the weights in 16 bits, bytes of K/V of the longest request under the full model)."""
     shape = shape_of(cell.config)
     answer = max(answer_cap(cell.config, name) for name in cell.tasks)
-    longest = registry()[cell.config.model].max_prompt_tokens + answer
+    longest = max_prompt_tokens(cell.config, cell.config.model) + answer
     return 2 * shape.num_parameters, longest * kv_bytes_per_token(shape, EMPTY_PLAN)
 
 

@@ -61,15 +61,15 @@ def _selection_of(config: RunConfig, loaded: LoadedModel, path: Path) -> Selecti
         config,
         loaded,
         check_phase(config.phase),
-        _unscored(config),
+        searched_samples(config),
         importance=importance,
         up_to=_largest(config, loaded),
         progress_path=path.with_suffix(".partial.jsonl"),
     )
 
 
-def _unscored(config: RunConfig) -> list[tuple[str, Sample]]:
-    """What a run's selection is searched on."""
+def searched_samples(config: RunConfig) -> list[tuple[str, Sample]]:
+    """(task, sample): what a run's selection is searched on."""
     tasks = config.tasks or config.setup.phases[config.phase].tasks
     count = config.setup.calibration_samples
     return unscored_samples(config, tasks, count, max_length=config.min_length, extended=config.extended)
@@ -103,7 +103,7 @@ def kept_path(config: RunConfig, loaded: LoadedModel) -> Path:
             "objective": OBJECTIVE,
             "up_to": _largest(config, loaded),
             "stop_token_ids": list(loaded.spec.stop_token_ids),
-            "selection_samples": fingerprint([{"task": task, **sample} for task, sample in _unscored(config)]),
+            "selection_samples": fingerprint([{"task": task, **sample} for task, sample in searched_samples(config)]),
         }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return config.runs_dir.parent / "profiles" / f"{name}-{digest[:8]}.json"

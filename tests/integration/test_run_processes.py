@@ -13,6 +13,7 @@ import pytest
 
 from adaskip import cli
 from adaskip.locks import exclusive
+from adaskip.runs.cells import PAPER_STRATEGIES
 from tests.tiny_runs import NUM_SAMPLES, ROOT, cell, records
 
 pytestmark = pytest.mark.slow
@@ -95,6 +96,7 @@ def test_a_signal_ends_the_run_cleanly_with_a_hint(options, tmp_path, number):
 
 
 GRID = ["--models", "llama", "--phases", "decode", "--budgets", "2", "--jobs", "2"]
+GRID += ["--strategies", *PAPER_STRATEGIES]
 
 
 def test_a_grid_runs_every_cell_and_then_finds_them_complete(options, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaskip.attention import PACKED
+from adaskip.attention import PACKED, register_packed
 from adaskip.context import skipping
 from adaskip.plan import SkipPlan
 from adaskip.strategies import FixedPlan
@@ -16,6 +16,7 @@ FAMILIES = ["llama", "mistral", "qwen3", "gemma3"]
 
 
 def packed(family: str):
+    register_packed()
     model = random_model(family)
     model.set_attn_implementation(PACKED)
     return model
