@@ -19,11 +19,12 @@ from adaskip.bench.skip_sets import assumed_profile
 from adaskip.blocks import decoder_layers
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.importance import ImportanceProfile
-from adaskip.models import LoadedModel, architecture, get_entry, load_model
+from adaskip.models import LoadedModel, architecture, load_model
 from adaskip.plan import Phase, check_phase
 from adaskip.rope import fix_dynamic_rope
 from adaskip.runs import profiles
 from adaskip.runs.config import RunConfig, SharedConfig
+from adaskip.runs.sources import max_prompt_tokens
 from adaskip.selection.profile import SelectionProfile
 from adaskip.strategies import CalibratedSkip
 
@@ -134,7 +135,7 @@ def _load(config: BenchConfig, device: torch.device) -> LoadedModel:
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         chat="none",
-        max_prompt_tokens=get_entry(config.model).max_prompt_tokens,  # prompts here are as long as they are asked to be
+        max_prompt_tokens=max_prompt_tokens(SharedConfig(testbed=True), config.model) if config.testbed else None,
     )
 
 

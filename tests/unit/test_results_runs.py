@@ -120,7 +120,8 @@ def test_a_run_is_found_by_the_artifacts_name(tmp_path, name):
     assert [run.cell.sublayers for run in find_run(name, tmp_path)] == [4, 8]
 
 
-def test_an_absent_run_is_an_error_that_lists_the_present_ones(tmp_path):
+def test_an_absent_run_is_an_error_that_lists_the_present_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path, EE, 0.5)
     with pytest.raises(ResultsError, match=r"no run llama-SD-PREFILL in .* Runs there: llama-EE-PREFILL"):
         find_run("llama-SD-PREFILL", tmp_path)
