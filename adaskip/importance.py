@@ -181,24 +181,28 @@ class ImportanceProfile:
 
         Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
         """
+        fields = read_fields(path, FORMAT, "an importance profile")
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ProfileError(f"{path} is not JSON: {error}") from error
-        profile = cls._from_record(record, path)
+            for unit in ("attention", "ffn", "layer"):
+                fields[unit] = SublayerMeans(**fields[unit])
+            profile = cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ProfileError(f"{path} is not a whole importance profile: {error}") from error
         if model is not None:
             profile.check_fits(model)
         return profile
 
-    @classmethod
-    def _from_record(cls, record: Any, path: str | Path) -> ImportanceProfile:
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            found = record.get("format") if isinstance(record, dict) else type(record).__name__
-            raise ProfileError(f"{path} is not an importance profile: format is {found!r}, expected {FORMAT!r}")
-        fields = {key: value for key, value in record.items() if key != "format"}
-        try:
-            for unit in ("attention", "ffn", "layer"):
-                fields[unit] = SublayerMeans(**fields[unit])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ProfileError(f"{path} is not a whole importance profile: {error}") from error
+
+def read_fields(path: str | Path, expected_format: str, what: str) -> dict[str, Any]:
+    """The fields of a profile's file, but for its format.
+
+    Raises FileNotFoundError if there is no file and ProfileError if it is not `what`, a profile of that format.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ProfileError(f"{path} is not JSON: {error}") from error
+    found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
+    if found != expected_format:
+        raise ProfileError(f"{path} is not {what}: format is {found!r}, expected {expected_format!r}")
+    return record

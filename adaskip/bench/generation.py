@@ -54,6 +54,10 @@ class StaticCaches:
         cache.reset()
         return cache
 
+    def forget(self) -> None:
+        """Let go of all."""
+        self.caches = {}
+
 
 @dataclass(frozen=True)
 class TimedGeneration:

@@ -142,6 +142,7 @@ class _Runner:
 
     def _give_up(self, workload: Workload) -> str:
         """Note which cell lacked memory; the rounds before it stay."""
+        self.trials.static_caches.forget()
         torch.cuda.empty_cache()
         self._save([{**self.running, "error": "out of memory"}])
         device, cell = self.trials.subject.model.device, Cell(**self.running["cell"])

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from adaskip.files import write_text_atomic
 from adaskip.fingerprint import weights_fingerprint
-from adaskip.importance import ProfileError
+from adaskip.importance import ProfileError, read_fields
 from adaskip.plan import Phase, SkipPlan, Sublayer, SublayerKind
 
 FORMAT = "adaskip-selection-profile/1"
@@ -120,24 +119,13 @@ class SelectionProfile:
 
         Raises FileNotFoundError if there is no file and ProfileError if it is not a selection or does not fit.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ProfileError(f"{path} is not JSON: {error}") from error
-        selection = cls._from_record(record, path)
-        if model is not None:
-            selection.check_fits(model)
-        return selection
-
-    @classmethod
-    def _from_record(cls, record: Any, path: str | Path) -> SelectionProfile:
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            found = record.get("format") if isinstance(record, dict) else type(record).__name__
-            raise ProfileError(f"{path} is not a selection profile: format is {found!r}, expected {FORMAT!r}")
-        fields = {key: value for key, value in record.items() if key != "format"}
+        fields = read_fields(path, FORMAT, "a selection profile")
         try:
             fields["selected"] = {count: Selected(**chosen) for count, chosen in fields["selected"].items()}
             fields["cost"] = SearchCost(**fields["cost"])
-            return cls(**fields)
+            selection = cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ProfileError(f"{path} is not a whole selection profile: {error}") from error
+        if model is not None:
+            selection.check_fits(model)
+        return selection

@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 
 from adaskip import context
 from adaskip.bench import limits, measuring
-from adaskip.bench.cells import BREAKDOWN, COUNTS, MODES, STUDIES, Cell, Workload, cells_of, rotated
+from adaskip.bench.cells import BREAKDOWN, COMPILED, COUNTS, MODES, STUDIES, Cell, Workload, cells_of, rotated
 from adaskip.bench.counts import count_work
-from adaskip.bench.generation import sublayer_times, timed_generation
+from adaskip.bench.generation import StaticCaches, sublayer_times, timed_generation
 from adaskip.bench.kv_check import check_kv
 from adaskip.bench.measuring import run_bench
 from adaskip.bench.results import load_result
@@ -363,3 +363,25 @@ def test_a_benchmark_runs_on_cuda(tmp_path, monkeypatch):
     assert all(entry["peak_memory_bytes"] > 0 for entry in outcome.result.entries)
     timed = outcome.result.of(Workload(8, 4), Cell(BREAKDOWN))
     assert all(min(record["prefill_sublayers_s"]["ffn"]) > 0 for record in timed)
+
+
+def test_a_cells_static_cache_is_used_again_as_if_new():
+    """After a generation that skipped attention it holds stand-ins; emptied, it serves the stock model."""
+    model, caches = tiny_model(), StaticCaches()
+    cell, work = Cell("early_exit", "e2e", 2, COMPILED), Workload(6, 4)
+    ids = torch.arange(6)[None]
+    plan = FixedPlan(num_layers=LAYERS, plan=SkipPlan(attention={1}), phase="decode")
+    cache = caches.emptied(cell, work, model)
+    for _ in range(2):
+        with context.skipping(model, plan):
+            skipped = model.generate(
+                ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, disable_compile=True
+            )
+        assert caches.emptied(cell, work, model) is cache
+        assert int(cache.get_seq_length()) == 0
+        stock = model.generate(ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, disable_compile=True)
+        assert torch.equal(stock, model.generate(ids, max_new_tokens=4, min_new_tokens=4))
+        assert caches.emptied(cell, work, model) is cache
+        assert skipped.shape == stock.shape
+    other = caches.emptied(cell, Workload(8, 4), model)
+    assert list(caches.caches.values()) == [other]
