@@ -81,7 +81,7 @@ endif
 observations: setup
 	for script in $(OBSERVATIONS); do $(BIN)/python observations/$$script.py --model $(or $(MODEL),all) || exit 1; done
 
-# The benchmark on one core, in about ten minutes; on a quiet machine. Each figure is a command of its own and continues.
+# The benchmark on one core, in about twenty minutes; on a quiet machine. Each figure is a command of its own and continues.
 bench: setup
 	$(call measure,$(BENCH))
 

@@ -154,12 +154,14 @@ def _compiled_eager(result: Result, workload: Workload) -> Iterator[Finding]:
 
 
 def _paper(result: Result, workload: Workload) -> Iterator[Finding]:
-    """The 8B shape in phase e2e; of other models and devices every phase, for information, at the same shares.
+    """The 8B shape in phase e2e; for information every phase of other models and devices, at the same shares, at batch 1
+    and uncompiled.
 
     Beside what the paper measured of a model that it does not have stands Llama's. Paper: Table 3.
     """
     counts, paper, identity = _is_8b_on_gpu(result, workload), load_paper(), result.manifest["identity"]
-    if identity["testbed"] or (counts and workload.prompt_tokens != PAPER_PROMPT):
+    alike = counts or (workload.batch_size == 1 and COMPILED not in identity.get("modes", ()))
+    if identity["testbed"] or not alike or (counts and workload.prompt_tokens != PAPER_PROMPT):
         return
     model = identity["model"] if identity["model"] in paper.models else PAPER_MODEL
     for compared in comparisons(result):
