@@ -154,8 +154,8 @@ def _compiled_eager(result: Result, workload: Workload) -> Iterator[Finding]:
 
 
 def _paper(result: Result, workload: Workload) -> Iterator[Finding]:
-    """The 8B shape in phase e2e; for information every phase of other models and devices, at the same shares, at batch 1
-    and uncompiled.
+    """The 8B shape in phase e2e; for information, other models and devices in every phase, at the same shares, at batch
+    1 and uncompiled.
 
     Beside what the paper measured of a model that it does not have stands Llama's. Paper: Table 3.
     """
