@@ -64,26 +64,21 @@ def cosine_and_ratio(
     A token whose input or output is all zeros has similarity 0 and ratio 0: nothing can be said of it.
     Paper: Eq. (1), and the summand of Eq. (3).
     """
+    norm_a, norm_b = norm_of(a), norm_of(b)
     if a.is_cuda:
-        norm_a, norm_b, norm_change = norm_of(a), norm_of(b), norm(b - a if change is None else change)
+        norm_change = norm(b - a if change is None else change)
         dot = (norm_a.square() + norm_b.square() - norm_change.square()) / 2
     else:
-        dot, norm_a, norm_b = _chunked_products(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
-        dot, norm_a, norm_b = (x.reshape(a.shape[:-1]) for x in (dot, norm_a, norm_b))
+        dot = _chunked_dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).reshape(a.shape[:-1])
     defined = (norm_a > 0) & (norm_b > 0)
     cosine = torch.where(defined, dot / (norm_a * norm_b), 0.0).clamp_(-1.0, 1.0)
     return cosine, torch.where(defined, norm_b / norm_a, 0.0)
 
 
-def _chunked_products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """<a, b>, |a|, |b| of the rows of two [T, D] tensors."""
-    dots, norms_a, norms_b = [], [], []
-    for rows_a, rows_b in zip(a.split(ROWS_PER_CHUNK), b.split(ROWS_PER_CHUNK), strict=True):
-        rows_a, rows_b = rows_a.float(), rows_b.float()
-        dots.append(torch.linalg.vecdot(rows_a, rows_b))
-        norms_a.append(torch.linalg.vector_norm(rows_a, dim=-1))
-        norms_b.append(torch.linalg.vector_norm(rows_b, dim=-1))
-    return torch.cat(dots), torch.cat(norms_a), torch.cat(norms_b)
+def _chunked_dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of the rows of two [T, D] tensors, in float32."""
+    chunks = zip(a.split(ROWS_PER_CHUNK), b.split(ROWS_PER_CHUNK), strict=True)
+    return torch.cat([torch.linalg.vecdot(rows_a.float(), rows_b.float()) for rows_a, rows_b in chunks])
 
 
 @dataclass(frozen=True)
