@@ -142,7 +142,9 @@ def test_flops_agree_with_torchs_counter_in_prefill_and_decode(family):
             for layer in range(2)
         ]
         expected = sum((work.flops for work in layers), head_work(shape, tokens=tokens, batch_size=2).flops)
-        assert counter.get_total_flops() == expected
+        # transformers 5.17 multiplies frequencies and positions as matrices
+        rope = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+        assert counter.get_total_flops() - sum(rope) == expected
 
 
 @given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 14) | st.none())
