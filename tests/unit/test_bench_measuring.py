@@ -10,6 +10,7 @@ import torch
 
 from adaskip.bench import measuring
 from adaskip.bench.cells import MEASURING_PREFILL, Cell, Workload
+from adaskip.bench.generation import StaticCaches
 from adaskip.bench.measuring import run_bench
 from adaskip.bench.results import load_result
 from adaskip.bench.settings import BenchConfig
@@ -31,7 +32,8 @@ class Machine:
     def trials(self, subject, clock) -> SimpleNamespace:
         self._cells.clear()
         self.began, self.begun = self.now, []
-        return SimpleNamespace(subject=subject, strategy=lambda cell, workload: None, run=self._run)
+        parts = {"strategy": lambda cell, workload: None, "run": self._run, "static_caches": StaticCaches()}
+        return SimpleNamespace(subject=subject, **parts)
 
     def _run(self, cell: Cell, workload: Workload) -> dict:
         """Rounds are counted from the command's warm-up, 0."""
