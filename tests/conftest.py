@@ -1,11 +1,20 @@
 """One thread per test process: the models are too small to share, and on a busy machine threads wait for each other.
 
-Property tests have no deadline for the same reason: how long a first call takes is the machine's affair.
+Property tests have no deadline for the same reason: how long a first call takes is the machine's affair. Tests marked
+`gpu` are skipped where there is no CUDA device.
 """
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
