@@ -9,13 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
@@ -198,3 +207,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's text on one line, cut after `limit` characters; its class where it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+@contextmanager
+def said_in_one_line(what: str) -> Iterator[None]:
+    """Turn what loading a damaged or unknown checkpoint may raise into a ModelError that begins with `what`."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, EOFError),
+        *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
+    ) as error:
+        raise ModelError(f"{what}: {one_line(error)}") from error

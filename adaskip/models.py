@@ -7,9 +7,7 @@ asked for by name, never runs a checkpoint's code, and ends in a model or in one
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import lru_cache
@@ -18,8 +16,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from adaskip import internlm
 from adaskip.attention import register_packed
 from adaskip.blocks import decoder_layers
+from adaskip.chat import check_chat, wrapper
 from adaskip.checkpoints import (
     ModelError,
     check_weights,
@@ -44,6 +41,7 @@ from adaskip.checkpoints import (
     has_weights,
     one_line,
     read_config,
+    said_in_one_line,
     weight_files_fingerprint,
 )
 from adaskip.configs import load_yaml
@@ -155,15 +153,9 @@ def architecture(name: str, checkpoint: str | Path | None = None) -> PreTrainedC
     shape = get_entry(name).shape
     if shape is None:
         raise ModelError(f"configs/models.yaml says no shape of {name}")
-    with _said_in_one_line(f"configs/models.yaml: the shape of {name} is not usable"):
+    with said_in_one_line(f"configs/models.yaml: the shape of {name} is not usable"):
         fields = {field: value for field, value in shape.items() if field != "model_type"}
         return internlm.llama_config(fields) if shape["model_type"] == internlm.MODEL_TYPE else LlamaConfig(**fields)
-
-
-def check_chat(chat: str) -> None:
-    """ModelError unless `chat` is "none", "template" or a text with one `{prompt}` (or `{prompt|trim}`)."""
-    if chat not in ("none", "template") and chat.count("{prompt}") + chat.count("{prompt|trim}") != 1:
-        raise ModelError(f"chat must be 'none', 'template' or a text with one {{prompt}}, not {chat!r}")
 
 
 def load_model(
@@ -212,7 +204,7 @@ def load_model(
         )
     register_packed()
     tokenizer = _load_tokenizer(folder, raw)
-    chat_template = _wrapper(chat or entry.chat, tokenizer)
+    chat_template = wrapper(chat or entry.chat, tokenizer)
     model = _load_weights(folder, config, attn_implementation, where)
     spec = ModelSpec(
         name=name or Path(source).name,
@@ -282,23 +274,10 @@ def placement(
     return {"dtype": chosen, "device_map": device_map}
 
 
-@contextmanager
-def _said_in_one_line(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ModelError, torch.OutOfMemoryError):
-        raise
-    except (
-        *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, EOFError),
-        *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
-    ) as error:
-        raise ModelError(f"{what}: {one_line(error)}") from error
-
-
 def _model_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     """The folder's configuration if it is of a causal language model that transformers has a class for."""
     model_type, classes = raw["model_type"], raw.get("architectures") or []
-    with _said_in_one_line(f"{folder / 'config.json'} is not usable"):
+    with said_in_one_line(f"{folder / 'config.json'} is not usable"):
         if model_type == internlm.MODEL_TYPE:
             return internlm.llama_config(raw)
         expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -319,7 +298,7 @@ def _load_weights(
     options = {**where, "use_safetensors": check_weights(folder) == "safetensors", "local_files_only": True}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with _said_in_one_line(f"{folder} cannot be loaded"):
+    with said_in_one_line(f"{folder} cannot be loaded"):
         model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
@@ -335,7 +314,7 @@ def _load_tokenizer(folder: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBas
     is_internlm = raw["model_type"] == internlm.MODEL_TYPE
     if is_internlm and not (folder / "tokenizer.model").is_file():
         raise ModelError(f"{folder} has no tokenizer.model, the SentencePiece model of InternLM's tokenizer")
-    with _said_in_one_line(f"the tokenizer in {folder} cannot be loaded"):
+    with said_in_one_line(f"the tokenizer in {folder} cannot be loaded"):
         if is_internlm:
             tokenizer: Any = internlm.InternLMTokenizer.from_pretrained(folder, local_files_only=True)
         else:
@@ -365,36 +344,6 @@ def prompt_limit(config: PreTrainedConfig, name: str | None = None) -> int:
         return own
     published = get_entry(name).max_prompt_tokens
     return published if kind == "dynamic" else min(published, own)
-
-
-def _wrapper(chat: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text with `{prompt}` that `chat` stands for.
-
-    Raises:
-        ModelError: there is no chat template, or it does more to a prompt than to drop the white space around it.
-    """
-    if chat == "none":
-        return None
-    if chat != "template":
-        return chat
-    spaced = " \n{prompt} \n"
-    with _said_in_one_line("the tokenizer has no usable chat template"):
-        text, around_spaced = (_one_turn(tokenizer, content) for content in ("{prompt}", spaced))
-    check_chat(text)
-    if around_spaced == text:
-        text = text.replace("{prompt}", "{prompt|trim}")
-    elif around_spaced != text.replace("{prompt}", spaced):
-        raise ModelError(
-            "the tokenizer's chat template drops some of the white space around a prompt: give a text with {prompt}"
-        )
-    # The tokenizer puts its own begin-of-text in front when the wrapped prompt is tokenised.
-    begins = tokenizer("", add_special_tokens=True).input_ids[:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(str(tokenizer.bos_token)) if begins else text
-
-
-def _one_turn(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    messages = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _stop_token_ids(
