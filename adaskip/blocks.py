@@ -134,6 +134,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return find_decoder(model).layers
 
 
+def cache_slots(layers) -> tuple[int, ...]:
+    """TEMP"""
+    return tuple(getattr(getattr(layer, "self_attn", None), "layer_idx", i) for i, layer in enumerate(layers))
+
+
 @dataclass(frozen=True)
 class _LayerCall:
     """What one stock layer was given and what it made of it."""

@@ -8,7 +8,7 @@ stores nothing and passes every question of length on to a live layer of the sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -73,15 +73,16 @@ def _emptied_twin(layer: CacheLayerMixin) -> CacheLayerMixin:
 
 
 def skipped_layers(cache: Cache) -> frozenset[int]:
-    """The layers of `cache` that hold a stand-in."""
+    """The slots of `cache`, its layers, that hold a stand-in."""
     return frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedLayer))
 
 
-def release_skipped(cache: Cache, skipped: Collection[int], num_layers: int) -> None:
-    """Put a stand-in in the place of every layer in `skipped`, and let go of whatever K/V it held.
+def release_skipped(cache: Cache, skipped: Collection[int], slots: Sequence[int]) -> None:
+    """Put a stand-in in the place of every slot in `skipped`, and let go of whatever K/V it held.
 
-    Call before masks are built. `skipped` may only grow while a cache is in use, and must leave one layer live.
-    Raises ValueError if a layer that holds no K/V any more is to run again.
+    slots: those that the model's layers use; the others of a cache never hold anything. Call before masks are built.
+    `skipped` may only grow while a cache is in use, and must leave one slot live. Raises ValueError if a layer that
+    holds no K/V any more is to run again.
     """
     if lost := sorted(skipped_layers(cache) - frozenset(skipped)):
         raise ValueError(
@@ -92,20 +93,24 @@ def release_skipped(cache: Cache, skipped: Collection[int], num_layers: int) -> 
         raise ValueError(
             "an offloaded KV cache cannot go without layers; skip attention with a cache that is not offloaded"
         )
-    while len(cache.layers) < num_layers:  # a DynamicCache built without a config grows its layers lazily
-        assert cache.layer_class_to_replicate is not None
+    while len(cache.layers) <= max(slots):  # a DynamicCache built without a config grows its layers lazily
+        if cache.layer_class_to_replicate is None:
+            raise ValueError(
+                f"this KV cache has {len(cache.layers)} layers, but the model's layers use slots up to {max(slots)} "
+                "(their layer_idx); give DynamicCache() without a config, which grows"
+            )
         cache.layers.append(cache.layer_class_to_replicate())
     layers: list[Any] = cache.layers
-    live = {i: layer for i, layer in enumerate(layers) if i not in skipped}
+    live = [layers[i] for i in slots if i not in skipped]
     if not live:
         raise ValueError(
             "together with what this KV cache skipped earlier, no attention would stay live; use a new cache"
         )
     for i in skipped:
         kind = getattr(layers[i], "is_sliding", False)
-        same_kind = (layer for layer in live.values() if getattr(layer, "is_sliding", False) == kind)
+        same_kind = (layer for layer in live if getattr(layer, "is_sliding", False) == kind)
         # Where a whole kind is skipped nobody uses its mask, and any live layer's length keeps it well-formed.
-        layers[i] = SkippedLayer(layers[i], next(same_kind, next(iter(live.values()))))
+        layers[i] = SkippedLayer(layers[i], next(same_kind, live[0]))
 
 
 def restore_emptied(cache: Cache) -> None:

@@ -4,27 +4,36 @@ A layer with nothing to skip and nothing to measure calls its stock forward, so 
 Nothing here knows a strategy by name. What a layer has to do changes between steps, outside compiled code; scales
 and shifts are tensors that stay where they are and are written in place, so that a new scale is neither a new graph
 for `torch.compile` nor a stale address in a captured CUDA graph.
+
+The work of a layer is that of one thread at a time, the one whose turn it is; a forward of any other thread runs the
+stock layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from threading import get_ident
+from typing import Any, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from adaskip.blocks import (
     BlockStructure,
+    cache_slots,
     decoder_layers,
     execution_device,
     find_decoder,
     find_structure,
     forward_attribute,
     restore_attribute,
+    unwrapped,
 )
+from adaskip.kv_cache import release_skipped
 from adaskip.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan, SublayerKind
 
 NOTHING: frozenset[int] = frozenset()
@@ -41,15 +50,37 @@ class SublayerProbe(Protocol):
         ...
 
 
+class Turn:
+    """Whose forward the patches work for. thread: its identity; None between forwards. compiled: the forward runs a
+    compiled graph, whose trace must not ask for the thread."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        self.compiled = False
+
+
+class StaysInPlace:
+    """Belongs to one model object: a copy or a pickle of the model made meanwhile would stay skipped for ever."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ValueError(
+            "the model is inside skipping(...) or a measurement, which belongs to this model object; copy or pickle the "
+            "model outside of it (save_pretrained and state_dict work inside, too)"
+        )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__reduce_ex__(None)
+
+
 LayerWork = tuple[str | None, str | None, bool]
 Work = tuple[LayerWork, ...]
 
 
-class LayerPatch:
+class LayerPatch(StaysInPlace):
     """What one decoder layer does in the current step."""
 
-    def __init__(self, layer: nn.Module, index: int, structure: BlockStructure):
-        self.layer, self.index, self.structure = layer, index, structure
+    def __init__(self, layer: nn.Module, index: int, structure: BlockStructure, turn: Turn, stream_dtype: torch.dtype):
+        self.layer, self.index, self.structure, self.turn = layer, index, structure, turn
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
         self.idle = True
         self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, of the kinds in `scales`
@@ -58,7 +89,7 @@ class LayerPatch:
         self.ffn_io: tuple[Tensor, Tensor] | None = None
         self.stock: Any = None
         self.name = "forward"
-        self._placement: tuple[torch.device, torch.dtype] | None = None
+        self.device, self.dtype = execution_device(layer), stream_dtype  # of the hidden states: scales live there
         self._forget_scales()
 
     def _forget_scales(self) -> None:
@@ -66,11 +97,9 @@ class LayerPatch:
         self.buffers: dict[tuple[str, str], Tensor] = {}  # the storage behind deltas and shifts
 
     def install(self) -> None:
-        """Take over from the stock forward; what was stored for another device or dtype is forgotten."""
-        dtype = next(p.dtype for p in self.layer.parameters() if p.is_floating_point())
-        placement = (execution_device(self.layer), dtype)
-        if placement != self._placement:
-            self._placement = placement
+        """Take over from the stock forward; what was stored for another device is forgotten."""
+        if (device := execution_device(self.layer)) != self.device:
+            self.device = device
             self._forget_scales()
         self.name = forward_attribute(self.layer)
         self.stock = getattr(self.layer, self.name)
@@ -105,12 +134,17 @@ class LayerPatch:
         self.scales[kind] = scale
 
     def _buffer(self, kind: SublayerKind, name: str, shape: Sequence[int]) -> Tensor:
-        assert self._placement is not None
         if (kind, name) not in self.buffers:
-            device, dtype = self._placement
             with torch.inference_mode(False):  # else it could not be written outside of inference mode
-                self.buffers[kind, name] = torch.zeros(shape, dtype=dtype, device=device)
+                self.buffers[kind, name] = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self.buffers[kind, name]
+
+    def _follow(self, dtype: torch.dtype) -> None:
+        """The stream has another dtype than when it was probed (autocast): write the scales anew in that one."""
+        scales, self.dtype = self.scales, dtype
+        self._forget_scales()
+        for kind, scale in scales.items():
+            self.set_scale(kind, scale)
 
     @property
     def work(self) -> LayerWork:
@@ -126,6 +160,11 @@ class LayerPatch:
         """The layer without its skipped sublayers. hidden_states: [B, S, D], as is what is returned."""
         if self.idle:
             return self.stock(hidden_states, *args, **kwargs)
+        if not (self.turn.compiled and torch.compiler.is_compiling()):
+            if self.turn.thread != get_ident():
+                return self.stock(hidden_states, *args, **kwargs)
+            if hidden_states.dtype is not self.dtype:
+                self._follow(hidden_states.dtype)
         entry = hidden_states
         if self.skip_attention:
             hidden_states = _compensated(hidden_states, self.deltas["attention"], self.shifts["attention"])
@@ -162,13 +201,25 @@ def _compensated(hidden_states: Tensor, delta: Tensor | None, shift: Tensor | No
 
 
 class ModelPatches:
-    """The layer patches of one model. They outlive a context, so that compiled graphs can be used again."""
+    """The layer patches of one model. They outlive a context, so that compiled graphs can be used again.
+
+    slots: the layer of a KV cache that each decoder layer uses, its own `layer_idx`. outlived: a `generate` of a context
+    that has ended is still running.
+    """
 
     def __init__(self, model: nn.Module):
         structure = find_structure(model)
         self.layers = tuple(decoder_layers(model))
-        self.patches = tuple(LayerPatch(layer, i, structure) for i, layer in enumerate(self.layers))
-        self.installed = False
+        self.slots = cache_slots(self.layers)
+        self.turn = Turn()
+        dtypes = _stream_dtypes(self.layers)
+        self.patches = tuple(
+            LayerPatch(layer, i, structure, self.turn, dtype)
+            for i, (layer, dtype) in enumerate(zip(self.layers, dtypes, strict=True))
+        )
+        self.weight_dtypes = _weight_dtypes(self.layers)
+        self.installed = self.outlived = False
+        self._installing = threading.Lock()
         self._saved: list[tuple[nn.Module, str, Any]] = []
         self._plan: SkipPlan | None = EMPTY_PLAN
         self._measured: frozenset[int] | None = NOTHING
@@ -176,30 +227,56 @@ class ModelPatches:
         self.in_compiled_step = False
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether the model still has the layers these patches were made for."""
+        """Whether the model still has the layers these patches were made for, in the dtypes they had."""
         layers = decoder_layers(model)
-        return len(layers) == len(self.layers) and all(a is b for a, b in zip(layers, self.layers, strict=True))
+        same = len(layers) == len(self.layers) and all(a is b for a, b in zip(layers, self.layers, strict=True))
+        return same and (self.installed or _weight_dtypes(self.layers) == self.weight_dtypes)
+
+    def slots_of(self, layers: Collection[int]) -> frozenset[int]:
+        """The cache slots of decoder layers, by position."""
+        return frozenset(self.slots[i] for i in layers)
+
+    def layers_of(self, slots: Collection[int]) -> frozenset[int]:
+        """The decoder layers, by position, whose cache slots are in `slots`."""
+        return frozenset(i for i, slot in enumerate(self.slots) if slot in slots)
+
+    def release(self, cache: Cache, skipped_attention: Collection[int]) -> None:
+        """Let `cache` go without K/V of the attention of the layers given; see `release_skipped`."""
+        release_skipped(cache, self.slots_of(skipped_attention), self.slots)
 
     @contextmanager
-    def install(self) -> Iterator[ModelPatches]:
-        """Put the patches in place; on exit, also by an exception, every layer is exactly as before."""
-        if self.installed:
-            raise ValueError("the model is already inside skipping(...) or a calibration; contexts do not nest")
-        self.installed = True
+    def install(self, *, exclusive: bool = True) -> Iterator[ModelPatches]:
+        """Put the patches in place; on exit, also by an exception, every layer is exactly as before.
+
+        exclusive: the plans and probes are meant for every forward of the calling thread; otherwise for what runs in
+        `taking_turn`.
+        """
+        with self._installing:
+            if self.installed:
+                raise ValueError(
+                    "the model is already inside skipping(...), a lossless generation or a measurement, here or in "
+                    "another thread; these do not nest"
+                )
+            if self.outlived:
+                raise ValueError("a generate of a skipping(...) context that has ended is still running on this model")
+            self.installed = True
         try:
             for patch in self.patches:
                 name = forward_attribute(patch.layer)
                 self._saved.append((patch.layer, name, patch.layer.__dict__.get(name)))
                 patch.install()
+            if exclusive:
+                self.turn.thread = get_ident()
             yield self
         finally:
             for layer, name, own in self._saved:
                 restore_attribute(layer, name, own)
             self._saved.clear()
+            self.turn.thread = None
             self.apply(EMPTY_PLAN)
             self.set_probe(None)
             for patch in self.patches:
-                patch.stock = patch.ffn_io = None
+                patch.ffn_io = None
             self.installed = False
 
     def apply(self, plan: SkipPlan, measured_ffns: frozenset[int] = NOTHING) -> None:
@@ -219,20 +296,22 @@ class ModelPatches:
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """What runs inside is one graph of the whole step, traced if need be for the plan of just now."""
-        self.in_compiled_step = True
+        self.in_compiled_step = self.turn.compiled = True
         try:
             yield
         finally:
-            self.in_compiled_step = False
+            self.in_compiled_step = self.turn.compiled = False
 
     @contextmanager
     def running(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
         """Every layer runs its compiled form of `LayerPatch.forward` instead of that itself."""
         try:
+            self.turn.compiled = True
             for patch, forward in zip(self.patches, forwards, strict=True):
                 patch.layer.__dict__[patch.name] = forward
             yield
         finally:
+            self.turn.compiled = False
             for patch in self.patches:
                 patch.layer.__dict__[patch.name] = patch.forward
 
@@ -252,11 +331,20 @@ class ModelPatches:
 _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()
 
 
+def _stream_dtypes(layers: Sequence[nn.Module]) -> tuple[torch.dtype, ...]:
+    return tuple(next(p.dtype for p in layer.parameters() if p.is_floating_point()) for layer in layers)
+
+
+def _weight_dtypes(layers: Sequence[nn.Module]) -> tuple[torch.dtype, ...]:
+    return tuple(next((p.dtype for p in layer.parameters()), torch.float32) for layer in layers)
+
+
 def patches_of(model: nn.Module) -> ModelPatches:
     """The patches of a model, made at first use and kept as long as the model lives.
 
     Raises UnsupportedModelError if its blocks cannot be skipped, ValueError if it is in training mode.
     """
+    model = unwrapped(model)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode; skipping is for inference: call model.eval()")
     decoder = find_decoder(model)

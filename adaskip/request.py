@@ -82,6 +82,7 @@ class Request:
         self.window_result: dict[int, FFNSimilarity] = {}
         self.prompt_plan = self.answer_plan = EMPTY_PLAN
         self.released: SkipPlan | None = None  # the last plan whose skipped layers the cache has let go of
+        self.num_forwards = 0
         self._floor = SkipPlan(held)  # attention that cannot run any more: its K/V is gone
         self._merged: tuple[SkipPlan, SkipPlan, SkipPlan] | None = None
 
@@ -98,8 +99,14 @@ class Request:
         self.answer_plan = self._merge(self.strategy.decode_plan(self.decode_steps), self.learnt)
         if self.decode_steps == 1 and self.strategy.window_tokens:
             ffns = frozenset(range(self.strategy.num_layers)) - self.answer_plan.ffn
-            self.window = LearningWindow(self.strategy.window_tokens, ffns, self.eos_token_ids)
+            if ffns:  # else there is nothing left to learn
+                self.window = LearningWindow(self.strategy.window_tokens, ffns, self.eos_token_ids)
         return self.answer_plan
+
+    def start_anew(self) -> None:
+        """Its cache was dropped: prompt and answer so far are read again, with K/V of every layer that runs then."""
+        self.released = self._merged = None
+        self._floor = EMPTY_PLAN
 
     def _close_window(self) -> None:
         assert self.window is not None

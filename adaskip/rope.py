@@ -25,6 +25,7 @@ CUDA graph, it must not take in what an earlier run of the graph put out, for th
 from __future__ import annotations
 
 import logging
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -52,7 +53,22 @@ class DynamicNTKRope(nn.Module):
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=inv_freq.device) / (size - 2)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("exponent", exponent, persistent=False)
-        self.prompt_length: Tensor | None = None  # of the request in this forward; set and cleared by the hooks below
+        self._lengths: dict[int, Tensor | None] = {}  # by thread, of the request in its forward; see the hooks below
+        self._traced_length: Tensor | None = None  # the same while a graph is traced, which must not ask for the thread
+
+    @property
+    def prompt_length(self) -> Tensor | None:
+        """[B, 1], the length that fixes the base of the request in this thread's forward."""
+        return self._traced_length if torch.compiler.is_compiling() else self._lengths.get(get_ident())
+
+    @prompt_length.setter
+    def prompt_length(self, length: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced_length = length
+        elif length is None:
+            self._lengths.pop(get_ident(), None)
+        else:
+            self._lengths[get_ident()] = length
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, [B, S, head_dim] on x's device and in its dtype, of positions [B, S]."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from adaskip.kv_cache import release_skipped
 from adaskip.patching import ModelPatches
 from adaskip.plan import EMPTY_PLAN, SkipPlan
 
@@ -77,7 +76,7 @@ class Forwards:
         if skipped not in self._views:
             view: Any = copy.copy(self.cache)
             view.layers = list(self.cache.layers)
-            release_skipped(view, skipped, len(self.patches.patches))
+            self.patches.release(view, skipped)
             sliding = DynamicSlidingWindowLayer
             view.layers = [_DraftSlidingLayer(x) if isinstance(x, sliding) else x for x in view.layers]
             self._views[skipped] = view
@@ -85,9 +84,10 @@ class Forwards:
 
     def forget_draft(self, plan: SkipPlan, drafted: int) -> None:
         """Remove what a draft of `drafted` tokens wrote into the layers that it did not skip."""
-        for i, layer in enumerate(self.cache.layers):
-            if i not in plan.attention:
-                layer.crop(-drafted)  # pyright: ignore[reportAttributeAccessIssue]
+        skipped = self.patches.slots_of(plan.attention)
+        for slot in self.patches.slots:
+            if slot not in skipped:
+                self.cache.layers[slot].crop(-drafted)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forget_rejected(self, rejected: int) -> None:
         """Remove the last `rejected` tokens; also lets sliding layers shrink to their window again."""

@@ -47,12 +47,22 @@ class Strategy(ABC):
 
     @property
     def prefill_plan(self) -> SkipPlan:
-        """What is skipped for the tokens of a prompt."""
+        """What is skipped for the tokens of a prompt; the same object each time."""
         return EMPTY_PLAN if self.phase == "decode" else self.skipped
 
     def decode_plan(self, step: int) -> SkipPlan:
-        """What is skipped in decode step `step` (the first generated token is the input of step 1)."""
+        """What is skipped in decode step `step` (the first generated token is the input of step 1).
+
+        Return the same plan object as long as nothing changes: a step compares plans by identity, and another object
+        makes it set up every layer anew.
+        """
         return self.skipped
+
+    @property
+    def one_plan(self) -> bool:
+        """Whether every forward of a request, prompt and answer, runs under the same plan, known beforehand."""
+        steady = type(self).decode_plan is Strategy.decode_plan
+        return steady and not self.window_tokens and self.prefill_plan == self.skipped
 
     @property
     def window_tokens(self) -> int:

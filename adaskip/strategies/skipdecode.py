@@ -53,3 +53,8 @@ class SkipDecode(Strategy):
         if self.phase == "prefill" or n == 0:
             return self.skipped
         return self._schedule[min(n, -(-step * (n - 1) // self.max_decode_steps) + 1)]
+
+    @property
+    def one_plan(self) -> bool:
+        """In the prefill phase, and with a schedule of a single entry."""
+        return self.phase == "prefill" or (self.phase == "e2e" and self._num_whole_layers <= 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from adaskip import context
+from adaskip import context, patching
 from adaskip.bench import limits, measuring
 from adaskip.bench.cells import BREAKDOWN, COMPILED, COUNTS, MODES, STUDIES, Cell, Workload, cells_of, rotated
 from adaskip.bench.counts import count_work
@@ -126,13 +126,13 @@ def test_kv_bytes_are_exactly_those_of_the_live_layers(subject, phase):
 
 
 def test_kv_that_somebody_keeps_is_seen(subject, monkeypatch):
-    kept, stock = [], context.release_skipped
+    kept, stock = [], patching.release_skipped
 
     def keep_and_release(cache, *args):
         kept.extend(layer.keys for layer in cache.layers)
         stock(cache, *args)
 
-    monkeypatch.setattr(context, "release_skipped", keep_and_release)
+    monkeypatch.setattr(patching, "release_skipped", keep_and_release)
     strategy = FixedPlan(num_layers=LAYERS, plan=SkipPlan(attention={2}), phase="decode")
     assert check_kv(subject.model, strategy, ids(8), 3)["kept_alive"] == [2]
 
