@@ -86,8 +86,8 @@ STRUCTURES = (
 def unwrapped(model: Any) -> Any:
     """The transformers model inside wrappers that leave it whole: `torch.compile`, PEFT, DistributedDataParallel.
 
-    `generate` called on such a wrapper runs on this model, so skipping is installed here. Raises ValueError for wrappers
-    under which that does not hold: DataParallel, and PEFT methods that put tokens of their own before the prompt.
+    `generate` called on such a wrapper runs on this model, so skipping is installed here. Raises ValueError for
+    wrappers under which that does not hold: DataParallel, and PEFT methods that put tokens before the prompt.
     """
     while True:
         if isinstance(model, nn.DataParallel):
@@ -97,8 +97,8 @@ def unwrapped(model: Any) -> Any:
             )
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
-                f"{type(model).__name__} with {model.active_peft_config.peft_type} puts learnt tokens before the prompt, "
-                "which no plan knows of; adapters that change weights (LoRA and the like) can be skipped"
+                f"{type(model).__name__} with {model.active_peft_config.peft_type} puts learnt tokens before the "
+                "prompt, which no plan knows of; adapters that change weights (LoRA and the like) can be skipped"
             )
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod

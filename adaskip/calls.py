@@ -1,8 +1,8 @@
 """Which calls of `generate` run inside a `skipping` context, and what becomes of one that outlives it.
 
-`generate` looks up the model's methods anew in every step. So a call that began before the context would be skipped from
-its middle on, and one that runs in another thread when the context ends would go on with the full model. Both are
-refused at their next step.
+`generate` looks up the model's methods anew in every step. So a call that began before the context would be skipped
+from its middle on, and one that runs in another thread when the context ends would go on with the full model. Both
+are refused at their next step.
 """
 
 from __future__ import annotations

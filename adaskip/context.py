@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from adaskip.blocks import decoder_layers, find_decoder, restore_attribute, unwrapped
+from adaskip.blocks import restore_attribute, unwrapped
 from adaskip.compiled import MAX_STEP_GRAPHS
 from adaskip.patching import patches_of
 from adaskip.session import SkippingSession
@@ -56,7 +55,6 @@ def skipping(
     model = unwrapped(model)
     if not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language-model head")
-    _refuse_compiled_in_place(model)
     patches = patches_of(model)
     if strategy.num_layers != len(patches.patches):
         raise ValueError(
@@ -77,14 +75,3 @@ def skipping(
             for owner, name, before in own:
                 restore_attribute(owner, name, before)
             session.end()
-
-
-def _refuse_compiled_in_place(model: nn.Module) -> None:
-    """`module.compile()` keeps a graph that does not see what is changed afterwards."""
-    parts = (model, find_decoder(model), *decoder_layers(model))
-    compiled = [type(part).__name__ for part in parts if getattr(part, "_compiled_call_impl", None) is not None]
-    if compiled:
-        raise ValueError(
-            f"{compiled[0]} was compiled in place by .compile(), whose graph would not follow the plan; load the model "
-            "anew, and let generate compile: cache_implementation='static'"
-        )

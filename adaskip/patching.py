@@ -64,8 +64,8 @@ class StaysInPlace:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ValueError(
-            "the model is inside skipping(...) or a measurement, which belongs to this model object; copy or pickle the "
-            "model outside of it (save_pretrained and state_dict work inside, too)"
+            "the model is inside skipping(...) or a measurement, which belongs to this model object; copy or pickle "
+            "the model outside of it (save_pretrained and state_dict work inside, too)"
         )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -203,8 +203,8 @@ def _compensated(hidden_states: Tensor, delta: Tensor | None, shift: Tensor | No
 class ModelPatches:
     """The layer patches of one model. They outlive a context, so that compiled graphs can be used again.
 
-    slots: the layer of a KV cache that each decoder layer uses, its own `layer_idx`. outlived: a `generate` of a context
-    that has ended is still running.
+    slots: the layer of a KV cache that each decoder layer uses, its own `layer_idx`. outlived: a `generate` of a
+    context that has ended is still running.
     """
 
     def __init__(self, model: nn.Module):
@@ -248,8 +248,7 @@ class ModelPatches:
     def install(self, *, exclusive: bool = True) -> Iterator[ModelPatches]:
         """Put the patches in place; on exit, also by an exception, every layer is exactly as before.
 
-        exclusive: the plans and probes are meant for every forward of the calling thread; otherwise for what runs in
-        `taking_turn`.
+        exclusive: plans and probes are for every forward of the calling thread; otherwise the caller sets the turn.
         """
         with self._installing:
             if self.installed:
@@ -258,7 +257,7 @@ class ModelPatches:
                     "another thread; these do not nest"
                 )
             if self.outlived:
-                raise ValueError("a generate of a skipping(...) context that has ended is still running on this model")
+                raise ValueError("a generate of a skipping(...) context that ended is still running on this model")
             self.installed = True
         try:
             for patch in self.patches:
@@ -348,7 +347,19 @@ def patches_of(model: nn.Module) -> ModelPatches:
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode; skipping is for inference: call model.eval()")
     decoder = find_decoder(model)
+    _refuse_compiled_in_place(model, decoder)
     known = _PATCHES.get(decoder)
     if known is None or not known.belongs_to(model):
         known = _PATCHES[decoder] = ModelPatches(model)
     return known
+
+
+def _refuse_compiled_in_place(model: nn.Module, decoder: nn.Module) -> None:
+    """`module.compile()` keeps a graph that does not see what is changed afterwards."""
+    parts = (model, decoder, *decoder_layers(model))
+    compiled = [type(part).__name__ for part in parts if getattr(part, "_compiled_call_impl", None) is not None]
+    if compiled:
+        raise ValueError(
+            f"{compiled[0]} was compiled in place by .compile(), whose graph would not follow the plan; load the model "
+            "anew, and let generate compile: cache_implementation='static'"
+        )

@@ -124,8 +124,9 @@ class SkippingSession(StaysInPlace):
 
     def overrides(self) -> dict[str, Any]:
         """What takes the place of methods of the model while the context lasts."""
+        stock_generate: Any = self.model.generate
         own = {
-            "generate": self.calls.counted(self.model.generate, self._check_call),
+            "generate": self.calls.counted(stock_generate, self._check_call),
             "prepare_inputs_for_generation": self._wrapped_prepare(),
             "get_compiled_call": self.get_compiled_call,
         }
@@ -156,8 +157,8 @@ class SkippingSession(StaysInPlace):
     def _refused(self, name: str) -> Callable[..., Any]:
         def refuse(*args, **kwargs):
             raise ValueError(
-                f"{name} (continuous batching, cache_implementation='paged') is not supported inside skipping(...): its "
-                "paged cache holds many requests at once, a plan belongs to one; use generate"
+                f"{name} (continuous batching, cache_implementation='paged') is not supported inside skipping(...): "
+                "its paged cache holds many requests at once, a plan belongs to one; use generate"
             )
 
         return refuse
@@ -174,9 +175,9 @@ class SkippingSession(StaysInPlace):
                 )
             if not self.strategy.one_plan:
                 raise ValueError(
-                    "assisted decoding reads prompt and drafted tokens in one forward, which takes one plan for all of "
-                    f"them; {self.strategy.name} in phase {self.strategy.phase!r} changes its plan on the way (allowed: "
-                    "phase prefill, or a fixed set without a learning window in phase e2e)"
+                    "assisted decoding reads prompt and drafted tokens in one forward, which takes one plan for all "
+                    f"of them; {self.strategy.name} in phase {self.strategy.phase!r} changes its plan on the way "
+                    "(allowed: phase prefill, or a fixed set without a learning window in phase e2e)"
                 )
             return stock(*args, **kwargs)
 
@@ -234,9 +235,9 @@ class SkippingSession(StaysInPlace):
             self._here.compiled = False
             return self._stock_forward(*args, **kwargs)
         prepared, self._here.prepared = self._here.prepared, None
-        ids = kwargs.get("input_ids")
-        if prepared is not None and ids is not None and ids is prepared.tokens():
-            if kwargs.get("past_key_values") is prepared.cache and prepared.cache is not None:  # the usual step
+        if prepared is not None and prepared.cache is not None and kwargs.get("past_key_values") is prepared.cache:
+            ids = kwargs.get("input_ids")
+            if ids is not None and ids is prepared.tokens():  # the usual step
                 return self._run(prepared, ids, functools.partial(self._stock_forward, *args, **kwargs))
         return self._direct(prepared, args, kwargs)
 
@@ -249,6 +250,8 @@ class SkippingSession(StaysInPlace):
         if tokens is None:
             return self._stock_forward(*args, **kwargs)  # which says what is missing
         given = cache = options.get("past_key_values")
+        if given is not None:
+            _check_cache(given)
         if cache is None and self._uses_cache(options):
             cache = DynamicCache(config=self.decoder.config)  # what the decoder would make itself, but too late for us
         if prepared is not None and prepared.is_for(tokens):
@@ -272,7 +275,6 @@ class SkippingSession(StaysInPlace):
             return self._here.kind
         if cache is None or num_tokens > 1:
             return "prefill"
-        _check_cache(cache)
         # Asking a static cache on CUDA for its length would wait for the device: there a known cache counts as filled.
         known = self._requests.get(cache)
         if known is not None and known.num_forwards and _length_is_on_cuda(cache):
@@ -385,7 +387,8 @@ CANDIDATES = "_get_candidate_generator"
 def _check_cache(cache: Any) -> None:
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise ValueError(
-            f"skipping needs a transformers Cache made of layers (DynamicCache, StaticCache); got {type(cache).__name__}"
+            "skipping needs a transformers Cache made of layers (DynamicCache, StaticCache); got "
+            f"{type(cache).__name__}"
         )
 
 

@@ -1,0 +1,328 @@
+"""Who owns a context: threads, copies, wrappers, and schedulers that would go past it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from adaskip.calibration import calibrate
+from adaskip.context import skipping
+from adaskip.plan import Budget, SkipPlan
+from adaskip.speculative import lossless
+from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode
+from tests.families import random_model, random_prompts
+from tests.wrappers import WRAPPERS, AdapterModel
+
+PLAN = SkipPlan(attention={1}, ffn={2})
+
+
+def fixed(phase="e2e", plan=PLAN):
+    return FixedPlan(num_layers=4, phase=phase, plan=plan)
+
+
+def learning(model):
+    profile = calibrate(model, random_prompts([9, 7]))
+    budget = Budget(sublayers=2)
+    return AdaSkip(num_layers=4, budget=budget, profile=profile, learning_window=6, beta_quantile=0.25, phase="decode")
+
+
+def greedy(model, prompt, new_tokens=12, **options):
+    ids = prompt[None]
+    settings = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, "eos_token_id": None}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings, **options})
+
+
+def in_threads(functions):
+    """What each of `functions` returned or raised, all run at once."""
+    results: list = [None] * len(functions)
+
+    def work(i):
+        try:
+            results[i] = functions[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    return results
+
+
+@pytest.fixture
+def fast_switching():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def schedule(model):
+    return SkipDecode(num_layers=4, budget=Budget(layers=3), phase="decode", max_decode_steps=20)
+
+
+@pytest.mark.parametrize(
+    "make", [learning, schedule, lambda model: fixed("decode")], ids=["learn", "schedule", "fixed"]
+)
+def test_threads_get_what_each_would_alone(make, fast_switching):
+    model = random_model("llama")
+    strategy, prompts = make(model), random_prompts([9, 14, 5, 11])
+    with skipping(model, strategy):
+        alone = [greedy(model, prompt, 40) for prompt in prompts]
+        for _ in range(3):
+            got = in_threads([lambda prompt=prompt: greedy(model, prompt, 40) for prompt in prompts])
+            assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
+
+
+def test_direct_calls_of_threads_do_not_mix(fast_switching):
+    model, prompts = random_model("llama"), random_prompts([6, 9, 12])
+
+    def steps(prompt):
+        cache = model(prompt[None], use_cache=True).past_key_values
+        return torch.cat([model(torch.tensor([[5 + i]]), past_key_values=cache).logits for i in range(30)])
+
+    with torch.no_grad(), skipping(model, fixed("decode")):
+        alone = [steps(prompt) for prompt in prompts]
+
+        def quiet(prompt):
+            with torch.no_grad():
+                return steps(prompt)
+
+        got = in_threads([lambda prompt=prompt: quiet(prompt) for prompt in prompts])
+    assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
+
+
+class Meeting(LogitsProcessor):
+    """Tells when the second token is being made, and waits until it may go on."""
+
+    def __init__(self):
+        self.reached, self.may_go_on, self.calls = threading.Event(), threading.Event(), 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 2:
+            self.reached.set()
+            assert self.may_go_on.wait(60)
+        return scores
+
+
+def running(model, prompt, meeting):
+    results: list = []
+
+    def work():
+        try:
+            results.append(greedy(model, prompt, logits_processor=LogitsProcessorList([meeting])))
+        except ValueError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert meeting.reached.wait(60)
+    return thread, results
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["cache", "no cache"])
+def test_a_generate_that_outlives_its_context_is_refused_and_leaves_a_stock_model(options):
+    model, prompt, meeting = random_model("llama"), random_prompts([9])[0], Meeting()
+    stock = greedy(model, prompt)
+    phase = "prefill" if options else "e2e"
+    model.generation_config.use_cache = options.get("use_cache", True)
+    with skipping(model, fixed(phase, SkipPlan(ffn={2}))):
+        thread, results = running(model, prompt, meeting)
+    assert torch.equal(greedy(model, prompt), stock), "another call in this thread is not concerned"
+    with pytest.raises(ValueError, match="still running on this model"):
+        skipping(model, fixed()).__enter__()
+    meeting.may_go_on.set()
+    thread.join(60)
+    assert "ended while this generate was running" in str(results[0])
+    assert not {"generate", "prepare_inputs_for_generation"} & vars(model).keys()
+    assert torch.equal(greedy(model, prompt), stock)
+    model.generation_config.use_cache = True
+    with skipping(model, fixed()):
+        assert not torch.equal(greedy(model, prompt), stock)
+
+
+def test_a_generate_from_before_the_context_is_refused():
+    model, prompt, meeting = random_model("llama"), random_prompts([9])[0], Meeting()
+    thread, results = running(model, prompt, meeting)
+    with skipping(model, fixed("decode", SkipPlan(ffn={2}))):
+        alone = greedy(model, prompt)
+        meeting.may_go_on.set()
+        thread.join(60)
+        assert "began before skipping" in str(results[0])
+        assert torch.equal(greedy(model, prompt), alone)
+
+
+def test_a_thread_may_generate_while_another_measures():
+    """The patches work for the thread that measures; others run the stock layers."""
+    model, prompts = random_model("llama"), random_prompts([9] * 40)
+    stock = greedy(model, prompts[0], 30)
+    profile = calibrate(model, prompts)
+    got, measured = in_threads([lambda: greedy(model, prompts[0], 30), lambda: calibrate(model, prompts)])
+    assert torch.equal(got, stock)
+    assert measured == profile
+
+
+@pytest.mark.parametrize("enter", [lambda m: skipping(m, fixed()), lambda m: skipping(m.model and m, fixed("decode"))])
+def test_a_copy_or_pickle_made_inside_is_refused(enter):
+    model = random_model("llama")
+    stock = greedy(model, random_prompts([9])[0])
+    with enter(model):
+        for part in (model, model.model, model.model.layers, model.model.layers[2]):
+            with pytest.raises(ValueError, match="copy or pickle the model outside"):
+                copy.deepcopy(part)
+            with pytest.raises(ValueError, match="copy or pickle the model outside"):
+                pickle.dumps(part)
+            with pytest.raises(ValueError, match="copy or pickle the model outside"):
+                torch.save(part, io.BytesIO())
+        assert copy.deepcopy(model.lm_head) is not model.lm_head
+    assert torch.equal(greedy(copy.deepcopy(model), random_prompts([9])[0]), stock)
+
+
+def test_a_shallow_copy_is_not_skipped_after_the_context():
+    model, prompt = random_model("llama"), random_prompts([9])[0]
+    with skipping(model, fixed()):
+        inside = greedy(model, prompt)
+        twin = copy.copy(model)
+        assert torch.equal(greedy(twin, prompt), inside)
+        kept = model.generate
+    for call in (twin.generate, kept):
+        with pytest.raises(ValueError, match="context that has ended"):
+            call(prompt[None], max_new_tokens=3)
+
+
+def test_continuous_batching_is_refused_before_anything_runs():
+    model, prompt = random_model("llama"), random_prompts([9])[0]
+    for phase in ("prefill", "decode", "e2e"):
+        with skipping(model, fixed(phase)) as session:
+            with pytest.raises(ValueError, match="continuous batching"):
+                model.generate_batch([prompt.tolist()])
+            with pytest.raises(ValueError, match="continuous batching"):
+                greedy(model, prompt, cache_implementation="paged")
+            with pytest.raises(ValueError, match="continuous batching"):
+                model.init_continuous_batching()
+            with pytest.raises(ValueError, match="no request has run"):
+                print(session.last_request)
+
+
+ONE_PLAN = [fixed("e2e"), fixed("prefill"), EarlyExit(num_layers=4, budget=Budget(layers=1), phase="e2e"),
+            SkipDecode(num_layers=4, budget=Budget(layers=2), phase="prefill")]  # fmt: skip
+SEVERAL_PLANS = [fixed("decode"), SkipDecode(num_layers=4, budget=Budget(layers=2), phase="e2e")]
+
+
+@pytest.mark.parametrize("how", ["assistant", "lookup"])
+@pytest.mark.parametrize("strategy", ONE_PLAN, ids=lambda s: f"{s.name} {s.phase}")
+def test_assisted_decoding_under_one_plan_equals_greedy(strategy, how):
+    model, assistant = random_model("llama"), random_model("llama", seed=1)
+    options = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    with skipping(model, strategy):
+        for prompt in random_prompts([9, 14, 5]):
+            assert torch.equal(greedy(model, prompt, **options), greedy(model, prompt))
+
+
+@pytest.mark.parametrize("strategy", [*SEVERAL_PLANS, "learning"], ids=lambda s: getattr(s, "name", s))
+def test_assisted_decoding_is_refused_where_the_plan_changes(strategy):
+    model, prompt = random_model("llama"), random_prompts([9])[0]
+    strategy = learning(model) if strategy == "learning" else strategy
+    with skipping(model, strategy) as session:
+        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": random_model("llama")}):
+            with pytest.raises(ValueError, match="assisted decoding"):
+                greedy(model, prompt, **options)
+        with pytest.raises(ValueError, match="no request has run"):
+            print(session.last_request)
+
+
+@pytest.mark.parametrize("strategy", [*ONE_PLAN, *SEVERAL_PLANS], ids=lambda s: f"{s.name} {s.phase}")
+def test_early_exit_assistance_is_refused_and_leaves_the_configuration(strategy):
+    model, prompt = random_model("llama"), random_prompts([9])[0]
+    stock = greedy(model, prompt)
+    with skipping(model, strategy), pytest.raises(ValueError, match="assistant_early_exit"):
+        greedy(model, prompt, assistant_early_exit=2)
+    assert model.config.num_hidden_layers == 4
+    assert torch.equal(greedy(model, prompt), stock)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
+def test_a_skipped_assistant_drafts_for_a_full_model(phase):
+    """The assistant generates again and again on one cache: only its first call reads a prompt."""
+    model, assistant = random_model("llama"), random_model("llama")
+    for prompt in random_prompts([9, 14]):
+        stock = greedy(model, prompt)
+        with skipping(assistant, fixed(phase)) as session:
+            assert torch.equal(greedy(model, prompt, assistant_model=assistant), stock)
+            assert session.last_request.prefill_plan == fixed(phase).prefill_plan
+            assert session.last_request.decode_plan == PLAN
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}], ids=str)
+def test_generate_of_a_wrapper_equals_that_of_the_model_inside(wrap, options):
+    model, prompt = random_model("llama"), random_prompts([9])[0]  # the last chunk has one token
+    options = {**options, "disable_compile": True} if "cache_implementation" in options else options
+    cached = {"past_key_values": DynamicCache(config=model.config)} if "prefill_chunk_size" in options else {}
+    with skipping(model, fixed("decode")):
+        expected = greedy(model, prompt, **options, **cached)
+    wrapped = wrap(model)
+    cached = {"past_key_values": DynamicCache(config=model.config)} if cached else {}
+    with skipping(wrapped, fixed("decode")) as session:
+        assert torch.equal(greedy(wrapped, prompt, **options, **cached), expected)
+        assert session.last_request.decode_steps == 11
+    assert calibrate(wrapped, [prompt]) == calibrate(model, [prompt])
+
+
+def test_wrappers_under_which_a_plan_would_be_wrong_are_refused():
+    model = random_model("llama")
+    with pytest.raises(ValueError, match="puts learnt tokens before the prompt"):
+        skipping(AdapterModel(model, prompt_learning=True), fixed()).__enter__()
+    with pytest.raises(ValueError, match="DataParallel runs copies"):
+        skipping(nn.DataParallel(model), fixed()).__enter__()
+
+
+USES = {
+    "skipping": lambda model: skipping(model, fixed()).__enter__(),
+    "lossless": lambda model: lossless(model, fixed()),
+    "calibrate": lambda model: calibrate(model, random_prompts([9])),
+}
+
+
+def compiled_in_place(model, part):
+    part(model).compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.model, lambda m: m.model.layers[1]])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_model_compiled_in_place_is_refused(part, use):
+    with pytest.raises(ValueError, match="compiled in place"):
+        use(compiled_in_place(random_model("llama"), part))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_compiled_model_called_directly_is_refused_also_with_a_graph_from_before(before):
+    model, prompt = random_model("llama"), random_prompts([9])[0]
+    compiled = torch.compile(model, backend="eager")
+    if before:
+        compiled(prompt[None])
+    with skipping(compiled, fixed()), pytest.raises(ValueError, match="compiled model was called directly"):
+        compiled(prompt[None])
+    torch.compiler.reset()
+
+
+def test_a_call_from_inside_the_models_own_forward_is_refused():
+    model, prompt = random_model("llama"), random_prompts([9])[0]
+    with skipping(model, fixed()):
+        hook = model.model.layers[0].register_forward_hook(lambda *args: model(prompt[None]))
+        with pytest.raises(ValueError, match="inside its own forward"):
+            model(prompt[None])
+        hook.remove()
+        assert model(prompt[None]).logits.isfinite().all()
