@@ -365,16 +365,16 @@ class SkippingSession(StaysInPlace):
 
     def _read_again(self, prepared: Step, cache: Cache | None, num_tokens: int) -> Step:
         """The model dropped or swapped the cache of a request: prompt and answer so far are a new prefill of it."""
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                f"{type(self.model).__name__} put another, filled KV cache in the place of the request's own, which "
+                "skipping(...) cannot follow"
+            )
         before = 0 if prepared.cache is None else int(prepared.cache.get_seq_length())
         if num_tokens <= before:
             raise ValueError(
                 f"{type(self.model).__name__} dropped the KV cache of {before} tokens and goes on with {num_tokens}, "
                 "without those before (a fault of this transformers release, mended in later ones)"
-            )
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            raise ValueError(
-                f"{type(self.model).__name__} put another, filled KV cache in the place of the request's own, which "
-                "skipping(...) cannot follow"
             )
         prepared.request.start_anew()
         return self._step("prefill", prepared.request, cache)
