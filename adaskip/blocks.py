@@ -43,6 +43,8 @@ __all__ = [
     "unwrapped",
 ]
 
+OUTPUT_SCALAR = "layer_scalar"
+
 
 @dataclass(frozen=True)
 class Sublayers:
@@ -76,14 +78,29 @@ class BlockStructure:
     ffn: Sublayers
 
     def fits(self, layer: nn.Module) -> bool:
-        """Whether the layer has exactly these parts (dropouts aside, which do nothing in inference)."""
+        """Whether the layer has exactly these parts (dropouts aside, which do nothing in inference).
+
+        Weights of the layer itself are refused: at their first values, all ones or zeros, they may seem to do nothing.
+        """
         parts = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
-        return parts == self.attention.names() | self.ffn.names()
+        return parts == self.attention.names() | self.ffn.names() and not _own_weights(layer)
 
     def forward(self, layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The whole layer, from its two sublayers."""
         hidden_states = hidden_states + self.attention.change(layer, hidden_states, kwargs)
-        return hidden_states + self.ffn.change(layer, hidden_states, None)
+        return self.finish(layer, hidden_states + self.ffn.change(layer, hidden_states, None))
+
+    @staticmethod
+    def finish(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """What the layer does after its sublayers, skipped or not: Gemma 4 scales the whole residual stream."""
+        scalar = getattr(layer, OUTPUT_SCALAR, None)
+        return hidden_states if scalar is None else hidden_states * scalar
+
+
+def _own_weights(layer: nn.Module) -> list[str]:
+    """Names of parameters and buffers that belong to no part of the layer, those known aside."""
+    own = {**layer._parameters, **layer._buffers}
+    return sorted(name for name, tensor in own.items() if tensor is not None and name != OUTPUT_SCALAR)
 
 
 STRUCTURES = (
@@ -98,7 +115,7 @@ STRUCTURES = (
         Sublayers("feed_forward", pre_norm="post_attention_layernorm", post_norm=None),
     ),
     BlockStructure(
-        "sandwich-norm",  # Gemma2, Gemma3
+        "sandwich-norm",  # Gemma2, Gemma3, Gemma4
         Sublayers("self_attn", pre_norm="input_layernorm", post_norm="post_attention_layernorm"),
         Sublayers("mlp", pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
     ),
@@ -196,7 +213,7 @@ def _with_the_parts_of(layers: list[nn.Module]) -> BlockStructure:
     if odd is None:
         kinds = ", ".join(sorted({s.name for s in STRUCTURES for layer in layers if s.fits(layer)}))
         raise UnsupportedModelError(f"the layers are blocks of several kinds ({kinds}); all must be of one")
-    parts = sorted(name for name, _ in odd.named_children())
+    parts = sorted(name for name, _ in odd.named_children()) + _own_weights(odd)
     known = "; ".join(f"{s.name}: {sorted(s.attention.names() | s.ffn.names())}" for s in STRUCTURES)
     raise UnsupportedModelError(f"{type(odd).__name__} has parts {parts}, which is none of the known blocks ({known})")
 

@@ -138,6 +138,7 @@ class LayerPatch:
             hidden_states = self._run("ffn", hidden_states, None)
         if self.measure_ffn:
             self.ffn_io = (middle, hidden_states)
+        hidden_states = self.structure.finish(self.layer, hidden_states)
         if self.probe is not None:
             self.probe.record("layer", self.index, entry, hidden_states, None)
         return hidden_states

@@ -117,6 +117,7 @@ class LayerProbe:
             with replaced_forwards(self.layers, [at_work(index) for index in range(len(self.layers))]):
                 self.decoder(**{name: x.clone() for name, x in inputs.items()}, **self._accepted(options))
             self._check_order(order)
+            self._check_cache(cache)
         return cache
 
     def _empty_cache(self) -> DynamicCache:
@@ -187,8 +188,18 @@ class LayerProbe:
                 "only layers that each run once, one after the other, can be skipped"
             )
 
+    def _check_cache(self, cache: DynamicCache) -> None:
+        """Refuse recurrent states and the placeholders of layers that use the K/V of others."""
+        odd = [x for x in cache.layers if hasattr(x, "recurrent_states") or not hasattr(x, "get_seq_length")]
+        if odd:
+            raise UnsupportedModelError(
+                f"{type(self.decoder).__name__} needs a cache with {type(odd[0]).__name__}, not only keys and values of "
+                "each layer: recurrent states and shared keys and values cannot go without their owner"
+            )
+
     def _check_slot(self, index: int, cache: DynamicCache) -> None:
-        filled = [slot for slot in range(len(cache.layers)) if int(cache.get_seq_length(slot)) > 0]
+        layers: list[Any] = cache.layers
+        filled = [slot for slot, layer in enumerate(layers) if int(layer.get_seq_length()) > 0]
         if filled not in ([], [self.slots[index]]):
             raise UnsupportedModelError(
                 f"the attention of {self._name(index)} fills layers {filled} of the KV cache, its layer_idx says "
