@@ -166,8 +166,8 @@ def probe_layers(model: nn.Module) -> Proved:
     with quiet(model):
         probe = LayerProbe(model, decoder, slots)
         probe.record()
-        for index, layer in enumerate(layers):
-            _prove(probe, index, layer, structure)
+        for index in reversed(range(len(layers))):  # a layer runs before those it may take something from
+            _prove(probe, index, layers[index], structure)
     return Proved(structure, tuple(call.hidden_states.dtype for call in probe.calls), slots)
 
 

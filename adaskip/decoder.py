@@ -67,7 +67,7 @@ def _get_decoder(model: Any) -> Any:
         return model
     try:
         return get_decoder()
-    except (AttributeError, NotImplementedError) as error:  # inherited from transformers, where nothing fits it
+    except Exception as error:  # the model's own code
         name = type(model).__name__
         raise UnsupportedModelError(f"{name} has no decoder: get_decoder() raises {type(error).__name__}") from error
 

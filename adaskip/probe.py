@@ -100,6 +100,7 @@ class LayerProbe:
     def _run(self, inputs: Inputs, compute: Callable[[Tensor, dict[str, Any], int], Any]) -> DynamicCache:
         """One forward of the decoder on an empty cache, which is returned, with `compute` in all of its layers."""
         order: list[int] = []
+        finished: list[int] = []
 
         def at_work(index: int) -> LayerForward:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -107,6 +108,7 @@ class LayerProbe:
                 self._running = index
                 output = compute(*self._hidden_and_keywords(index, args, kwargs), index)
                 self._running = None
+                finished.append(index)
                 return output
 
             return forward
@@ -116,7 +118,7 @@ class LayerProbe:
             options = {"use_cache": True, "past_key_values": cache}
             with replaced_forwards(self.layers, [at_work(index) for index in range(len(self.layers))]):
                 self.decoder(**{name: x.clone() for name, x in inputs.items()}, **self._accepted(options))
-            self._check_order(order)
+            self._check_order(order, finished)
             self._check_cache(cache)
         return cache
 
@@ -180,7 +182,9 @@ class LayerProbe:
         if not output.isfinite().all():
             raise UnsupportedModelError(f"{name} puts out NaN or infinity, so nothing can be proved of it")
 
-    def _check_order(self, order: list[int]) -> None:
+    def _check_order(self, order: list[int], finished: list[int]) -> None:
+        if order != finished:
+            raise UnsupportedModelError(f"{type(self.decoder).__name__} goes on after one of its layers has failed")
         if order != list(range(len(self.layers))):
             called = ", ".join(map(str, order)) or "none"
             raise UnsupportedModelError(
@@ -193,8 +197,8 @@ class LayerProbe:
         odd = [x for x in cache.layers if hasattr(x, "recurrent_states") or not hasattr(x, "get_seq_length")]
         if odd:
             raise UnsupportedModelError(
-                f"{type(self.decoder).__name__} needs a cache with {type(odd[0]).__name__}, not only keys and values of "
-                "each layer: recurrent states and shared keys and values cannot go without their owner"
+                f"{type(self.decoder).__name__} needs a cache with {type(odd[0]).__name__}, not only keys and values "
+                "of each layer: recurrent states and shared keys and values cannot go without their owner"
             )
 
     def _check_slot(self, index: int, cache: DynamicCache) -> None:

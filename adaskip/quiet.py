@@ -53,7 +53,7 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     devices: dict[str, set[int]] = {}
     for parameter in model.parameters():
-        if parameter.device.type not in ("cpu", "meta"):
+        if parameter.device.type in ("cuda", "xpu"):  # the others have no generator for each device
             devices.setdefault(parameter.device.type, set()).add(parameter.device.index or 0)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=()))
