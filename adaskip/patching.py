@@ -24,12 +24,11 @@ from transformers.cache_utils import Cache
 
 from adaskip.blocks import (
     BlockStructure,
-    cache_slots,
     decoder_layers,
     execution_device,
     find_decoder,
-    find_structure,
     forward_attribute,
+    probe_layers,
     restore_attribute,
     unwrapped,
 )
@@ -177,6 +176,7 @@ class LayerPatch(StaysInPlace):
             hidden_states = self._run("ffn", hidden_states, None)
         if self.measure_ffn:
             self.ffn_io = (middle, hidden_states)
+        hidden_states = self.structure.finish(self.layer, hidden_states)
         if self.probe is not None:
             self.probe.record("layer", self.index, entry, hidden_states, None)
         return hidden_states
@@ -208,14 +208,13 @@ class ModelPatches:
     """
 
     def __init__(self, model: nn.Module):
-        structure = find_structure(model)
+        proved = probe_layers(model)
         self.layers = tuple(decoder_layers(model))
-        self.slots = cache_slots(self.layers)
+        self.slots = proved.cache_slots
         self.turn = Turn()
-        dtypes = _stream_dtypes(self.layers)
         self.patches = tuple(
-            LayerPatch(layer, i, structure, self.turn, dtype)
-            for i, (layer, dtype) in enumerate(zip(self.layers, dtypes, strict=True))
+            LayerPatch(layer, i, proved.structure, self.turn, dtype)
+            for i, (layer, dtype) in enumerate(zip(self.layers, proved.stream_dtypes, strict=True))
         )
         self.weight_dtypes = _weight_dtypes(self.layers)
         self.installed = self.outlived = False
@@ -328,10 +327,6 @@ class ModelPatches:
 
 
 _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()
-
-
-def _stream_dtypes(layers: Sequence[nn.Module]) -> tuple[torch.dtype, ...]:
-    return tuple(next(p.dtype for p in layer.parameters() if p.is_floating_point()) for layer in layers)
 
 
 def _weight_dtypes(layers: Sequence[nn.Module]) -> tuple[torch.dtype, ...]:
