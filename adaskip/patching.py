@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from adaskip.blocks import (
+    OUTPUT_SCALAR,
     BlockStructure,
     decoder_layers,
     execution_device,
@@ -80,6 +81,7 @@ class LayerPatch(StaysInPlace):
 
     def __init__(self, layer: nn.Module, index: int, structure: BlockStructure, turn: Turn, stream_dtype: torch.dtype):
         self.layer, self.index, self.structure, self.turn = layer, index, structure, turn
+        self.finishes = hasattr(layer, OUTPUT_SCALAR)
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
         self.idle = True
         self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, of the kinds in `scales`
@@ -176,7 +178,8 @@ class LayerPatch(StaysInPlace):
             hidden_states = self._run("ffn", hidden_states, None)
         if self.measure_ffn:
             self.ffn_io = (middle, hidden_states)
-        hidden_states = self.structure.finish(self.layer, hidden_states)
+        if self.finishes:
+            hidden_states = self.structure.finish(self.layer, hidden_states)
         if self.probe is not None:
             self.probe.record("layer", self.index, entry, hidden_states, None)
         return hidden_states
