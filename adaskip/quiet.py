@@ -70,7 +70,9 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
 def _same_attributes(model: nn.Module) -> Iterator[None]:
     """Attributes, buffers and children of modules without weights of their own are the same objects afterwards."""
     owners = [module for module in model.modules() if not module._parameters]
-    holders = [held for module in owners for held in (module.__dict__, module._buffers, module._modules)]
+    holders: list[dict[str, Any]] = [
+        held for module in owners for held in (module.__dict__, module._buffers, module._modules)
+    ]
     saved = [dict(held) for held in holders]
     try:
         yield
