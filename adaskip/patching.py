@@ -166,6 +166,11 @@ class LayerPatch(StaysInPlace):
                 return self.stock(hidden_states, *args, **kwargs)
             if hidden_states.dtype is not self.dtype:
                 self._follow(hidden_states.dtype)
+        if args and any(argument is not None for argument in args):
+            raise ValueError(
+                f"{type(self.layer).__name__} was called with {len(args)} further positional arguments; skipping passes "
+                "on keyword arguments only"
+            )
         entry = hidden_states
         if self.skip_attention:
             hidden_states = _compensated(hidden_states, self.deltas["attention"], self.shifts["attention"])
