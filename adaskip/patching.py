@@ -168,8 +168,8 @@ class LayerPatch(StaysInPlace):
                 self._follow(hidden_states.dtype)
         if args and any(argument is not None for argument in args):
             raise ValueError(
-                f"{type(self.layer).__name__} was called with {len(args)} further positional arguments; skipping passes "
-                "on keyword arguments only"
+                f"{type(self.layer).__name__} was called with {len(args)} further positional arguments; "
+                "skipping passes on keyword arguments only"
             )
         entry = hidden_states
         if self.skip_attention:
