@@ -20,8 +20,8 @@ LOST = object()
 
 def generate_arguments() -> dict[str, Any] | None:
     """Arguments and variables of the innermost `GenerationMixin.generate` that is running; None outside of it."""
-    generate: Any = GenerationMixin.generate
-    code = inspect.unwrap(generate).__code__
+    mixin: Any = GenerationMixin
+    code = inspect.unwrap(mixin.generate).__code__
     frame: FrameType | None = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
