@@ -13,7 +13,9 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adaskip.context import skipping
+from adaskip.plan import SkipPlan
 from adaskip.speculative import lossless
+from adaskip.strategies import FixedPlan
 from tests.families import random_model, random_prompts
 from tests.unit.test_lossless import MODELS, fixed, generated
 from tests.unit.test_skipping_generate import instance_state
@@ -77,16 +79,17 @@ def test_generate_of_a_wrapper_decodes_losslessly(wrap, made_for):
 @pytest.mark.parametrize("compiled", ["model", "layers"])
 def test_a_model_compiled_in_place_decodes_losslessly(compiled):
     """Graphs of before, of the draft and of the verification are not taken for each other."""
-    model = random_model("llama")
+    model = random_model("llama", num_layers=2)
     (prompt,) = random_prompts([9])
-    expected = generated(model, prompt, eos_token_id=None)
+    options = {"max_new_tokens": 5, "eos_token_id": None}
+    expected = generated(model, prompt, **options)
     for module in [model] if compiled == "model" else model.model.layers:
         module.compile(backend="eager")
-    assert torch.equal(generated(model, prompt, eos_token_id=None), expected)
-    decoder = lossless(model, fixed(), gamma=3)
-    assert torch.equal(generated(model, prompt, decoder, eos_token_id=None), expected)
+    assert torch.equal(generated(model, prompt, **options), expected)
+    decoder = lossless(model, FixedPlan(num_layers=2, plan=SkipPlan(attention={1}, ffn={0})), gamma=2)
+    assert torch.equal(generated(model, prompt, decoder, **options), expected)
     assert decoder.last_request.accepted < decoder.last_request.judged, "the draft did skip"
-    assert torch.equal(generated(model, prompt, eos_token_id=None), expected)
+    assert torch.equal(generated(model, prompt, **options), expected)
 
 
 def test_data_parallel_is_refused():
@@ -208,7 +211,7 @@ def test_a_second_thread_is_refused_and_the_first_goes_on(form):
         thread.start()
         assert waits.there.wait(30)
         try:
-            with pytest.raises(ValueError, match="already|thread") as error:
+            with pytest.raises(ValueError, match=r"already|thread") as error:
                 generated(model, prompt, decoder if form == "decoding method" else None, eos_token_id=None)
             assert "\n" not in str(error.value)
         finally:
