@@ -38,7 +38,7 @@ def lossless(
         model.generate(**inputs, custom_generate=lossless(model, strategy))
 
         with lossless(model, strategy):  # whoever calls the model's generate: pipelines, other libraries
-            model.generate(**inputs, streamer=streamer, stop_strings=["\n\n"], tokenizer=tokenizer)
+            model.generate(**inputs, streamer=streamer, stop_strings=["User:"], tokenizer=tokenizer)
 
     Greedy decoding gives the tokens of the full model; sampling draws from the full model's distribution (other draws
     than without drafting, the same ones for the same seed). Logits processors, stopping criteria and streamers act as
