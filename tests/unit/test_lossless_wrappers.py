@@ -76,22 +76,6 @@ def test_generate_of_a_wrapper_decodes_losslessly(wrap, made_for):
         assert torch.equal(generated(model, prompt, decoder, eos_token_id=None), alone)
 
 
-@pytest.mark.parametrize("compiled", ["model", "layers"])
-def test_a_model_compiled_in_place_decodes_losslessly(compiled):
-    """Graphs of before, of the draft and of the verification are not taken for each other."""
-    model = random_model("llama", num_layers=2)
-    (prompt,) = random_prompts([9])
-    options = {"max_new_tokens": 5, "eos_token_id": None}
-    expected = generated(model, prompt, **options)
-    for module in [model] if compiled == "model" else model.model.layers:
-        module.compile(backend="eager")
-    assert torch.equal(generated(model, prompt, **options), expected)
-    decoder = lossless(model, FixedPlan(num_layers=2, plan=SkipPlan(attention={1}, ffn={0})), gamma=2)
-    assert torch.equal(generated(model, prompt, decoder, **options), expected)
-    assert decoder.last_request.accepted < decoder.last_request.judged, "the draft did skip"
-    assert torch.equal(generated(model, prompt, **options), expected)
-
-
 def test_data_parallel_is_refused():
     with pytest.raises(ValueError, match="DataParallel runs copies of the model"):
         lossless(nn.DataParallel(MODELS["llama"]), fixed())
