@@ -13,9 +13,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adaskip.context import skipping
-from adaskip.plan import SkipPlan
 from adaskip.speculative import lossless
-from adaskip.strategies import FixedPlan
 from tests.families import random_model, random_prompts
 from tests.unit.test_lossless import MODELS, fixed, generated
 from tests.unit.test_skipping_generate import instance_state
