@@ -93,13 +93,15 @@ def _continued(path: Path, head: str) -> dict[Key, Measured]:
     content = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
     known: dict[Key, Measured] = {}
     of = ""
-    for line in content.split("\n")[:-1]:
+    for line in content.split("\n"):
         if line.startswith('{"search"'):
             of = line
         elif of == head and (entry := _entry(line)) is not None:
             known.setdefault(*entry)
-    if of != head or not content.endswith("\n"):
-        _append(path, ("" if content.endswith("\n") or not content else "\n") + head)
+    if content and not content.endswith("\n"):
+        _append(path, "")
+    if of != head:
+        _append(path, head)
     return known
 
 

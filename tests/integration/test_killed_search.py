@@ -1,4 +1,4 @@
-"""A search that is killed over and over, in its middle and while its profile is saved, makes what one left alone does."""
+"""A search that is killed, in its middle and while its profile is saved, makes what one left alone does."""
 
 from __future__ import annotations
 
