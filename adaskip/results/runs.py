@@ -25,6 +25,8 @@ from adaskip.runs.folder import RunFolder
 
 MANIFESTS = "*-sublayers/manifest.json"
 """Where a run's manifests are, below its folder."""
+ANY = "*"
+"""Stands for every run's name in a pattern."""
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
 REQUIRED_FIELDS = ("id", "index", "prediction", "references", "all_classes")
 
@@ -89,7 +91,7 @@ def load_runs(runs_dir: str | Path) -> list[Run]:
     runs = [load_run(manifest.parent) for manifest in root.glob(f"*/{MANIFESTS}")]
     if not runs:
         what = f"no <run name>/{MANIFESTS} below it" if root.is_dir() else "there is no such folder"
-        raise ResultsError(f"no results in {root}: {what}{_elsewhere('*', root)}")
+        raise ResultsError(f"no results in {root}: {what}{_elsewhere(ANY, root)}")
     return sorted(runs, key=lambda run: (run.cell.run_name, run.cell.sublayers))
 
 
@@ -199,5 +201,5 @@ def _elsewhere(name: str, root: Path) -> str:
     for folder, option in ((RUNS, "leave out --testbed and --results-dir"), (TESTBED_RUNS, "give --testbed")):
         other = default_path(folder)
         if other.resolve() != root.resolve() and has_run(name, other):
-            return f"; there is one in {other}: {option}"
+            return f"; there {'are some' if name == ANY else 'is one'} in {other}: {option}"
     return ""
