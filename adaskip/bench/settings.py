@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from adaskip.bench.cells import EAGER, MODES, STUDIES, Workload
 from adaskip.bench.stopwatch import CLOCKS
 from adaskip.configs import load_yaml
 from adaskip.options import option
+from adaskip.paths import given_or_default
 from adaskip.plan import PHASES
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import DTYPES
@@ -58,7 +60,7 @@ class BenchConfig:
     dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
     attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
     threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
-    output_dir: str = option("results go to a folder of the device's name in here", RESULTS_DIR)
+    output_dir: str | None = option(f"results go to a folder of the device's name in here; if not given, {RESULTS_DIR}")
     name: str | None = option("name of the result; if not given, the figure's, or model, weights and study")
     fresh: bool = option("measure anew instead of continuing what is saved", False)
 
@@ -101,6 +103,10 @@ class BenchConfig:
                 raise ValueError(f"{_flags([name])} names something twice: {' '.join(map(str, repeatable))}")
         if self.new_tokens < 2:
             raise ValueError(f"--new-tokens must be at least 2, so that there is a decode step; not {self.new_tokens}")
+
+    @property
+    def out_dir(self) -> Path:
+        return given_or_default(self.output_dir, RESULTS_DIR)
 
     @property
     def source(self) -> str:
