@@ -14,7 +14,7 @@ def active_adapters(model: nn.Module) -> str:
     """The adapters that change what `model` computes, "" if there are none: by name and scaling, as "default x2".
 
     Adapters that are disabled, not active or merged into the weights do not count; merged ones are part of the weights,
-    and of their fingerprint. An adapter that scales layers differently shows each scaling.
+    and of their fingerprint, and PEFT applies no other beside them. An adapter that scales layers differently shows each scaling.
     """
     found: dict[str, set[float]] = {}
     for name, scaling in _adapters(unwrapped(model)):
@@ -29,11 +29,10 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """
     for module in model.modules():
         layer: Any = module
-        if not hasattr(layer, "adapter_layer_names") or layer.disable_adapters:
+        if not hasattr(layer, "adapter_layer_names") or layer.disable_adapters or getattr(layer, "merged", False):
             continue
-        merged = set(getattr(layer, "merged_adapters", ()))
         there = {name for part in layer.adapter_layer_names for name in getattr(layer, part, {})}
         scaling = getattr(layer, "scaling", None)
         for name in layer.active_adapters:
-            if name in there and name not in merged:
+            if name in there:
                 yield name, scaling.get(name) if isinstance(scaling, dict) else None

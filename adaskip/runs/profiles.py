@@ -32,7 +32,8 @@ def profile_for(config: RunConfig, loaded: LoadedModel) -> tuple[Profile, Path]:
     """The profile `config` names, or the kept one of this model, made first when there is none, and its path.
 
     Raises:
-        ValueError: the named profile is missing, of the wrong kind, or was measured on another model.
+        ValueError: the named profile is missing, of the wrong kind, or was measured on another model; other weights of
+            a model of the same shape are warned of and not refused with `--allow-other-weights`.
     """
     selects = config.strategy == CalibratedSkip.name
     if config.profile is not None:
@@ -45,7 +46,8 @@ def profile_for(config: RunConfig, loaded: LoadedModel) -> tuple[Profile, Path]:
             if not path.is_file():
                 made = _selection_of(config, loaded, path) if selects else _importance_of(config, loaded)
                 made.save(path)
-    return (SelectionProfile if selects else ImportanceProfile).load(path, loaded.model), path
+    kind = SelectionProfile if selects else ImportanceProfile
+    return kind.load(path, loaded.model, allow_other_weights=config.allow_other_weights), path
 
 
 def _importance_of(config: RunConfig, loaded: LoadedModel) -> ImportanceProfile:

@@ -145,8 +145,7 @@ class OutputDivergence:
         self._count(ids)
         model: Any = self.model
         cache = None if dense is None else _view(dense)
-        options = {"use_cache": cache is not None, "logits_to_keep": positions, "return_dict": True}
-        output = model(input_ids=ids, past_key_values=cache, **options)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=positions)
         return output.logits[0].float().log_softmax(dim=-1)
 
     def _count(self, ids: Tensor) -> None:
