@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from adaskip.blocks import unwrapped
+from adaskip.wrappers import unwrapped
 
 
 def active_adapters(model: nn.Module) -> str:
     """The adapters that change what `model` computes, "" if there are none: by name and scaling, as "default x2".
 
     Adapters that are disabled, not active or merged into the weights do not count; merged ones are part of the weights,
-    and of their fingerprint, and PEFT applies no other beside them. An adapter that scales layers differently shows each scaling.
+    and of their fingerprint, and PEFT applies no other beside them. An adapter that scales layers differently shows
+    each scaling.
     """
     found: dict[str, set[float]] = {}
     for name, scaling in _adapters(unwrapped(model)):

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adaskip.adapters import active_adapters
-from adaskip.blocks import execution_device, find_decoder, unwrapped
+from adaskip.blocks import execution_device, find_decoder
 from adaskip.decoding import plain_generate
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.importance import ImportanceProfile, RecentNorms, SublayerMeans, cosine_and_ratio
 from adaskip.patching import ModelPatches, patches_of
 from adaskip.token_ids import end_token_ids, is_end, left_padded, right_padded
+from adaskip.wrappers import unwrapped
 
 UNITS = ("attention", "ffn", "layer")
 
@@ -60,7 +61,8 @@ class _RowSums:
         assert self.mask is not None
         mask = self.mask.to(a.device)
         if a.shape[1] != mask.shape[1]:  # a model that dropped its cache reads all again; the last tokens are the new
-            a, b, change = (None if x is None else x[:, -mask.shape[1] :] for x in (a, b, change))
+            last = slice(-mask.shape[1], None)
+            a, b, change = a[:, last], b[:, last], None if change is None else change[:, last]
         step = torch.stack([(x * mask).sum(dim=-1) for x in cosine_and_ratio(a, b, change, self.norms)])
         known = self.sums.get((kind, layer))
         self.sums[kind, layer] = step if known is None else known + step

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from adaskip.blocks import unwrapped
 from adaskip.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
+from adaskip.wrappers import unwrapped
 
 SAMPLES = 1024  # at most about this many elements of each tensor
 ALGORITHM = "v1"  # part of the hash: another way of sampling gives another fingerprint

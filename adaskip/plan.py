@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,10 +154,11 @@ class SkipPlan:
         for kind in KINDS:
             if not isinstance(record[kind], list):
                 raise ValueError(f"{kind} of a plan must be a list of layers; got {record[kind]!r}")
+        by_kind = _objects("scales of a plan", record["scales"], KINDS)
         scales = {
             Sublayer(kind, _layer(layer, of_text=True)): _from_json(value)
-            for kind, by_layer in _objects("scales of a plan", record["scales"], KINDS).items()
-            for layer, value in _objects(f"scales of {kind}", by_layer).items()
+            for kind in KINDS
+            for layer, value in _objects(f"scales of {kind}", by_kind[kind]).items()
         }
         return cls(record["attention"], record["ffn"], scales)
 
@@ -170,7 +172,7 @@ class SkipPlan:
         """Read a saved plan. Raises FileNotFoundError if there is no file, ValueError if it is not a whole plan."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
         if found != PLAN_FORMAT:
@@ -185,9 +187,9 @@ def _layer(layer: Any, *, of_text: bool = False) -> int:
     """A layer's index as an int; keys of JSON objects are texts."""
     if of_text and isinstance(layer, str) and layer.isascii() and layer.isdigit() and str(int(layer)) == layer:
         return int(layer)
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+    if isinstance(layer, (bool, str)) or not hasattr(layer, "__index__"):
         raise ValueError(f"a layer's index must be a whole number; got {layer!r}")
-    return layer.__index__()
+    return operator.index(layer)
 
 
 def _finite(value: Any) -> float:

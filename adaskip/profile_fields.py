@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from adaskip.adapters import active_adapters
-from adaskip.blocks import decoder_layers, unwrapped
 from adaskip.fingerprint import weights_fingerprint
+from adaskip.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def check_record(profile: Any) -> None:
     for name in ("model", "weights_fingerprint", "dtype", "attn_implementation", "dataset"):
         if not isinstance(getattr(profile, name), str):
             raise ProfileError(f"{name} must be a text; got {getattr(profile, name)!r}")
-    if isinstance(profile.data_ids, str) or not isinstance(profile.data_ids, Iterable):
+    if isinstance(profile.data_ids, (str, Mapping)) or not isinstance(profile.data_ids, Iterable):
         raise ProfileError(f"data_ids must be a list of texts; got {profile.data_ids!r}")
     ids = tuple(profile.data_ids)
     if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, (str, int))]:
@@ -105,10 +105,13 @@ def check_model(profile: Any, model: nn.Module, *, allow_other_weights: bool, ag
     fingerprint of the weights and the active adapter. again: what to do instead, for the message.
     """
     model = unwrapped(model)
-    profile.check_num_layers(len(decoder_layers(model)))
-    width = model.config.get_text_config(decoder=True).hidden_size  # pyright: ignore
-    if profile.hidden_size is not None and profile.hidden_size != width:
-        raise ProfileError(f"profile of {profile.model} has hidden size {profile.hidden_size}, the model has {width}")
+    config: Any = model.config
+    shape = config.get_text_config(decoder=True)
+    profile.check_num_layers(shape.num_hidden_layers)
+    if profile.hidden_size not in (None, shape.hidden_size):
+        raise ProfileError(
+            f"profile of {profile.model} has hidden size {profile.hidden_size}, the model has {shape.hidden_size}"
+        )
     differences = [*_other_weights(profile, model), *_other_adapter(profile, model)]
     if not differences:
         return

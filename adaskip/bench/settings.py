@@ -45,7 +45,7 @@ class BenchConfig:
         "--testbed the one kept by the runs (searched if missing: minutes), else AdaSkip's sets (the result says so)"
     )
     allow_other_weights: bool = option(
-        "use --profile and --selection although they were made for other weights of a model of the same depth and width",
+        "use --profile and --selection although made for other weights, of a model of the same depth and width",
         False,
     )
     phases: tuple[str, ...] = option(f"what skips, of {', '.join(PHASES)}", ("e2e",))

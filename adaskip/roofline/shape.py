@@ -179,7 +179,7 @@ def _heads(config: Any) -> dict[str, int]:
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     """Positions each layer's attention sees at most, as transformers' own cache has it."""
     layers: list[Any] = DynamicCache(config=config).layers
-    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+    return [layer.sliding_window if getattr(layer, "is_sliding", False) else None for layer in layers]
 
 
 def _sublayers(layer: nn.Module) -> tuple[SublayerShape, SublayerShape]:

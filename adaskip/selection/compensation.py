@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip.blocks import execution_device, find_decoder, unwrapped
+from adaskip.blocks import execution_device, find_decoder
 from adaskip.patching import patches_of
 from adaskip.plan import Affine, Sublayer
+from adaskip.wrappers import unwrapped
 
 
 class StreamMoments:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from adaskip.blocks import execution_device, find_decoder, unwrapped
+from adaskip.blocks import execution_device, find_decoder
 from adaskip.generate import generate
 from adaskip.patching import patches_of
 from adaskip.plan import Phase, SkipPlan
+from adaskip.wrappers import unwrapped
 
 OBJECTIVE = 2
 """Number of what is measured here, from one change of it to the next: what was chosen by another is chosen anew."""
