@@ -26,8 +26,8 @@ class SublayerShape:
 
     matrices: (outputs, inputs) of every matrix that each token is multiplied by. experts, active_experts: how many
     experts there are and how many of them a token visits; expert_matrices: (outputs, inputs) of one of them. vectors:
-    entries of biases and norm weights. Of an attention also num_heads, num_kv_heads, head_dim, and window: the positions
-    it sees at most, None for all.
+    entries of biases and norm weights. Of an attention also num_heads, num_kv_heads, head_dim, and window: the
+    positions it sees at most, None for all.
     """
 
     matrices: tuple[tuple[int, int], ...]

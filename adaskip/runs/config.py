@@ -133,8 +133,8 @@ class RunConfig(WorkConfig):
     )
     profile: str | None = option("profile of `adaskip calibrate`; if not given, made once and kept")
     allow_other_weights: bool = option(
-        "use --profile although it was made for other weights or another adapter, as of a fine-tune or a quantised copy "
-        "of the model; depth and width must agree",
+        "use --profile although it was made for other weights or another adapter, as of a fine-tune or a quantised "
+        "copy of the model; depth and width must agree",
         False,
     )
     learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")

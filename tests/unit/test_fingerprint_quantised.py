@@ -147,7 +147,7 @@ def test_a_weight_that_cannot_be_read_is_one_clear_error():
 
     model = nn.Linear(2, 2)
     model.weight = nn.Parameter(Unreadable.of(model.weight.data), requires_grad=False)
-    with pytest.raises(ValueError, match="weight weight, a .*, cannot be read: no flattening$"):
+    with pytest.raises(ValueError, match=r"weight weight, a .*, cannot be read: no flattening$"):
         weights_fingerprint(model)
 
 

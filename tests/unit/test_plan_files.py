@@ -63,7 +63,7 @@ CHANGES = [
 def test_a_malformed_plan_is_one_clear_line(change, tmp_path):
     path = PLAN.save(tmp_path / "plan.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match="is not a (whole )?skip plan: ") as error:
+    with pytest.raises(ValueError, match=r"is not a (whole )?skip plan: ") as error:
         SkipPlan.load(path)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
