@@ -28,6 +28,7 @@ from adaskip.bench.settings import RESULTS_DIR
 from adaskip.blocks import decoder_layers, execution_device
 from adaskip.calibration import calibrate
 from adaskip.cli import study
+from adaskip.decoding import plain_generate
 from adaskip.files import write_text_atomic
 from adaskip.importance import ImportanceProfile
 from adaskip.longbench import PAPER_MIN_LENGTH, get_task
@@ -284,10 +285,10 @@ def answer(subject: Subject, prompt: Tensor, new_tokens: int, decoder: LosslessD
     """One greedy answer: its tokens, the seconds after the first one, what drafting took. decoder: None for stock."""
     model: Any = subject.loaded.model
     ids, first = prompt[None].to(execution_device(model)), _FirstToken()
-    output = model.generate(
-        ids,
+    output = plain_generate(
+        model,
+        input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        do_sample=False,
         max_new_tokens=new_tokens,
         eos_token_id=list(subject.stops) or None,
         pad_token_id=subject.pad,

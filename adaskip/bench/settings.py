@@ -22,7 +22,7 @@ BENCH_MODELS = (*MODELS, SMALL_MODEL)
 TO_COMPARE = tuple(name for name in STRATEGIES if name not in ("most_skip", "least_skip"))
 """Every strategy but the two that only check importance."""
 RESULTS_DIR = "speed/results"
-MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure")
+MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure", "allow_other_weights")
 """Options that may differ when a result is continued."""
 
 
@@ -45,6 +45,10 @@ class BenchConfig:
     selection: tuple[str, ...] | None = option(
         "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated; if not given, with "
         "--testbed the one kept by the runs (searched if missing: minutes), else AdaSkip's sets (the result says so)"
+    )
+    allow_other_weights: bool = option(
+        "use --profile and --selection although made for other weights, of a model of the same depth and width",
+        False,
     )
     phases: tuple[str, ...] = option(f"what skips, of {', '.join(PHASES)}", ("e2e",))
     strategies: tuple[str, ...] = option(f"of {', '.join(TO_COMPARE)}", TO_COMPARE)
@@ -85,6 +89,8 @@ class BenchConfig:
         given = [name for name in ("random_weights", "testbed", "checkpoint") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{_flags(given)} each say where the weights come from: give one of them")
+        if self.allow_other_weights and not (self.profile or self.selection):
+            raise ValueError("--allow-other-weights is about --profile and --selection: give one of them, too")
         if self.selection and (CalibratedSkip.name not in self.strategies or self.study != "strategies"):
             raise ValueError("--selection is for strategy calibrated in study strategies, which is not asked for")
         if self.model == SMALL_MODEL and not self.random_weights:

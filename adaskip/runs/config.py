@@ -152,6 +152,11 @@ class RunConfig(WorkConfig):
         "measured"
     )
     profile: str | None = option("profile of `adaskip calibrate`; if not given, made once and kept")
+    allow_other_weights: bool = option(
+        "use --profile although it was made for other weights or another adapter, as of a fine-tune or a quantised "
+        "copy of the model; depth and width must agree",
+        False,
+    )
     learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
     beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
 
@@ -160,6 +165,8 @@ class RunConfig(WorkConfig):
         check_choice("model", self.model, MODELS)
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
+        if self.allow_other_weights and self.profile is None:
+            raise ValueError("--allow-other-weights is about the profile that --profile names: give that, too")
         self._check_target()
         self._check_budget()
 

@@ -108,7 +108,8 @@ def profile_for(config: RunConfig, loaded: LoadedModel) -> tuple[Profile, Path]:
     """The profile `config` names, or the kept one of this model, made first when there is none, and its path.
 
     Raises:
-        ValueError: the named profile is missing, of the wrong kind, or was measured on another model.
+        ValueError: the named profile is missing, of the wrong kind, or was measured on another model; other weights of
+            a model of the same shape are warned of and not refused with `--allow-other-weights`.
     """
     if config.profile is None:
         return keep(wanted_by(config, loaded))
@@ -116,7 +117,7 @@ def profile_for(config: RunConfig, loaded: LoadedModel) -> tuple[Profile, Path]:
     if not path.is_file():
         raise ValueError(f"--profile {path} does not exist; `adaskip calibrate` makes one")
     kind = SelectionProfile if config.strategy == CalibratedSkip.name else ImportanceProfile
-    return kind.load(path, loaded.model), path
+    return kind.load(path, loaded.model, allow_other_weights=config.allow_other_weights), path
 
 
 def kept_path(config: RunConfig, loaded: LoadedModel) -> Path:

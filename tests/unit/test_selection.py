@@ -297,8 +297,8 @@ def test_an_output_that_overflows_is_as_bad_as_can_be(model, prompts):
     with pytest.raises(ValueError, match="no set of 3 sublayers leaves the output finite"):
         search(measure, ALL, up_to=3, **options)
     divergence = OutputDivergence(model, prompts[:1], "prefill", **ENDS)
-    nan = SkipPlan(ffn={1}, scales={("ffn", 1): float("nan")})
-    assert divergence(nan) == [float("inf")]
+    overflowing = SkipPlan.of_sublayers({Sublayer("ffn", 1): 1e38, Sublayer("ffn", 2): 1e38})
+    assert divergence(overflowing) == [float("inf")]
 
 
 def test_in_decode_prompts_without_an_answer_are_left_out(model, prompts, monkeypatch):
