@@ -87,14 +87,19 @@ class ModelShape:
         config = config.get_text_config()
         model = _on_meta(config)
         layers = [_sublayers(layer) for layer in decoder_layers(model)]
-        of_layers = _layer_configs(config, len(layers))
+        of_layers, windows = _layer_configs(config, len(layers)), _windows(config)
+        if len(windows) != len(layers):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps K/V for {len(windows)} of its {len(layers)} layers; what layers share "
+                "is not known here"
+            )
         shape = cls(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             tied_embeddings=config.tie_word_embeddings,
             attention=tuple(
                 replace(attention, window=window, **_heads(own))
-                for (attention, _), window, own in zip(layers, _windows(config), of_layers, strict=True)
+                for (attention, _), window, own in zip(layers, windows, of_layers, strict=True)
             ),
             ffn=tuple(_with_active_experts(ffn, own) for (_, ffn), own in zip(layers, of_layers, strict=True)),
             final_vectors=sum(p.numel() for p in find_decoder(model).norm.parameters()),

@@ -55,7 +55,7 @@ def test_work_of_layers_that_differ_agrees_with_torchs_counter():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_kv_shared_layers": 2}, "matrix entries; the four projections of"),
+        ({"num_kv_shared_layers": 2}, "matrix entries; the four projections of|keeps K/V for 2 of its 4 layers"),
         ({"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 61}, "is not one attention and one FFN"),
     ],
 )
