@@ -255,7 +255,7 @@ class SkippingSession(StaysInPlace):
         if cache is None and self._uses_cache(options):
             cache = DynamicCache(config=self.decoder.config)  # what the decoder would make itself, but too late for us
         if prepared is not None and prepared.is_for(tokens):
-            step = prepared if given is prepared.cache else self._read_again(prepared, cache)
+            step = prepared if given is prepared.cache else self._read_again(prepared, cache, tokens.shape[1])
             if given is None and cache is not None:
                 self._requests[cache] = step.request
         else:
@@ -363,12 +363,18 @@ class SkippingSession(StaysInPlace):
             request.released = plan
         return Step(kind, request, cache, plan, request.window if kind == "decode" else None)
 
-    def _read_again(self, prepared: Step, cache: Cache | None) -> Step:
+    def _read_again(self, prepared: Step, cache: Cache | None, num_tokens: int) -> Step:
         """The model dropped or swapped the cache of a request: prompt and answer so far are a new prefill of it."""
         if cache is not None and int(cache.get_seq_length()) > 0:
             raise ValueError(
                 f"{type(self.model).__name__} put another, filled KV cache in the place of the request's own, which "
                 "skipping(...) cannot follow"
+            )
+        before = 0 if prepared.cache is None else int(prepared.cache.get_seq_length())
+        if num_tokens <= before:
+            raise ValueError(
+                f"{type(self.model).__name__} dropped the KV cache of {before} tokens and goes on with {num_tokens}, "
+                "without those before (a fault of this transformers release, mended in later ones)"
             )
         prepared.request.start_anew()
         return self._step("prefill", prepared.request, cache)

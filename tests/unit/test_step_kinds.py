@@ -40,6 +40,13 @@ def longrope(**options):
     )
 
 
+def reads_again(model, prompt, **options):
+    """transformers 5.17 drops the cache and goes on with the last token alone: its own answer is wrong."""
+    before = SWITCH - prompt.shape[1] + 1
+    cut = greedy(model, greedy(model, prompt, before, **options), 12 - before, **options)
+    return torch.equal(greedy(model, prompt, 12, **options), cut)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
 def test_a_dropped_cache_is_a_new_prompt(phase, cache):
@@ -47,6 +54,10 @@ def test_a_dropped_cache_is_a_new_prompt(phase, cache):
     model, prompt = longrope(), random_prompts([12])[0][None]
     options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
     before = SWITCH - prompt.shape[1] + 1
+    if not reads_again(model, prompt, **options):
+        with skipping(model, fixed(phase)), pytest.raises(ValueError, match="dropped the KV cache"):
+            greedy(model, prompt, 12, **options)
+        return
     with skipping(model, fixed(phase)):
         whole = greedy(model, prompt, 12, **options)
         cut = greedy(model, greedy(model, prompt, before, **options), 12 - before, **options)
@@ -63,6 +74,8 @@ def test_a_request_keeps_its_step_and_what_it_learnt_when_its_cache_is_dropped()
         num_layers=4, budget=Budget(sublayers=1), profile=profile, learning_window=2, beta_quantile=0.0, phase="decode"
     )
     plans = []
+    if not reads_again(model, prompt):
+        pytest.skip("this transformers does not read again")
     with skipping(model, strategy) as session:
         model.model.register_forward_hook(lambda *args: plans.append(session.patches.work))
         greedy(model, prompt, 12)
