@@ -37,7 +37,7 @@ def _rewrite(owner: griffe.Function | griffe.Class, names: set[str]) -> None:
 def listed(text: str, names: set[str]) -> str:
     """`text` with every `name: ...` and `name, name: ...` of `names` as an item of a list."""
     one = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    item = re.compile(rf"(?:^|(?<=[.;)]\s))((?:{one})(?:, (?:and )?(?:{one}))*): ", re.MULTILINE)
+    item = re.compile(rf"(?:^|(?<=[.;)]\s))((?:{one})(?:, (?:and )?(?:{one}))*):\s", re.MULTILINE)
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", text):
         indented = paragraph.startswith("    ")
