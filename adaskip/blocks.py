@@ -7,15 +7,43 @@ structure counts only if it reproduces the stock layer bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaskip.decoder import (
+    UnsupportedModelError,
+    decoder_layers,
+    execution_device,
+    find_decoder,
+    forward_attribute,
+    restore_attribute,
+    unwrapped,
+)
+from adaskip.probe import LayerForward, LayerProbe
+from adaskip.quiet import quiet
 
-class UnsupportedModelError(ValueError):
-    """The model's decoder layers are not a sequence of two residual sublayers that we know."""
+__all__ = [
+    "STRUCTURES",
+    "BlockStructure",
+    "Proved",
+    "Sublayers",
+    "UnsupportedModelError",
+    "cache_slots",
+    "decoder_layers",
+    "execution_device",
+    "find_decoder",
+    "find_structure",
+    "forward_attribute",
+    "probe_layers",
+    "restore_attribute",
+    "unwrapped",
+]
+
+OUTPUT_SCALAR = "layer_scalar"
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,7 @@ class Sublayers:
         x = module(x) if kwargs is None else module(hidden_states=x, **kwargs)
         x = x[0] if isinstance(x, tuple) else x
         x = x if self.post_norm is None else getattr(layer, self.post_norm)(x)
+        x = x if x.shape == hidden_states.shape else x.view(hidden_states.shape)  # experts give [B * S, D]
         multiplier = getattr(layer, "residual_multiplier", None)
         return x if multiplier is None else x * multiplier
 
@@ -49,14 +78,29 @@ class BlockStructure:
     ffn: Sublayers
 
     def fits(self, layer: nn.Module) -> bool:
-        """Whether the layer has exactly these parts (dropouts aside, which do nothing in inference)."""
+        """Whether the layer has exactly these parts (dropouts aside, which do nothing in inference).
+
+        Weights of the layer itself are refused: at their first values, all ones or zeros, they may seem to do nothing.
+        """
         parts = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
-        return parts == self.attention.names() | self.ffn.names()
+        return parts == self.attention.names() | self.ffn.names() and not _own_weights(layer)
 
     def forward(self, layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The whole layer, from its two sublayers."""
         hidden_states = hidden_states + self.attention.change(layer, hidden_states, kwargs)
-        return hidden_states + self.ffn.change(layer, hidden_states, None)
+        return self.finish(layer, hidden_states + self.ffn.change(layer, hidden_states, None))
+
+    @staticmethod
+    def finish(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """What the layer does after its sublayers, skipped or not: Gemma 4 scales the whole residual stream."""
+        scalar = getattr(layer, OUTPUT_SCALAR, None)
+        return hidden_states if scalar is None else hidden_states * scalar
+
+
+def _own_weights(layer: nn.Module) -> list[str]:
+    """Names of parameters and buffers that belong to no part of the layer, those known aside."""
+    own = {**layer._parameters, **layer._buffers}
+    return sorted(name for name, tensor in own.items() if tensor is not None and name != OUTPUT_SCALAR)
 
 
 STRUCTURES = (
@@ -66,7 +110,12 @@ STRUCTURES = (
         Sublayers("mlp", pre_norm="post_attention_layernorm", post_norm=None),
     ),
     BlockStructure(
-        "sandwich-norm",  # Gemma2, Gemma3
+        "pre-norm (feed_forward)",  # Llama 4
+        Sublayers("self_attn", pre_norm="input_layernorm", post_norm=None),
+        Sublayers("feed_forward", pre_norm="post_attention_layernorm", post_norm=None),
+    ),
+    BlockStructure(
+        "sandwich-norm",  # Gemma2, Gemma3, Gemma4
         Sublayers("self_attn", pre_norm="input_layernorm", post_norm="post_attention_layernorm"),
         Sublayers("mlp", pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
     ),
@@ -83,147 +132,136 @@ STRUCTURES = (
 )
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside wrappers that leave it whole: `torch.compile`, PEFT, DistributedDataParallel.
-
-    `generate` called on such a wrapper runs on this model, so skipping is installed here. Raises ValueError for
-    wrappers under which that does not hold: DataParallel, and PEFT methods that put tokens before the prompt.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise ValueError(
-                "DataParallel runs copies of the model, which are never skipped; use the model itself, or "
-                "device_map to spread it over devices"
-            )
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(
-                f"{type(model).__name__} with {model.active_peft_config.peft_type} puts learnt tokens before the "
-                "prompt, which no plan knows of; adapters that change weights (LoRA and the like) can be skipped"
-            )
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def find_decoder(model: nn.Module) -> Any:
-    """The stock module that owns the list of decoder layers, `layers`."""
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder: Any = model if get_decoder is None else get_decoder()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not len(decoder.layers):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of decoder layers; supported are decoder-only transformers models"
-        )
-    return decoder
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where `module` computes; under accelerate's offloading its parameters rest on another device."""
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    device = next((device for device in devices if device is not None), None)
-    return next(module.parameters()).device if device is None else torch.device(device)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a stock model; raises UnsupportedModelError if there are none."""
-    return find_decoder(model).layers
-
-
-def cache_slots(layers) -> tuple[int, ...]:
-    """TEMP"""
-    return tuple(getattr(getattr(layer, "self_attn", None), "layer_idx", i) for i, layer in enumerate(layers))
-
-
 @dataclass(frozen=True)
-class _LayerCall:
-    """What one stock layer was given and what it made of it."""
+class Proved:
+    """What a probe has shown of a model.
 
-    hidden_states: Tensor
-    kwargs: dict[str, Any]
-    output: Tensor
+    stream_dtypes: of each layer, the dtype of the hidden states that go in and out. cache_slots: of each layer, the
+    layer of the KV cache that its attention fills.
+    """
+
+    structure: BlockStructure
+    stream_dtypes: tuple[torch.dtype, ...]
+    cache_slots: tuple[int, ...]
 
 
-def forward_attribute(layer: nn.Module) -> str:
-    """Where the layer's computation hangs: accelerate's hooks keep the stock forward in `_old_forward`."""
-    return "_old_forward" if hasattr(layer, "_old_forward") else "forward"
-
-
-@torch.no_grad()
 def find_structure(model: nn.Module) -> BlockStructure:
-    """The structure that reproduces every decoder layer of `model` bit for bit on a random input.
+    """The structure that reproduces every decoder layer of `model` bit for bit; see `probe_layers`."""
+    return probe_layers(model).structure
 
-    Raises UnsupportedModelError if none does.
+
+def probe_layers(model: nn.Module) -> Proved:
+    """Prove on random inputs how every decoder layer of `model` is built.
+
+    A structure counts if its two sublayers give what the stock layer gives, bit for bit, while no other layer is at
+    work. No hook of the user's fires, autocast is off, and the model and all random numbers are afterwards as before.
+
+    Raises UnsupportedModelError, with the reason and the class at fault, if there is no such structure, whatever
+    the model itself raises; only running out of memory comes through.
     """
     decoder = find_decoder(model)
     layers = list(decoder.layers)
-    name = type(layers[0]).__name__
-    candidates = [s for s in STRUCTURES if all(s.fits(layer) for layer in layers)]
-    if not candidates:
-        parts = sorted(n for n, _ in layers[0].named_children())
-        known = "; ".join(f"{s.name}: {sorted(s.attention.names() | s.ffn.names())}" for s in STRUCTURES)
-        raise UnsupportedModelError(f"{name} has parts {parts}, which is none of the known blocks ({known})")
-    calls = _record_layer_calls(decoder, layers)
-    for structure in candidates:
-        if all(_reproduces(structure, layer, call) for layer, call in zip(layers, calls, strict=True)):
+    _refuse_repeated(layers)
+    structure, slots = _with_the_parts_of(layers), cache_slots(layers)
+    with quiet(model):
+        probe = LayerProbe(model, decoder, slots)
+        probe.record()
+        for index in reversed(range(len(layers))):  # a layer runs before those it may take something from
+            _prove(probe, index, layers[index], structure)
+    return Proved(structure, tuple(call.hidden_states.dtype for call in probe.calls), slots)
+
+
+def cache_slots(layers: Iterable[nn.Module]) -> tuple[int, ...]:
+    """For each layer the `layer_idx` of its attention, the place of its K/V in the cache; its position without one.
+
+    Raises UnsupportedModelError if one is no index or two layers have the same.
+    """
+    slots: dict[int, int] = {}
+    for position, layer in enumerate(layers):
+        owners = [getattr(layer, name, None) for name in sorted({s.attention.module for s in STRUCTURES})]
+        found = (getattr(owner, "layer_idx", None) for owner in (*owners, layer))
+        slot = next((index for index in found if index is not None), position)
+        name = type(layer).__name__
+        if not isinstance(slot, int) or isinstance(slot, bool) or slot < 0:
+            raise UnsupportedModelError(f"{name} at position {position} has layer_idx {slot!r}, which is no index")
+        if slot in slots:
+            raise UnsupportedModelError(
+                f"{name} at positions {slots[slot]} and {position} have the same layer_idx {slot}: "
+                "both would write the same layer of the KV cache; give each its own"
+            )
+        slots[slot] = position
+    return tuple(slots)
+
+
+def _refuse_repeated(layers: list[nn.Module]) -> None:
+    positions: dict[int, int] = {}
+    for position, layer in enumerate(layers):
+        first = positions.setdefault(id(layer), position)
+        if first != position:
+            raise UnsupportedModelError(
+                f"layers {first} and {position} are the same {type(layer).__name__} object, so one cannot be skipped "
+                "without the other; make one a copy of its own"
+            )
+
+
+def _with_the_parts_of(layers: list[nn.Module]) -> BlockStructure:
+    """The structure that has the parts of all layers; no two structures have the same."""
+    for structure in STRUCTURES:
+        if all(structure.fits(layer) for layer in layers):
             return structure
+    odd = next((layer for layer in layers if not any(s.fits(layer) for s in STRUCTURES)), None)
+    if odd is None:
+        kinds = ", ".join(sorted({s.name for s in STRUCTURES for layer in layers if s.fits(layer)}))
+        raise UnsupportedModelError(f"the layers are blocks of several kinds ({kinds}); all must be of one")
+    parts = sorted(name for name, _ in odd.named_children()) + _own_weights(odd)
+    known = "; ".join(f"{s.name}: {sorted(s.attention.names() | s.ffn.names())}" for s in STRUCTURES)
+    raise UnsupportedModelError(f"{type(odd).__name__} has parts {parts}, which is none of the known blocks ({known})")
+
+
+def _prove(probe: LayerProbe, index: int, layer: nn.Module, structure: BlockStructure) -> None:
+    """Raise UnsupportedModelError unless `structure` alone reproduces layer `index` bit for bit."""
+
+    def ours(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return structure.forward(layer, hidden_states, kwargs)
+
+    expected, name = probe.calls[index].output, f"{type(layer).__name__} (layer {index})"
+    output, failure = _attempt(probe, index, ours)
+    if _same(output, expected):
+        return
+    stock, stock_failure = _attempt(probe, index, probe.stock(index))
+    if not _same(stock, expected):
+        how = "" if stock_failure is None else f" ({stock_failure})"
+        raise UnsupportedModelError(
+            f"{name} puts out something else when it runs alone{how}: it needs what other layers leave behind, such as "
+            "shared keys and values, or depends on chance; its sublayers cannot be skipped"
+        ) from stock_failure
+    if failure is not None:
+        raise UnsupportedModelError(
+            f"{name} has the parts of a {structure.name} block, which do not run one by one: {failure}"
+        ) from failure
     raise UnsupportedModelError(
-        f"{name} has the parts of a {candidates[0].name} block but computes something else (a parallel residual?); "
-        "its sublayers cannot be skipped"
+        f"{name} has the parts of a {structure.name} block but computes something else "
+        f"({_difference(output, expected)}); its sublayers cannot be skipped"
     )
 
 
-def _reproduces(structure: BlockStructure, layer: nn.Module, call: _LayerCall) -> bool:
-    ours = structure.forward(layer, call.hidden_states, call.kwargs)
-    return torch.allclose(ours, call.output, rtol=0, atol=0, equal_nan=True)
+def _attempt(probe: LayerProbe, index: int, forward: LayerForward) -> tuple[Any, UnsupportedModelError | None]:
+    try:
+        return probe.alone(index, forward), None
+    except UnsupportedModelError as error:
+        return None, error
 
 
-def _record_layer_calls(decoder: Any, layers: list[nn.Module]) -> list[_LayerCall]:
-    """Run the stock decoder on four random embeddings and keep what went in and out of each layer."""
-    calls: list[_LayerCall] = []
-
-    def recorder(stock):
-        def forward(hidden_states, *args, **kwargs):
-            if args:
-                raise UnsupportedModelError(f"{type(layers[0]).__name__} takes more than one positional argument")
-            calls.append(_LayerCall(hidden_states, kwargs, stock(hidden_states, **kwargs)))
-            return calls[-1].output
-
-        return forward
-
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(1, 4, decoder.config.hidden_size, generator=generator)
-    inputs = inputs.to(device=execution_device(decoder), dtype=decoder.get_input_embeddings().weight.dtype)
-    with _replaced_forwards(layers, recorder):
-        decoder(inputs_embeds=inputs, use_cache=False)
-    return calls
+def _same(output: Any, expected: Tensor) -> bool:
+    alike = isinstance(output, Tensor) and output.dtype == expected.dtype and output.device == expected.device
+    return alike and torch.equal(output, expected)
 
 
-class _replaced_forwards:
-    """Put `wrap(stock)` in the place of every layer's forward while the context lasts."""
-
-    def __init__(self, layers: list[nn.Module], wrap):
-        self.layers, self.wrap = layers, wrap
-
-    def __enter__(self) -> None:
-        self.saved = []
-        for layer in self.layers:
-            name = forward_attribute(layer)
-            self.saved.append((layer, name, layer.__dict__.get(name)))
-            layer.__dict__[name] = self.wrap(getattr(layer, name))
-
-    def __exit__(self, *exception) -> None:
-        for layer, name, own in self.saved:
-            restore_attribute(layer, name, own)
-
-
-def restore_attribute(owner: Any, name: str, own: Any) -> None:
-    """Undo an instance attribute: put back what the instance itself had (`own`), or nothing."""
-    if own is None:
-        owner.__dict__.pop(name, None)
-    else:
-        owner.__dict__[name] = own
+def _difference(output: Any, expected: Tensor) -> str:
+    """What a layer seems to do beside its two sublayers."""
+    if isinstance(output, Tensor) and output.shape == expected.shape:
+        ours, theirs = output.double(), expected.double()
+        factor = (ours * theirs).sum() / (ours * ours).sum()
+        if torch.allclose(ours * factor, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
+            return f"its output is that of the two sublayers times {float(factor):.4g}"
+    return "a parallel residual?"

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from adaskip.blocks import (
+    OUTPUT_SCALAR,
     BlockStructure,
-    cache_slots,
     decoder_layers,
     execution_device,
     find_decoder,
-    find_structure,
     forward_attribute,
+    probe_layers,
     restore_attribute,
     unwrapped,
 )
@@ -81,6 +81,7 @@ class LayerPatch(StaysInPlace):
 
     def __init__(self, layer: nn.Module, index: int, structure: BlockStructure, turn: Turn, stream_dtype: torch.dtype):
         self.layer, self.index, self.structure, self.turn = layer, index, structure, turn
+        self.finishes = hasattr(layer, OUTPUT_SCALAR)
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
         self.idle = True
         self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, of the kinds in `scales`
@@ -165,6 +166,11 @@ class LayerPatch(StaysInPlace):
                 return self.stock(hidden_states, *args, **kwargs)
             if hidden_states.dtype is not self.dtype:
                 self._follow(hidden_states.dtype)
+        if args and any(argument is not None for argument in args):
+            raise ValueError(
+                f"{type(self.layer).__name__} was called with {len(args)} further positional arguments; "
+                "skipping passes on keyword arguments only"
+            )
         entry = hidden_states
         if self.skip_attention:
             hidden_states = _compensated(hidden_states, self.deltas["attention"], self.shifts["attention"])
@@ -177,6 +183,8 @@ class LayerPatch(StaysInPlace):
             hidden_states = self._run("ffn", hidden_states, None)
         if self.measure_ffn:
             self.ffn_io = (middle, hidden_states)
+        if self.finishes:
+            hidden_states = self.structure.finish(self.layer, hidden_states)
         if self.probe is not None:
             self.probe.record("layer", self.index, entry, hidden_states, None)
         return hidden_states
@@ -208,14 +216,13 @@ class ModelPatches:
     """
 
     def __init__(self, model: nn.Module):
-        structure = find_structure(model)
+        proved = probe_layers(model)
         self.layers = tuple(decoder_layers(model))
-        self.slots = cache_slots(self.layers)
+        self.slots = proved.cache_slots
         self.turn = Turn()
-        dtypes = _stream_dtypes(self.layers)
         self.patches = tuple(
-            LayerPatch(layer, i, structure, self.turn, dtype)
-            for i, (layer, dtype) in enumerate(zip(self.layers, dtypes, strict=True))
+            LayerPatch(layer, i, proved.structure, self.turn, dtype)
+            for i, (layer, dtype) in enumerate(zip(self.layers, proved.stream_dtypes, strict=True))
         )
         self.weight_dtypes = _weight_dtypes(self.layers)
         self.installed = self.outlived = False
@@ -328,10 +335,6 @@ class ModelPatches:
 
 
 _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()
-
-
-def _stream_dtypes(layers: Sequence[nn.Module]) -> tuple[torch.dtype, ...]:
-    return tuple(next(p.dtype for p in layer.parameters() if p.is_floating_point()) for layer in layers)
 
 
 def _weight_dtypes(layers: Sequence[nn.Module]) -> tuple[torch.dtype, ...]:

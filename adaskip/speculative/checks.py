@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 
 from adaskip.blocks import find_decoder
 
@@ -19,7 +15,6 @@ from adaskip.blocks import find_decoder
 def check_request(
     model: PreTrainedModel,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> None:
@@ -35,7 +30,7 @@ def check_request(
     if cache is None or not model_kwargs.get("use_cache"):
         raise ValueError("lossless needs the KV cache; call generate with use_cache=True")
     kinds = {type(layer) for layer in cache.layers}
-    croppable = isinstance(cache, DynamicCache) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    croppable = type(cache) is DynamicCache and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
     if not croppable or cache.offloading:
         held = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(
@@ -44,9 +39,8 @@ def check_request(
         )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise ValueError("lossless returns scores and logits, no attentions or hidden states; leave those outputs off")
-    stateful = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
-    if kept := [type(p).__name__ for p in logits_processor if isinstance(p, stateful)]:
-        raise ValueError(f"{', '.join(kept)} keeps state from token to token and cannot judge a draft; leave it off")
+    _check_arguments(model)
+    _check_adapters(model)
     _check_rope(model, input_ids.shape[1], config.max_length)
 
 
@@ -64,4 +58,28 @@ def _check_rope(model: PreTrainedModel, prompt_length: int, max_length: int) -> 
         raise ValueError(
             f"{kind} rotary positions change at {limit} tokens, where several tokens at once are not computed as one "
             f"by one; this request may reach {max_length} tokens, allowed are {limit}"
+        )
+
+
+def _check_arguments(model: PreTrainedModel) -> None:
+    """Refuse models that change the arguments of a forward from token to token in a way of their own."""
+    name = "_update_model_kwargs_for_generation"  # private: where transformers renames it, no model has its own
+    if getattr(type(model), name, None) is not getattr(GenerationMixin, name, None):
+        raise ValueError(
+            f"{type(model).__name__} changes its arguments after every token by a method of its own, which several "
+            "tokens at once would miss; lossless takes models that leave it to transformers"
+        )
+
+
+def _check_adapters(model: PreTrainedModel) -> None:
+    """Refuse adapters that treat a token by its place in the forward, and so several at once not as one by one."""
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            kind = "activated LoRA"
+        elif kind != "XLORA":
+            continue
+        raise ValueError(
+            f"adapter {name!r} is {kind}, which treats a token by its place in the forward: several tokens at once are "
+            "not computed as one by one; plain LoRA can be verified"
         )

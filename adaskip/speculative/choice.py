@@ -46,7 +46,8 @@ class Sampling:
     """
 
     def draft(self, scores: Tensor) -> DraftedToken:
-        probabilities = scores.softmax(dim=-1)[0]
+        # a draft that overflowed is a bad one, not an error
+        probabilities = scores.nan_to_num(nan=torch.finfo(scores.dtype).min).softmax(dim=-1)[0]
         return DraftedToken(int(torch.multinomial(probabilities, num_samples=1)), probabilities)
 
     def verify(self, scores: Tensor, drafted: DraftedToken | None) -> Tensor:

@@ -40,14 +40,22 @@ class Forwards:
         return logits.to(input_ids.device, torch.float32, copy=True)
 
     def _grow(self, room: int) -> None:
-        """Make mask and positions long enough for the longest answer; each forward takes the part it needs."""
-        for name in ("attention_mask", "position_ids"):
+        """Make arguments with a value a token long enough for the longest answer; each forward takes the part it needs.
+
+        What the values of answer tokens are: transformers' `GenerationMixin._update_model_kwargs_for_generation`.
+        """
+        for name in ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"):
             given = self.kwargs.get(name)
             if given is None:
                 continue
             self.lengths[name] = given.shape[-1]
-            steps = torch.arange(1, room + 1, dtype=given.dtype, device=given.device)
-            more = given[..., -1:] + steps if name == "position_ids" else torch.ones_like(steps)[None]
+            last = given[..., -1:].expand(*given.shape[:-1], room)
+            if name == "position_ids":
+                more = last + torch.arange(1, room + 1, dtype=given.dtype, device=given.device)
+            elif name == "token_type_ids":
+                more = last
+            else:
+                more = torch.full_like(last, name == "attention_mask")
             self.kwargs[name] = torch.cat([given, more], dim=-1)
 
     def verify(self, ids: Tensor, num_new: int) -> Tensor:

@@ -29,13 +29,14 @@ class Rounds:
         strategy: Strategy,
         length: DraftLength,
         process: Callable[..., Any],
+        process_draft: Callable[..., Any],
         stop: Callable[..., Any],
         config: GenerationConfig,
         streamer: BaseStreamer | None,
         statistics: DraftStatistics,
     ):
         self.forwards, self.strategy, self.length, self.statistics = forwards, strategy, length, statistics
-        self.process, self.stop, self.streamer = process, stop, streamer
+        self.process, self.process_draft, self.stop, self.streamer = process, process_draft, stop, streamer
         self.max_length: int = config.max_length
         eos = config.eos_token_id
         self.ends = () if eos is None else end_token_ids(forwards.model, eos)
@@ -47,8 +48,6 @@ class Rounds:
     def run(self, ids: Tensor) -> Tensor:
         """Decode until the stopping criteria say so. ids: the prompt, [1, S]; returns prompt and answer."""
         prompt_length = ids.shape[1]
-        if self.streamer is not None:
-            self.streamer.put(ids.cpu())
         ids, finished = self._accept(ids, [], self.forwards.prefill(ids))
         while not finished:
             start_s = time.perf_counter()
@@ -66,14 +65,17 @@ class Rounds:
         return ids
 
     def _draft(self, ids: Tensor, step: int) -> list[DraftedToken]:
-        """Draft until the length is reached, an end token drafted, or only the verification's own token fits."""
+        """Draft until the length is reached, an end token drafted, or only the verification's own token fits.
+
+        Here only processors without state are called (`for_draft`).
+        """
         wanted = min(self.length.next(), self.max_length - ids.shape[1] - 1)
         if wanted < 1:
             return []
         plan = self.strategy.decode_plan(step)
         drafted: list[DraftedToken] = []
         while len(drafted) < wanted:
-            scores = self.process(ids, self.forwards.draft(ids, plan))
+            scores = self.process_draft(ids, self.forwards.draft(ids, plan))
             drafted.append(self.choose.draft(scores))
             if drafted[-1].token in self.ends:
                 break
@@ -88,9 +90,10 @@ class Rounds:
         the full model decoded alone.
         """
         for i, row in enumerate(logits.split(1)):
-            if self.logits is not None:
-                self.logits += (row.clone(),)
+            row = row.clone()  # a processor may change it, and returned ones must not keep those of the whole draft
             scores: Tensor = self.process(ids, row)
+            if self.logits is not None:
+                self.logits += (row,)
             if self.scores is not None:
                 self.scores += (scores,)
             token = self.choose.verify(scores, drafted[i] if i < len(drafted) else None)

@@ -288,7 +288,6 @@ def test_model_and_cache_are_restored_exactly(fails):
         ({"use_cache": False}, "use_cache=True"),
         ({"cache_implementation": "static"}, "got StaticCache"),
         ({"return_dict_in_generate": True, "output_attentions": True}, "no attentions"),
-        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

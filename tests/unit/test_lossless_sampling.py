@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from adaskip.plan import SkipPlan
 from adaskip.speculative import lossless
@@ -76,14 +77,35 @@ TOKENS = 4
 OPTIONS = {"do_sample": True, "temperature": 0.8, "top_k": 3, "top_p": 0.8, "eos_token_id": None, "pad_token_id": 0}
 
 
-def exact_probabilities(model, prompt):
-    """Probability of every answer of `TOKENS` tokens, by the full model and transformers' own processors."""
+class FrequencyPenalty(LogitsProcessor):
+    """Counts the tokens of the answer as they come; `before`: those it has counted already."""
+
+    def __init__(self, before=()):
+        self.counts = [0] * 8
+        for token in before[:-1]:
+            self.counts[token] += 1
+        self.begun = bool(before)
+
+    def __call__(self, input_ids, scores):
+        if self.begun:
+            self.counts[int(input_ids[0, -1])] += 1
+        self.begun = True
+        return scores - 1.5 * torch.tensor(self.counts)
+
+
+def exact_probabilities(model, prompt, processor=None):
+    """Probability of every answer of `TOKENS` tokens, by the full model and transformers' own processors.
+
+    processor: makes the user's one, from the part of the answer it has seen.
+    """
     answers = {(): 1.0}
     for _ in range(TOKENS):
         longer = {}
         for answer, probability in answers.items():
             ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])[None]
             asked = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 1}
+            if processor is not None:
+                asked["logits_processor"] = LogitsProcessorList([processor(answer)])
             out = model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS, **asked)
             for token, p in enumerate(out.scores[0].softmax(-1)[0].tolist()):
                 if p:
@@ -113,6 +135,28 @@ def test_answers_are_drawn_as_the_full_model_draws_them(chooser, monkeypatch):
     else:
         assert p > 0.01
         assert 0 < decoder.statistics.accepted < decoder.statistics.judged
+
+
+@pytest.mark.parametrize("stateless", [(), (FrequencyPenalty,)], ids=["kept from drafts", "broken"])
+def test_answers_under_a_processor_with_state_are_drawn_as_the_full_model_draws_them(stateless):
+    """Broken: the processor counts drafted tokens, rejected ones too."""
+    model = random_model("llama", num_layers=2, vocab_size=8)
+    prompt = torch.tensor([3, 5, 6, 4])
+    exact = exact_probabilities(model, prompt, FrequencyPenalty)
+    assert sum(exact.values()) == pytest.approx(1.0)
+    plain = exact_probabilities(model, prompt)
+    assert sum(abs(p - plain.get(answer, 0.0)) for answer, p in exact.items()) > 0.5, "the penalty matters"
+    decoder = lossless(model, DRAFT, gamma=2, stateless=stateless)
+    torch.manual_seed(0)
+    counts = dict.fromkeys(exact, 0)
+    for _ in range(600):
+        processors = LogitsProcessorList([FrequencyPenalty()])
+        options = {**OPTIONS, "max_new_tokens": TOKENS, "logits_processor": processors}
+        output = model.generate(prompt[None], custom_generate=decoder, **options)
+        answer = tuple(output[0, len(prompt) :].tolist())
+        counts[answer] = counts.get(answer, 0) + 1
+    p = p_value(list(counts.values()), [exact.get(answer, 0.0) for answer in counts])
+    assert p < 1e-6 if stateless else p > 0.01
 
 
 def test_a_seeded_run_repeats():

@@ -1,0 +1,127 @@
+"""Where the decoder layers of a model are, and how to reach and put back what hangs on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+INNER = ("language_model", "text_model", "decoder", "model", "transformer", "base_model")
+
+
+class UnsupportedModelError(ValueError):
+    """The model's decoder layers are not a sequence of two residual sublayers that we know."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside wrappers that leave it whole: `torch.compile`, PEFT, DistributedDataParallel.
+
+    `generate` called on such a wrapper runs on this model, so skipping is installed here. Raises ValueError for
+    wrappers under which that does not hold: DataParallel, and PEFT methods that put tokens of their own before the
+    prompt.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "DataParallel runs copies of the model, which are never skipped; use the model itself, or "
+                "device_map to spread it over devices"
+            )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(model).__name__} with {model.active_peft_config.peft_type} puts learnt tokens before the "
+                "prompt, which no plan knows of; adapters that change weights (LoRA and the like) can be skipped"
+            )
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def find_decoder(model: nn.Module) -> Any:
+    """The stock module that owns the list of decoder layers, `layers`.
+
+    Raises UnsupportedModelError, which names what the model has instead.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only transformers models"
+        )
+    decoder = _owner_of_layers(_get_decoder(model), seen=set())
+    if decoder is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder layers named `layers`, {_lists_in(model)}; "
+            "supported are decoder-only transformers models"
+        )
+    return decoder
+
+
+def _get_decoder(model: Any) -> Any:
+    """What the model calls its decoder; of several wrappers that is still not the module with the layers."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    if get_decoder is None:
+        return model
+    try:
+        return get_decoder()
+    except Exception as error:  # the model's own code
+        name = type(model).__name__
+        raise UnsupportedModelError(f"{name} has no decoder: get_decoder() raises {type(error).__name__}") from error
+
+
+def _owner_of_layers(module: Any, seen: set[int]) -> Any:
+    """`module`, or the module inside it by one of the usual names, that has a list of layers; None without one."""
+    if not isinstance(module, nn.Module) or id(module) in seen:
+        return None
+    seen.add(id(module))
+    layers = getattr(module, "layers", None)
+    if isinstance(layers, nn.ModuleList) and len(layers):
+        return module
+    found = (_owner_of_layers(getattr(module, name, None), seen) for name in INNER)
+    return next((owner for owner in found if owner is not None), None)
+
+
+def _lists_in(model: nn.Module) -> str:
+    """The lists of modules that a model does have, in words."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        return "nor any other list of modules"
+    return "only " + ", ".join(f"{name} ({len(lists[name])} {type(lists[name][0]).__name__})" for name in outer[:4])
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a stock model; raises UnsupportedModelError if there are none."""
+    return find_decoder(model).layers
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where `module` computes; under accelerate's offloading its parameters rest on another device.
+
+    Raises ValueError if it has neither weights nor buffers.
+    """
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
+    if device is not None:
+        return torch.device(device)
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    if tensor is None:
+        raise ValueError(f"{type(module).__name__} has no weights, so it has no device to compute on")
+    return tensor.device
+
+
+def forward_attribute(layer: nn.Module) -> str:
+    """Where the layer's computation hangs: accelerate's hooks keep the stock forward in `_old_forward`."""
+    return "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+
+
+def restore_attribute(owner: Any, name: str, own: Any) -> None:
+    """Undo an instance attribute: put back what the instance itself had (`own`), or nothing."""
+    if own is None:
+        owner.__dict__.pop(name, None)
+    else:
+        owner.__dict__[name] = own

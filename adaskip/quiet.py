@@ -1,0 +1,120 @@
+"""Runs a model unobserved: no hook of the user's fires, and nothing the run changes outlives it.
+
+Hooks that take part in the computation stay: those of the libraries that split, load or quantise models. Whose a hook
+is, the module that defines its function says.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# packages whose hooks move, split, dequantise or position what a model computes; `transformers_modules` is remote code
+COMPUTING = frozenset({
+    "torch", "torchao", "transformers", "transformers_modules", "accelerate", "peft", "adaskip", "deepspeed",
+    "bitsandbytes", "optimum", "auto_gptq", "gptqmodel", "awq", "hqq", "compressed_tensors", "kernels",
+})  # fmt: skip
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Run parts of `model` by eager calls that leave it, its hooks and the random numbers as they were.
+
+    Autocast is off, so that what is found does not depend on the caller. Instance attributes and buffers come back by
+    identity, save on modules with weights of their own: those may pack weights in place at their first forward.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in _device_types(model):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:  # else nothing can be compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_same_random_numbers(model))
+        stack.enter_context(_same_attributes(model))
+        stack.enter_context(without_user_hooks(model))
+        yield
+
+
+def _device_types(model: nn.Module) -> list[str]:
+    return sorted({"cpu", *(p.device.type for p in model.parameters())} - {"meta"})
+
+
+@contextmanager
+def _same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Python's, NumPy's and torch's global generators go on from where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices: dict[str, set[int]] = {}
+    for parameter in model.parameters():
+        if parameter.device.type in ("cuda", "xpu"):  # the others have no generator for each device
+            devices.setdefault(parameter.device.type, set()).add(parameter.device.index or 0)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=()))
+        for device_type, indices in devices.items():
+            stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=device_type))
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """Attributes, buffers and children of modules without weights of their own are the same objects afterwards."""
+    owners = [module for module in model.modules() if not module._parameters]
+    holders: list[dict[str, Any]] = [
+        held for module in owners for held in (module.__dict__, module._buffers, module._modules)
+    ]
+    saved = [dict(held) for held in holders]
+    try:
+        yield
+    finally:
+        for held, before in zip(holders, saved, strict=True):
+            for name in [name for name in held if name not in before]:
+                del held[name]
+            held.update({name: value for name, value in before.items() if held.get(name) is not value})
+
+
+@contextmanager
+def without_user_hooks(model: nn.Module) -> Iterator[None]:
+    """Forward hooks and pre-hooks of the user's, on any module of `model` or global, do not fire; their order is kept.
+
+    The dictionaries of hooks stay the same objects, since handles refer to them.
+    """
+    held = list(_hook_dictionaries(model.modules()))
+    saved = [dict(hooks) for hooks in held]
+    try:
+        for hooks in held:
+            for key in [key for key, hook in hooks.items() if not computes(hook)]:
+                del hooks[key]
+        yield
+    finally:
+        for hooks, before in zip(held, saved, strict=True):
+            if list(hooks.items()) != list(before.items()):
+                hooks.clear()
+                hooks.update(before)
+
+
+def _hook_dictionaries(modules: Iterable[nn.Module]) -> Iterator[dict[int, Any]]:
+    yield nn.modules.module._global_forward_pre_hooks
+    yield nn.modules.module._global_forward_hooks
+    for module in modules:
+        yield module._forward_pre_hooks
+        yield module._forward_hooks
+
+
+def computes(hook: Any) -> bool:
+    """Whether a hook is part of the model's computation, as far as the package that defines it tells."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)  # a bound method
+    module = hook.__module__ if hasattr(hook, "__qualname__") else type(hook).__module__
+    return (module or "").split(".")[0] in COMPUTING

@@ -1,0 +1,76 @@
+"""`with lossless(model, strategy):` - whoever calls the model's `generate` decodes by drafting, pipelines included."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from adaskip.blocks import restore_attribute
+from adaskip.speculative.generate_call import TOKENIZER
+
+
+class _Override:
+    """A method of one model object while the context lasts. A copy of the model would keep it, so there is none."""
+
+    def __init__(self, stock: Any):
+        self.stock = stock
+        functools.update_wrapper(self, stock)  # pyright: ignore[reportArgumentType]
+
+    def __reduce_ex__(self, protocol):
+        raise ValueError("the model is inside `with lossless(...)`; copy or pickle it after the context")
+
+
+class _Generate(_Override):
+    """`generate` with `decoder` as its decoding method."""
+
+    def __init__(self, stock: Any, decoder: Callable[..., Any]):
+        super().__init__(stock)
+        self.decoder = decoder
+
+    def __call__(self, *args, tokenizer: Any = None, custom_generate: Any = None, **kwargs):
+        if custom_generate is not None and custom_generate is not self.decoder:
+            raise ValueError("inside `with lossless(...)` generate decodes by that; leave custom_generate off")
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError("lossless needs a dynamic KV cache; cache_implementation='paged' leaves it out")
+        before = TOKENIZER.set(tokenizer)
+        try:
+            return self.stock(*args, custom_generate=self.decoder, **kwargs)
+        finally:
+            TOKENIZER.reset(before)
+
+
+class _WithTokenizer(_Override):
+    """A method that `generate` calls without the tokenizer it was given: the method gets it all the same."""
+
+    def __call__(self, *args, **kwargs):
+        bound = inspect.signature(self.stock).bind(*args, **kwargs)
+        if bound.arguments.get("tokenizer") is None:
+            bound.arguments["tokenizer"] = TOKENIZER.get(None)
+        return self.stock(*bound.args, **bound.kwargs)
+
+
+@contextmanager
+def lossless_generate(model: PreTrainedModel, decoder: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, `model.generate` decodes by `decoder`; on exit the model is exactly as before.
+
+    Raises ValueError if the model is inside such a context already.
+    """
+    if isinstance(model.__dict__.get("generate"), _Generate):
+        raise ValueError("the model is already inside `with lossless(...)`; contexts do not nest")
+    overrides = {
+        "generate": _Generate(model.generate, decoder),
+        "_get_stopping_criteria": _WithTokenizer(model._get_stopping_criteria),  # builds those of stop_strings
+        "heal_tokens": _WithTokenizer(model.heal_tokens),
+    }
+    own = {name: model.__dict__.get(name) for name in overrides}
+    try:
+        model.__dict__.update(overrides)
+        yield
+    finally:
+        for name, value in own.items():
+            restore_attribute(model, name, value)
