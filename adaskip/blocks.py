@@ -21,7 +21,6 @@ from adaskip.decoder import (
     find_decoder,
     forward_attribute,
     restore_attribute,
-    unwrapped,
 )
 from adaskip.probe import LayerForward, LayerProbe
 from adaskip.quiet import quiet
@@ -40,7 +39,6 @@ __all__ = [
     "forward_attribute",
     "probe_layers",
     "restore_attribute",
-    "unwrapped",
 ]
 
 OUTPUT_SCALAR = "layer_scalar"

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from adaskip.adapters import active_adapters
 from adaskip.blocks import execution_device, find_decoder
+from adaskip.decoding import plain_generate
 from adaskip.fingerprint import weights_fingerprint
 from adaskip.importance import ImportanceProfile, RecentNorms, SublayerMeans, cosine_and_ratio
 from adaskip.patching import ModelPatches, patches_of
 from adaskip.token_ids import end_token_ids, is_end, left_padded, right_padded
+from adaskip.wrappers import unwrapped
 
 UNITS = ("attention", "ffn", "layer")
 
@@ -57,6 +60,9 @@ class _RowSums:
     def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
         assert self.mask is not None
         mask = self.mask.to(a.device)
+        if a.shape[1] != mask.shape[1]:  # a model that dropped its cache reads all again; the last tokens are the new
+            last = slice(-mask.shape[1], None)
+            a, b, change = a[:, last], b[:, last], None if change is None else change[:, last]
         step = torch.stack([(x * mask).sum(dim=-1) for x in cosine_and_ratio(a, b, change, self.norms)])
         known = self.sums.get((kind, layer))
         self.sums[kind, layer] = step if known is None else known + step
@@ -118,6 +124,10 @@ def measure(
 
     prompts: token ids, 1-D. phase: "prefill" measures the prompts' tokens, "decode" the tokens of greedy answers of at
     most `max_new_tokens` tokens to them, and apart the first tokens of each answer, as many as each of `windows` says.
+    An answer is the full model's own: one sequence, no logits processors, one token per forward over a KV cache,
+    whatever the model's generation config says. Each of its tokens but the last is measured, as the input it is. From
+    that config come only the end tokens, and only if `eos_token_ids` are not given. model: a stock model, or a wrapper
+    that `blocks.unwrapped` knows; its active adapters take part.
     No value leaves the device. Raises ValueError for an empty prompt, and for windows in phase "prefill".
     Paper: the inner sums of Eq. (2) and (3); with windows also of Eq. (5).
     """
@@ -125,6 +135,7 @@ def measure(
         raise ValueError(f"phase of a measurement is prefill or decode; got {phase!r}")
     if windows and (phase == "prefill" or min(windows) < 1):
         raise ValueError(f"windows are counts of decoded tokens, each at least 1; got {list(windows)} in phase {phase}")
+    model = unwrapped(model)
     patches = patches_of(model)
     for rows in _batches(prompts, batch_size):
         with patches.install():
@@ -172,12 +183,10 @@ def _run_answers(
     """Greedy answers; the prompt is not measured. Pads stand on the left."""
     pad_token_id = (list(eos_token_ids) or [0])[0]
     ids, mask = left_padded(rows, pad_token_id, execution_device(model))
-    generate: Any = model.generate
-    generate(
+    plain_generate(
+        model,
         input_ids=ids,
         attention_mask=mask,
-        do_sample=False,
-        num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_token_ids) or None,
         pad_token_id=pad_token_id,
@@ -201,19 +210,13 @@ def calibrate(
 
     prompts: token ids, 1-D, at least one. model_name, dataset, data_ids: what was measured on what, for the record. The
     other arguments are those of `measure`. The means are over tokens, not over prompts. Raises ValueError if there is
-    nothing to measure.
+    nothing to measure, and before anything is measured if the weights have no fingerprint.
     Paper: Eq. (2), (3).
     """
-    measured = list(
-        measure(
-            model,
-            prompts,
-            phase=phase,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-        )
-    )
+    about = _about(model, model_name, dataset, data_ids)
+    begins = _Beginnings(unwrapped(model), prompts)
+    options = {"max_new_tokens": max_new_tokens, "eos_token_ids": eos_token_ids}
+    measured = list(measure(model, begins, phase=phase, batch_size=batch_size, **options))
     tokens = int(sum(m.tokens for m in measured))
     if not tokens:
         raise ValueError(
@@ -227,11 +230,40 @@ def calibrate(
         layer=layer,
         tokens=tokens,
         phase=phase,
-        model=model_name or getattr(model.config, "name_or_path", "") or type(model).__name__,
-        weights_fingerprint=weights_fingerprint(model),
-        dtype=str(model.dtype).removeprefix("torch."),
-        attn_implementation=str(model.config._attn_implementation),
-        dataset=dataset,
-        data_ids=tuple(data_ids),
-        versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
+        prompts_begin_with_bos=begins.with_bos,
+        **about,
     )
+
+
+def _about(model: PreTrainedModel, model_name: str | None, dataset: str, data_ids: Iterable[str]) -> dict[str, Any]:
+    """What a profile says of the model and the data, known before anything is measured."""
+    model = unwrapped(model)
+    return {
+        "model": str(model_name or getattr(model.config, "name_or_path", "") or type(model).__name__),
+        "weights_fingerprint": weights_fingerprint(model),
+        "adapter": active_adapters(model),
+        "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": str(model.config._attn_implementation),
+        "dataset": str(dataset),
+        "data_ids": tuple(str(i) for i in data_ids),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+    }
+
+
+class _Beginnings:
+    """The prompts, as they are; notes whether each one so far began with BOS, None for a model without BOS."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Iterable[Tensor | Sequence[int]]):
+        bos = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
+        self.prompts, self.bos = prompts, bos
+        self.with_bos: bool | None = None
+
+    def __iter__(self) -> Iterator[Tensor | Sequence[int]]:
+        for prompt in self.prompts:
+            if self.bos is not None and len(prompt):
+                self.with_bos = self.with_bos is not False and bool(torch.as_tensor(prompt)[0].eq(self.bos).all())
+            yield prompt

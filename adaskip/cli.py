@@ -124,15 +124,16 @@ def _run(config: RunConfig) -> int:
 
 
 def _calibrate(config: CalibrateConfig) -> int:
-    profile = calibrate_to(config)
+    profile, paths = calibrate_to(config)
+    where = " and ".join(map(str, paths))
     if isinstance(profile, SelectionProfile):
         for count, chosen in profile.selected.items():
             print(f"{count:3} sublayers  KL {chosen.divergence:.4f} nats  {chosen.plan.to_dict()}  {chosen.found_by}")
         cost = profile.cost
         print(f"{cost.num_forwards} forwards over {cost.num_tokens} tokens in {cost.seconds:.1f} s", end=", ")
-        print(f"{cost.multiple:.0f} times AdaSkip's calibration; written to {config.output}")
+        print(f"{cost.multiple:.0f} times AdaSkip's calibration; in {where}")
         return 0
-    print(f"profile of {config.model} over {profile.tokens} tokens written to {config.output}")
+    print(f"profile of {config.model} over {profile.tokens} tokens in {where}")
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+from adaskip.paths import PACKAGE, package_checkout
+
+CONFIG_DIR = PACKAGE / "packaged_configs" if package_checkout() is None else PACKAGE.parent / "configs"
+"""`configs/` of the checkout; the copy of it that a wheel holds (see `setup.py`)."""
 
 
 class ConfigError(ValueError):
@@ -25,7 +27,7 @@ def load_yaml(name: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} is missing: adaskip reads configs/ from the repository; use a checkout or `pip install -e .`"
+            f"{path} is missing: adaskip reads configs/ of its checkout, or the copy in its wheel; install it again"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None

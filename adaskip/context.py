@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from adaskip.blocks import restore_attribute, unwrapped
+from adaskip.blocks import restore_attribute
 from adaskip.compiled import MAX_STEP_GRAPHS
 from adaskip.patching import patches_of
 from adaskip.session import SkippingSession
 from adaskip.strategies.base import Strategy
 from adaskip.token_ids import end_token_ids
+from adaskip.wrappers import unwrapped
 
 
 @contextmanager

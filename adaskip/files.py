@@ -1,17 +1,25 @@
-"""Whole-file writes: a reader sees the old file or the new one, never half of either."""
+"""Whole-file writes: a reader sees the old file or the new one, never half of either, even after a loss of power."""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import tempfile
 from pathlib import Path
 
+TEMPORARY = ".tmp"
+"""Ending of the files that hold what is being written."""
+
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
-    """Write `data` to `path` through a temporary file in the same folder and an atomic rename."""
+    """Write `data` to `path` through a temporary file in the same folder and an atomic rename.
+
+    On return the new file is on disk, so that what it was made of may be deleted.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as handle:
             handle.write(data)
@@ -22,9 +30,29 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
     return path
 
 
 def write_text_atomic(path: str | Path, text: str) -> Path:
     """Write UTF-8 `text` to `path` whole or not at all."""
     return write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def remove_torn(path: str | Path) -> None:
+    """Delete what killed writers of `path` left half-written; only for whoever is its one writer now."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring renames in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system whose folders cannot be synced
+            raise
+    finally:
+        os.close(descriptor)

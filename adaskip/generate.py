@@ -15,6 +15,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, Stopp
 
 from adaskip.blocks import execution_device
 from adaskip.context import skipping
+from adaskip.decoding import plain_generate
 from adaskip.kv_cache import kv_bytes
 from adaskip.plan import EMPTY_PLAN
 from adaskip.strategies.base import Strategy
@@ -75,7 +76,10 @@ def generate(
     cache_implementation: CacheImplementation = "dynamic",
     compile: bool | CompileConfig = False,
 ) -> list[Generation]:
-    """Greedy answers to a batch of prompts, one beam.
+    """Greedy answers to a batch of prompts, one beam, no logits processors: the protocol of the paper and of LongBench.
+
+    Of the model's generation config only the end tokens count, and those only if `eos_token_ids` is empty: sampling,
+    beams, penalties, suppressed or forced tokens, assisted decoding, cache and compilation are what is said here.
 
     strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample. eos_token_ids:
     what ends an answer, or nothing for what the model's generation config says. compile: run the
@@ -90,12 +94,10 @@ def generate(
     patched = nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=ends)
     with patched as session:
         start_s = _now(ids.device)
-        stock_generate: Any = model.generate
-        output = stock_generate(
+        output = plain_generate(
+            model,
             input_ids=ids,
             attention_mask=mask,
-            do_sample=False,
-            num_beams=1,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens or None,
             eos_token_id=ends or None,

@@ -8,25 +8,24 @@ Paper: Eq. (1)-(3).
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adaskip.files import write_text_atomic
-from adaskip.fingerprint import weights_fingerprint
 from adaskip.plan import Sublayer
+from adaskip.profile_fields import ProfileError, built, check_model, check_record, finite, number, read_record, whole
+
+__all__ = ["ImportanceProfile", "ProfileError", "RecentNorms", "SublayerMeans", "cosine_and_ratio", "norm"]
 
 FORMAT = "adaskip-importance-profile/1"
+UNITS = ("attention", "ffn", "layer")
+ROUNDING = 1e-6  # by so much a mean of cosines may leave [-1, 1]
 ROWS_PER_CHUNK = 128  # on the CPU, float32 copies of this many rows stay in the L2 cache
-
-
-class ProfileError(ValueError):
-    """A profile that cannot be read, or that was measured on another model."""
 
 
 def norm(x: Tensor) -> Tensor:
@@ -83,18 +82,24 @@ def _chunked_dot(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SublayerMeans:
-    """Token means of one kind of unit, one entry per decoder layer."""
+    """Token means of one kind of unit, one entry per decoder layer.
+
+    similarity: cosines, in [-1, 1]. scale: ratios of norms, at least 0. Raises ProfileError for other values, NaN and
+    infinity among them.
+    """
 
     similarity: tuple[float, ...]
     scale: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "similarity", tuple(float(x) for x in self.similarity))
-        object.__setattr__(self, "scale", tuple(float(x) for x in self.scale))
+        for name in ("similarity", "scale"):
+            if isinstance(values := getattr(self, name), (str, Mapping)) or not isinstance(values, Iterable):
+                raise ProfileError(f"{name} must be a list of numbers; got {values!r}")
+        similarity = (number("a similarity", x, -1 - ROUNDING, 1 + ROUNDING) for x in self.similarity)
+        object.__setattr__(self, "similarity", tuple(similarity))
+        object.__setattr__(self, "scale", tuple(finite("a scale", x, 0.0) for x in self.scale))
         if len(self.similarity) != len(self.scale):
             raise ProfileError(f"{len(self.similarity)} similarities but {len(self.scale)} scales")
-        if not all(math.isfinite(x) for x in self.similarity + self.scale):
-            raise ProfileError("similarities and scales must be finite; the model's activations overflow or are NaN")
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,11 @@ class ImportanceProfile:
     """IO similarity and scale of every attention sublayer, FFN sublayer and whole layer of one model.
 
     attention, ffn, layer: the means, per decoder layer. tokens: how many tokens they are means of. phase: whether
-    those were tokens of prompts or generated ones. The rest says what was measured on what, so that it can be trusted.
+    those were tokens of prompts ("prefill") or of the full model's own greedy answers to them, one token per forward
+    over a KV cache ("decode"); neither depends on the model's generation config. The rest says what was measured on
+    what, so that it can be trusted; None where it was not recorded. hidden_size: width of the residual stream.
+    adapter: `adapters.active_adapters`, "" for none. prompts_begin_with_bos: whether each prompt began with the model's
+    BOS token; None also for a model that has none.
     """
 
     attention: SublayerMeans
@@ -117,14 +126,16 @@ class ImportanceProfile:
     dataset: str
     data_ids: tuple[str, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+    hidden_size: int | None = None
+    adapter: str | None = None
+    prompts_begin_with_bos: bool | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data_ids", tuple(str(i) for i in self.data_ids))
+        check_record(self)
         lengths = {len(means.similarity) for means in (self.attention, self.ffn, self.layer)}
         if len(lengths) != 1 or 0 in lengths:
             raise ProfileError(f"attention, ffn and layer must have one entry per decoder layer; got {sorted(lengths)}")
-        if self.tokens < 1:
-            raise ProfileError(f"a profile needs at least one token; got {self.tokens}")
+        whole("tokens of a profile", self.tokens, 1)
         if self.phase not in ("prefill", "decode"):
             raise ProfileError(f"phase of a profile is prefill or decode; got {self.phase!r}")
 
@@ -155,15 +166,13 @@ class ImportanceProfile:
         if num_layers != self.num_layers:
             raise ProfileError(f"profile of {self.model} has {self.num_layers} layers, the model has {num_layers}")
 
-    def check_fits(self, model: nn.Module) -> None:
-        """Raise ProfileError unless `model` has the very weights the profile was measured on."""
-        self.check_num_layers(model.config.get_text_config(decoder=True).num_hidden_layers)  # pyright: ignore
-        fingerprint = weights_fingerprint(model)
-        if fingerprint != self.weights_fingerprint:
-            raise ProfileError(
-                f"profile was measured on {self.model} with weights {self.weights_fingerprint}, "
-                f"this model's weights are {fingerprint}; calibrate this model"
-            )
+    def check_fits(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
+        """Raise ProfileError unless `model` has the very weights, and the adapter, the profile was measured on.
+
+        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) is
+        warned of and not refused.
+        """
+        check_model(self, model, allow_other_weights=allow_other_weights, again="calibrate this model")
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, whole or not at all."""
@@ -171,33 +180,19 @@ class ImportanceProfile:
         return write_text_atomic(path, json.dumps(record, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> ImportanceProfile:
-        """Read a saved profile; with `model`, refuse one that was not measured on it.
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False
+    ) -> ImportanceProfile:
+        """Read a saved profile; with `model`, refuse one that was not measured on it, as `check_fits` does.
 
         Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
         """
-        fields = read_fields(path, FORMAT, "an importance profile")
+        record = read_record(path, FORMAT, "an importance profile")
         try:
-            for unit in ("attention", "ffn", "layer"):
-                fields[unit] = SublayerMeans(**fields[unit])
-            profile = cls(**fields)
-        except (KeyError, TypeError) as error:
+            means = {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}
+            profile: ImportanceProfile = built(cls, "it", {**record, **means})
+        except ProfileError as error:
             raise ProfileError(f"{path} is not a whole importance profile: {error}") from error
         if model is not None:
-            profile.check_fits(model)
+            profile.check_fits(model, allow_other_weights=allow_other_weights)
         return profile
-
-
-def read_fields(path: str | Path, expected_format: str, what: str) -> dict[str, Any]:
-    """The fields of a profile's file, but for its format.
-
-    Raises FileNotFoundError if there is no file and ProfileError if it is not `what`, a profile of that format.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ProfileError(f"{path} is not JSON: {error}") from error
-    found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
-    if found != expected_format:
-        raise ProfileError(f"{path} is not {what}: format is {found!r}, expected {expected_format!r}")
-    return record

@@ -17,18 +17,19 @@ class LockedError(ValueError):
 
 
 @contextmanager
-def exclusive(path: str | Path, *, wait: bool = False) -> Iterator[None]:
+def exclusive(path: str | Path, *, wait: bool = False, of: str | Path | None = None) -> Iterator[None]:
     """Hold the lock file `path`; it is made when missing, with its folder, and removed on release, with the
     folders made for it that are still empty.
 
     Args:
         wait: wait for the holder to let go instead of raising.
+        of: what the lock is of, in the error's words; None for the folder that it lies in.
 
     Raises:
         LockedError: another process holds it; one line naming that process and its host.
     """
     made = [folder for folder in Path(path).parents if not folder.exists()]
-    handle = _acquire(Path(path), wait)
+    handle = _acquire(Path(path), wait, of)
     try:
         handle.truncate(0)
         handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -42,7 +43,7 @@ def exclusive(path: str | Path, *, wait: bool = False) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _acquire(path: Path, wait: bool) -> IO[str]:
+def _acquire(path: Path, wait: bool, of: str | Path | None) -> IO[str]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -55,7 +56,7 @@ def _acquire(path: Path, wait: bool) -> IO[str]:
             handle.seek(0)
             holder = _describe(handle.read())
             handle.close()
-            raise LockedError(f"{path.parent} is in use by {holder}; wait for it to end or stop it") from None
+            raise LockedError(f"{of or path.parent} is in use by {holder}; wait for it to end or stop it") from None
         if _is_current(handle, path):
             return handle
         handle.close()  # the last holder removed the file while we waited for it

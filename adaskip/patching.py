@@ -31,10 +31,10 @@ from adaskip.blocks import (
     forward_attribute,
     probe_layers,
     restore_attribute,
-    unwrapped,
 )
 from adaskip.kv_cache import release_skipped
 from adaskip.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan, SublayerKind
+from adaskip.wrappers import unwrapped
 
 NOTHING: frozenset[int] = frozenset()
 

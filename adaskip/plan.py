@@ -6,14 +6,22 @@ computed and the scale that stands in for each (`h <- scale * h`, Eq. 4). A `Bud
 
 from __future__ import annotations
 
+import json
+import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+from adaskip.files import write_text_atomic
 
 Phase = Literal["prefill", "decode", "e2e"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 SublayerKind = Literal["attention", "ffn"]
+KINDS: tuple[SublayerKind, ...] = get_args(SublayerKind)
+PLAN_FORMAT = "adaskip-skip-plan/1"
 
 
 class Sublayer(NamedTuple):
@@ -31,8 +39,8 @@ class Affine:
     shift: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", tuple(float(x) for x in self.scale))
-        object.__setattr__(self, "shift", tuple(float(x) for x in self.shift))
+        object.__setattr__(self, "scale", tuple(_finite(x) for x in self.scale))
+        object.__setattr__(self, "shift", tuple(_finite(x) for x in self.shift))
         if len(self.scale) != len(self.shift):
             raise ValueError(f"scale has {len(self.scale)} channels, shift has {len(self.shift)}; they must be equal")
 
@@ -52,7 +60,8 @@ class SkipPlan:
     """The sublayers that are not computed, and their scales.
 
     attention, ffn: 0-based layer indices. scales: the compensation of a skipped sublayer, a factor or an `Affine`;
-    1.0 where none is given (the whole-layer baselines have none). The empty plan is the full model.
+    1.0 where none is given (the whole-layer baselines have none). The empty plan is the full model. Raises ValueError
+    for layers that are not whole numbers from 0 on, and scales that are not finite or not of a skipped sublayer.
     """
 
     attention: frozenset[int] = frozenset()
@@ -60,8 +69,10 @@ class SkipPlan:
     scales: Mapping[Sublayer, Compensation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention", frozenset(self.attention))
-        object.__setattr__(self, "ffn", frozenset(self.ffn))
+        object.__setattr__(self, "attention", frozenset(map(_layer, self.attention)))
+        object.__setattr__(self, "ffn", frozenset(map(_layer, self.ffn)))
+        if unknown := [key for key in self.scales if key[0] not in KINDS]:
+            raise ValueError(f"scale given for {unknown[0]!r}; kinds of sublayers are {', '.join(KINDS)}")
         scales = {Sublayer(*key): _checked(value) for key, value in self.scales.items()}
         object.__setattr__(self, "scales", MappingProxyType(scales))
         if min(self.attention | self.ffn, default=0) < 0:
@@ -117,13 +128,99 @@ class SkipPlan:
         if len(self.attention) == num_layers:
             raise ValueError(f"plan skips the attention of all {num_layers} layers; at least one must stay live")
 
-    def to_dict(self) -> dict[str, list[int]]:
-        """The two sets as sorted lists, as they stand in a run's records."""
-        return {"attention": sorted(self.attention), "ffn": sorted(self.ffn)}
+    def to_dict(self, *, scales: bool = False) -> dict[str, Any]:
+        """The two sets as sorted lists, as they stand in a run's records; with `scales` all of it, for `from_dict`.
+
+        scales: by kind and layer a number, or for an `Affine` its scale and shift.
+        """
+        sets: dict[str, Any] = {"attention": sorted(self.attention), "ffn": sorted(self.ffn)}
+        if not scales:
+            return sets
+        given = sorted(self.scales.items(), key=lambda item: item[0])
+        by_kind = {kind: {str(s.layer): _as_json(value) for s, value in given if s.kind == kind} for kind in KINDS}
+        return {**sets, "scales": by_kind}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> SkipPlan:
+        """The plan that `to_dict(scales=True)` was made of, exactly.
+
+        Raises ValueError for anything else; a run's records leave the scales out and cannot be read back.
+        """
+        if not isinstance(record, Mapping) or set(record) != {*KINDS, "scales"}:
+            found = list(record) if isinstance(record, Mapping) else record
+            raise ValueError(
+                f"a plan has fields attention, ffn and scales, as to_dict(scales=True) makes; got {found!r}"
+            )
+        for kind in KINDS:
+            if not isinstance(record[kind], list):
+                raise ValueError(f"{kind} of a plan must be a list of layers; got {record[kind]!r}")
+        by_kind = _objects("scales of a plan", record["scales"], KINDS)
+        scales = {
+            Sublayer(kind, _layer(layer, of_text=True)): _from_json(value)
+            for kind in KINDS
+            for layer, value in _objects(f"scales of {kind}", by_kind[kind]).items()
+        }
+        return cls(record["attention"], record["ffn"], scales)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan with its scales as JSON, whole or not at all; `load` gives back an equal plan."""
+        record = {"format": PLAN_FORMAT, **self.to_dict(scales=True)}
+        return write_text_atomic(path, json.dumps(record, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SkipPlan:
+        """Read a saved plan. Raises FileNotFoundError if there is no file, ValueError if it is not a whole plan."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
+        if found != PLAN_FORMAT:
+            raise ValueError(f"{path} is not a skip plan: format is {found!r}, expected {PLAN_FORMAT!r}")
+        try:
+            return cls.from_dict(record)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a whole skip plan: {error}") from error
+
+
+def _layer(layer: Any, *, of_text: bool = False) -> int:
+    """A layer's index as an int; keys of JSON objects are texts."""
+    if of_text and isinstance(layer, str) and layer.isascii() and layer.isdigit() and str(int(layer)) == layer:
+        return int(layer)
+    if isinstance(layer, (bool, str)) or not hasattr(layer, "__index__"):
+        raise ValueError(f"a layer's index must be a whole number; got {layer!r}")
+    return operator.index(layer)
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
+        raise ValueError(f"a scale or shift must be a finite number; got {value!r}")
+    return float(value)
 
 
 def _checked(scale: Compensation) -> Compensation:
-    return scale if isinstance(scale, Affine) else float(scale)
+    return scale if isinstance(scale, Affine) else _finite(scale)
+
+
+def _as_json(scale: Compensation) -> Any:
+    return {"scale": list(scale.scale), "shift": list(scale.shift)} if isinstance(scale, Affine) else scale
+
+
+def _from_json(value: Any) -> Compensation:
+    if not isinstance(value, dict):
+        return _finite(value)
+    parts = _objects("an affine stand-in", value, ("scale", "shift"))
+    if not all(isinstance(part, list) for part in parts.values()):
+        raise ValueError(f"scale and shift of an affine stand-in must be lists of numbers; got {parts!r}"[:200])
+    return Affine(**{name: tuple(part) for name, part in parts.items()})
+
+
+def _objects(what: str, value: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """`value` if it is a JSON object, of exactly these names if they are given; else a ValueError."""
+    if not isinstance(value, dict) or (names is not None and set(value) != set(names)):
+        of = "" if names is None else f" of {' and '.join(names)}"
+        raise ValueError(f"{what} must be an object{of}; got {value!r}"[:200])
+    return value
 
 
 EMPTY_PLAN = SkipPlan()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.decoding import plain_generate
 from adaskip.models import LoadedModel, load_model
+from adaskip.token_ids import end_token_ids
 
 STORIES = "stories260K"
 VARIABLE = "ADASKIP_REAL"
@@ -46,8 +48,10 @@ def load_stories() -> LoadedModel:
 
 @torch.no_grad()
 def tell(loaded: LoadedModel, count: int, length: int, seed: int) -> list[Tensor]:
-    """So many stories sampled from the model, of `length` tokens each, [S]; shorter ones are not kept."""
-    model: Any = loaded.model
+    """So many stories sampled from the model, of `length` tokens each, [S]; shorter ones are not kept.
+
+    The model's generation config says where a story ends, and nothing else.
+    """
     tokenizer: Any = loaded.tokenizer
     ends = torch.tensor(loaded.spec.stop_token_ids)
     kept: list[Tensor] = []
@@ -55,8 +59,14 @@ def tell(loaded: LoadedModel, count: int, length: int, seed: int) -> list[Tensor
     while len(kept) < count:
         for beginning in BEGINNINGS:
             prompt = torch.tensor(tokenizer(beginning).input_ids)[None].expand(TOLD_TOGETHER, -1)
-            told = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_length=length, pad_token_id=0
+            told = plain_generate(
+                loaded.model,
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                max_length=length,
+                eos_token_id=list(end_token_ids(loaded.model)) or None,
+                pad_token_id=0,
             )
             whole = ~torch.isin(told[:, prompt.shape[1] :], ends).any(dim=1)
             kept += list(told[whole]) if told.shape[1] == length else []

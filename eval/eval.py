@@ -2,7 +2,7 @@
 
 import sys
 
-from adaskip.results.console import exit_code, results_parser, runs_dir, wide_console
+from adaskip.results.console import exit_code, results_parser, runs_dir_of, wide_console
 from adaskip.results.evaluate import evaluate, print_scores
 
 
@@ -10,7 +10,7 @@ def main() -> None:
     parser = results_parser(__doc__)
     parser.add_argument("--model", required=True, metavar="RUN_NAME", help="name of the run, e.g. llama-EE-PREFILL")
     arguments = parser.parse_args()
-    print_scores(evaluate(arguments.model, runs_dir(arguments)), wide_console())
+    print_scores(evaluate(arguments.model, runs_dir_of(arguments, arguments.model)), wide_console())
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 import sys
 
+from adaskip.paths import given_or_default
 from adaskip.report import write_tradeoff
 from adaskip.results.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
 from adaskip.results.scoreboard import load_scoreboard
 from adaskip.results.tradeoff import find_tradeoff
 from adaskip.results.tradeoff_text import sentences
+
+SPEEDS = "speed/results/cpu/testbed_{model}.json"
 
 
 def main() -> None:
@@ -14,13 +17,12 @@ def main() -> None:
     add_output_dir(parser)
     parser.add_argument(
         "--speeds",
-        default="speed/results/cpu/testbed_{model}.json",
         metavar="PATTERN",
-        help="`adaskip bench` results, with {model} for a model's name (default: %(default)s)",
+        help=f"`adaskip bench` results, with {{model}} for a model's name (default: {SPEEDS})",
     )
     arguments = parser.parse_args()
     board = load_scoreboard(runs_dir(arguments), jobs=num_jobs(), progress=True)
-    tradeoff = find_tradeoff(board, arguments.speeds)
+    tradeoff = find_tradeoff(board, str(given_or_default(arguments.speeds, SPEEDS)))
     for path in write_tradeoff(tradeoff, output_dir(arguments)):
         print(f"wrote {path}")
     print(*sentences(tradeoff), sep="\n")

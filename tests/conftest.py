@@ -13,6 +13,14 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """The current folder, empty and of no checkout, so that results go there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("adaskip.paths.checkout", lambda: None)
+    return tmp_path
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

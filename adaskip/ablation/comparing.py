@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 
 from adaskip.ablation.saved import SampleResult, Subject
 from adaskip.ablation.settings import Variant
@@ -61,14 +60,6 @@ class Comparison:
         if len(expected) < len(self.samples):
             return None
         return _estimate([sample.quality - other for sample, other in zip(self.samples, expected, strict=True)])
-
-    @cached_property
-    def tpot_ratio(self) -> float | None:
-        """Time per token / that without online learning, the median over samples; indicative, runs are side by side."""
-        off = Comparison(self.subjects, Variant(self.variant.sublayers))
-        pairs = zip(self.samples, off.samples, strict=True)
-        ratios = [ours.tpot_ms / plain.tpot_ms for ours, plain in pairs if ours.tpot_ms and plain.tpot_ms]
-        return median(ratios) if ratios else None
 
     @property
     def verdict(self) -> str:

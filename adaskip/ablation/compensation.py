@@ -31,6 +31,7 @@ from adaskip.longbench import PAPER_MIN_LENGTH, get_task
 from adaskip.models import LoadedModel
 from adaskip.observations.findings import write_findings
 from adaskip.options import option
+from adaskip.paths import given_or_default
 from adaskip.plan import Budget, Compensation, Phase, SkipPlan, Sublayer
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
@@ -42,6 +43,7 @@ from adaskip.selection.divergence import OutputDivergence
 from adaskip.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.strategies import AdaSkip
 
+OUTPUT_DIR = "results/compensation"
 RESULTS_FILE = "compensation_divergences.json"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 STORIES_BUDGETS = (2, 4, 6)
@@ -57,7 +59,7 @@ class CompensationConfig(SharedConfig):
 
     models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS, aliases=["--model"])
     held_out: int = option("prompts to measure on, none of them among those that calibrate", 24)
-    output_dir: str = option("where everything goes", "results/compensation")
+    output_dir: str | None = option(f"where everything goes; if not given, {OUTPUT_DIR}")
     draw_only: bool = option("run no model: table and verdict of what is saved", False)
 
     def __post_init__(self) -> None:
@@ -70,8 +72,12 @@ class CompensationConfig(SharedConfig):
             raise ValueError(f"--held-out must be at least 2, not {self.held_out}: one prompt has no interval")
 
     @property
+    def out_dir(self) -> Path:
+        return given_or_default(self.output_dir, OUTPUT_DIR)
+
+    @property
     def results_path(self) -> Path:
-        return Path(self.output_dir) / RESULTS_FILE
+        return self.out_dir / RESULTS_FILE
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,8 @@ def _run(config: CompensationConfig) -> int:
     console.print(findings.title, style="bold")
     for line in [*(f"- {claim.sentence}" for claim in findings.claims), findings.notes[-1]]:
         console.print(line)
-    written = write_findings(findings, Path(config.output_dir))
-    console.print("wrote " + ", ".join(path.name for path in written) + f" to {config.output_dir}")
+    written = write_findings(findings, config.out_dir)
+    console.print("wrote " + ", ".join(path.name for path in written) + f" to {config.out_dir}")
     return 0
 
 

@@ -38,8 +38,8 @@ def find(subjects: Sequence[Subject], left_out: str | None = None) -> Findings:
             "Quality: mean score over tasks and models, per cent; on stories260K negative loss in nats. More is "
             "better. Gains are mean differences over the same samples with 95 % bootstrap intervals: over the same "
             "offline set, and over offline sets of as many sublayers (interpolated between budgets). Speed is told as "
-            "sublayers skipped per decode step, which is exact; TPOT was measured while runs shared the machine and is "
-            "indicative only.",
+            "sublayers skipped per decode step, which is exact; the times of runs are of different moments and give no "
+            "speedup.",
             *([left_out] if left_out else []),
         ],
         claims=[claim for group in found for claim in _claims(*group)],
@@ -105,7 +105,7 @@ def _listed(tested: Sequence[Comparison], verdict: str) -> str:
 
 HEADER = (
     *("Model", "Budget", "P", "beta", "fired", "FFNs added", "skipped per step", "quality"),
-    *("gain over off", "gain over as many offline", "verdict", "TPOT / off"),
+    *("gain over off", "gain over as many offline", "verdict"),
 )
 
 
@@ -116,11 +116,11 @@ def _table(found: Sequence[Group]) -> Table:
         off, online = comparisons(subjects)
         for c in off:
             learning = ["off" if c.variant.sublayers else "full model", *[labels.MISSING] * 3]
-            rest = [f"{c.skipped:.2f}", _text(c.quality, percent), *[labels.MISSING] * 4]
+            rest = [f"{c.skipped:.2f}", _text(c.quality, percent), *[labels.MISSING] * 3]
             rows.append([name, str(c.variant.sublayers), *learning, *rest])
         for c in online:
             learning = [str(c.variant.window), c.variant.beta, f"{100 * c.fired:.0f} %", f"{c.added:.2f}"]
-            gains = [_text(c.over_off, percent), _text(c.over_offline, percent), c.verdict, labels.ratio(c.tpot_ratio)]
+            gains = [_text(c.over_off, percent), _text(c.over_offline, percent), c.verdict]
             rest = [f"{c.skipped:.2f}", _text(c.quality, percent), *gains]
             rows.append([name, str(c.variant.sublayers), *learning, *rest])
     return Table(HEADER, rows)
@@ -147,6 +147,5 @@ def _as_dict(name: str, c: Comparison) -> dict[str, object]:
             "gain_over_off": c.over_off.as_dict(),
             "gain_over_offline": None if c.over_offline is None else c.over_offline.as_dict(),
             "verdict": c.verdict,
-            "tpot_ratio": c.tpot_ratio,
         }
     return numbers

@@ -25,6 +25,7 @@ from adaskip.files import write_text_atomic
 from adaskip.importance import ImportanceProfile
 from adaskip.locks import exclusive
 from adaskip.options import option
+from adaskip.paths import given_or_default
 from adaskip.plan import PHASES, Budget, Phase
 from adaskip.results import labels
 from adaskip.results.intervals import mean, mean_estimate
@@ -34,6 +35,7 @@ from adaskip.selection.select import select
 from adaskip.stories import CALIBRATION_STORIES, STORIES, load_stories, tell
 from adaskip.strategies import CalibratedSkip, Strategy, build
 
+OUTPUT_DIR = "results/stories"
 COMPARED = ("early_exit", "skipdecode", "unified", "adaskip")
 BUDGETS = (2, 4, 6)
 """Of 10 sublayers."""
@@ -52,7 +54,7 @@ class SelectionStudyConfig:
     stories: int = option("test stories", 300)
     seed: int = option("seed of the stories", 0)
     threads: int = option("CPU threads of torch", 1)
-    output_dir: str = option("where everything goes", "results/stories")
+    output_dir: str | None = option(f"where everything goes; if not given, {OUTPUT_DIR}")
     draw_only: bool = option("run no model: the table of what is saved", False)
 
     def __post_init__(self) -> None:
@@ -62,8 +64,12 @@ class SelectionStudyConfig:
             raise ValueError(f"--threads must be at least 1, not {self.threads}")
 
     @property
+    def out_dir(self) -> Path:
+        return given_or_default(self.output_dir, OUTPUT_DIR)
+
+    @property
     def results_path(self) -> Path:
-        return Path(self.output_dir) / "losses.json"
+        return self.out_dir / "losses.json"
 
 
 def main(doc: str | None) -> int:
@@ -78,7 +84,7 @@ def _run(config: SelectionStudyConfig) -> int:
     if not config.results_path.is_file():
         raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
     text = to_text(json.loads(config.results_path.read_text(encoding="utf-8")))
-    print(f"wrote {write_text_atomic(Path(config.output_dir) / 'selection.md', text)}", text, sep="\n")
+    print(f"wrote {write_text_atomic(config.out_dir / 'selection.md', text)}", text, sep="\n")
     return 0
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from adaskip.longbench import get_task
 from adaskip.options import option
+from adaskip.paths import given_or_default
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
 from adaskip.stories import STORIES
 
-OUTPUT_DIRS = {False: Path("results/online"), True: Path("results/testbed/online")}
+OUTPUT_DIRS = {False: "results/online", True: "results/testbed/online"}
 """By whether it is the testbed."""
 WINDOWS = (5, 10, 20, 40)
 QUANTILES = (0.1, 0.25, 0.5)
@@ -78,7 +79,7 @@ class AblationConfig(SharedConfig):
 
     @property
     def out_dir(self) -> Path:
-        return Path(self.output_dir) if self.output_dir is not None else OUTPUT_DIRS[self.testbed]
+        return given_or_default(self.output_dir, OUTPUT_DIRS[self.testbed])
 
     @property
     def num_jobs(self) -> int:

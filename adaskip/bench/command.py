@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -13,6 +12,7 @@ from adaskip.bench.measuring import run_bench
 from adaskip.bench.report import result_markdown, write_bench_report
 from adaskip.bench.settings import RESULTS_DIR, BenchConfig
 from adaskip.options import option
+from adaskip.paths import given_or_default
 
 INCOMPLETE = 1
 
@@ -21,7 +21,7 @@ INCOMPLETE = 1
 class ReportConfig:
     """Where the results are."""
 
-    results_dir: str = option("folder of the results", RESULTS_DIR)
+    results_dir: str | None = option(f"folder of the results; if not given, {RESULTS_DIR}")
 
 
 def bench(config: BenchConfig) -> int:
@@ -41,6 +41,6 @@ def bench(config: BenchConfig) -> int:
 
 def bench_report(config: ReportConfig) -> int:
     """Draw again what is saved."""
-    written = write_bench_report(Path(config.results_dir))
+    written = write_bench_report(given_or_default(config.results_dir, RESULTS_DIR))
     print(f"wrote {len(written)} files, first {written[0]}")
     return 0

@@ -18,6 +18,7 @@ from adaskip.bench.cells import Cell, Workload
 from adaskip.bench.stopwatch import Clock, Stopwatch
 from adaskip.blocks import decoder_layers
 from adaskip.context import skipping
+from adaskip.decoding import plain_generate
 from adaskip.generate import on_any_device
 from adaskip.kv_cache import kv_bytes, restore_emptied
 from adaskip.patching import patches_of
@@ -104,17 +105,15 @@ def timed_generation(
     strategy: None for the stock model. ids: [B, S]. options: further arguments of `generate`.
     """
     stopwatch = Stopwatch(ids.device, clock)
-    stock_generate: Any = model.generate
     with (
         nullcontext() if strategy is None else skipping(model, strategy, max_step_graphs=MANY) as session,
         undisturbed(ids.device),
     ):
         stopwatch.mark()
-        output = stock_generate(
+        output = plain_generate(
+            model,
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
             max_new_tokens=new_tokens,
             pad_token_id=0,
             return_dict_in_generate=True,

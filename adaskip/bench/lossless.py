@@ -28,11 +28,13 @@ from adaskip.bench.settings import RESULTS_DIR
 from adaskip.blocks import decoder_layers, execution_device
 from adaskip.calibration import calibrate
 from adaskip.cli import study
+from adaskip.decoding import plain_generate
 from adaskip.files import write_text_atomic
 from adaskip.importance import ImportanceProfile
 from adaskip.longbench import PAPER_MIN_LENGTH, get_task
 from adaskip.models import LoadedModel
 from adaskip.options import option
+from adaskip.paths import given_or_default
 from adaskip.plan import Budget
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
@@ -91,7 +93,7 @@ class LosslessConfig(SharedConfig):
     tasks: tuple[str, ...] | None = option("LongBench tasks that prompt in turns; if not given, all of the setup's")
     prompts: int = option("prompts of each model; each is answered with every draft", 40)
     new_tokens: int = option("most tokens of an answer", 64)
-    output_dir: str = option("results go to a folder of the device's name in here", RESULTS_DIR)
+    output_dir: str | None = option(f"results go to a folder of the device's name in here; if not given, {RESULTS_DIR}")
     draw_only: bool = option("run no model: the table of what is saved", False)
 
     def __post_init__(self) -> None:
@@ -105,6 +107,10 @@ class LosslessConfig(SharedConfig):
         for name, value, least in (("prompts", self.prompts, 2), ("new-tokens", self.new_tokens, 2)):
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")
+
+    @property
+    def out_dir(self) -> Path:
+        return given_or_default(self.output_dir, RESULTS_DIR)
 
     @property
     def all_tasks(self) -> tuple[str, ...]:
@@ -138,7 +144,7 @@ def main(doc: str | None) -> int:
 
 
 def _run(config: LosslessConfig) -> int:
-    folders = {path.parent for path in Path(config.output_dir).glob("*/lossless-*.json")}
+    folders = {path.parent for path in config.out_dir.glob("*/lossless-*.json")}
     if not config.draw_only:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -148,7 +154,7 @@ def _run(config: LosslessConfig) -> int:
             else:
                 folders.add(measure(config, name))
     if not folders:
-        raise ValueError(f"nothing is saved in {config.output_dir}; leave out --draw-only")
+        raise ValueError(f"nothing is saved in {config.out_dir}; leave out --draw-only")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for folder in sorted(folders):
         text = render(sorted(folder.glob("lossless-*.json"), key=_order))
@@ -169,7 +175,7 @@ def measure(config: LosslessConfig, name: str) -> Path:
     """
     subject = _of_stories(config) if name == STORIES else _of_tasks(config, name)
     model: Any = subject.loaded.model
-    folder = Path(config.output_dir) / folder_name(model.device)
+    folder = config.out_dir / folder_name(model.device)
     path = folder / f"lossless-{name}.json"
     manifest = {
         **describe_model(subject.loaded),
@@ -247,10 +253,19 @@ def _selection(subject: Subject, importance: ImportanceProfile, up_to: int, path
     if path.is_file():
         return SelectionProfile.load(path, subject.loaded.model)
     ends = {"eos_token_ids": subject.stops, "pad_token_id": subject.pad}
+    progress_path = path.with_suffix(".partial.jsonl")
     selection = select(
-        subject.loaded.model, subject.searched, "decode", up_to=up_to, importance=importance, show_progress=True, **ends
+        subject.loaded.model,
+        subject.searched,
+        "decode",
+        up_to=up_to,
+        importance=importance,
+        progress_path=progress_path,
+        show_progress=True,
+        **ends,
     )
     selection.save(path)
+    progress_path.unlink()
     return selection
 
 
@@ -270,10 +285,10 @@ def answer(subject: Subject, prompt: Tensor, new_tokens: int, decoder: LosslessD
     """One greedy answer: its tokens, the seconds after the first one, what drafting took. decoder: None for stock."""
     model: Any = subject.loaded.model
     ids, first = prompt[None].to(execution_device(model)), _FirstToken()
-    output = model.generate(
-        ids,
+    output = plain_generate(
+        model,
+        input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        do_sample=False,
         max_new_tokens=new_tokens,
         eos_token_id=list(subject.stops) or None,
         pad_token_id=subject.pad,

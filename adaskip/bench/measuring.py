@@ -8,7 +8,6 @@ import re
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def run_bench(config: BenchConfig) -> Outcome:
     for workload in config.workloads:
         for cell in cells:
             trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
-    path = Path(config.output_dir) / folder_name(device) / f"{config.result_name}.json"
+    path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
     result = open_result(path, describe(config, subject, device), fresh=config.fresh)
     runner = _Runner(config, trials, cells, result, began)
     notes = [note for workload in config.workloads if (note := runner.run(workload))]

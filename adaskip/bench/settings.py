@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from adaskip.bench.cells import EAGER, MODES, STUDIES, Workload
 from adaskip.bench.stopwatch import CLOCKS
 from adaskip.configs import load_yaml
 from adaskip.options import option
+from adaskip.paths import given_or_default
 from adaskip.plan import PHASES
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import DTYPES
@@ -20,7 +22,7 @@ BENCH_MODELS = (*MODELS, SMALL_MODEL)
 TO_COMPARE = tuple(name for name in STRATEGIES if name not in ("most_skip", "least_skip"))
 """Every strategy but the two that only check importance."""
 RESULTS_DIR = "speed/results"
-MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure")
+MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure", "allow_other_weights")
 """Options that may differ when a result is continued."""
 
 
@@ -44,6 +46,10 @@ class BenchConfig:
         "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated; if not given, with "
         "--testbed the one kept by the runs (searched if missing: minutes), else AdaSkip's sets (the result says so)"
     )
+    allow_other_weights: bool = option(
+        "use --profile and --selection although made for other weights, of a model of the same depth and width",
+        False,
+    )
     phases: tuple[str, ...] = option(f"what skips, of {', '.join(PHASES)}", ("e2e",))
     strategies: tuple[str, ...] = option(f"of {', '.join(TO_COMPARE)}", TO_COMPARE)
     budgets: tuple[int, ...] | None = option("sublayers to skip; if not given, 12.5 and 25 per cent of the model's")
@@ -58,7 +64,7 @@ class BenchConfig:
     dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
     attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
     threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
-    output_dir: str = option("results go to a folder of the device's name in here", RESULTS_DIR)
+    output_dir: str | None = option(f"results go to a folder of the device's name in here; if not given, {RESULTS_DIR}")
     name: str | None = option("name of the result; if not given, the figure's, or model, weights and study")
     fresh: bool = option("measure anew instead of continuing what is saved", False)
 
@@ -83,6 +89,8 @@ class BenchConfig:
         given = [name for name in ("random_weights", "testbed", "checkpoint") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{_flags(given)} each say where the weights come from: give one of them")
+        if self.allow_other_weights and not (self.profile or self.selection):
+            raise ValueError("--allow-other-weights is about --profile and --selection: give one of them, too")
         if self.selection and (CalibratedSkip.name not in self.strategies or self.study != "strategies"):
             raise ValueError("--selection is for strategy calibrated in study strategies, which is not asked for")
         if self.model == SMALL_MODEL and not self.random_weights:
@@ -101,6 +109,10 @@ class BenchConfig:
                 raise ValueError(f"{_flags([name])} names something twice: {' '.join(map(str, repeatable))}")
         if self.new_tokens < 2:
             raise ValueError(f"--new-tokens must be at least 2, so that there is a decode step; not {self.new_tokens}")
+
+    @property
+    def out_dir(self) -> Path:
+        return given_or_default(self.output_dir, RESULTS_DIR)
 
     @property
     def source(self) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from adaskip.importance import ImportanceProfile, SublayerMeans
+from adaskip.importance import ROUNDING, ImportanceProfile, SublayerMeans
 from adaskip.plan import SkipPlan, Sublayer, SublayerKind
 from adaskip.strategies import Strategy
 
 ATTENTIONS_PER_FFN = 3
 ASSUMED = f"assumed: {ATTENTIONS_PER_FFN} attention sublayers to 1 FFN, from the last layer down; no FFN joins online"
-ABOVE_EVERY_COSINE = 2.0
 ASSUMED_SCALE = 1.05
 """Any scale but 1, which would cost nothing to apply."""
 KINDS: tuple[SublayerKind, SublayerKind] = ("attention", "ffn")
@@ -34,11 +33,11 @@ def assumed_ranking(num_layers: int) -> list[Sublayer]:
 def assumed_profile(num_layers: int) -> ImportanceProfile:
     """A profile that ranks as `assumed_ranking` does.
 
-    Its similarities are above every cosine, so that no FFN is more similar in a learning window: what a window finds
-    on random weights means nothing.
+    Its similarities are above every cosine, as far as rounding may bring one, so that no FFN is more similar in a
+    learning window: what a window finds on random weights means nothing.
     """
     ranking = assumed_ranking(num_layers)
-    similarity = {sublayer: ABOVE_EVERY_COSINE - rank / len(ranking) for rank, sublayer in enumerate(ranking)}
+    similarity = {sublayer: 1.0 + ROUNDING * (1.0 - rank / len(ranking)) for rank, sublayer in enumerate(ranking)}
     scales = (ASSUMED_SCALE,) * num_layers
     attention, ffn = (
         SublayerMeans(tuple(similarity[Sublayer(kind, layer)] for layer in range(num_layers)), scales) for kind in KINDS

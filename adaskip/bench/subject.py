@@ -145,7 +145,8 @@ def _named_profile(config: BenchConfig, model: PreTrainedModel) -> ImportancePro
         return None
     if not Path(config.profile).is_file():
         raise ValueError(f"--profile {config.profile} does not exist; `adaskip calibrate` makes one")
-    profile = ImportanceProfile.load(config.profile, None if config.random_weights else model)
+    fitting, allowed = None if config.random_weights else model, config.allow_other_weights
+    profile = ImportanceProfile.load(config.profile, fitting, allow_other_weights=allowed)
     profile.check_num_layers(len(decoder_layers(model)))
     return profile
 
@@ -179,7 +180,8 @@ def _named_selections(config: BenchConfig, model: PreTrainedModel) -> dict[Phase
     for path in config.selection or ():
         if not Path(path).is_file():
             raise ValueError(f"--selection {path} does not exist; `adaskip calibrate --select PHASE` makes one")
-        selection = SelectionProfile.load(path, None if config.random_weights else model)
+        fitting, allowed = None if config.random_weights else model, config.allow_other_weights
+        selection = SelectionProfile.load(path, fitting, allow_other_weights=allowed)
         if selection.phase in named or selection.phase not in config.phases:
             raise ValueError(
                 f"--selection {path} is for phase {selection.phase}; give at most one for each of --phases "

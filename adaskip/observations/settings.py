@@ -11,11 +11,12 @@ from typing import Literal
 from adaskip.configs import load_yaml
 from adaskip.longbench import get_task
 from adaskip.options import option
+from adaskip.paths import default_path
 from adaskip.runs.cells import MODELS, check_choice
 from adaskip.runs.config import SharedConfig
 
 ALL = "all"
-OUTPUT_DIRS = {False: Path("results/observations"), True: Path("results/testbed/observations")}
+OUTPUT_DIRS = {False: "results/observations", True: "results/testbed/observations"}
 """By whether it is the testbed."""
 
 
@@ -117,7 +118,7 @@ class ObserveConfig(SharedConfig):
     def out_dir(self) -> Path:
         if self.output_dir is not None:
             return Path(self.output_dir)
-        base = OUTPUT_DIRS[self.testbed]
+        base = default_path(OUTPUT_DIRS[self.testbed])
         return base if self.checkpoint is None else base / Path(self.checkpoint).name
 
     def label(self, model: str) -> str:

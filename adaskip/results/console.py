@@ -11,21 +11,36 @@ from pathlib import Path
 from rich.console import Console
 
 from adaskip.options import Parser
-from adaskip.results.runs import RUNS_DIR, TESTBED_RUNS_DIR
+from adaskip.paths import RUNS, TESTBED_RUNS, default_path, given_or_default
+from adaskip.results.runs import has_run
+from adaskip.runs.cells import parse_run_name, run_name
 
 
 def results_parser(description: str | None) -> Parser:
     """A parser that knows `--results-dir` and `--testbed`."""
     parser = Parser(description=description, allow_abbrev=False)
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--results-dir", type=Path, metavar="DIR", help=f"folder of the runs (default: {RUNS_DIR})")
-    place.add_argument("--testbed", action="store_true", help=f"the same as --results-dir {TESTBED_RUNS_DIR}")
+    place.add_argument("--results-dir", type=Path, metavar="DIR", help=f"folder of the runs (default: {RUNS})")
+    place.add_argument("--testbed", action="store_true", help=f"the same as --results-dir {TESTBED_RUNS}")
     return parser
 
 
 def runs_dir(arguments: argparse.Namespace) -> Path:
     """The folder that `--results-dir` or `--testbed` names."""
-    return TESTBED_RUNS_DIR if arguments.testbed else arguments.results_dir or RUNS_DIR
+    return given_or_default(arguments.results_dir, TESTBED_RUNS if arguments.testbed else RUNS)
+
+
+def runs_dir_of(arguments: argparse.Namespace, name: str) -> Path:
+    """The folder that `--results-dir` or `--testbed` names.
+
+    Where neither is given and only the testbed has a run called `name`: the testbed's, which standard error is told.
+    """
+    asked, testbed = runs_dir(arguments), default_path(TESTBED_RUNS)
+    wanted = run_name(*parse_run_name(name))
+    if arguments.results_dir or arguments.testbed or has_run(wanted, asked) or not has_run(wanted, testbed):
+        return asked
+    print(f"no run {wanted} in {asked}; taking the testbed's, in {testbed}", file=sys.stderr)
+    return testbed
 
 
 def add_output_dir(parser: Parser) -> None:

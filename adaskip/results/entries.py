@@ -143,8 +143,6 @@ def _csv_line(table: PhaseEntries, entry: Entry) -> dict[str, object]:
         **_columns("score", entry.score),
         **_columns("rouge_score", entry.rouge_score),
         **_columns("retention", entry.retention),
-        "ttft_speedup": _rounded(table.board.speedup(row, "ttft_s")),
-        "tpot_speedup": _rounded(table.board.speedup(row, "tpot_ms")),
         "paper_score": entry.paper_score,
         "paper_retention": _rounded(entry.paper_retention, 100),
         "paper_speedup": table.board.paper.tables[row.phase].speedup(row.model, row.strategy, row.fraction),

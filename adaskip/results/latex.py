@@ -40,13 +40,12 @@ def _caption(table: PhaseEntries) -> str:
     return (
         f"{source}, ours beside the paper's. Scores in per cent with 95\\,\\% bootstrap intervals; kept: score / full "
         "model's score, per cent; bold: the best of the four strategies; "
-        f"{MISSING}: not run; {labels.UNPUBLISHED}: not published; {PARTIAL}: unfinished run. "
-        "Speedups: full model's time / this run's, median over samples, indicative only."
+        f"{MISSING}: not run; {labels.UNPUBLISHED}: not published; {PARTIAL}: unfinished run."
     ) + (f" {table.subsets}" if table.subsets else "")
 
 
 def _header(table: PhaseEntries, speeds: list[str]) -> list[str]:
-    groups = [(labels.TASKS[task], len(COLUMNS_PER_TASK)) for task in table.tasks] + [("Speedup", len(speeds))]
+    groups = [(labels.TASKS[task], len(COLUMNS_PER_TASK)) for task in table.tasks] + [("Speedup", 1)] * len(speeds)
     cells, rules, first = ["", ""], "", 3
     for name, width in groups:
         cells.append(rf"\multicolumn{{{width}}}{{c}}{{{name}}}")
@@ -56,8 +55,8 @@ def _header(table: PhaseEntries, speeds: list[str]) -> list[str]:
 
 
 def _speed_header(table: PhaseEntries) -> list[str]:
-    published = table.board.paper.tables[table.phase].has_speedup
-    return ["TTFT", "TPOT", *(["Paper"] if published else [])]
+    """The paper's alone: the times of our runs are of different moments."""
+    return ["Paper"] if table.board.paper.tables[table.phase].has_speedup else []
 
 
 def _rows(table: PhaseEntries, model: str) -> Iterator[str]:
@@ -73,9 +72,6 @@ def _row_cells(table: PhaseEntries, row: Row) -> Iterator[str]:
     yield from (_escape(label) for label in row_labels(row))
     for task in table.tasks:
         yield from _task_cells(table, table.cells[row, task])
-    for field in ("ttft_s", "tpot_ms"):
-        speedup = table.board.speedup(row, field)
-        yield MISSING if speedup is None else labels.ratio(speedup)
     paper = table.board.paper.tables[row.phase]
     if paper.has_speedup:
         speedup = paper.speedup(row.model, row.strategy, row.fraction)

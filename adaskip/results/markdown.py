@@ -36,8 +36,8 @@ def notes(table: PhaseEntries) -> list[str]:
         "compare retention, not scores.",
         f"`{labels.MISSING}` not run; `{labels.UNPUBLISHED}` not published; `{PARTIAL}` unfinished run, scored over "
         "the samples it has; **bold** the best of the four strategies.",
-        "Speedup is the full model's time / this run's time, the median over samples, measured in these very runs. "
-        "Runs may share the machine while they are timed: indicative only.",
+        "No speedup of ours stands here: the times of runs are of different moments. `adaskip bench` times the full "
+        "model and every strategy side by side, and `eval/tradeoff.py` shows its speedups beside scores.",
     ]
     if table.subsets:
         lines.insert(1, table.subsets)
@@ -96,7 +96,7 @@ def _score_header(table: PhaseEntries) -> list[str]:
         entry = next(entry for (_, name), entry in table.cells.items() if name == task)
         header += [f"{labels.TASKS[task]} {labels.METRICS[entry.metric]}", "paper"]
         header += ["rouge_score"] if _is_rouge(entry) else []
-    return [*header, "TTFT speedup", "TPOT speedup", *(["paper"] if _has_speedup(table) else [])]
+    return [*header, *(["paper's speedup"] if _has_speedup(table) else [])]
 
 
 def _score_lines(table: PhaseEntries, model: str) -> Iterator[list[str]]:
@@ -106,7 +106,6 @@ def _score_lines(table: PhaseEntries, model: str) -> Iterator[list[str]]:
             entry = table.cells[row, task]
             line += [score_text(table, entry), paper_text(table, entry)]
             line += [labels.percent(entry.rouge_score)] if _is_rouge(entry) else []
-        line += [labels.ratio(table.board.speedup(row, field)) for field in ("ttft_s", "tpot_ms")]
         yield line + ([paper_speedup(table, row)] if _has_speedup(table) else [])
 
 

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.longbench import EXTENDED_SUFFIX
+from adaskip.paths import RUNS, TESTBED_RUNS, default_path
 from adaskip.runs.cells import Cell, parse_run_name, run_name
 from adaskip.runs.folder import RunFolder
 
-RUNS_DIR = Path("results/runs")
-TESTBED_RUNS_DIR = Path("results/testbed/runs")
+MANIFESTS = "*-sublayers/manifest.json"
+"""Where a run's manifests are, below its folder."""
+ANY = "*"
+"""Stands for every run's name in a pattern."""
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
 REQUIRED_FIELDS = ("id", "index", "prediction", "references", "all_classes")
 
@@ -85,11 +88,10 @@ def load_runs(runs_dir: str | Path) -> list[Run]:
         ResultsError: there is no such folder, it holds no run, or a manifest cannot be read.
     """
     root = Path(runs_dir)
-    if not root.is_dir():
-        raise ResultsError(f"no results in {root}: there is no such folder")
-    runs = [load_run(manifest.parent) for manifest in root.glob("*/*-sublayers/manifest.json")]
+    runs = [load_run(manifest.parent) for manifest in root.glob(f"*/{MANIFESTS}")]
     if not runs:
-        raise ResultsError(f"no results in {root}: no <run name>/<N>-sublayers/manifest.json below it")
+        what = f"no <run name>/{MANIFESTS} below it" if root.is_dir() else "there is no such folder"
+        raise ResultsError(f"no results in {root}: {what}{_elsewhere(ANY, root)}")
     return sorted(runs, key=lambda run: (run.cell.run_name, run.cell.sublayers))
 
 
@@ -101,10 +103,15 @@ def find_run(name: str, runs_dir: str | Path) -> list[Run]:
     """
     root = Path(runs_dir)
     wanted = run_name(*parse_run_name(name))
-    folders = [path.parent for path in root.glob(f"{wanted}/*-sublayers/manifest.json")]
+    folders = [path.parent for path in root.glob(f"{wanted}/{MANIFESTS}")]
     if not folders:
         raise ResultsError(_no_such_run(wanted, root))
     return sorted((load_run(folder) for folder in folders), key=lambda run: run.cell.sublayers)
+
+
+def has_run(name: str, runs_dir: str | Path) -> bool:
+    """Whether any budget of the run called `name`, as it is spelled in folders, lies below `runs_dir`."""
+    return any(Path(runs_dir).glob(f"{name}/{MANIFESTS}"))
 
 
 def load_run(folder: Path) -> Run:
@@ -181,10 +188,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _no_such_run(name: str, root: Path) -> str:
-    for other, option in ((RUNS_DIR, "without --testbed"), (TESTBED_RUNS_DIR, "add --testbed")):
-        if other != root and any(other.glob(f"{name}/*-sublayers/manifest.json")):
-            return f"no run {name} in {root}; there is one in {other}: {option}"
-    present = sorted({path.parent.parent.name for path in root.glob("*/*-sublayers/manifest.json")})
+    if elsewhere := _elsewhere(name, root):
+        return f"no run {name} in {root}{elsewhere}"
+    present = sorted({path.parent.parent.name for path in root.glob(f"*/{MANIFESTS}")})
     close = difflib.get_close_matches(name, present, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"no run {name} in {root}.{hint} Runs there: {', '.join(present) or 'none'}"
+
+
+def _elsewhere(name: str, root: Path) -> str:
+    """In which of the default folders, other than `root`, runs called `name` are; nothing where in none."""
+    for folder, option in ((RUNS, "leave out --testbed and --results-dir"), (TESTBED_RUNS, "give --testbed")):
+        other = default_path(folder)
+        if other.resolve() != root.resolve() and has_run(name, other):
+            return f"; there {'are some' if name == ANY else 'is one'} in {other}: {option}"
+    return ""

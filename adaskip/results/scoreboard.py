@@ -5,7 +5,6 @@ Ours and the paper's meet here: a budget is the fraction of the sublayers skippe
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -87,24 +86,6 @@ class Scoreboard:
             return None
         pairs = [(score, full.main.by_id[name]) for name, score in ours.main.by_id.items() if name in full.main.by_id]
         return ratio_estimate([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
-
-    def speedup(self, row: Row, field: str) -> float | None:
-        """The median over a run's samples of full model's time / this run's time, all its tasks together.
-
-        Args:
-            field: `ttft_s` or `tpot_ms` of the records.
-        """
-        ratios = [ratio for task in self.tasks(row.phase) for ratio in self._time_ratios(row, task, field)]
-        return statistics.median(ratios) if ratios else None
-
-    def _time_ratios(self, row: Row, task: str, field: str) -> Iterator[float]:
-        ours, full = self.scored(row, task), self.scored(row.full, task)
-        if ours is None or full is None:
-            return
-        for name, record in ours.records.by_id.items():
-            time, full_time = record.get(field), full.records.by_id.get(name, {}).get(field)
-            if time and full_time:
-                yield full_time / time
 
 
 def load_scoreboard(runs_dir: str | Path, *, jobs: int = 1, progress: bool = False) -> Scoreboard:

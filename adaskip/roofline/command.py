@@ -17,6 +17,7 @@ from adaskip.files import write_text_atomic
 from adaskip.importance import ImportanceProfile
 from adaskip.models import architecture
 from adaskip.options import option
+from adaskip.paths import given_or_default
 from adaskip.results.paper import load_paper
 from adaskip.roofline.ceilings import known_ceilings, known_devices, measure_ceilings
 from adaskip.roofline.comparison import PAPER_DEVICE, Device, Workload, compare, explain, ways
@@ -31,6 +32,7 @@ from adaskip.runs.config import DTYPES
 from adaskip.runs.manifest import git_commit
 
 STEM = "roofline"
+OUTPUT_DIR = "speed/results/roofline"
 PLACES = ("measured_dir", "output_dir")
 """Options that name folders, not what is predicted."""
 
@@ -53,8 +55,10 @@ class RooflineConfig:
     profile: str | None = option(
         "saved importance profile of the one model given; if not given, a set like the paper's"
     )
-    measured_dir: str = option("folder of the benchmark's results, beside which predictions are shown", RESULTS_DIR)
-    output_dir: str = option("where the results go", "speed/results/roofline")
+    measured_dir: str | None = option(
+        f"folder of the benchmark's results, beside which predictions are shown; if not given, {RESULTS_DIR}"
+    )
+    output_dir: str | None = option(f"where the results go; if not given, {OUTPUT_DIR}")
 
     def __post_init__(self) -> None:
         for model in self.models:
@@ -129,13 +133,13 @@ def predict_all(config: RooflineConfig) -> Roofline:
             crossover for model, shape in shapes.items() for crossover in crossovers(model, shape, devices[0].ceilings)
         ],
         operators={model: counted.by_kind() for model, counted in launches.items()},
-        measured=read_measured(Path(config.measured_dir)),
+        measured=read_measured(given_or_default(config.measured_dir, RESULTS_DIR)),
     )
 
 
 def write(config: RooflineConfig, roofline: Roofline) -> list[Path]:
     """Write `roofline.md`, `.json` and the figure `sublayers` into the output folder; the paths."""
-    out_dir = Path(config.output_dir)
+    out_dir = given_or_default(config.output_dir, OUTPUT_DIR)
     figure = plot_sublayers(roofline.shapes, roofline.devices[0].ceilings, out_dir / "sublayers")
     record = {"manifest": _manifest(config), **roofline.to_dict()}
     return [

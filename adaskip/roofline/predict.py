@@ -99,5 +99,5 @@ def kv_bytes_per_token(shape: ModelShape, plan: SkipPlan, bytes_per_value: int =
 
     Layers with a sliding window add theirs only until the window is full.
     """
-    live = shape.num_layers - len(plan.attention)
-    return 2 * shape.num_kv_heads * shape.head_dim * live * bytes_per_value
+    live = (attention for layer, attention in enumerate(shape.attention) if layer not in plan.attention)
+    return 2 * sum(attention.num_kv_heads * attention.head_dim for attention in live) * bytes_per_value

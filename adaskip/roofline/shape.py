@@ -26,7 +26,8 @@ class SublayerShape:
 
     matrices: (outputs, inputs) of every matrix that each token is multiplied by. experts, active_experts: how many
     experts there are and how many of them a token visits; expert_matrices: (outputs, inputs) of one of them. vectors:
-    entries of biases and norm weights. window: the positions an attention sees at most, None for all.
+    entries of biases and norm weights. Of an attention also num_heads, num_kv_heads, head_dim, and window: the
+    positions it sees at most, None for all.
     """
 
     matrices: tuple[tuple[int, int], ...]
@@ -35,6 +36,9 @@ class SublayerShape:
     active_experts: int = 0
     vectors: int = 0
     window: int | None = None
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
 
     @property
     def num_parameters(self) -> int:
@@ -61,16 +65,12 @@ class SublayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a decoder decides its time: matrices, heads, vocabulary and windows.
+    """What of a decoder decides its time: matrices, heads, vocabulary and windows. Layers need not be alike.
 
     attention, ffn: one `SublayerShape` per layer. final_vectors: entries of the norm before the head.
     """
 
     hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     vocab_size: int
     tied_embeddings: bool
     attention: tuple[SublayerShape, ...]
@@ -85,23 +85,18 @@ class ModelShape:
             UnsupportedModelError: its layers are not two residual sublayers, or hold parameters unknown here.
         """
         config = config.get_text_config()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = _on_meta(config)
         layers = [_sublayers(layer) for layer in decoder_layers(model)]
-        heads = config.num_attention_heads
+        of_layers = _layer_configs(config, len(layers))
         shape = cls(
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocab_size=config.vocab_size,
             tied_embeddings=config.tie_word_embeddings,
             attention=tuple(
-                replace(attention, window=window)
-                for (attention, _), window in zip(layers, _windows(config), strict=True)
+                replace(attention, window=window, **_heads(own))
+                for (attention, _), window, own in zip(layers, _windows(config), of_layers, strict=True)
             ),
-            ffn=tuple(_with_active_experts(ffn, config) for _, ffn in layers),
+            ffn=tuple(_with_active_experts(ffn, own) for (_, ffn), own in zip(layers, of_layers, strict=True)),
             final_vectors=sum(p.numel() for p in find_decoder(model).norm.parameters()),
         )
         shape._check_against(model)
@@ -109,13 +104,14 @@ class ModelShape:
 
     def _check_against(self, model: Any) -> None:
         """Raise UnsupportedModelError if the model has parameters whose use is not known here."""
-        name, heads = type(model).__name__, f"{self.num_heads} heads and {self.num_kv_heads} key/value heads"
-        expected = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        name = type(model).__name__
         for layer, attention in enumerate(self.attention):
+            expected = 2 * self.hidden_size * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
             if (found := _entries(attention.matrices)) != expected or attention.experts:
                 raise UnsupportedModelError(
                     f"the attention of layer {layer} of {name} has {found} matrix entries; the four projections of "
-                    f"{heads} of {self.head_dim} have {expected}"
+                    f"{attention.num_heads} heads and {attention.num_kv_heads} key/value heads of {attention.head_dim} "
+                    f"have {expected}"
                 )
         if self.num_parameters != model.num_parameters():
             raise UnsupportedModelError(
@@ -150,10 +146,40 @@ def _entries(matrices: Iterable[tuple[int, int]]) -> int:
     return sum(map(prod, matrices))
 
 
+def _on_meta(config: PreTrainedConfig) -> Any:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except RuntimeError as error:
+        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
+            raise
+        reason = str(error).split(". ")[0]
+        raise UnsupportedModelError(
+            f"transformers' {config.model_type} models cannot have layers of different sizes: {reason}"
+        ) from error
+
+
+def _layer_configs(config: PreTrainedConfig, num_layers: int) -> list[Any]:
+    """The config of each layer; where layers differ, as in Gemma 4, transformers refuses to read their sizes off the
+    whole model's. Older versions have the one config only."""
+    own: Any = getattr(config, "per_layer_config", None)
+    return [config] * num_layers if own is None else [own[layer] for layer in range(num_layers)]
+
+
+def _heads(config: Any) -> dict[str, int]:
+    """Heads of the attention that `config` describes, as fields of a `SublayerShape`."""
+    heads = config.num_attention_heads
+    return {
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+
+
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     """Positions each layer's attention sees at most, as transformers' own cache has it."""
     layers: list[Any] = DynamicCache(config=config).layers
-    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+    return [layer.sliding_window if getattr(layer, "is_sliding", False) else None for layer in layers]
 
 
 def _sublayers(layer: nn.Module) -> tuple[SublayerShape, SublayerShape]:

@@ -56,12 +56,12 @@ def attention_work(
     _check(tokens, context, batch_size)
     _check_implementation(attention)
     sublayer = shape.attention[layer]
-    width = shape.num_heads * shape.head_dim
+    width = sublayer.num_heads * sublayer.head_dim
     held = context if sublayer.window is None else min(context, sublayer.window - 1 + tokens)
     pairs = tokens * held if attention == "eager" else _pairs(tokens, context, sublayer.window)
-    kv_values = 2 * shape.num_kv_heads * shape.head_dim * held
+    kv_values = 2 * sublayer.num_kv_heads * sublayer.head_dim * held
     values = batch_size * (kv_values + 2 * width * tokens)  # K/V and queries in, heads' outputs out
-    scores = batch_size * shape.num_heads * tokens * held
+    scores = batch_size * sublayer.num_heads * tokens * held
     scores_bytes = scores * _eager_bytes(bytes_per_value) if attention == "eager" else 0
     products = Work(4 * width * pairs * batch_size, values * bytes_per_value + scores_bytes)
     return _matrices_work(sublayer, tokens * batch_size, bytes_per_value) + products

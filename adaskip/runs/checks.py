@@ -68,7 +68,7 @@ def _profile_without_model(config: RunConfig) -> Profile | None:
     calibration_samples(config, config.setup.calibration_samples)
     if config.strategy != CalibratedSkip.name:
         return _any_importance(num_layers(config, config.model))
-    searched_samples(config)
+    searched_samples(config, check_phase(config.phase), config.setup.calibration_samples)
     return _any_selection(config, num_layers(config, config.model))
 
 

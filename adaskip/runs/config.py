@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adaskip.longbench import PAPER_MIN_LENGTH, TASKS, get_task, set_meant
 from adaskip.options import option
+from adaskip.paths import RUNS, TESTBED_RUNS, given_or_default
 from adaskip.plan import Budget
 from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, load_setup
@@ -52,10 +53,15 @@ class SharedConfig:
         """The defaults of `configs/phases.yaml` that hold here."""
         return load_setup("testbed" if self.testbed else "real")
 
+    @property
+    def extended(self) -> bool | None:
+        """Which of LongBench's sets a task's name means, as `longbench.load_records` takes it."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
-class WorkConfig(SharedConfig):
-    """What `run` and `grid` share: how much of which task, and where it goes."""
+class DataConfig(SharedConfig):
+    """What `run`, `grid` and `calibrate` share: the data, and where what is made of it is kept."""
 
     tasks: tuple[str, ...] | None = option("LongBench tasks; if not given, the phase's")
     longbench_set: str = option(
@@ -64,18 +70,17 @@ class WorkConfig(SharedConfig):
         "auto",
     )
     min_length: int = option(
-        "only records of more than N words, 0 for all; calibration keeps to the paper's number", PAPER_MIN_LENGTH
+        "only records of more than N words, 0 for all; importance is measured on the paper's, the sets of calibrated "
+        "are searched on those that are left out",
+        PAPER_MIN_LENGTH,
     )
-    limit: int | None = option("only the first N samples of each task; if not given, the phase's")
-    subset: int | None = option("only N samples of each task, drawn at random by --seed, the same for every cell")
-    batch_size: int | None = option("samples generated together; if not given, the setup's")
-    max_new_tokens: int | None = option("most new tokens per sample; if not given, the task's and phase's cap")
-    output_dir: str | None = option("where runs go; if not given, results/runs, or results/testbed/runs with --testbed")
+    output_dir: str | None = option(
+        "where runs go, with the folder of their profiles beside it; if not given, results/runs, or "
+        "results/testbed/runs with --testbed, in the checkout, or from a wheel in the current folder"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit is not None and self.subset is not None:
-            raise ValueError("--limit takes the first samples and --subset draws them at random: give one of them")
         for task in self.tasks or ():
             get_task(task)
         _refuse_repeats("task", self.tasks or ())
@@ -104,7 +109,22 @@ class WorkConfig(SharedConfig):
 
     @property
     def runs_dir(self) -> Path:
-        return Path(self.output_dir or ("results/testbed/runs" if self.testbed else "results/runs"))
+        return given_or_default(self.output_dir, TESTBED_RUNS if self.testbed else RUNS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkConfig(DataConfig):
+    """What `run` and `grid` share: how much of each task."""
+
+    limit: int | None = option("only the first N samples of each task; if not given, the phase's")
+    subset: int | None = option("only N samples of each task, drawn at random by --seed, the same for every cell")
+    batch_size: int | None = option("samples generated together; if not given, the setup's")
+    max_new_tokens: int | None = option("most new tokens per sample; if not given, the task's and phase's cap")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None and self.subset is not None:
+            raise ValueError("--limit takes the first samples and --subset draws them at random: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +152,11 @@ class RunConfig(WorkConfig):
         "measured"
     )
     profile: str | None = option("profile of `adaskip calibrate`; if not given, made once and kept")
+    allow_other_weights: bool = option(
+        "use --profile although it was made for other weights or another adapter, as of a fine-tune or a quantised "
+        "copy of the model; depth and width must agree",
+        False,
+    )
     learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
     beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
 
@@ -140,6 +165,8 @@ class RunConfig(WorkConfig):
         check_choice("model", self.model, MODELS)
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
+        if self.allow_other_weights and self.profile is None:
+            raise ValueError("--allow-other-weights is about the profile that --profile names: give that, too")
         self._check_target()
         self._check_budget()
 
@@ -191,11 +218,13 @@ class RunConfig(WorkConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(SharedConfig):
-    """One profile: of importance, or of the sets selected for a phase."""
+class CalibrateConfig(DataConfig):
+    """One profile: of importance, or of the sets selected for a phase; a run of the same settings finds it."""
 
     model: str = option(f"model: {', '.join(MODELS)}", required=True)
-    output: str = option("where the profile is written (JSON)", required=True)
+    output: str | None = option(
+        "file (JSON) that the profile is written to beside the place where runs look for it, as --profile takes it"
+    )
     samples: int | None = option("calibration prompts; if not given, the setup's 20")
     batch_size: int = option("prompts measured together", 1)
     select: str | None = option(
@@ -212,6 +241,11 @@ class CalibrateConfig(SharedConfig):
             check_choice("phase", self.select, PHASES)
         if self.up_to is not None and (self.select is None or self.up_to < 1):
             raise ValueError(f"--up-to is the largest set of --select and at least 1; given: {self.up_to}")
+        if self.tasks is not None and self.select is None:
+            raise ValueError(
+                f"--tasks are what --select searches on, importance is measured on {self.setup.calibration_task}: "
+                f"give --select, too, or leave them out; given: {' '.join(self.tasks)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adaskip.files import write_bytes_atomic, write_text_atomic
+from adaskip.files import remove_torn, write_bytes_atomic, write_text_atomic
 from adaskip.locks import exclusive
 
 MANIFEST = "manifest.json"
@@ -76,6 +76,7 @@ class RunFolder:
     def start(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, or note in the one already there that its run is continued."""
         self.check(manifest)
+        remove_torn(self.path / MANIFEST)
         held = self.read_manifest()
         if held is None:
             self._write_manifest({**manifest, "started": _now(), "finished": None, "resumed": []})
@@ -120,6 +121,8 @@ class RunFolder:
         Raises:
             FolderError: a whole line is no record, or the record of no such sample.
         """
+        for path in (self.records_path(task), self.times_path(task)):
+            remove_torn(path)
         parts = self.part_paths(task)
         place = {name: index for index, name in enumerate(ids)}
         if len(place) < len(ids):

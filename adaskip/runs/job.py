@@ -108,6 +108,7 @@ def find_cell(config: RunConfig) -> Cell:
 def find_cells(config: GridConfig) -> list[RunConfig]:
     """One configuration per cell of the grid, ordered by model, phase, strategy and budget."""
     shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(WorkConfig)}
+    shared["output_dir"] = str(config.runs_dir)  # the processes that run the cells need not know it
     return [
         RunConfig(**shared, model=cell.model, phase=cell.phase, strategy=cell.strategy, budget=cell.sublayers or None)
         for model in config.models

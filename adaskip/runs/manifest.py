@@ -18,6 +18,7 @@ import torch
 from adaskip.blocks import decoder_layers
 from adaskip.importance import ImportanceProfile
 from adaskip.models import LoadedModel, placement, registry, weights_fingerprint
+from adaskip.paths import PACKAGE, as_seen_from_root, package_checkout
 from adaskip.runs.job import Job
 from adaskip.runs.sources import chat_of, fingerprint, given_profile, max_prompt_tokens, weight_files_of
 from adaskip.selection.profile import SelectionProfile
@@ -75,7 +76,7 @@ def describe_run(
         "max_prompt_tokens": loaded.spec.max_prompt_tokens,
         "stop_token_ids": list(loaded.spec.stop_token_ids),
         "stop_strings": list(loaded.spec.stop_strings),
-        "profile": None if profile_path is None else str(profile_path),
+        "profile": None if profile_path is None else as_seen_from_root(profile_path),
         "profile_fingerprint": None if profile is None else _profile_fingerprint(profile),
     }
 
@@ -85,7 +86,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
     model = loaded.model
     return {
         "num_layers": len(decoder_layers(model)),
-        "checkpoint": _without_home(loaded.spec.checkpoint),
+        "checkpoint": as_seen_from_root(loaded.spec.checkpoint),
         "revision": loaded.spec.revision,
         "weight_files": loaded.spec.weight_files,
         "weights_fingerprint": weights_fingerprint(model),
@@ -101,12 +102,6 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         },
         "git_commit": git_commit(),
     }
-
-
-def _without_home(checkpoint: str) -> str:
-    """A folder of this repository as seen from its root, so that results made anywhere are alike."""
-    root = Path(__file__).resolve().parents[2]
-    return str(Path(checkpoint).relative_to(root)) if Path(checkpoint).is_relative_to(root) else checkpoint
 
 
 def is_done(job: Job) -> bool:
@@ -170,7 +165,7 @@ def git_commit() -> str | None:
 
     Results do not count: a measurement that writes them is still one of the commit's code.
     """
-    if not (commit := _git("rev-parse", "--verify", "HEAD")):
+    if package_checkout() is None or not (commit := _git("rev-parse", "--verify", "HEAD")):
         return None
     but_results = [":/", *(f":(top,exclude){folder}" for folder in RESULTS)]
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", *but_results)
@@ -181,7 +176,7 @@ def _git(*arguments: str) -> str:
     """What git prints about this package's checkout; nothing where there is no git or no checkout."""
     command = ["git", *arguments]
     try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return answer.stdout.strip()

@@ -19,8 +19,16 @@ from transformers import PreTrainedConfig
 
 from adaskip import testbed
 from adaskip.importance import ImportanceProfile
-from adaskip.longbench import PAPER_MIN_LENGTH, TaskSpec, as_dataset, build_prompt_ids, find_set, load_records
-from adaskip.longbench_data import MissingDataError
+from adaskip.longbench import (
+    PAPER_MIN_LENGTH,
+    TaskSpec,
+    as_dataset,
+    build_prompt_ids,
+    find_set,
+    load_records,
+    set_meant,
+)
+from adaskip.longbench_data import HUB, LongBenchError, MissingDataError, list_sets
 from adaskip.models import (
     LoadedModel,
     architecture,
@@ -134,13 +142,36 @@ def scored_samples(
 def calibration_samples(config: SharedConfig, limit: int) -> tuple[Sample, ...]:
     """The first `limit` samples of the setup's calibration task, filtered as in the paper.
 
-    Warns, once in a process, if there are fewer.
+    They are of the kind of set that `config` takes for its tasks, plain or LongBench-E's, or, where the data has none
+    of that, of the other kind. Warns, once in a process, of that and of fewer samples.
+
+    Raises:
+        LongBenchError: the data has neither set, or no such samples in it.
     """
-    task = config.setup.calibration_task
-    samples = _samples(task, config.testbed, "calibration", config.data_dir, limit, PAPER_MIN_LENGTH, None)
+    task, extended = config.setup.calibration_task, config.extended
+    if extended is not None and not config.testbed:
+        extended = _kind_at_hand(task, config.data_dir, extended)
+    try:
+        samples = _samples(task, config.testbed, "calibration", config.data_dir, limit, PAPER_MIN_LENGTH, extended)
+    except MissingDataError:
+        raise
+    except LongBenchError as error:
+        raise LongBenchError(f"to calibrate on {task}: {error}; --profile takes a profile made elsewhere") from None
     if len(samples) < limit:
         _warn_of_few(task, len(samples), limit)
     return tuple(samples.to_list())
+
+
+@lru_cache
+def _kind_at_hand(task: str, data_dir: str | None, extended: bool) -> bool:
+    """`extended` if the data has such a set of `task`, or has none at all; else the other kind."""
+    with _said_where_to_get_data():
+        sets = list_sets(data_dir)
+    wanted, other = set_meant(task, extended), set_meant(task, not extended)
+    if wanted in sets or other not in sets:
+        return extended
+    logger.warning("calibration on %s: %s has no %s", other, data_dir or HUB, wanted)
+    return not extended
 
 
 @lru_cache

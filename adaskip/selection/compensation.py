@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from adaskip.blocks import execution_device, find_decoder
 from adaskip.patching import patches_of
 from adaskip.plan import Affine, Sublayer
+from adaskip.wrappers import unwrapped
 
 
 class StreamMoments:
@@ -72,6 +73,7 @@ class _Probe:
 @torch.no_grad()
 def stream_moments(model: PreTrainedModel, prompts: Iterable[Tensor]) -> dict[Sublayer, StreamMoments]:
     """The moments of every sublayer of the full model over the prompts' tokens. prompts: token ids, 1-D."""
+    model = unwrapped(model)
     patches, probe = patches_of(model), _Probe()
     with patches.install():
         patches.set_probe(probe)

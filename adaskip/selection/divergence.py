@@ -1,6 +1,7 @@
 """How far a skipped model's next-token distributions lie from the full model's, on calibration prompts.
 
-Each prompt is followed by the full model's own greedy answer; nothing else is known to be right. What runs under the
+Each prompt is followed by the full model's own greedy answer, made as `generate.generate` makes answers, whatever the
+model's generation config says; nothing else is known to be right. What runs under the
 plan, and where it is compared, follows the phase. In prefill the prompt and the answer run, and both are compared; in
 decode the answer alone, over K/V of the prompt that the full model computed once; in e2e both run, and the answer is
 compared.
@@ -23,6 +24,7 @@ from adaskip.blocks import execution_device, find_decoder
 from adaskip.generate import generate
 from adaskip.patching import patches_of
 from adaskip.plan import Phase, SkipPlan
+from adaskip.wrappers import unwrapped
 
 OBJECTIVE = 2
 """Number of what is measured here, from one change of it to the next: what was chosen by another is chosen anew."""
@@ -69,7 +71,7 @@ class OutputDivergence:
     ):
         if not prompts:
             raise ValueError("selection needs at least one calibration prompt")
-        self.model = model
+        self.model = model = unwrapped(model)
         self.phase: Phase = phase
         self.num_forwards = self.num_tokens = 0
         self.seconds = 0.0
@@ -104,7 +106,8 @@ class OutputDivergence:
     def _divergence(self, passage: Passage) -> Tensor:
         log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
-        return torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow is as bad as can be
+        divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow is as bad as can be
+        return divergence.clamp(min=0.0)  # as every KL divergence; the rounding of its sum may leave less
 
     def _passage(
         self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int

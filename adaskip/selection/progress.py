@@ -1,19 +1,21 @@
 """What a search has measured so far, kept in a file: a search that was stopped goes on where it was.
 
-One JSON line per divergence, behind a first line that says of which search they are. A search depends on nothing but
-these numbers, so that it takes the same way again, and only what is missing is measured.
+One JSON line per divergence, behind a line that says of which search they are. A search depends on nothing but these
+numbers, so that it takes the same way again, and only what is missing is measured. The file only ever grows: a line
+that was torn is passed over, and lines of another search stay for that. Who has saved what a search found deletes it.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaskip.files import write_text_atomic
+from adaskip.locks import exclusive
 from adaskip.plan import Sublayer
 from adaskip.selection.search import Set
 
@@ -31,7 +33,7 @@ class Measured:
 class Progress:
     """The measure of a search: it runs each set on each prompt once, and keeps what came of it in the file at `path`.
 
-    run: divergence of a set on one prompt. identity: what the search depends on; a file of another one is replaced.
+    run: divergence of a set on one prompt. identity: what the search depends on.
     path: None keeps nothing beyond the process.
     """
 
@@ -39,7 +41,8 @@ class Progress:
         self.run, self.path = run, path
         self.known: dict[Key, Measured] = {}
         if path is not None:
-            self.known = _continued(path, json.dumps({"search": identity}, sort_keys=True) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.known = _continued(path, json.dumps({"search": identity}, sort_keys=True))
 
     def __call__(self, chosen: Set, which: Sequence[int]) -> list[float]:
         """Divergence of `chosen` on each of the prompts `which`."""
@@ -52,36 +55,61 @@ class Progress:
             divergence = self.run(*key)
             self.known[key] = Measured(divergence, time.perf_counter() - began)
             if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(_line(key, self.known[key]))
+                _append(self.path, _line(key, self.known[key]))
         return self.known[key]
 
     @property
     def seconds(self) -> float:
         return sum(measured.seconds for measured in self.known.values())
 
-    def end(self) -> None:
-        """The search has its result: what led there is needed no more."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+
+@contextmanager
+def held(path: Path | None) -> Iterator[None]:
+    """Keep other processes from the progress file at `path`; None is no file.
+
+    Raises:
+        LockedError: another process searches with it.
+    """
+    if path is None:
+        yield
+        return
+    with exclusive(path.with_name(f"{path.name}.lock"), of=path):
+        yield
 
 
 def _line(key: Key, measured: Measured) -> str:
     chosen, prompt = key
     sublayers = sorted((sublayer.kind, sublayer.layer) for sublayer in chosen)
-    return json.dumps({"set": sublayers, "prompt": prompt, **asdict(measured)}) + "\n"
+    return json.dumps({"set": sublayers, "prompt": prompt, **asdict(measured)})
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
 def _continued(path: Path, head: str) -> dict[Key, Measured]:
-    """What the file at `path` holds of the search that `head` names; a torn last line is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = whole if whole[:1] == [head] else [head]
-    if kept != lines:
-        write_text_atomic(path, "".join(kept))
-    known = {}
-    for line in kept[1:]:
+    """What the file at `path` holds of the search that `head` names, which the lines to come are said to be of."""
+    content = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+    known: dict[Key, Measured] = {}
+    of = ""
+    for line in content.split("\n"):
+        if line.startswith('{"search"'):
+            of = line
+        elif of == head and (entry := _entry(line)) is not None:
+            known.setdefault(*entry)
+    if content and not content.endswith("\n"):
+        _append(path, "")
+    if of != head:
+        _append(path, head)
+    return known
+
+
+def _entry(line: str) -> tuple[Key, Measured] | None:
+    """A line's set, prompt and measurement; None for one that was torn."""
+    try:
         entry = json.loads(line)
         chosen = frozenset(Sublayer(kind, layer) for kind, layer in entry["set"])
-        known[chosen, entry["prompt"]] = Measured(entry["divergence"], entry["seconds"])
-    return known
+        return (chosen, entry["prompt"]), Measured(entry["divergence"], entry["seconds"])
+    except (ValueError, KeyError, TypeError):
+        return None

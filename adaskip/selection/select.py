@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel
 from adaskip.calibration import calibrate
 from adaskip.importance import ImportanceProfile
 from adaskip.plan import Budget, Phase, SkipPlan, Sublayer
-from adaskip.selection.divergence import OutputDivergence
+from adaskip.selection.divergence import OBJECTIVE, OutputDivergence
 from adaskip.selection.profile import SearchCost, Selected, SelectionProfile
-from adaskip.selection.progress import Progress
+from adaskip.selection.progress import Progress, held
 from adaskip.selection.search import Choice, Set, most_measured, search
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
 
@@ -48,11 +49,43 @@ def select(
     prompts: token ids, 1-D; the closer to what the model will be asked, the better. importance: AdaSkip's profile, of
     candidates, scales and AdaSkip's own sets; if not given, it is measured on the same prompts. AdaSkip's sets are kept
     wherever the search finds none that is better beyond chance.
-    progress_path: a file that keeps what is measured until the search ends; after a stop the same call goes on there.
+    progress_path: a file that keeps what is measured; after a stop the same call goes on there. It is left where it is,
+    for what it took to measure is lost until the profile is saved: delete it then.
     show_progress: draw a progress bar if standard error is a terminal.
+
+    Raises:
+        LockedError: another process searches with the file at `progress_path`.
     """
+    with held(progress_path):
+        return _select(
+            model,
+            prompts,
+            phase,
+            up_to=up_to,
+            ends=(eos_token_ids, pad_token_id),
+            described={"model_name": model_name, "dataset": dataset, "data_ids": data_ids},
+            importance=importance,
+            progress_path=progress_path,
+            show_progress=show_progress,
+        )
+
+
+def _select(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    phase: Phase,
+    *,
+    up_to: int,
+    ends: tuple[Sequence[int], int],
+    described: Mapping[str, Any],
+    importance: ImportanceProfile | None,
+    progress_path: Path | None,
+    show_progress: bool,
+) -> SelectionProfile:
+    """`select`, of whose progress file this is the one user. ends: the end tokens, and the one to pad with."""
+    eos_token_ids, pad_token_id = ends
     began = time.perf_counter()
-    measured = calibrate(model, prompts, model_name=model_name, dataset=dataset, data_ids=data_ids)
+    measured = calibrate(model, prompts, **described)
     adaskip_seconds = time.perf_counter() - began
     importance = measured if importance is None else importance
     num_layers = importance.num_layers
@@ -62,7 +95,7 @@ def select(
     progress = Progress(
         lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
         progress_path,
-        _identity(importance, prompts, phase, eos_token_ids),
+        _identity(importance, prompts, phase, eos_token_ids, model.device),
     )
     choices = search(
         progress,
@@ -74,7 +107,6 @@ def select(
         default=AdaSkip.name,
         show_progress=show_progress,
     )
-    progress.end()
     return SelectionProfile(
         selected={count: _selected(choice, importance) for count, choice in choices.items()},
         phase=phase,
@@ -91,10 +123,17 @@ def select(
         weights_fingerprint=measured.weights_fingerprint,
         dtype=measured.dtype,
         attn_implementation=measured.attn_implementation,
-        dataset=dataset,
+        hidden_size=measured.hidden_size,
+        adapter=measured.adapter,
+        prompts_begin_with_bos=measured.prompts_begin_with_bos,
+        dataset=measured.dataset,
         data_ids=measured.data_ids,
-        versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
 
 
 def num_candidates(up_to: int, num_layers: int) -> int:
@@ -110,12 +149,19 @@ def most_forwards(num_layers: int, num_prompts: int, up_to: int) -> int:
 
 
 def _identity(
-    importance: ImportanceProfile, prompts: Sequence[Tensor], phase: Phase, eos_token_ids: Sequence[int]
-) -> dict[str, str]:
+    importance: ImportanceProfile,
+    prompts: Sequence[Tensor],
+    phase: Phase,
+    eos_token_ids: Sequence[int],
+    device: torch.device,
+) -> dict[str, Any]:
     """All that the divergences of a search depend on."""
     told = str([list(eos_token_ids), *(torch.as_tensor(prompt).tolist() for prompt in prompts)])
     return {
         "phase": phase,
+        "objective": OBJECTIVE,
+        "device": device.type,
+        "versions": _versions(),
         "weights": importance.weights_fingerprint,
         "dtype": importance.dtype,
         "attn_implementation": importance.attn_implementation,

@@ -11,7 +11,6 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from adaskip.blocks import unwrapped
 from adaskip.patching import ModelPatches, patches_of
 from adaskip.speculative.checks import check_request
 from adaskip.speculative.draft_length import AdaptiveDraftLength, FixedDraftLength
@@ -22,6 +21,7 @@ from adaskip.speculative.processors import check_stateless, for_draft
 from adaskip.speculative.rounds import Rounds
 from adaskip.speculative.statistics import DraftStatistics
 from adaskip.strategies.base import Strategy
+from adaskip.wrappers import unwrapped
 
 
 def lossless(

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from adaskip.files import write_text_atomic
+from adaskip.paths import default_path
 from adaskip.testbed import FAMILIES
 from adaskip.testbed.recipe import RECIPE
 from adaskip.testbed.tokenizer import build_tokenizer
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     if not 1 <= args.steps <= RECIPE.steps:
         raise ValueError(f"--steps is {args.steps}, allowed is 1 to {RECIPE.steps}")
-    work_dir = args.work_dir or Path("checkpoints/testbed") / args.family
+    work_dir = args.work_dir or default_path("checkpoints/testbed") / args.family
     trainer = Trainer(args.family, RECIPE, args.seed, torch.device(args.device), build_tokenizer())
     train(trainer, work_dir, args.steps)
     output_dir = args.output_dir or work_dir / "model"

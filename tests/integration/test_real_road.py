@@ -31,10 +31,9 @@ def script(monkeypatch, line: str, *options) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_snapshot_goes_all_the_way_without_a_flag_more(family, data_dir, tmp_path, monkeypatch, capsys):
+def test_a_snapshot_goes_all_the_way_without_a_flag_more(family, data_dir, tmp_path, monkeypatch, capsys, away):
     """Data in, tables out: the model's own prompt limit, wrapper and stop tokens, and the smallest budget."""
     snapshot = write_hub_cache(family, tmp_path / "hub", REPO, REVISION)
-    monkeypatch.chdir(tmp_path)
     name = f"{family}-ADA-PREFILL"
     assert script(monkeypatch, f"prefill/run_{family}_ADA.py", "--checkpoint", snapshot, "--data-dir", data_dir) == 0
     assert capsys.readouterr().out.startswith(f"{name}/2-sublayers: {3 * NUM_SAMPLES} samples")
@@ -58,6 +57,7 @@ def refuse(tmp_path: Path, *options, script="prefill/run_llama_ADA.py") -> str:
     """The one line on standard error with which the script ends, leaving nothing behind."""
     folder = tmp_path / "cwd"
     folder.mkdir()
+    results = list((ROOT / "results").rglob("*-sublayers"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, str(ROOT / script), *map(str, options)]
@@ -68,6 +68,7 @@ def refuse(tmp_path: Path, *options, script="prefill/run_llama_ADA.py") -> str:
     assert lines[0].startswith("error: ")
     assert not [path for path in folder.rglob("*") if path.is_file()]
     assert not list(folder.rglob("*-sublayers"))
+    assert list((ROOT / "results").rglob("*-sublayers")) == results
     return lines[0]
 
 
@@ -158,8 +159,7 @@ def test_a_budget_of_65_sublayers_is_refused_without_weights(tmp_path, data_dir)
 GRID = ["grid", "--models", "llama", "--dry-run"]
 
 
-def test_the_dry_run_needs_neither_weights_nor_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_dry_run_needs_neither_weights_nor_data(tmp_path, monkeypatch, capsys, away):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert cli.main([*GRID, "--subset", "10", "--data-dir", "hub"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -227,8 +227,7 @@ def test_the_dry_run_counts_the_searches_of_calibrated(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_whole_grid_runs_continues_and_becomes_tables(checkpoint, data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_whole_grid_runs_continues_and_becomes_tables(checkpoint, data_dir, tmp_path, monkeypatch, capsys, away):
     given = ["grid", "--models", "llama", "--checkpoint", str(checkpoint), "--data-dir", str(data_dir)]
     given += ["--subset", "2", "--max-new-tokens", "8", "--threads", "1"]
     assert cli.main(given) == 0

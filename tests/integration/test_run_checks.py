@@ -296,7 +296,7 @@ def test_warnings_are_shown_on_standard_error(own, tmp_path):
     command = [sys.executable, "-m", "adaskip", "calibrate", "--model", "llama", "--device", "cpu", *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [*command, "--output", str(tmp_path / "profile.json")],
+        [*command, "--output-dir", str(tmp_path / "runs")],
         env=environment,
         capture_output=True,
         text=True,

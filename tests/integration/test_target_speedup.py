@@ -21,6 +21,7 @@ def profiles(checkpoint, data_dir, tmp_path_factory):
     for phase in ("prefill", "decode", "e2e"):
         found[phase] = tmp_path_factory.mktemp("profiles") / f"{phase}.json"
         given = ("--checkpoint", checkpoint, "--data-dir", data_dir, "--output", found[phase], "--select", phase)
+        given = (*given, "--output-dir", found[phase].parent / "runs")
         argv = [*given, "--model", "llama", "--device", "cpu", "--threads", "1", "--samples", "3", "--up-to", UP_TO]
         assert cli.main(["calibrate", *map(str, argv)]) == 0
     return found

@@ -31,9 +31,8 @@ def llama():
 
 
 @pytest.fixture
-def here(monkeypatch, tmp_path, llama):
+def here(monkeypatch, tmp_path, away, llama):
     """A folder of its own, where nothing is searched or calibrated."""
-    monkeypatch.chdir(tmp_path)
     measured = replace(profile_of([0.9] * LAYERS, [0.9] * LAYERS), weights_fingerprint=weights_fingerprint(llama.model))
     monkeypatch.setattr(profiles, "search", lambda *args, **options: pytest.fail("searched"))
     monkeypatch.setattr(profiles, "measure", lambda *args: measured)
@@ -67,9 +66,9 @@ def test_the_testbed_skips_by_the_selection_that_the_grid_keeps(here, llama):
 def test_a_missing_selection_is_searched_once_and_kept(here, llama, monkeypatch):
     searched = []
 
-    def search(config, *args, **options):
-        searched.append(config.phase)
-        return selection_for(llama, config.phase)
+    def search(loaded, phase, *args, **options):
+        searched.append(phase)
+        return selection_for(llama, phase)
 
     monkeypatch.setattr(profiles, "search", search)
     assert load_subject(config_of()).selections == load_subject(config_of()).selections

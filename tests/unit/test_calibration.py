@@ -89,6 +89,22 @@ def test_decode_measures_the_answers_tokens_only():
     assert profile.tokens == 5
 
 
+def test_a_token_counts_once_where_the_model_reads_all_again():
+    """Phi-3 with long rope drops its cache at the switch of factors and reads the sequence anew in one forward."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+    model = random_model("phi3", original_max_position_embeddings=16, rope_parameters={**rope, **factors})
+    prompt, new_tokens = random_prompts([12])[0], 9
+    answer = model.generate(prompt[None], max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0, do_sample=False)
+    profile = calibrate(model, [prompt], phase="decode", max_new_tokens=new_tokens, eos_token_ids=[60])
+    assert profile.tokens == new_tokens - 1
+    steps = [residual_stream(model, answer[0, :length]) for length in range(13, 21)]
+    for i in range(4):
+        last = [(a[-1], b[-1]) for a, b, _ in (step[i] for step in steps)]
+        expected = sum(torch.nn.functional.cosine_similarity(a, b, dim=-1).item() for a, b in last) / len(last)
+        assert profile.attention.similarity[i] == pytest.approx(expected, abs=1e-5)
+
+
 def test_rows_that_have_ended_do_not_count_in_decode():
     model = random_model("llama")
     prompts = random_prompts([9, 5])
@@ -144,6 +160,35 @@ def test_a_profile_says_what_it_was_measured_on(tmp_path):
         model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(ValueError, match="calibrate this model"):
         ImportanceProfile.load(path, model)
+
+
+def test_a_profile_says_whether_prompts_began_with_bos():
+    model, (one, two) = random_model("llama"), random_prompts([4, 6])
+    bos = torch.tensor([model.config.bos_token_id])
+    with_bos = [torch.cat([bos, prompt]) for prompt in (one, two)]
+    assert calibrate(model, with_bos).prompts_begin_with_bos is True
+    assert calibrate(model, iter([with_bos[0].tolist(), two])).prompts_begin_with_bos is False
+    model.config.bos_token_id = None
+    assert calibrate(model, with_bos).prompts_begin_with_bos is None
+
+
+def test_weights_without_a_fingerprint_are_refused_before_anything_is_measured():
+    model = random_model("llama")
+    model.register_parameter("elsewhere", torch.nn.Parameter(torch.empty(2, device="meta")))
+
+    def prompts():
+        raise AssertionError("a prompt was read")
+        yield
+
+    with pytest.raises(ValueError, match="elsewhere has no data"):
+        calibrate(model, prompts())
+
+
+def test_a_compiled_model_is_measured_as_the_model_it_wraps():
+    model, prompts = random_model("llama"), random_prompts([5])
+    for phase in ("prefill", "decode"):
+        compiled = calibrate(torch.compile(model, backend="eager"), prompts, phase=phase, max_new_tokens=4)
+        assert compiled == calibrate(model, prompts, phase=phase, max_new_tokens=4)
 
 
 def test_calibration_leaves_the_model_as_it_was():

@@ -3,16 +3,24 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import pytest
 
+from adaskip.ablation.compensation import CompensationConfig
+from adaskip.ablation.selection import SelectionStudyConfig
+from adaskip.ablation.settings import AblationConfig
+from adaskip.bench.lossless import LosslessConfig
+from adaskip.bench.settings import BenchConfig
+from adaskip.observations.settings import ObserveConfig
 from adaskip.options import Parser, add_options, option, resolve
 from adaskip.plan import Budget
 from adaskip.runs.cells import load_setup
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.grid import searches_first
 from adaskip.runs.job import find_cell, find_cells
+from tests.tiny_runs import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +167,25 @@ def test_the_output_directory_follows_the_testbed():
     assert str(RunConfig(**CELL, budget=8).runs_dir) == "results/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True).runs_dir) == "results/testbed/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True, output_dir="x").runs_dir) == "x"
+
+
+def test_what_is_not_given_lies_in_the_checkout_and_what_is_given_below_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for config, name, place in (
+        (RunConfig(**CELL, budget=8), "runs_dir", "results/runs"),
+        (RunConfig(**CELL, budget=8, testbed=True), "runs_dir", "results/testbed/runs"),
+        (CalibrateConfig(model="llama"), "runs_dir", "results/runs"),
+        (ObserveConfig(testbed=True), "out_dir", "results/testbed/observations"),
+        (AblationConfig(), "out_dir", "results/online"),
+        (CompensationConfig(), "out_dir", "results/compensation"),
+        (SelectionStudyConfig(), "out_dir", "results/stories"),
+        (BenchConfig(), "out_dir", "speed/results"),
+        (LosslessConfig(), "out_dir", "speed/results"),
+    ):
+        assert getattr(config, name) == ROOT / place
+        assert getattr(replace(config, output_dir="x"), name) == Path("x")
+    for cell in find_cells(GridConfig(testbed=True, models=("llama",), budgets=(4,))):
+        assert cell.output_dir == str(ROOT / "results/testbed/runs")
 
 
 def test_a_grid_is_its_runs_in_order():

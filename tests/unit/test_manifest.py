@@ -30,7 +30,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "--message", "all")
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "adaskip/runs/manifest.py"))
+    monkeypatch.setattr(manifest, "PACKAGE", tmp_path / "adaskip")
     return tmp_path
 
 
@@ -63,7 +63,12 @@ def test_outside_of_a_checkout_and_without_git_there_is_no_commit(tmp_path, monk
     monkeypatch.undo()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (outside := tmp_path.parent / "outside").mkdir(exist_ok=True)
-    monkeypatch.setattr(manifest, "__file__", str(outside / "manifest.py"))
+    monkeypatch.setattr(manifest, "PACKAGE", outside)
+    assert git_commit() is None
+
+
+def test_a_wheel_installed_inside_of_somebodys_repository_has_no_commit(checkout, monkeypatch):
+    monkeypatch.setattr(manifest, "package_checkout", lambda: None)
     assert git_commit() is None
 
 

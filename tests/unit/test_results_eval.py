@@ -17,9 +17,8 @@ EVAL = Path(__file__).resolve().parents[2] / "eval"
 
 
 @pytest.fixture
-def run_script(tmp_path, monkeypatch, capsys):
+def run_script(away, monkeypatch, capsys):
     """Runs a script in an empty folder; returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *arguments])

@@ -120,17 +120,15 @@ def test_a_run_is_found_by_the_artifacts_name(tmp_path, name):
     assert [run.cell.sublayers for run in find_run(name, tmp_path)] == [4, 8]
 
 
-def test_an_absent_run_is_an_error_that_lists_the_present_ones(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_absent_run_is_an_error_that_lists_the_present_ones(tmp_path, away):
     write_run(tmp_path, EE, 0.5)
     with pytest.raises(ResultsError, match=r"no run llama-SD-PREFILL in .* Runs there: llama-EE-PREFILL"):
         find_run("llama-SD-PREFILL", tmp_path)
 
 
-def test_a_run_of_the_testbed_only_is_pointed_to(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_of_the_testbed_only_is_pointed_to(away):
     write_run(Path("results/testbed/runs"), EE, 0.5)
-    with pytest.raises(ResultsError, match="there is one in results/testbed/runs: add --testbed"):
+    with pytest.raises(ResultsError, match="there is one in results/testbed/runs: give --testbed"):
         find_run("llama-EE-PREFILL", Path("results/runs"))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from adaskip.runs import sources
-from adaskip.runs.config import SharedConfig
+from adaskip.runs.config import CalibrateConfig, RunConfig, SharedConfig
 from tests.tiny_runs import NUM_CALIBRATION, make_data
 
 
@@ -84,3 +86,64 @@ def test_fewer_calibration_samples_than_asked_for_are_told_once(few, caplog):
 def test_enough_calibration_samples_are_nothing_to_tell(few, caplog):
     assert len(sources.calibration_samples(few, 3)) == 3
     assert not caplog.records
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    """A folder of sets, by name: qasper's records of each have ids that tell them apart."""
+
+    def make(*names: str) -> str:
+        lines = (make_data(tmp_path / "made") / "qasper_e.jsonl").read_text().splitlines()
+        (tmp_path / "data").mkdir()
+        for name in names:
+            renamed = [json.dumps({**json.loads(line), "_id": f"{name}-{n}"}) for n, line in enumerate(lines)]
+            (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(renamed))
+        sources._kind_at_hand.cache_clear()
+        return str(tmp_path / "data")
+
+    (tmp_path / "made").mkdir()
+    return make
+
+
+@pytest.mark.parametrize(
+    ("chosen", "there", "taken", "warned"),
+    [
+        ("plain", ("qasper", "qasper_e"), "qasper", False),
+        ("extended", ("qasper", "qasper_e"), "qasper_e", False),
+        ("auto", ("qasper", "qasper_e"), "qasper_e", False),
+        ("plain", ("qasper_e",), "qasper_e", True),
+        ("extended", ("qasper",), "qasper", True),
+        ("auto", ("qasper",), "qasper", True),
+    ],
+)
+def test_calibration_takes_the_kind_of_set_that_the_tasks_have(kinds, caplog, chosen, there, taken, warned):
+    config = RunConfig(
+        model="llama",
+        phase="prefill",
+        strategy="adaskip",
+        data_dir=kinds(*there),
+        longbench_set=chosen,
+    )
+    samples = sources.calibration_samples(config, NUM_CALIBRATION)
+    assert {sample["_id"].split("-")[0] for sample in samples} == {taken}
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
+
+
+@pytest.mark.parametrize("chosen", ["plain", "extended", "auto"])
+def test_calibration_data_that_is_not_there_is_named_with_what_is(kinds, chosen):
+    data = kinds("trec", "trec_e")
+    config = CalibrateConfig(model="llama", data_dir=data, longbench_set=chosen)
+    wanted = {"plain": "qasper", "extended": "qasper_e", "auto": "qasper_e or qasper"}[chosen]
+    says = rf"to calibrate on qasper: {data} has no {wanted} \(\.jsonl\); it has: trec, trec_e; --profile takes"
+    with pytest.raises(ValueError, match=says):
+        sources.calibration_samples(config, NUM_CALIBRATION)
+
+
+def test_a_plain_set_without_long_records_is_refused_by_its_file_though_the_other_has_some(kinds):
+    data = kinds("qasper", "qasper_e")
+    lines = (Path(data) / "qasper.jsonl").read_text().splitlines()
+    short = [json.dumps({**json.loads(line), "length": 3000}) for line in lines]
+    (Path(data) / "qasper.jsonl").write_text("\n".join(short))
+    config = CalibrateConfig(model="llama", data_dir=data, longbench_set="plain")
+    with pytest.raises(ValueError, match=r"qasper\.jsonl holds no record of more than 4000 words"):
+        sources.calibration_samples(config, NUM_CALIBRATION)

@@ -270,7 +270,10 @@ def test_a_stopped_selection_goes_on_where_it_was(model, prompts, tmp_path, monk
     assert again.selected == whole.selected
     assert again.cost.num_forwards == whole.cost.num_forwards
     assert again.cost.num_tokens == whole.cost.num_tokens
-    assert not path.exists()
+    assert path.exists()  # until the profile is saved
+    calls.clear()
+    assert select(model, prompts, "prefill", **options).selected == whole.selected
+    assert not calls
 
 
 def test_what_another_search_has_measured_is_not_taken_over(model, prompts, tmp_path):
@@ -279,6 +282,7 @@ def test_what_another_search_has_measured_is_not_taken_over(model, prompts, tmp_
     assert len(path.read_text().splitlines()) == 2
     assert Progress(lambda chosen, prompt: 1.0, path, {"phase": "prefill"})(frozenset(ALL[:1]), [0, 1]) == [0.0, 1.0]
     assert Progress(lambda chosen, prompt: 2.0, path, {"phase": "decode"})(frozenset(ALL[:1]), [0]) == [2.0]
+    assert Progress(lambda chosen, prompt: 3.0, path, {"phase": "prefill"})(frozenset(ALL[:1]), [0, 1]) == [0.0, 1.0]
 
 
 def test_an_output_that_overflows_is_as_bad_as_can_be(model, prompts):
@@ -293,8 +297,8 @@ def test_an_output_that_overflows_is_as_bad_as_can_be(model, prompts):
     with pytest.raises(ValueError, match="no set of 3 sublayers leaves the output finite"):
         search(measure, ALL, up_to=3, **options)
     divergence = OutputDivergence(model, prompts[:1], "prefill", **ENDS)
-    nan = SkipPlan(ffn={1}, scales={("ffn", 1): float("nan")})
-    assert divergence(nan) == [float("inf")]
+    overflowing = SkipPlan.of_sublayers({Sublayer("ffn", 1): 1e38, Sublayer("ffn", 2): 1e38})
+    assert divergence(overflowing) == [float("inf")]
 
 
 def test_in_decode_prompts_without_an_answer_are_left_out(model, prompts, monkeypatch):

@@ -1,0 +1,132 @@
+"""What a quantised weight holds, in a form that neither packing nor placement changes.
+
+Weights that are no plain tensor keep their content in different ways: tensor subclasses (torchao, quanto, DTensor) in
+inner tensors, bitsandbytes beside the parameter, and other modules in what they alone save. Each is brought to plain
+tensors here. bitsandbytes repacks 4-bit weights in the first forward on a CPU, rounds their statistics to bfloat16
+there, moves 8-bit statistics from the weight to the module, and casts biases to the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Content = Iterator[tuple[str, Tensor]]
+"""Names and plain tensors."""
+
+
+def plain_tensors(tensor: Tensor) -> Content:
+    """The content of one tensor: itself if it is plain, with the name ""; of a subclass its values or inner tensors.
+
+    A sharded tensor is gathered, which all processes that hold a part must do together. A class that knows how to
+    dequantise is taken by its values, since its inner tensors may be packed for a device.
+    """
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # DTensor
+        yield from plain_tensors(tensor.full_tensor())  # pyright: ignore
+    elif is_traceable_wrapper_subclass(tensor):
+        yield from _of_subclass(tensor)
+    elif tensor.is_quantized:
+        yield f"({tensor.dtype})", tensor.dequantize()
+    elif type(tensor) is Tensor:
+        yield "", tensor
+    else:  # a subclass with a storage of its own, such as the parameters of bitsandbytes
+        with torch._C.DisableTorchFunctionSubclass():
+            yield "", tensor.as_subclass(Tensor)
+
+
+def _of_subclass(tensor: Any) -> Content:
+    name = f"({type(tensor).__name__})"
+    if type(tensor).dequantize is not Tensor.dequantize:
+        yield name, tensor.dequantize()
+        return
+    inner, _ = tensor.__tensor_flatten__()
+    for attribute in sorted(inner):
+        for part, plain in plain_tensors(getattr(tensor, attribute)):
+            yield f"{name}.{attribute}{part}", plain
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether the module's weight is one of bitsandbytes' that is quantised by now."""
+    weight = getattr(module, "weight", None)
+    if type(weight).__module__.split(".")[0] != "bitsandbytes":
+        return False
+    return getattr(weight, "quant_state", None) is not None or _statistics_of_int8(module) is not None
+
+
+def bitsandbytes_tensors(module: nn.Module) -> Content:
+    """The weight of a bitsandbytes module as codes and statistics, and its bias, each by name."""
+    weight: Any = module.weight
+    if getattr(weight, "quant_state", None) is None:
+        yield "weight (int8)", weight.data.as_subclass(Tensor)
+        yield "weight.statistics", _statistics_of_int8(module).float()  # pyright: ignore
+    else:
+        yield from _of_4bit(weight.data.as_subclass(Tensor), weight.quant_state)
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        yield "bias", bias.detach().bfloat16()
+
+
+def _statistics_of_int8(module: Any) -> Tensor | None:
+    state = getattr(module, "state", None)
+    of_weight = getattr(module.weight, "SCB", None)
+    return of_weight if of_weight is not None else getattr(state, "SCB", None)
+
+
+def _of_4bit(codes: Tensor, state: Any) -> Content:
+    if getattr(state, "packing_format_for_cpu", False):
+        codes, state = _unpacked(codes, state)
+    absmax = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise  # pyright: ignore[reportMissingImports]
+
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    shape = "x".join(map(str, state.shape))
+    yield f"weight ({state.quant_type}, {shape}, blocks of {state.blocksize})", codes.view(torch.uint8)
+    yield "weight.values", state.code.float()
+    yield "weight.statistics", absmax.reshape(-1).bfloat16()
+
+
+def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Codes and state as before the first forward on a CPU, by bitsandbytes' own inverse on a copy of the state."""
+    from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+        _convert_weight_packed_for_cpu_inverse,  # private: there is no public one
+    )
+
+    state = copy.copy(state)
+    absmax, state.original_nested = state.absmax.T, False  # its statistics are no longer nested, and stay so
+    codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
+    state.absmax = absmax
+    return codes, state
+
+
+def further_tensors(module: nn.Module) -> Content:
+    """What a module saves besides its parameters and buffers: packed weights, extra state."""
+    own_save = type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
+    own_state = type(module).get_extra_state is not nn.Module.get_extra_state
+    if not (own_save or own_state) or is_bitsandbytes(module):
+        return
+    saved: dict[str, Any] = {}
+    module._save_to_state_dict(saved, "", keep_vars=False)
+    known = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+    for name in saved.keys() - known:
+        yield from _tensors_in(name, saved[name])
+
+
+def _tensors_in(name: str, value: Any) -> Content:
+    if isinstance(value, Tensor):
+        for part, plain in plain_tensors(value):
+            yield name + part, plain
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors_in(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _tensors_in(f"{name}.{number}", item)
+    elif isinstance(value, (bool, int, float)):
+        yield name, torch.tensor(value)

@@ -1,0 +1,35 @@
+"""Objects around a transformers model on which `generate` may be called as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside wrappers that leave it whole: `torch.compile`, PEFT, DistributedDataParallel.
+
+    `generate` called on such a wrapper runs on this model, so skipping is installed here. Raises ValueError for
+    wrappers under which that does not hold: DataParallel, and PEFT methods that put tokens of their own before the
+    prompt.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "DataParallel runs copies of the model, which are never skipped; use the model itself, or "
+                "device_map to spread it over devices"
+            )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(model).__name__} with {model.active_peft_config.peft_type} puts learnt tokens before the "
+                "prompt, which no plan knows of; adapters that change weights (LoRA and the like) can be skipped"
+            )
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model

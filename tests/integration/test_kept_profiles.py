@@ -1,0 +1,139 @@
+"""One place for profiles: what `adaskip calibrate` makes a run finds, and the other way round; what differs is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from adaskip import cli
+from adaskip.calibration import calibrate
+from adaskip.runs import profiles
+from adaskip.selection.select import select
+from tests.tiny_runs import cell, error_of
+
+
+@pytest.fixture
+def given(options) -> list[str]:
+    """What `calibrate` and `run` are both given."""
+    return options[: options.index("--max-new-tokens")]
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """What was measured, in order."""
+    calls: list[str] = []
+
+    def noted(name, original):
+        def call(*arguments, **options):
+            calls.append(name)
+            return original(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(profiles, "select", noted("selection", select))
+    monkeypatch.setattr(profiles, "calibrate", noted("importance", calibrate))
+    return calls
+
+
+CALIBRATE = {"adaskip": [], "calibrated": ["--select", "decode"]}
+MEASURED = {"adaskip": ["importance"], "calibrated": ["importance", "selection"]}
+
+
+@pytest.mark.parametrize("strategy", CALIBRATE)
+@pytest.mark.parametrize("first", ["calibrate", "run"])
+def test_what_one_command_measures_the_other_finds(given, measured, tmp_path, strategy, first):
+    commands = {
+        "calibrate": ["calibrate", "--model", "llama", *CALIBRATE[strategy], *given],
+        "run": ["run", *cell(strategy), *given, "--limit", "1", "--max-new-tokens", "4"],
+    }
+    for name in (first, *(commands.keys() - {first})):
+        assert cli.main(commands[name]) == 0
+        assert sorted(measured) == sorted(MEASURED[strategy])
+    assert len(list((tmp_path / "profiles").iterdir())) == len(MEASURED[strategy])
+
+
+def test_a_search_leaves_the_importance_that_strategy_adaskip_uses(given, measured):
+    assert cli.main(["calibrate", "--model", "llama", "--select", "decode", *given]) == 0
+    measured.clear()
+    assert cli.main(["run", *cell("adaskip"), *given, "--limit", "1", "--max-new-tokens", "4"]) == 0
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("strategy", "other", "what"),
+    [
+        ("adaskip", ["--samples", "3"], "data ids"),
+        ("adaskip", ["--attn-implementation", "eager"], "attn implementation"),
+        ("calibrated", ["--up-to", "1"], "up to"),
+        ("calibrated", ["--samples", "4"], "data ids"),
+        ("calibrated", ["--tasks", "trec", "triviaqa"], "dataset, data ids"),
+    ],
+)
+def test_a_profile_of_other_settings_is_not_taken_and_the_run_says_what_differs(
+    given, measured, caplog, tmp_path, strategy, other, what
+):
+    assert cli.main(["calibrate", "--model", "llama", *CALIBRATE[strategy], *given, *other]) == 0
+    measured.clear()
+    caplog.clear()
+    assert cli.main(["run", *cell(strategy), *given, "--limit", "1", "--max-new-tokens", "4"]) == 0
+    assert MEASURED[strategy][-1] in measured
+    told = [record for record in caplog.records if "is made now" in record.getMessage()]
+    assert told[0].levelno == logging.WARNING
+    assert f"beside it was made with other {what}; --profile takes it as it is" in told[0].getMessage()
+
+
+def test_a_profile_of_other_weights_is_not_offered(given, caplog, checkpoint, tmp_path):
+    changed = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+    model = LlamaForCausalLM.from_pretrained(changed)
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+    model.save_pretrained(changed)
+    assert cli.main(["calibrate", "--model", "llama", *given]) == 0
+    caplog.clear()
+    assert cli.main(["calibrate", "--model", "llama", *given, "--checkpoint", str(changed)]) == 0
+    (line,) = [record.getMessage() for record in caplog.records if "is made now" in record.getMessage()]
+    assert line.endswith("was made with other weights fingerprint")
+    found = [json.loads(path.read_text())["weights_fingerprint"] for path in (tmp_path / "profiles").iterdir()]
+    assert len(set(found)) == 2
+
+
+def test_a_damaged_profile_of_other_settings_is_in_nobodys_way(given, tmp_path):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/llama-01234567.json").write_text("{")
+    assert cli.main(["calibrate", "--model", "llama", *given]) == 0
+
+
+def test_the_file_that_is_named_holds_the_same_as_the_kept_one(given, tmp_path, capsys):
+    argv = ["calibrate", "--model", "llama", *given, "--output", str(tmp_path / "mine.json")]
+    assert cli.main(argv) == 0
+    (kept,) = (tmp_path / "profiles").iterdir()
+    assert kept.read_text() == (tmp_path / "mine.json").read_text()
+    assert f"{kept} and {tmp_path / 'mine.json'}" in capsys.readouterr().out
+
+
+def test_tasks_without_a_search_are_refused(given, capsys):
+    assert cli.main(["calibrate", "--model", "llama", *given, "--tasks", "trec"]) == 2
+    assert "--tasks are what --select searches on, importance is measured on qasper" in error_of(capsys)
+
+
+def test_a_full_disk_while_the_profile_is_saved_loses_no_measurement(given, monkeypatch, tmp_path, capsys):
+    argv = ["calibrate", "--model", "llama", "--select", "decode", "--up-to", "1", *given]
+    held = []
+
+    def full(self, path):
+        held.append(path.with_suffix(".partial.jsonl").read_text())
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(profiles.SelectionProfile, "save", full)
+        for _ in range(2):
+            assert cli.main(argv) == 1
+            assert "No space left on device" in error_of(capsys)
+    assert len(held[0].splitlines()) > 10
+    assert held[1] == held[0]  # nothing was measured again
+    assert cli.main(argv) == 0
+    assert not list((tmp_path / "profiles").glob("*.partial*"))
