@@ -114,8 +114,9 @@ clean:
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
+# Not --quiet: mkdocs then does not count its warnings, and strict means nothing.
 docs: .venv-docs/.complete
-	PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 # Executes the notebooks and keeps their outputs; `make test-all` runs their code without Jupyter.
 notebooks: setup
