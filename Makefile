@@ -104,3 +104,21 @@ endef
 
 clean:
 	rm -rf .venv .venv-compat build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The documentation, into site/; strictly: a broken link, a missing page or an unknown name is an error. In an environment of its
+# own, without torch: the API reference is read from the source.
+.PHONY: docs notebooks
+
+.venv-docs/.complete: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+# Not --quiet: mkdocs then does not count its warnings, and strict means nothing.
+docs: .venv-docs/.complete
+	PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+# Executes the notebooks and keeps their outputs; `make test-all` runs their code without Jupyter.
+notebooks: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-notebooks.txt
+	$(BIN)/python dev/execute_notebooks.py notebooks/*.ipynb
