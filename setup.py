@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 CONFIGS = "configs"
 PACKAGED = "adaskip/packaged_configs"
-"""Where `adaskip.configs` looks for them in an installed wheel."""
+"""Where `adaskip.common.configs` looks for them in an installed wheel."""
 
 
 class BuildWithConfigs(build_py):

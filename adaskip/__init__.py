@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adaskip.calibration import calibrate
-    from adaskip.context import skipping
-    from adaskip.importance import ImportanceProfile
-    from adaskip.plan import Budget, SkipPlan
-    from adaskip.selection.profile import SelectionProfile
-    from adaskip.selection.select import select
+    from adaskip.calibration.measure import calibrate
+    from adaskip.calibration.select import select
+    from adaskip.core.context import skipping
+    from adaskip.core.plan import Budget, SkipPlan
+    from adaskip.profiles.importance import ImportanceProfile
+    from adaskip.profiles.selection import SelectionProfile
     from adaskip.speculative import lossless
     from adaskip.strategies import (
         AdaSkip,
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 # Names of the library and the modules they come from; loaded at first use, so that `import adaskip` needs no torch.
 _HOMES = {
-    "calibrate": "adaskip.calibration",
-    "ImportanceProfile": "adaskip.importance",
-    "Budget": "adaskip.plan",
-    "SkipPlan": "adaskip.plan",
-    "skipping": "adaskip.context",
-    "SelectionProfile": "adaskip.selection.profile",
-    "select": "adaskip.selection.select",
+    "calibrate": "adaskip.calibration.measure",
+    "ImportanceProfile": "adaskip.profiles.importance",
+    "Budget": "adaskip.core.plan",
+    "SkipPlan": "adaskip.core.plan",
+    "skipping": "adaskip.core.context",
+    "SelectionProfile": "adaskip.profiles.selection",
+    "select": "adaskip.calibration.select",
     "lossless": "adaskip.speculative",
     **dict.fromkeys(
         (

@@ -1,43 +1,24 @@
-"""The command line: `adaskip run`, `calibrate`, `grid` and `bench`, and the doors through which the scripts come in.
-
-A user's mistake is one line and exit code 2; a run that stops half-way (out of memory, disk full) is one line and exit
-code 1; a signal is 128 plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead. Of
-several processes only the main one speaks.
-"""
+"""The command line: `adaskip run`, `calibrate`, `grid`, `bench` and `bench-report`, and the entry points of scripts."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
 from typing import NoReturn
 
-from transformers.utils.logging import disable_progress_bar
-
-from adaskip.bench.command import ReportConfig, bench, bench_report
-from adaskip.bench.settings import BenchConfig, figure_settings
-from adaskip.options import Config, Parser, add_options, resolve
+from adaskip.common.commands import STOPPED, guarded
+from adaskip.common.options import Parser, add_options, resolve
+from adaskip.common.processes import Processes
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
 from adaskip.runs.grid import run_grid
-from adaskip.runs.processes import Processes, leave_together
 from adaskip.runs.profiles import calibrate_to
-from adaskip.runs.runner import RunError, run
-from adaskip.selection.profile import SelectionProfile
-
-USER_MISTAKE = 2
-STOPPED = 1
-
-
-class Signalled(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+from adaskip.runs.runner import run
+from adaskip.studies.bench.command import ReportConfig, bench, bench_report
+from adaskip.studies.bench.settings import BenchConfig, figure_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,14 +34,6 @@ def run_cell(*, phase: str, model: str, strategy: str) -> NoReturn:
 def run_speed(*, model: str) -> NoReturn:
     """What a speed script does: `adaskip bench` of its model, with the other options of that command."""
     sys.exit(guarded(lambda: _speed_script(model, sys.argv)))
-
-
-def study(doc: str | None, config: type[Config], execute: Callable[[Config], int]) -> int:
-    """The whole life of a script that is a study, with the options of `config`; returns its exit code.
-
-    doc: the script's docstring, whose first line describes it in the help text.
-    """
-    return guarded(lambda: _study((doc or "").split("\n")[0], config, execute, sys.argv))
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -102,14 +75,6 @@ def _speed_script(model: str, argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(argv[1:]))
     yaml_file = given.pop("config")
     return bench(resolve(BenchConfig, {**given, "model": model}, yaml_file))
-
-
-def _study(description: str, config: type[Config], execute: Callable[[Config], int], argv: Sequence[str]) -> int:
-    Processes().require_one(argv[0])
-    parser = Parser(prog=argv[0], description=description, allow_abbrev=False)
-    add_options(parser, config)
-    given = vars(parser.parse_args(argv[1:]))
-    return execute(resolve(config, given, given.pop("config")))
 
 
 def _run(config: RunConfig) -> int:
@@ -179,33 +144,3 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
     "bench": (BenchConfig, bench, "Time the full model and every strategy side by side."),
     "bench-report": (ReportConfig, bench_report, "Tables and plots of the saved benchmarks."),
 }
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """Run `command` and turn what may go wrong into one line and an exit code."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers draws its loading bar into log files, too
-    handlers = {number: signal.signal(number, _raise_signalled) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return command()
-    except Signalled as stopped:
-        _tell(f"stopped by {signal.Signals(stopped.number).name}; the same command continues")
-        return 128 + stopped.number
-    except (ValueError, RunError, OSError) as error:
-        if os.environ.get("ADASKIP_DEBUG") == "1":
-            raise
-        _tell(f"error: {' '.join(str(error).split())}")
-        leave_together()
-        return USER_MISTAKE if isinstance(error, ValueError) else STOPPED
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _tell(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-
-
-def _raise_signalled(number: int, frame: FrameType | None) -> NoReturn:
-    raise Signalled(number)

@@ -5,7 +5,7 @@ python eval/compensation.py --testbed [--draw-only]
 
 import sys
 
-from adaskip.ablation.compensation import main
+from adaskip.studies.ablation.compensation import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

@@ -2,8 +2,8 @@
 
 import sys
 
-from adaskip.results.console import exit_code, results_parser, runs_dir_of, wide_console
-from adaskip.results.evaluate import evaluate, print_scores
+from adaskip.studies.tables.console import exit_code, results_parser, runs_dir_of, wide_console
+from adaskip.studies.tables.evaluate import evaluate, print_scores
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ python eval/online_ablation.py --testbed [--jobs N] [--draw-only]
 
 import sys
 
-from adaskip.ablation.command import main
+from adaskip.studies.ablation.command import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

@@ -2,8 +2,8 @@
 
 import sys
 
-from adaskip.report import load_tables, write_plots
-from adaskip.results.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
+from adaskip.studies.tables.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
+from adaskip.studies.tables.report import load_tables, write_plots
 
 
 def main() -> None:

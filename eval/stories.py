@@ -5,7 +5,7 @@ python eval/stories.py [--draw-only], with stories260K in $ADASKIP_REAL
 
 import sys
 
-from adaskip.ablation.selection import main
+from adaskip.studies.ablation.selection import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

@@ -2,8 +2,8 @@
 
 import sys
 
-from adaskip.report import headline_of, load_tables, write_tables
-from adaskip.results.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
+from adaskip.studies.tables.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
+from adaskip.studies.tables.report import headline_of, load_tables, write_tables
 
 
 def main() -> None:

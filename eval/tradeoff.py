@@ -2,12 +2,12 @@
 
 import sys
 
-from adaskip.paths import given_or_default
-from adaskip.report import write_tradeoff
-from adaskip.results.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
-from adaskip.results.scoreboard import load_scoreboard
-from adaskip.results.tradeoff import find_tradeoff
-from adaskip.results.tradeoff_text import sentences
+from adaskip.common.paths import given_or_default
+from adaskip.studies.tables.console import add_output_dir, exit_code, num_jobs, output_dir, results_parser, runs_dir
+from adaskip.studies.tables.report import write_tradeoff
+from adaskip.studies.tables.scoreboard import load_scoreboard
+from adaskip.studies.tables.tradeoff import find_tradeoff
+from adaskip.studies.tables.tradeoff_text import sentences
 
 SPEEDS = "speed/results/cpu/testbed_{model}.json"
 

@@ -5,7 +5,7 @@ python observations/importance_check.py --model llama|internlm|vicuna|all [--tes
 
 import sys
 
-from adaskip.observations.command import main
+from adaskip.studies.observations.command import main
 
 if __name__ == "__main__":
     sys.exit(main("importance_check", __doc__))

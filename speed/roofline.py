@@ -5,7 +5,7 @@ python speed/roofline.py [--measure] [--prompt-tokens 8000] [--new-tokens 512]
 
 import sys
 
-from adaskip.roofline.command import main
+from adaskip.studies.limits.command import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import CompileConfig
 
-from adaskip.plan import Affine, Budget, SkipPlan, Sublayer
+from adaskip.core.plan import Affine, Budget, SkipPlan, Sublayer
+from adaskip.core.token_ids import left_padded
 from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode, UnifiedSkipping
-from adaskip.token_ids import left_padded
 from tests.families import WIDTH
 from tests.profiles import profile_of
 

@@ -17,7 +17,7 @@ settings.load_profile("patient")
 def away(tmp_path, monkeypatch):
     """The current folder, empty and of no checkout, so that results go there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("adaskip.paths.checkout", lambda: None)
+    monkeypatch.setattr("adaskip.common.paths.checkout", lambda: None)
     return tmp_path
 
 

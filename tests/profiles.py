@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaskip.importance import ImportanceProfile, SublayerMeans
-from adaskip.plan import Phase
-from adaskip.selection.profile import SearchCost, Selected, SelectionProfile
+from adaskip.core.plan import Phase
+from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
+from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
 
 
 def profile_of(

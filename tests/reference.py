@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaskip.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan
+from adaskip.core.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan
 
 
 def compensated(h: Tensor, scale: Compensation) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writes measurement folders as `adaskip.observations.measuring` does: observations are tested without models."""
+"""Writes measurement folders as `adaskip.studies.observations.measuring` does, so that tests need no models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from adaskip.calibration import UNITS
-from adaskip.observations.saved import PROVENANCE
-from adaskip.observations.settings import MEASUREMENTS, Target
+from adaskip.calibration.measure import UNITS
+from adaskip.studies.observations.saved import PROVENANCE
+from adaskip.studies.observations.settings import MEASUREMENTS, Target
 
 TOKENS = 60
 

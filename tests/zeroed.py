@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from adaskip.blocks import find_decoder
-from adaskip.plan import SkipPlan
+from adaskip.core.blocks import find_decoder
+from adaskip.core.plan import SkipPlan
 
 
 def zeroed(model, plan: SkipPlan):

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 import torch
 from torch.utils.benchmark import Timer
 
-from adaskip.configs import load_yaml
+from adaskip.common.configs import load_yaml
 
 MEASURE_SECONDS = 1.0
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from adaskip.plan import SkipPlan
+from adaskip.core.plan import SkipPlan
 from adaskip.roofline.ceilings import Ceilings
 from adaskip.roofline.shape import ModelShape
 from adaskip.roofline.work import AttentionImplementation, head_work, sublayer_seconds

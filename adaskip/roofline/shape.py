@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
-from adaskip.blocks import STRUCTURES, Sublayers, UnsupportedModelError, decoder_layers, find_decoder
-from adaskip.plan import SublayerKind
+from adaskip.core.blocks import STRUCTURES, Sublayers, UnsupportedModelError, decoder_layers, find_decoder
+from adaskip.core.plan import SublayerKind
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from adaskip.plan import SublayerKind
+from adaskip.core.plan import SublayerKind
 from adaskip.roofline.ceilings import Ceilings
 from adaskip.roofline.shape import ModelShape, SublayerShape
 

@@ -5,38 +5,16 @@ The names are the paper's artifact's (`llama-EE-PREFILL`); what a phase runs is 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.configs import load_yaml
-from adaskip.plan import PHASES
+from adaskip.common.choices import check_choice
+from adaskip.common.configs import load_yaml
+from adaskip.core.plan import PHASES
+from adaskip.strategies.names import SHORT_NAMES
 
 MODELS = ("llama", "internlm", "vicuna")
-SHORT_NAMES = {
-    "full": "FULL",
-    "early_exit": "EE",
-    "skipdecode": "SD",
-    "unified": "US",
-    "adaskip": "ADA",
-    "calibrated": "CAL",
-    "most_skip": "MOST",
-    "least_skip": "LEAST",
-}
-PAPER_STRATEGIES = ("full", "early_exit", "skipdecode", "unified", "adaskip")
-"""The strategies of the paper's Tables 3 and 4, the full model first."""
-GRID_STRATEGIES = (*PAPER_STRATEGIES, "calibrated")
-
-
-def check_choice(what: str, given: str, allowed: Iterable[str]) -> str:
-    """`given` if it is one of `allowed`; else a ValueError that suggests the nearest and lists them all."""
-    allowed = tuple(allowed)
-    if given in allowed:
-        return given
-    close = difflib.get_close_matches(str(given).lower(), allowed, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown {what} {given!r}.{hint} Allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaskip.importance import ImportanceProfile, SublayerMeans
-from adaskip.plan import Budget, check_phase
+from adaskip.core.plan import Budget, check_phase
+from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
+from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
 from adaskip.runs.config import RunConfig
 from adaskip.runs.job import Job, Part, find_job, find_parts
 from adaskip.runs.manifest import is_done
 from adaskip.runs.profiles import Profile, searched_samples
 from adaskip.runs.sources import calibration_samples, check_weights, given_profile, num_layers
-from adaskip.selection.profile import SearchCost, Selected, SelectionProfile
 from adaskip.strategies import CalibratedSkip, Strategy, build, needs_profile
 
 UNKNOWN: dict[str, Any] = {

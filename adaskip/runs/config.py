@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.longbench import PAPER_MIN_LENGTH, TASKS, get_task, set_meant
-from adaskip.options import option
-from adaskip.paths import RUNS, TESTBED_RUNS, given_or_default
-from adaskip.plan import Budget
+from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, TASKS, get_task, set_meant
+from adaskip.common.choices import check_choice
+from adaskip.common.options import option
+from adaskip.common.paths import RUNS, TESTBED_RUNS, given_or_default
+from adaskip.core.plan import Budget
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import GRID_STRATEGIES, MODELS, PHASES, SHORT_NAMES, Setup, check_choice, load_setup
+from adaskip.runs.cells import MODELS, PHASES, Setup, load_setup
 from adaskip.strategies import CalibratedSkip
+from adaskip.strategies.names import GRID_STRATEGIES, SHORT_NAMES
 
 DTYPES = ("float32", "bfloat16", "float16")
 LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from adaskip.configs import load_yaml
-from adaskip.models import registry
+from adaskip.common.configs import load_yaml
+from adaskip.models.loading import registry
 from adaskip.roofline import Ceilings, known_ceilings
 from adaskip.runs.config import GridConfig
 from adaskip.runs.estimate import (

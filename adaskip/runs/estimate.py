@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import mean
 
-from adaskip.longbench import get_task
-from adaskip.longbench_data import HUB, MissingDataError
-from adaskip.models import architecture
-from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, check_phase
+from adaskip.benchmarks.longbench import get_task
+from adaskip.benchmarks.longbench_files import HUB, MissingDataError
+from adaskip.calibration.divergence import ANSWER_TOKENS
+from adaskip.calibration.select import most_forwards
+from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, check_phase
+from adaskip.models.loading import architecture
 from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
 from adaskip.roofline.predict import DecodePlan
 from adaskip.runs.config import GridConfig, RunConfig
@@ -23,8 +25,6 @@ from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import answer_cap, find_cell, find_cells, find_job, num_wanted, tasks_of
 from adaskip.runs.manifest import DONE, MISSING, find_state
 from adaskip.runs.sources import calibration_samples, checkpoint_of, max_prompt_tokens
-from adaskip.selection.divergence import ANSWER_TOKENS
-from adaskip.selection.select import most_forwards
 from adaskip.strategies import FULL, CalibratedSkip, build, needs_profile
 
 TOKENS_PER_WORD = 1.4

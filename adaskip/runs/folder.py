@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adaskip.files import remove_torn, write_bytes_atomic, write_text_atomic
-from adaskip.locks import exclusive
+from adaskip.common.files import remove_torn, write_bytes_atomic, write_text_atomic
+from adaskip.common.locks import exclusive
 
 MANIFEST = "manifest.json"
 JOURNAL = ("started", "finished", "resumed")

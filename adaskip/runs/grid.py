@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from adaskip.common.errors import RunError
 from adaskip.runs.checks import check
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cell, find_cells, find_job
-from adaskip.runs.runner import Progress, RunError, run
+from adaskip.runs.runner import Progress, run
 from adaskip.strategies import CalibratedSkip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from adaskip.longbench import TaskSpec, get_task
+from adaskip.benchmarks.longbench import TaskSpec, get_task
 from adaskip.runs.cells import Cell, grid
 from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
 from adaskip.runs.folder import RunFolder

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,13 +13,14 @@ from typing import Any
 
 import torch
 
-from adaskip.blocks import decoder_layers
-from adaskip.importance import ImportanceProfile
-from adaskip.models import LoadedModel, placement, registry, weights_fingerprint
-from adaskip.paths import PACKAGE, as_seen_from_root, package_checkout
+from adaskip.common.paths import as_seen_from_root
+from adaskip.common.provenance import device_name, git_commit
+from adaskip.core.blocks import decoder_layers
+from adaskip.models.loading import LoadedModel, placement, registry, weights_fingerprint
+from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.job import Job
 from adaskip.runs.sources import chat_of, fingerprint, given_profile, max_prompt_tokens, weight_files_of
-from adaskip.selection.profile import SelectionProfile
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
@@ -29,9 +28,6 @@ NEWER = (
     *("weight_files",),
 )
 """Fields that runs made before these existed do not have, and are not refused for."""
-RESULTS = ("results", "speed/results")
-"""Folders of the checkout that hold what was measured."""
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -142,41 +138,3 @@ def _profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's model name, or the machine's architecture where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _processor_name() or platform.processor() or platform.machine()
-
-
-def _processor_name() -> str | None:
-    try:
-        described = CPUINFO.read_text(encoding="utf-8")
-    except OSError:
-        return None
-    named = re.search(r"^model name\s*:[ \t]*(.*\S)", described, flags=re.MULTILINE)
-    return named and named[1]
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package lies in, with `-dirty` if its files differ; None outside a checkout.
-
-    Results do not count: a measurement that writes them is still one of the commit's code.
-    """
-    if package_checkout() is None or not (commit := _git("rev-parse", "--verify", "HEAD")):
-        return None
-    but_results = [":/", *(f":(top,exclude){folder}" for folder in RESULTS)]
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *but_results)
-    return f"{commit}-dirty" if changes else commit
-
-
-def _git(*arguments: str) -> str:
-    """What git prints about this package's checkout; nothing where there is no git or no checkout."""
-    command = ["git", *arguments]
-    try:
-        answer = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return answer.stdout.strip()

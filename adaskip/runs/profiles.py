@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from adaskip.blocks import decoder_layers
-from adaskip.calibration import calibrate
-from adaskip.files import remove_torn
-from adaskip.importance import ImportanceProfile
-from adaskip.locks import exclusive
-from adaskip.longbench import get_task
-from adaskip.models import LoadedModel, weights_fingerprint
-from adaskip.plan import Phase, check_phase
+from adaskip.benchmarks.longbench import get_task
+from adaskip.calibration.divergence import OBJECTIVE
+from adaskip.calibration.measure import calibrate
+from adaskip.calibration.select import select
+from adaskip.common.files import remove_torn
+from adaskip.common.locks import exclusive
+from adaskip.core.blocks import decoder_layers
+from adaskip.core.plan import Phase, check_phase
+from adaskip.models.loading import LoadedModel, weights_fingerprint
+from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.config import CalibrateConfig, DataConfig, RunConfig, SharedConfig
 from adaskip.runs.sources import Sample, calibration_samples, fingerprint, load, prompt_ids, unscored_samples
-from adaskip.selection.divergence import OBJECTIVE
-from adaskip.selection.profile import SelectionProfile
-from adaskip.selection.select import select
 from adaskip.strategies import CalibratedSkip
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 The folder is the only state. A batch is `batch_size` consecutive samples in the data's order, so that a run that was
 killed and continued, or split over processes, makes the same batches, and thereby the same predictions, as one that was
-not. Of several processes (`adaskip.runs.processes`) the main one holds the folder, calibrates and merges.
+not. Of several processes (`adaskip.common.processes`) the main one holds the folder, calibrates and merges.
 """
 
 from __future__ import annotations
@@ -18,29 +18,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adaskip.blocks import decoder_layers
-from adaskip.generate import Generation, generate
-from adaskip.longbench import TaskSpec
-from adaskip.models import LoadedModel
+from adaskip.benchmarks.longbench import TaskSpec
+from adaskip.common.errors import RunError
+from adaskip.common.processes import Processes, one_line
+from adaskip.core.blocks import decoder_layers
+from adaskip.core.generate import Generation, generate
+from adaskip.models.loading import LoadedModel
 from adaskip.runs.cells import Cell, run_name
 from adaskip.runs.checks import build_strategies, check
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, find_job
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
-from adaskip.runs.processes import Processes, one_line
 from adaskip.runs.profiles import Profile, profile_for
 from adaskip.runs.sources import Sample, load, prompt_ids
 from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy, needs_profile
 
-__all__ = ["Outcome", "Progress", "RunError", "check", "make_records", "run", "stop_token_ids"]
+__all__ = ["Outcome", "Progress", "check", "make_records", "run", "stop_token_ids"]
 
 Record = dict[str, Any]
-
-
-class RunError(RuntimeError):
-    """A run stopped half-way; what it has made is kept, and the same command continues it."""
 
 
 @dataclass(frozen=True)

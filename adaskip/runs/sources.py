@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from adaskip import testbed
-from adaskip.importance import ImportanceProfile
-from adaskip.longbench import (
+from adaskip.benchmarks.longbench import (
     PAPER_MIN_LENGTH,
     TaskSpec,
     as_dataset,
@@ -28,8 +27,8 @@ from adaskip.longbench import (
     load_records,
     set_meant,
 )
-from adaskip.longbench_data import HUB, LongBenchError, MissingDataError, list_sets
-from adaskip.models import (
+from adaskip.benchmarks.longbench_files import HUB, LongBenchError, MissingDataError, list_sets
+from adaskip.models.loading import (
     LoadedModel,
     architecture,
     check_checkpoint,
@@ -38,8 +37,9 @@ from adaskip.models import (
     registry,
     weight_files,
 )
+from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.config import RunConfig, SharedConfig
-from adaskip.selection.profile import SelectionProfile
 from adaskip.strategies import CalibratedSkip, needs_profile
 
 logger = logging.getLogger(__name__)

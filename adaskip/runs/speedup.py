@@ -14,21 +14,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from adaskip.blocks import decoder_layers
-from adaskip.files import write_text_atomic
-from adaskip.generate import generate
-from adaskip.models import LoadedModel
-from adaskip.plan import Budget, check_phase
-from adaskip.results.intervals import median_estimate
+from adaskip.common.files import write_text_atomic
+from adaskip.common.intervals import median_estimate
+from adaskip.common.provenance import device_name
+from adaskip.core.blocks import decoder_layers
+from adaskip.core.generate import generate
+from adaskip.core.plan import Budget, check_phase
+from adaskip.models.loading import LoadedModel
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.roofline import Ceilings, ModelShape, known_ceilings, measure_ceilings
 from adaskip.runs.cells import run_name
+from adaskip.runs.choose_by_speedup import Predictor, Request, choose, phase_seconds
 from adaskip.runs.config import RunConfig
 from adaskip.runs.job import Job, Part, batch_size_of, find_parts
-from adaskip.runs.manifest import device_name
 from adaskip.runs.profiles import profile_for
 from adaskip.runs.sources import Sample, load, prompt_ids
-from adaskip.selection.profile import SelectionProfile
-from adaskip.selection.speedup import Predictor, Request, choose, phase_seconds
 from adaskip.strategies import CalibratedSkip, Strategy
 
 PAIRS = 6

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from adaskip.blocks import find_decoder
+from adaskip.core.blocks import find_decoder
 
 
 def check_request(

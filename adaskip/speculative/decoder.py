@@ -11,7 +11,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from adaskip.patching import ModelPatches, patches_of
+from adaskip.core.patching import ModelPatches, patches_of
+from adaskip.core.strategy import Strategy
+from adaskip.core.wrappers import unwrapped
 from adaskip.speculative.checks import check_request
 from adaskip.speculative.draft_length import AdaptiveDraftLength, FixedDraftLength
 from adaskip.speculative.forwards import Forwards
@@ -20,8 +22,6 @@ from adaskip.speculative.lossless_generate import lossless_generate
 from adaskip.speculative.processors import check_stateless, for_draft
 from adaskip.speculative.rounds import Rounds
 from adaskip.speculative.statistics import DraftStatistics
-from adaskip.strategies.base import Strategy
-from adaskip.wrappers import unwrapped
 
 
 def lossless(

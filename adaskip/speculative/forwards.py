@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from adaskip.patching import ModelPatches
-from adaskip.plan import EMPTY_PLAN, SkipPlan
+from adaskip.core.patching import ModelPatches
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 
 
 class Forwards:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from adaskip.blocks import restore_attribute
+from adaskip.core.blocks import restore_attribute
 from adaskip.speculative.generate_call import TOKENIZER
 
 

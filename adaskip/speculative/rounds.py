@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from adaskip.core.strategy import Strategy
+from adaskip.core.token_ids import end_token_ids
 from adaskip.speculative.choice import Chooser, DraftedToken, Greedy, Sampling
 from adaskip.speculative.draft_length import DraftLength
 from adaskip.speculative.forwards import Forwards
 from adaskip.speculative.statistics import DraftStatistics
-from adaskip.strategies.base import Strategy
-from adaskip.token_ids import end_token_ids
 
 
 class Rounds:

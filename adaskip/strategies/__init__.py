@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from difflib import get_close_matches
 
-from adaskip.importance import ImportanceProfile
-from adaskip.plan import Budget, Phase
-from adaskip.selection.profile import SelectionProfile
+from adaskip.core.plan import Budget, Phase
+from adaskip.core.strategy import FFNSimilarity, Strategy
+from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.strategies.adaskip import AdaSkip
-from adaskip.strategies.base import FFNSimilarity, Strategy
 from adaskip.strategies.calibrated import CalibratedSkip
 from adaskip.strategies.early_exit import EarlyExit
 from adaskip.strategies.fixed import FixedPlan

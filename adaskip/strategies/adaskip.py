@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
-from adaskip.importance import ImportanceProfile
-from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
-from adaskip.strategies.base import FFNSimilarity, Strategy
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
+from adaskip.core.strategy import FFNSimilarity, Strategy
+from adaskip.profiles.importance import ImportanceProfile
 
 LEARNING_WINDOW = 20  # P, as in the paper's experiments
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from adaskip.plan import EMPTY_PLAN, SkipPlan
-from adaskip.selection.profile import SelectionProfile
-from adaskip.strategies.base import Strategy
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan
+from adaskip.core.strategy import Strategy
+from adaskip.profiles.selection import SelectionProfile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class CalibratedSkip(Strategy):
     There is no online window: its threshold is the least similarity in the set, which says nothing here, since the set
     was not chosen by similarity. So at the same budget inference costs what AdaSkip's costs, without its window.
 
-    profile: the profile of the search (`adaskip.selection.select`).
+    profile: the profile of the search (`adaskip.calibration.select`).
     """
 
     name = "calibrated"

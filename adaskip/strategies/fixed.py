@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaskip.plan import Budget, SkipPlan
-from adaskip.strategies.base import Strategy
+from adaskip.core.plan import Budget, SkipPlan
+from adaskip.core.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

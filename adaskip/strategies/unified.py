@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from adaskip.plan import SkipPlan
-from adaskip.strategies.base import Strategy
+from adaskip.core.plan import SkipPlan
+from adaskip.core.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

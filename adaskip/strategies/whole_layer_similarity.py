@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from adaskip.importance import ImportanceProfile
-from adaskip.plan import SkipPlan
-from adaskip.strategies.base import Strategy
+from adaskip.core.plan import SkipPlan
+from adaskip.core.strategy import Strategy
+from adaskip.profiles.importance import ImportanceProfile
 
 
 @dataclass(frozen=True, kw_only=True)

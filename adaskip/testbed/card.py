@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 
-from adaskip.files import write_text_atomic
+from adaskip.common.files import write_text_atomic
 from adaskip.testbed import FAMILIES, checkpoint_dir
 from adaskip.testbed.curriculum import MAX_MORE_QUESTIONS
 from adaskip.testbed.evaluate import EVALUATED, evaluate

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from adaskip.longbench import TASKS
+from adaskip.benchmarks.longbench import TASKS
 from adaskip.testbed import lexicon as lex
 from adaskip.testbed.recipe import REPEAT, Phase, Recipe
 from adaskip.testbed.tasks import SUMMARIES, Sample, draw

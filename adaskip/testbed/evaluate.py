@@ -12,9 +12,9 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from adaskip.generate import generate
-from adaskip.longbench import TASKS, build_prompt_ids
-from adaskip.metrics import score_sample
+from adaskip.benchmarks.longbench import TASKS, build_prompt_ids
+from adaskip.benchmarks.scoring import score_sample
+from adaskip.core.generate import generate
 from adaskip.testbed import FAMILIES, checkpoint_dir, records
 from adaskip.testbed.tasks import SUMMARIES
 from adaskip.testbed.tokenizer import EOS_ID, PAD_ID

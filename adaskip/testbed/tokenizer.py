@@ -8,7 +8,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaskip.longbench import TASKS
+from adaskip.benchmarks.longbench import TASKS
 from adaskip.testbed import lexicon as lex
 from adaskip.testbed.tasks import GENERATORS
 

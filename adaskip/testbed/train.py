@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from adaskip.files import write_text_atomic
-from adaskip.paths import default_path
+from adaskip.common.files import write_text_atomic
+from adaskip.common.paths import default_path
 from adaskip.testbed import FAMILIES
 from adaskip.testbed.recipe import RECIPE
 from adaskip.testbed.tokenizer import build_tokenizer

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import CompileConfig, StaticCache
 
-from adaskip.context import skipping
-from adaskip.generate import generate
-from adaskip.kv_cache import kv_bytes
+from adaskip.core.context import skipping
+from adaskip.core.generate import generate
+from adaskip.core.kv_cache import kv_bytes
 from tests.compiled_runs import ada_skip, affine_plan, early_exit, run, scaled, skip_decode, unified
 from tests.families import random_model, random_prompts
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adaskip.blocks import UnsupportedModelError, find_decoder, find_structure
-from adaskip.context import skipping
-from adaskip.plan import SkipPlan
+from adaskip.core.blocks import UnsupportedModelError, find_decoder, find_structure
+from adaskip.core.context import skipping
+from adaskip.core.plan import SkipPlan
 from adaskip.strategies import FixedPlan
 
 pytestmark = pytest.mark.slow

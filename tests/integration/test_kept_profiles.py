@@ -11,9 +11,9 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from adaskip import cli
-from adaskip.calibration import calibrate
+from adaskip.calibration.measure import calibrate
+from adaskip.calibration.select import select
 from adaskip.runs import profiles
-from adaskip.selection.select import select
 from tests.tiny_runs import cell, error_of
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.bench import lossless
+from adaskip.studies.bench import lossless
 
 SCRIPT = Path(__file__).resolve().parents[2] / "speed" / "lossless.py"
 

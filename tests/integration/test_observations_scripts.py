@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from adaskip.observations import command, measuring, skip_check
+from adaskip.studies.observations import command, measuring, skip_check
 from adaskip.testbed.families import model_config
 from adaskip.testbed.tokenizer import build_tokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaskip import cli
-from adaskip.runs.cells import GRID_STRATEGIES
+from adaskip.strategies.names import GRID_STRATEGIES
 from tests.checkpoints import write_family, write_hub_cache
 from tests.tiny_runs import NUM_SAMPLES, ROOT
 

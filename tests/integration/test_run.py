@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from adaskip import cli, testbed
-from adaskip.locks import exclusive
-from adaskip.models import load_model
+from adaskip.common.locks import exclusive
+from adaskip.models.loading import load_model
 from adaskip.runs import runner
 from adaskip.testbed.families import model_config
 from adaskip.testbed.tokenizer import build_tokenizer

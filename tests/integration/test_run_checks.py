@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from adaskip import cli, longbench
+from adaskip import cli
+from adaskip.benchmarks import longbench
 from adaskip.runs import runner, sources
 from adaskip.runs.config import RunConfig
 from tests.tiny_runs import NUM_SAMPLES, NUM_SHORT, ROOT, cell, error_of, records, write_samples

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from adaskip import cli
-from adaskip.locks import exclusive
-from adaskip.runs.cells import PAPER_STRATEGIES
+from adaskip.common.locks import exclusive
+from adaskip.strategies.names import PAPER_STRATEGIES
 from tests.tiny_runs import NUM_SAMPLES, ROOT, cell, records
 
 pytestmark = pytest.mark.slow

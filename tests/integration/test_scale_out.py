@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from adaskip import cli
-from adaskip.locks import exclusive
-from adaskip.runs import processes, runner
+from adaskip.common import processes
+from adaskip.common.locks import exclusive
+from adaskip.runs import runner
 from tests.tiny_runs import NUM_SAMPLES, ROOT, cell, records
 
 context = multiprocessing.get_context("forkserver")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaskip.calibration import calibrate
-from adaskip.generate import generate
-from adaskip.models import load_model
-from adaskip.plan import Budget
+from adaskip.calibration.measure import calibrate
+from adaskip.core.generate import generate
+from adaskip.core.plan import Budget
+from adaskip.models.loading import load_model
 from adaskip.strategies import AdaSkip
 
 ROOT = Path(__file__).resolve().parents[2]

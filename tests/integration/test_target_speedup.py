@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from adaskip import cli
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs import sources, speedup
 from adaskip.runs.speedup import PAIRS, Target
-from adaskip.selection.profile import SelectionProfile
 from tests.tiny_runs import NUM_SAMPLES, cell, error_of, records
 
 UP_TO = 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaskip.attention import PACKED, register_packed
-from adaskip.context import skipping
-from adaskip.plan import SkipPlan
+from adaskip.core.context import skipping
+from adaskip.core.packed_sdpa import PACKED, register_packed
+from adaskip.core.plan import SkipPlan
 from adaskip.strategies import FixedPlan
 from tests.compiled_runs import CountedGraphs, run
 from tests.families import random_model, random_prompts

@@ -10,25 +10,26 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from adaskip import context, patching
-from adaskip.bench import limits, measuring
-from adaskip.bench.cells import BREAKDOWN, COMPILED, COUNTS, MODES, STUDIES, Cell, Workload, cells_of, rotated
-from adaskip.bench.counts import count_work
-from adaskip.bench.generation import StaticCaches, sublayer_times, timed_generation
-from adaskip.bench.kv_check import check_kv
-from adaskip.bench.measuring import run_bench
-from adaskip.bench.results import load_result
-from adaskip.bench.settings import BenchConfig, figure_settings, figures_for
-from adaskip.bench.skip_sets import assumed_profile, assumed_ranking, decode_plans, shares
-from adaskip.bench.stopwatch import Stopwatch
-from adaskip.bench.subject import Subject, random_model
-from adaskip.bench.trials import Trials
 from adaskip.cli import main
-from adaskip.models import architecture
-from adaskip.options import resolve
-from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
+from adaskip.common.options import resolve
+from adaskip.core import context, patching
+from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
+from adaskip.models.loading import architecture
+from adaskip.profiles.assumed import assumed_profile, assumed_ranking
 from adaskip.roofline import Ceilings
 from adaskip.strategies import AdaSkip, FixedPlan, SkipDecode, build
+from adaskip.studies.bench import limits, measuring
+from adaskip.studies.bench.cells import BREAKDOWN, COMPILED, COUNTS, MODES, STUDIES, Cell, Workload, cells_of, rotated
+from adaskip.studies.bench.counts import count_work
+from adaskip.studies.bench.generation import StaticCaches, sublayer_times, timed_generation
+from adaskip.studies.bench.kv_check import check_kv
+from adaskip.studies.bench.measuring import run_bench
+from adaskip.studies.bench.results import load_result
+from adaskip.studies.bench.settings import BenchConfig, figure_settings, figures_for
+from adaskip.studies.bench.skip_sets import decode_plans, shares
+from adaskip.studies.bench.stopwatch import Stopwatch
+from adaskip.studies.bench.subject import Subject, random_model
+from adaskip.studies.bench.trials import Trials
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 4

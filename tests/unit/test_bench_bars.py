@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from adaskip.bench.bars import (
+from adaskip.common.intervals import Estimate
+from adaskip.studies.bench.bars import (
     FIGURES,
     INFORMATION,
     MET,
@@ -19,8 +20,7 @@ from adaskip.bench.bars import (
     bars_markdown,
     rows_of,
 )
-from adaskip.bench.cells import COMPILED, EAGER, MEASURING_PREFILL, PLAIN_PREFILL, WINDOWLESS, Cell, Workload
-from adaskip.results.intervals import Estimate
+from adaskip.studies.bench.cells import COMPILED, EAGER, MEASURING_PREFILL, PLAIN_PREFILL, WINDOWLESS, Cell, Workload
 from tests.saved_benchmarks import (
     GPU,
     INTERNLM,

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from adaskip.bench import subject as subject_module
-from adaskip.bench.cells import WINDOWLESS, Cell, Workload
-from adaskip.bench.settings import BenchConfig
-from adaskip.bench.subject import Subject, load_subject
-from adaskip.bench.trials import Trials
 from adaskip.cli import main
-from adaskip.fingerprint import weights_fingerprint
-from adaskip.models import load_model
+from adaskip.models.loading import load_model
+from adaskip.profiles.fingerprint import weights_fingerprint
 from adaskip.runs import profiles
 from adaskip.runs.config import RunConfig
 from adaskip.strategies import AdaSkip, CalibratedSkip
+from adaskip.studies.bench import subject as subject_module
+from adaskip.studies.bench.cells import WINDOWLESS, Cell, Workload
+from adaskip.studies.bench.settings import BenchConfig
+from adaskip.studies.bench.subject import Subject, load_subject
+from adaskip.studies.bench.trials import Trials
 from adaskip.testbed import checkpoint_dir
 from tests.profiles import profile_of, selection_of
 

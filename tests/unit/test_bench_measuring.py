@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaskip.bench import measuring
-from adaskip.bench.cells import MEASURING_PREFILL, Cell, Workload
-from adaskip.bench.generation import StaticCaches
-from adaskip.bench.measuring import run_bench
-from adaskip.bench.results import load_result
-from adaskip.bench.settings import BenchConfig
+from adaskip.studies.bench import measuring
+from adaskip.studies.bench.cells import MEASURING_PREFILL, Cell, Workload
+from adaskip.studies.bench.generation import StaticCaches
+from adaskip.studies.bench.measuring import run_bench
+from adaskip.studies.bench.results import load_result
+from adaskip.studies.bench.settings import BenchConfig
 
 DEVICE = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

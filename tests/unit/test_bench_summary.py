@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaskip.bench.cells import (
+from adaskip.studies.bench.cells import (
     BREAKDOWN,
     COMPILED,
     MEASURING_PREFILL,
@@ -14,7 +14,7 @@ from adaskip.bench.cells import (
     Cell,
     Workload,
 )
-from adaskip.bench.summary import (
+from adaskip.studies.bench.summary import (
     WINDOW_STEPS,
     Comparison,
     calibration_over_plain,

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adaskip.blocks import UnsupportedModelError, cache_slots, execution_device, find_decoder, find_structure
+from adaskip.core.blocks import UnsupportedModelError, cache_slots, execution_device, find_decoder, find_structure
 from tests.families import random_model
 
 SMALL = {"vocab_size": 61, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from adaskip.blocks import UnsupportedModelError, find_structure, probe_layers
-from adaskip.context import skipping
-from adaskip.plan import SkipPlan
+from adaskip.core.blocks import UnsupportedModelError, find_structure, probe_layers
+from adaskip.core.context import skipping
+from adaskip.core.plan import SkipPlan
 from adaskip.strategies import FixedPlan
 from tests.families import COMMON, FAMILIES, random_model, random_prompts
 
@@ -311,7 +311,7 @@ def test_one_layer_in_two_places_is_refused():
 
 
 def test_every_own_forward_comes_back_also_where_one_layer_stands_twice():
-    from adaskip.probe import replaced_forwards
+    from adaskip.core.probe import replaced_forwards
 
     layer, other = random_model("llama", 2).model.layers
     with replaced_forwards([layer, other, layer], [print, print, print]):

@@ -12,9 +12,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from adaskip.blocks import UnsupportedModelError, find_structure, probe_layers
-from adaskip.quiet import computes, quiet, without_user_hooks
-from adaskip.rope import fix_dynamic_rope
+from adaskip.core.blocks import UnsupportedModelError, find_structure, probe_layers
+from adaskip.core.quiet import computes, quiet, without_user_hooks
+from adaskip.models.rope import fix_dynamic_rope
 from tests.families import random_model, random_prompts
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaskip.calibration import calibrate, measure
-from adaskip.importance import ImportanceProfile
+from adaskip.calibration.measure import calibrate, measure
+from adaskip.profiles.importance import ImportanceProfile
 from tests.families import FAMILIES, random_model, random_prompts
 
 
@@ -157,8 +157,8 @@ def test_nothing_waits_for_the_device_while_measuring(monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("item", "cpu", "tolist", "__bool__", "__int__", "__float__"):
             patch.setattr(torch.Tensor, name, forbidden)
-        from adaskip.calibration import _RowSums
-        from adaskip.importance import cosine_and_ratio
+        from adaskip.calibration.measure import _RowSums
+        from adaskip.core.similarity import cosine_and_ratio
 
         probe = _RowSums(1)
         probe.mask = torch.ones(2, 3, dtype=torch.bool)

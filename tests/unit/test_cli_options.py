@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.ablation.compensation import CompensationConfig
-from adaskip.ablation.selection import SelectionStudyConfig
-from adaskip.ablation.settings import AblationConfig
-from adaskip.bench.lossless import LosslessConfig
-from adaskip.bench.settings import BenchConfig
-from adaskip.observations.settings import ObserveConfig
-from adaskip.options import Parser, add_options, option, resolve
-from adaskip.plan import Budget
+from adaskip.common.options import Parser, add_options, option, resolve
+from adaskip.core.plan import Budget
 from adaskip.runs.cells import load_setup
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.grid import searches_first
 from adaskip.runs.job import find_cell, find_cells
+from adaskip.studies.ablation.compensation import CompensationConfig
+from adaskip.studies.ablation.selection import SelectionStudyConfig
+from adaskip.studies.ablation.settings import AblationConfig
+from adaskip.studies.bench.lossless import LosslessConfig
+from adaskip.studies.bench.settings import BenchConfig
+from adaskip.studies.observations.settings import ObserveConfig
 from tests.tiny_runs import ROOT
 
 

@@ -10,8 +10,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from adaskip.ablation import compensation
-from adaskip.ablation.compensation import (
+from adaskip.calibration.compensation import StreamMoments, stream_moments
+from adaskip.core.plan import Affine, Sublayer
+from adaskip.runs.config import SharedConfig
+from adaskip.runs.sources import load
+from adaskip.studies.ablation import compensation
+from adaskip.studies.ablation.compensation import (
     NOT_AT_HAND,
     PHASES,
     RESULTS_FILE,
@@ -21,7 +25,7 @@ from adaskip.ablation.compensation import (
     measure_subject,
     read,
 )
-from adaskip.ablation.compensation_findings import (
+from adaskip.studies.ablation.compensation_findings import (
     AFFINE,
     CHANCE,
     HARMS,
@@ -36,10 +40,6 @@ from adaskip.ablation.compensation_findings import (
     kept,
     verdict,
 )
-from adaskip.plan import Affine, Sublayer
-from adaskip.runs.config import SharedConfig
-from adaskip.runs.sources import load
-from adaskip.selection.compensation import StreamMoments, stream_moments
 from tests.families import random_model, random_prompts
 
 TOKENS, WIDTH = 57, 6

@@ -9,11 +9,11 @@ import weakref
 import pytest
 import torch
 
-from adaskip.compiled import compiled_steps
-from adaskip.context import skipping
-from adaskip.generate import generate
-from adaskip.kv_cache import kv_bytes
-from adaskip.patching import patches_of
+from adaskip.core.compiled import compiled_steps
+from adaskip.core.context import skipping
+from adaskip.core.generate import generate
+from adaskip.core.kv_cache import kv_bytes
+from adaskip.core.patching import patches_of
 from tests.compiled_runs import (
     CountedGraphs,
     ada_skip,

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from adaskip.calibration import calibrate
-from adaskip.context import skipping
-from adaskip.plan import Budget, SkipPlan
+from adaskip.calibration.measure import calibrate
+from adaskip.core.context import skipping
+from adaskip.core.plan import Budget, SkipPlan
 from adaskip.speculative import lossless
 from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode
 from tests.families import random_model, random_prompts

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
-from adaskip.bench.generation import timed_generation
-from adaskip.calibration import calibrate
-from adaskip.decoding import OwnGenerationConfig, plain_generate
-from adaskip.generate import generate
-from adaskip.plan import SkipPlan
-from adaskip.selection.divergence import OutputDivergence
-from adaskip.selection.select import select
+from adaskip.calibration.divergence import OutputDivergence
+from adaskip.calibration.measure import calibrate
+from adaskip.calibration.select import select
+from adaskip.core.decoding import OwnGenerationConfig, plain_generate
+from adaskip.core.generate import generate
+from adaskip.core.plan import SkipPlan
 from adaskip.strategies import FixedPlan
+from adaskip.studies.bench.generation import timed_generation
 from tests.families import random_model, random_prompts
 
 SETTINGS = {

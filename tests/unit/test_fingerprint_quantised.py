@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from adaskip.calibration import calibrate
-from adaskip.fingerprint import weights_fingerprint
-from adaskip.importance import ImportanceProfile
+from adaskip.calibration.measure import calibrate
+from adaskip.profiles.fingerprint import weights_fingerprint
+from adaskip.profiles.importance import ImportanceProfile
 from tests.families import random_model, random_prompts
 
 WIDE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

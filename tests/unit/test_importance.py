@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
-from adaskip import calibration, importance
-from adaskip.importance import ImportanceProfile, ProfileError, cosine_and_ratio
-from adaskip.plan import Sublayer
+from adaskip.calibration import measure
+from adaskip.core import similarity
+from adaskip.core.plan import Sublayer
+from adaskip.core.similarity import cosine_and_ratio
+from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of
 
@@ -50,14 +52,14 @@ def test_three_norms_give_the_same_as_products(monkeypatch):
 def test_a_measuring_prefill_reads_each_tensor_of_the_residual_stream_once(monkeypatch):
     """On CUDA, whose path is taken here: 2 M + 1 for M layers, 2 M changes of sublayers and M of whole layers."""
     read = []
-    plain = importance.norm
-    monkeypatch.setattr(importance, "norm", lambda x: read.append(x) or plain(x))
+    plain = similarity.norm
+    monkeypatch.setattr(similarity, "norm", lambda x: read.append(x) or plain(x))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     model, prompts = random_model("llama"), random_prompts([9])
-    (measured,) = calibration.measure(model, prompts)
+    (measured,) = measure.measure(model, prompts)
     assert len(read) == (2 * 4 + 1) + 2 * 4 + 4
     monkeypatch.undo()
-    (expected,) = calibration.measure(model, prompts)
+    (expected,) = measure.measure(model, prompts)
     torch.testing.assert_close(measured.sums, expected.sums, rtol=1e-4, atol=1e-4)
 
 

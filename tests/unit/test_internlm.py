@@ -12,10 +12,10 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from adaskip.checkpoints import ModelError
-from adaskip.internlm import InternLMTokenizer, llama_config
-from adaskip.models import load_model
-from adaskip.rope import LENGTH, DynamicNTKRope, fix_dynamic_rope
+from adaskip.models.checkpoints import ModelError
+from adaskip.models.internlm import InternLMTokenizer, llama_config
+from adaskip.models.loading import load_model
+from adaskip.models.rope import LENGTH, DynamicNTKRope, fix_dynamic_rope
 from tests.compiled_runs import CountedGraphs, assert_same, run
 from tests.internlm_reference import (
     CONFIG,
@@ -183,7 +183,9 @@ def test_a_long_request_leaves_no_trace_in_the_next(model, weights):
     stock.load_state_dict(weights)
     before = stock(ids[None]).logits
     stock(random_ids(4 * LIMIT)[None])
-    assert not torch.equal(stock(ids[None]).logits, before), "stock transformers has mended this: adaskip.rope can go"
+    assert not torch.equal(stock(ids[None]).logits, before), (
+        "stock transformers has mended this: adaskip.models.rope can go"
+    )
 
 
 def test_interleaved_requests_do_not_disturb_each_other(model):

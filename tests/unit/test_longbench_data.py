@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adaskip import longbench_data
-from adaskip.longbench import HUB, LongBenchError, find_set, load_records
-from adaskip.longbench_data import check_sha256, list_sets
+from adaskip.benchmarks import longbench_files
+from adaskip.benchmarks.longbench import HUB, LongBenchError, find_set, load_records
+from adaskip.benchmarks.longbench_files import check_sha256, list_sets
 
 REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
 
@@ -237,11 +237,11 @@ def hub(monkeypatch):
     """A Hub whose download is the given function; no network."""
 
     def install(download):
-        longbench_data.hub_archive.cache_clear()
-        monkeypatch.setattr(longbench_data, "hf_hub_download", download)
+        longbench_files.hub_archive.cache_clear()
+        monkeypatch.setattr(longbench_files, "hf_hub_download", download)
 
     yield install
-    longbench_data.hub_archive.cache_clear()
+    longbench_files.hub_archive.cache_clear()
 
 
 def test_the_hub_is_asked_for_the_pinned_archive_and_its_hash_is_checked(tmp_path, monkeypatch, hub):
@@ -260,7 +260,7 @@ def test_the_hub_is_asked_for_the_pinned_archive_and_its_hash_is_checked(tmp_pat
         (("zai-org/LongBench", "data.zip"), {"repo_type": "dataset", "revision": revision, "local_files_only": False})
     ]
 
-    monkeypatch.setattr(longbench_data, "check_sha256", lambda path, expected: None)
+    monkeypatch.setattr(longbench_files, "check_sha256", lambda path, expected: None)
     assert list(load_records("qasper", HUB)) == [record(1)]
     assert list(load_records("qasper", HUB)) == [record(1)]
     assert len(asked) == 2, "one download per process"
@@ -293,14 +293,14 @@ def test_an_error_of_the_hubs_http_library_is_one_line(hub):
 
 
 def test_without_a_source_only_the_local_cache_is_read(tmp_path, monkeypatch):
-    longbench_data.hub_archive.cache_clear()
+    longbench_files.hub_archive.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     message = failure("qasper")
     assert "is not in the local Hub cache; give 'hub' to download it, or a local data.zip or folder" in message
 
 
 def test_the_hub_client_offline_is_one_line(tmp_path, monkeypatch):
-    longbench_data.hub_archive.cache_clear()
+    longbench_files.hub_archive.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "cannot get data.zip of zai-org/LongBench" in failure("qasper", HUB)

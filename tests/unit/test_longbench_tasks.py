@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from adaskip import configs
-from adaskip.configs import ConfigError, load_yaml
-from adaskip.longbench import EXTENDED_TASKS, TASKS, LongBenchError, TaskSpec, get_task, set_meant
-from adaskip.metrics import METRICS
+from adaskip.benchmarks.longbench import EXTENDED_TASKS, TASKS, LongBenchError, TaskSpec, get_task, set_meant
+from adaskip.benchmarks.scoring import METRICS
+from adaskip.common import configs
+from adaskip.common.configs import ConfigError, load_yaml
 
 # LongBench's config/dataset2maxlen.json
 CAPS = {

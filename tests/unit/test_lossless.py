@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from adaskip.context import skipping
-from adaskip.kv_cache import kv_bytes
-from adaskip.plan import Budget, SkipPlan, Sublayer
+from adaskip.core.context import skipping
+from adaskip.core.kv_cache import kv_bytes
+from adaskip.core.plan import Budget, SkipPlan, Sublayer
 from adaskip.speculative import lossless
 from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode, UnifiedSkipping
 from tests.families import FAMILIES, VOCAB, random_model, random_prompts

@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from adaskip.context import skipping
+from adaskip.core.context import skipping
 from adaskip.speculative import lossless
 from tests.checkpoints import write_family
 from tests.families import random_model, random_prompts

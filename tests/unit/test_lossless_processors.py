@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.generation import logits_process
 
-from adaskip.context import skipping
-from adaskip.plan import SkipPlan, Sublayer
+from adaskip.core.context import skipping
+from adaskip.core.plan import SkipPlan, Sublayer
 from adaskip.speculative import lossless
 from adaskip.speculative.choice import Sampling
 from adaskip.speculative.processors import STATELESS, for_draft

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from adaskip.plan import SkipPlan
+from adaskip.core.plan import SkipPlan
 from adaskip.speculative import lossless
 from adaskip.speculative.choice import Sampling
 from adaskip.strategies import FixedPlan

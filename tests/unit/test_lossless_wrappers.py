@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from adaskip.context import skipping
+from adaskip.core.context import skipping
 from adaskip.speculative import lossless
 from tests.families import random_model, random_prompts
 from tests.unit.test_lossless import MODELS, fixed, generated

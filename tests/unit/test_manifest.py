@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaskip.runs import manifest
-from adaskip.runs.manifest import device_name, git_commit
+from adaskip.common import provenance
+from adaskip.common.provenance import device_name, git_commit
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "--message", "all")
-    monkeypatch.setattr(manifest, "PACKAGE", tmp_path / "adaskip")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "adaskip")
     return tmp_path
 
 
@@ -63,12 +63,12 @@ def test_outside_of_a_checkout_and_without_git_there_is_no_commit(tmp_path, monk
     monkeypatch.undo()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (outside := tmp_path.parent / "outside").mkdir(exist_ok=True)
-    monkeypatch.setattr(manifest, "PACKAGE", outside)
+    monkeypatch.setattr(provenance, "PACKAGE", outside)
     assert git_commit() is None
 
 
 def test_a_wheel_installed_inside_of_somebodys_repository_has_no_commit(checkout, monkeypatch):
-    monkeypatch.setattr(manifest, "package_checkout", lambda: None)
+    monkeypatch.setattr(provenance, "package_checkout", lambda: None)
     assert git_commit() is None
 
 
@@ -76,13 +76,13 @@ def test_a_cpu_is_named_by_its_model_where_the_system_tells_it(tmp_path, monkeyp
     (told := tmp_path / "cpuinfo").write_text(
         "processor\t: 0\nmodel\t\t: 2\nmodel name\t: A Chip 9 \nmodel name\t: B\n"
     )
-    monkeypatch.setattr(manifest, "CPUINFO", told)
+    monkeypatch.setattr(provenance, "CPUINFO", told)
     assert device_name(CPU) == "A Chip 9"
 
 
 @pytest.mark.parametrize("content", [None, "processor\t: 0\nBogoMIPS\t: 50.00\n", "model name\t: \nflags\t: fpu\n"])
 def test_a_cpu_without_a_model_name_is_named_by_its_architecture(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(manifest, "CPUINFO", told := tmp_path / "cpuinfo")
+    monkeypatch.setattr(provenance, "CPUINFO", told := tmp_path / "cpuinfo")
     if content is not None:
         told.write_text(content)
     monkeypatch.setattr(platform, "processor", lambda: "")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip import pair_metrics
-from adaskip.metrics import (
+from adaskip.benchmarks import metrics
+from adaskip.benchmarks.scoring import (
     BUCKETS,
     STANDARD_ROUGE,
     BucketScore,
@@ -99,10 +99,10 @@ def test_the_mean_is_a_running_sum_not_a_compensated_one():
 def test_what_the_original_hides_is_counted(monkeypatch):
     def overflows_on_repeats(prediction, reference, all_classes=None):
         if "again again" in prediction:
-            raise pair_metrics.ScoredZero("rouge: RecursionError: maximum recursion depth exceeded")
-        return pair_metrics.rouge(prediction, reference)
+            raise metrics.ScoredZero("rouge: RecursionError: maximum recursion depth exceeded")
+        return metrics.rouge(prediction, reference)
 
-    monkeypatch.setitem(pair_metrics.METRICS, "rouge", overflows_on_repeats)
+    monkeypatch.setitem(metrics.METRICS, "rouge", overflows_on_repeats)
     records = [sample("a b", "a b"), sample("", "a b"), sample(" \n", "a b"), sample("again again", "a", "b")]
     result = score_samples("gov_report", records)
     assert result.n == 4

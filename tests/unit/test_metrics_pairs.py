@@ -9,8 +9,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from rouge import Rouge
 
-from adaskip import pair_metrics
-from adaskip.pair_metrics import METRICS, MetricError, ScoredZero
+from adaskip.benchmarks import metrics
+from adaskip.benchmarks.metrics import METRICS, MetricError, ScoredZero
 
 VOCABULARY = ["the", "a", "an", "cat", "Dog", "sat,", "on.", "mat!", "it's", ".", "..", "3"]
 words = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
@@ -35,7 +35,7 @@ words = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
     ],
 )
 def test_qa_f1_by_hand(prediction, reference, expected):
-    assert pair_metrics.qa_f1(prediction, reference) == expected
+    assert metrics.qa_f1(prediction, reference) == expected
 
 
 @given(words, words)
@@ -55,7 +55,7 @@ def test_qa_f1_equals_a_plain_transcription(prediction, reference):
     else:
         precision, recall = 1.0 * same / len(left), 1.0 * same / len(right)
         expected = (2 * precision * recall) / (precision + recall)
-    assert pair_metrics.qa_f1(prediction, reference) == expected
+    assert metrics.qa_f1(prediction, reference) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_qa_f1_equals_a_plain_transcription(prediction, reference):
 )
 def test_qa_f1_zh_by_hand(prediction, reference, expected):
     pytest.importorskip("jieba")
-    assert pair_metrics.qa_f1_zh(prediction, reference) == expected
+    assert metrics.qa_f1_zh(prediction, reference) == expected
 
 
 def test_chinese_metrics_name_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(MetricError, match="need jieba"):
-        pair_metrics.qa_f1_zh("北京", "北京")
+        metrics.qa_f1_zh("北京", "北京")
 
 
 # Rouge
@@ -85,14 +85,14 @@ def test_rouge_by_hand():
     """Hypothesis words {a, b, d}, reference words {a, b, c}, common subsequence {a, b}: P = R = 2/3."""
     precision = recall = 2 / 3
     expected = 2.0 * ((precision * recall) / (precision + recall + 1e-8))
-    assert pair_metrics.rouge("a b d", "a b c") == expected
+    assert metrics.rouge("a b d", "a b c") == expected
 
 
 def test_rouge_counts_unique_words_keeps_case_and_splits_at_full_stops():
-    assert pair_metrics.rouge("a a a a", "a") == pair_metrics.rouge("a", "a")
-    assert pair_metrics.rouge("Cat", "cat") == 0.0
+    assert metrics.rouge("a a a a", "a") == metrics.rouge("a", "a")
+    assert metrics.rouge("Cat", "cat") == 0.0
     # one sentence: only one of the two swapped words is in the common subsequence; two sentences: both are
-    assert pair_metrics.rouge("b a", "a b") < pair_metrics.rouge("b. a", "a. b")
+    assert metrics.rouge("b a", "a b") < metrics.rouge("b. a", "a. b")
 
 
 @given(words, words)
@@ -101,17 +101,17 @@ def test_rouge_equals_the_package_called_as_longbench_calls_it(prediction, refer
         expected = Rouge().get_scores([prediction], [reference], avg=True)["rouge-l"]["f"]
     except Exception:
         with pytest.raises(ScoredZero):
-            pair_metrics.rouge(prediction, reference)
+            metrics.rouge(prediction, reference)
     else:
-        assert pair_metrics.rouge(prediction, reference) == expected
+        assert metrics.rouge(prediction, reference) == expected
 
 
 @pytest.mark.parametrize("empty", ["", ".", "..."])
 def test_rouge_fails_on_an_empty_side_and_says_so(empty):
     with pytest.raises(ScoredZero, match="must contain at least 1 sentence"):
-        pair_metrics.rouge(empty, "a b")
+        metrics.rouge(empty, "a b")
     with pytest.raises(ScoredZero):
-        pair_metrics.rouge("a b", empty)
+        metrics.rouge("a b", empty)
 
 
 EVAL_PY = """
@@ -147,23 +147,23 @@ def test_a_long_repeat_overflows_exactly_where_it_does_in_longbenchs_eval():
     run = subprocess.run([sys.executable, "-c", EVAL_PY], capture_output=True, text=True, check=True)
     shortest = int(run.stdout)
     assert 900 < shortest < 1100
-    assert pair_metrics.rouge("x" + " y" * (shortest - 1), "x") > 0.0
+    assert metrics.rouge("x" + " y" * (shortest - 1), "x") > 0.0
     with pytest.raises(ScoredZero, match="RecursionError"):
-        pair_metrics.rouge("x" + " y" * shortest, "x")
+        metrics.rouge("x" + " y" * shortest, "x")
 
 
 def test_the_overflow_does_not_depend_on_how_deep_the_caller_is():
     text = "x" + " y" * 900
 
     def deep(levels):
-        return pair_metrics.rouge(text, "x") if levels == 0 else deep(levels - 1)
+        return metrics.rouge(text, "x") if levels == 0 else deep(levels - 1)
 
     assert deep(300) == deep(0) > 0
 
 
 def test_rouge_leaves_no_thread_behind():
     before = threading.active_count()
-    pair_metrics.rouge("a b", "a b")
+    metrics.rouge("a b", "a b")
     assert threading.active_count() == before
 
 
@@ -171,20 +171,20 @@ def test_rouge_zh_is_rouge_over_segmented_words():
     jieba = pytest.importorskip("jieba")
     prediction, reference = "我们讨论了明年的预算", "会议讨论了预算"
     expected = Rouge().get_scores([" ".join(jieba.cut(prediction))], [" ".join(jieba.cut(reference))], avg=True)
-    assert pair_metrics.rouge_zh(prediction, reference) == expected["rouge-l"]["f"]
+    assert metrics.rouge_zh(prediction, reference) == expected["rouge-l"]["f"]
 
 
 def test_the_standard_rouge_is_another_score():
     """Google's: lower-cased, a-z and 0-9 only, counts words. "the cat" against "The cat sat": P = 1, R = 2/3."""
-    assert pair_metrics.rouge_standard("the cat", "The cat sat.") == pytest.approx(0.8, abs=1e-12)
-    assert pair_metrics.rouge_standard("", "cat") == 0.0
-    assert pair_metrics.rouge_standard("a a a a", "a") == pytest.approx(0.4, abs=1e-12)
+    assert metrics.rouge_standard("the cat", "The cat sat.") == pytest.approx(0.8, abs=1e-12)
+    assert metrics.rouge_standard("", "cat") == 0.0
+    assert metrics.rouge_standard("a a a a", "a") == pytest.approx(0.4, abs=1e-12)
 
 
 def test_the_standard_rouge_sees_chinese_words():
     pytest.importorskip("jieba")
-    assert pair_metrics.rouge_standard_zh("讨论预算", "讨论预算") == 1.0
-    assert pair_metrics.rouge_standard("讨论预算", "讨论预算") == 0.0
+    assert metrics.rouge_standard_zh("讨论预算", "讨论预算") == 1.0
+    assert metrics.rouge_standard("讨论预算", "讨论预算") == 0.0
 
 
 # Classification
@@ -219,7 +219,7 @@ def classification_as_longbench(prediction, reference, all_classes):
     ],
 )
 def test_classification_by_hand(prediction, reference, classes, expected):
-    assert pair_metrics.classification(prediction, reference, classes) == expected
+    assert metrics.classification(prediction, reference, classes) == expected
     assert classification_as_longbench(prediction, reference, classes) == expected
 
 
@@ -231,14 +231,14 @@ def test_classification_by_hand(prediction, reference, classes, expected):
 )
 def test_classification_equals_the_mutating_walk(classes, prediction, which):
     reference = classes[which % len(classes)]
-    assert pair_metrics.classification(prediction, reference, classes) == classification_as_longbench(
+    assert metrics.classification(prediction, reference, classes) == classification_as_longbench(
         prediction, reference, classes
     )
 
 
 def test_classification_without_classes_is_refused():
     with pytest.raises(MetricError, match="needs all_classes"):
-        pair_metrics.classification("City", "City", None)
+        metrics.classification("City", "City", None)
 
 
 # Retrieval, counting
@@ -258,14 +258,14 @@ def test_classification_without_classes_is_refused():
     ],
 )
 def test_retrieval_by_hand(prediction, expected):
-    assert pair_metrics.retrieval(prediction, "Paragraph 3") == expected
-    assert pair_metrics.retrieval_zh(prediction, "段落3") == expected
-    assert pair_metrics.count(prediction, "3") == expected
+    assert metrics.retrieval(prediction, "Paragraph 3") == expected
+    assert metrics.retrieval_zh(prediction, "段落3") == expected
+    assert metrics.count(prediction, "3") == expected
 
 
 def test_retrieval_refuses_a_reference_without_a_paragraph():
     with pytest.raises(MetricError, match="names no paragraph"):
-        pair_metrics.retrieval("3", "3")
+        metrics.retrieval("3", "3")
 
 
 # Code
@@ -285,7 +285,7 @@ def test_retrieval_refuses_a_reference_without_a_paragraph():
     ],
 )
 def test_code_sim_by_hand(prediction, reference, expected):
-    assert pair_metrics.code_sim(prediction, reference) == expected
+    assert metrics.code_sim(prediction, reference) == expected
 
 
 code = st.text("abc =().\n", max_size=30)
@@ -298,7 +298,7 @@ def test_code_sim_equals_fuzzywuzzy(prediction, reference):
     fuzz = pytest.importorskip("fuzzywuzzy.fuzz", reason="fuzzywuzzy is the reference for code similarity")
     assume(fuzz.SequenceMatcher.__module__ == "difflib")  # python-Levenshtein gives other digits; LongBench has none
     line = prediction.lstrip("\n").split("\n")[0]
-    assert pair_metrics.code_sim(prediction, reference) == fuzz.ratio(line, reference) / 100
+    assert metrics.code_sim(prediction, reference) == fuzz.ratio(line, reference) / 100
 
 
 # All

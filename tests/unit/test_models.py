@@ -14,11 +14,11 @@ from huggingface_hub import constants
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adaskip import checkpoints, models
-from adaskip.blocks import UnsupportedModelError, decoder_layers
-from adaskip.longbench import TASKS, build_prompt_ids
-from adaskip.models import ModelError, architecture, load_model, prompt_limit, registry
-from adaskip.rope import DynamicNTKRope
+from adaskip.benchmarks.longbench import TASKS, build_prompt_ids
+from adaskip.core.blocks import UnsupportedModelError, decoder_layers
+from adaskip.models import checkpoints, loading
+from adaskip.models.loading import ModelError, architecture, load_model, prompt_limit, registry
+from adaskip.models.rope import DynamicNTKRope
 from tests.checkpoints import CHAT_TEMPLATE, SMALL, write_family, write_hub_cache
 
 FAMILIES = ("llama", "internlm", "vicuna")
@@ -467,7 +467,7 @@ def test_impossible_options(snapshots, options, text):
 )
 def test_placement_where_there_is_a_gpu(monkeypatch, options, dtype, device_map):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert models.placement(*options) == {"dtype": dtype, "device_map": device_map}
+    assert loading.placement(*options) == {"dtype": dtype, "device_map": device_map}
 
 
 @pytest.mark.gpu
@@ -490,7 +490,7 @@ def test_errors_in_the_registry_name_the_field(monkeypatch):
         ({"chats": "none"}, "unknown field 'chats' of odd"),
         ({"chat": "{}"}, "text with one {prompt}"),
     ):
-        monkeypatch.setattr(models, "load_yaml", lambda name, values=values: {"odd": {**entry, **values}})
+        monkeypatch.setattr(loading, "load_yaml", lambda name, values=values: {"odd": {**entry, **values}})
         registry.cache_clear()
         with pytest.raises(ModelError, match=text):
             registry()

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from adaskip.calibration import measure
-from adaskip.observations import figures, hit_rates, kinds, layers, phases, skip_findings
-from adaskip.observations.findings import Claim, Findings, Table, write_findings
-from adaskip.observations.ranks import chance_correlation, chance_hits, hits, most_similar, rank_correlation
-from adaskip.observations.saved import NotMeasuredError, load_saved
-from adaskip.observations.settings import ObserveConfig, Target
+from adaskip.calibration.measure import measure
+from adaskip.studies.observations import figures, hit_rates, kinds, layers, phases, skip_findings
+from adaskip.studies.observations.findings import Claim, Findings, Table, write_findings
+from adaskip.studies.observations.ranks import chance_correlation, chance_hits, hits, most_similar, rank_correlation
+from adaskip.studies.observations.saved import NotMeasuredError, load_saved
+from adaskip.studies.observations.settings import ObserveConfig, Target
 from tests.families import random_model, random_prompts
 from tests.saved_measurements import write_measured
 

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from adaskip.ablation.command import main
-from adaskip.ablation.comparing import Comparison
-from adaskip.ablation.findings import find
-from adaskip.ablation.saved import SampleResult, Subject, keep, load, mean_skipped
-from adaskip.ablation.settings import AblationConfig, Variant, variants
-from adaskip.stories import NOT_AT_HAND, STORIES
+from adaskip.models.stories import NOT_AT_HAND, STORIES
+from adaskip.studies.ablation.command import main
+from adaskip.studies.ablation.comparing import Comparison
+from adaskip.studies.ablation.findings import find
+from adaskip.studies.ablation.saved import SampleResult, Subject, keep, load, mean_skipped
+from adaskip.studies.ablation.settings import AblationConfig, Variant, variants
 
 NUM_SAMPLES = 12
 OFF_4, OFF_6, ONLINE, IDLE = Variant(4), Variant(6), Variant(4, 20, 0.25), Variant(4, 20)
@@ -86,7 +86,7 @@ def test_results_are_kept_whole_and_drawn_without_a_model(tmp_path, monkeypatch,
     keep(tmp_path, kept[1:])
     assert load(tmp_path) == kept
     monkeypatch.setattr(sys, "argv", ["online_ablation.py", "--draw-only", "--output-dir", str(tmp_path)])
-    monkeypatch.setattr("adaskip.ablation.command.measure", None)
+    monkeypatch.setattr("adaskip.studies.ablation.command.measure", None)
     assert main("What it does.") == 0
     assert "stories260K: the window adds FFNs" in capsys.readouterr().out
     names = {path.name for path in tmp_path.glob("online_ablation.*")}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaskip.calibration import calibrate
-from adaskip.context import skipping
-from adaskip.plan import Budget, SkipPlan
-from adaskip.request import LearningWindow
+from adaskip.calibration.measure import calibrate
+from adaskip.core.context import skipping
+from adaskip.core.plan import Budget, SkipPlan
+from adaskip.core.request import LearningWindow
+from adaskip.core.token_ids import left_padded
 from adaskip.strategies import AdaSkip
-from adaskip.token_ids import left_padded
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of
 from tests.reference import ReferenceDecoder

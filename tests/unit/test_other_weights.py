@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from adaskip import testbed
-from adaskip.bench.settings import BenchConfig
-from adaskip.bench.subject import _named_profile, _named_selections
-from adaskip.importance import ProfileError
-from adaskip.models import LoadedModel, load_model
-from adaskip.plan import PHASES
+from adaskip.core.plan import PHASES
+from adaskip.models.loading import LoadedModel, load_model
+from adaskip.profiles.importance import ProfileError
 from adaskip.runs.config import RunConfig
 from adaskip.runs.profiles import profile_for
+from adaskip.studies.bench.settings import BenchConfig
+from adaskip.studies.bench.subject import _named_profile, _named_selections
 from tests.profiles import profile_of, selection_of
 
 CELL = {"testbed": True, "model": "llama", "phase": "decode", "budget": 2}

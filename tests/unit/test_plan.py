@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip.plan import Budget, SkipPlan, Sublayer
+from adaskip.core.plan import Budget, SkipPlan, Sublayer
 
 
 def test_plan_is_frozen_and_hashable():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip.plan import Affine, SkipPlan, Sublayer
+from adaskip.core.plan import Affine, SkipPlan, Sublayer
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 AFFINE = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=4).map(

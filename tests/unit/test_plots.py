@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adaskip.plots.score_curves import plot_retention, plot_scores
-from adaskip.plots.skip_maps import ONLINE, plot_skip_map, skip_shares
-from adaskip.plots.style import LOOKS
-from adaskip.results.entries import PhaseEntries
-from adaskip.results.runs import load_run
-from adaskip.results.scoreboard import SKIPPING, load_scoreboard
-from adaskip.runs.cells import GRID_STRATEGIES, Cell
+from adaskip.runs.cells import Cell
+from adaskip.strategies.names import GRID_STRATEGIES
+from adaskip.studies.plots.score_curves import plot_retention, plot_scores
+from adaskip.studies.plots.skip_maps import ONLINE, plot_skip_map, skip_shares
+from adaskip.studies.plots.style import LOOKS
+from adaskip.studies.tables.entries import PhaseEntries
+from adaskip.studies.tables.runs import load_run
+from adaskip.studies.tables.scoreboard import SKIPPING, load_scoreboard
 from tests.saved_runs import write_run
 
 

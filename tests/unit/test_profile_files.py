@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from adaskip.adapters import active_adapters
-from adaskip.calibration import calibrate
-from adaskip.importance import ImportanceProfile, ProfileError, SublayerMeans
-from adaskip.plan import SkipPlan
-from adaskip.selection.divergence import OutputDivergence
-from adaskip.selection.profile import Selected, SelectionProfile
+from adaskip.calibration.divergence import OutputDivergence
+from adaskip.calibration.measure import calibrate
+from adaskip.core.adapters import active_adapters
+from adaskip.core.plan import SkipPlan
+from adaskip.profiles.importance import ImportanceProfile, ProfileError, SublayerMeans
+from adaskip.profiles.selection import Selected, SelectionProfile
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of, selection_of
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaskip.files import remove_torn, write_text_atomic
-from adaskip.locks import LockedError
-from adaskip.plan import Sublayer
-from adaskip.selection import progress
-from adaskip.selection.progress import Progress, held
-from adaskip.selection.select import select
+from adaskip.calibration import progress
+from adaskip.calibration.progress import Progress, held
+from adaskip.calibration.select import select
+from adaskip.common.files import remove_torn, write_text_atomic
+from adaskip.common.locks import LockedError
+from adaskip.core.plan import Sublayer
 from tests.families import random_model, random_prompts
 
 SETS = [frozenset({Sublayer("ffn", layer)}) for layer in range(4)]

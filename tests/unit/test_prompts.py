@@ -11,8 +11,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adaskip.internlm import InternLMTokenizer
-from adaskip.longbench import TASKS, LongBenchError, build_prompt_ids, load_records
+from adaskip.benchmarks.longbench import TASKS, LongBenchError, build_prompt_ids, load_records
+from adaskip.models.internlm import InternLMTokenizer
 from tests.internlm_reference import clean_up, train_tokenizer
 
 REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))

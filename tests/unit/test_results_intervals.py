@@ -8,7 +8,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from adaskip.results.intervals import RESAMPLES, mean, mean_estimate, mean_if_whole, ratio_estimate
+from adaskip.common.intervals import RESAMPLES, mean, mean_estimate, mean_if_whole, ratio_estimate
 
 
 @pytest.fixture

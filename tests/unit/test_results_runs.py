@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.results.runs import ResultsError, find_run, load_run, load_runs
 from adaskip.runs.cells import Cell
 from adaskip.runs.folder import RunFolder
+from adaskip.studies.tables.runs import ResultsError, find_run, load_run, load_runs
 from tests.saved_runs import write_run
 
 EE = Cell("llama", "prefill", "early_exit", 4)

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from adaskip import metrics
-from adaskip.results import scores
-from adaskip.results.runs import load_run
-from adaskip.results.scores import score_run
+from adaskip.benchmarks import scoring
 from adaskip.runs.cells import Cell
+from adaskip.studies.tables import scores
+from adaskip.studies.tables.runs import load_run
+from adaskip.studies.tables.scores import score_run
 from tests.saved_runs import write_run
 
 EE = Cell("llama", "prefill", "early_exit", 4)
@@ -20,7 +20,7 @@ ADA = Cell("llama", "e2e", "adaskip", 6)
 def test_scores_are_the_metrics(tmp_path):
     run = load_run(write_run(tmp_path, ADA, 0.6))
     for task, scored in score_run(run).tasks.items():
-        expected = metrics.score_samples(task, run.tasks[task].records)
+        expected = scoring.score_samples(task, run.tasks[task].records)
         assert scored.main.as_printed == expected.score
         assert tuple(scored.main.by_id.values()) == expected.per_sample
         assert scored.main.mean is not None
@@ -51,8 +51,8 @@ def test_a_longbench_e_set_is_scored_by_buckets_and_others_are_not(tmp_path):
     folder = as_extended(write_run(tmp_path, ADA, 0.6), "gov_report", lengths)
     scored = score_run(load_run(folder)).tasks
     per_sample = list(scored["gov_report"].main.by_id.values())
-    assert scored["gov_report"].buckets == metrics.score_buckets(per_sample, lengths)
-    assert scored["gov_report"].buckets["4-8k"] == metrics.BucketScore(0, None)
+    assert scored["gov_report"].buckets == scoring.score_buckets(per_sample, lengths)
+    assert scored["gov_report"].buckets["4-8k"] == scoring.BucketScore(0, None)
     assert scored["multi_news"].buckets is None
     assert score_run(load_run(folder)).tasks == scored, "read from scores.json"
     assert "NaN" not in (folder / "scores.json").read_text()
@@ -62,7 +62,7 @@ def test_a_record_without_a_length_belongs_to_no_bucket(tmp_path):
     folder = as_extended(write_run(tmp_path, EE, 0.6), "trec", [5000] * 12)
     text = (folder / "trec.jsonl").read_text().replace('"length"', '"words"')
     (folder / "trec.jsonl").write_text(text)
-    with pytest.raises(metrics.MetricError, match="a record of trec has no 'length'"):
+    with pytest.raises(scoring.MetricError, match="a record of trec has no 'length'"):
         score_run(load_run(folder))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from adaskip.report import load_tables, write_tables
-from adaskip.results.intervals import mean_of_means_estimate
-from adaskip.results.selection import matches, sentence, to_text
+from adaskip.common.intervals import mean_of_means_estimate
 from adaskip.runs.cells import Cell
+from adaskip.studies.tables.report import load_tables, write_tables
+from adaskip.studies.tables.selection import matches, sentence, to_text
 from tests.saved_runs import write_run
 
 OTHERS = {"early_exit": 0.3, "skipdecode": 0.1, "unified": 0.2, "adaskip": 0.6}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from adaskip.report import headline_of
-from adaskip.results.entries import PhaseEntries
-from adaskip.results.scoreboard import load_scoreboard
-from adaskip.results.summary import summarise
-from adaskip.results.summary_text import to_text
 from adaskip.runs.cells import Cell
+from adaskip.studies.tables.entries import PhaseEntries
+from adaskip.studies.tables.report import headline_of
+from adaskip.studies.tables.scoreboard import load_scoreboard
+from adaskip.studies.tables.summary import summarise
+from adaskip.studies.tables.summary_text import to_text
 from tests.saved_runs import write_run
 
 OTHERS = {"early_exit": 0.6, "skipdecode": 0.1, "unified": 0.3}

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
-from adaskip.blocks import UnsupportedModelError
-from adaskip.context import skipping
-from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan
+from adaskip.core.blocks import UnsupportedModelError
+from adaskip.core.context import skipping
+from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan
 from adaskip.roofline import (
     Ceilings,
     ModelShape,

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from adaskip.blocks import UnsupportedModelError
-from adaskip.plan import SkipPlan
+from adaskip.core.blocks import UnsupportedModelError
+from adaskip.core.plan import SkipPlan
 from adaskip.roofline import ModelShape, attention_work, ffn_work, head_work, kv_bytes_per_token
 from tests.families import COMMON, WINDOW, random_prompts
 

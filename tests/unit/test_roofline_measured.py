@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from adaskip.bench.cells import COMPILED, EAGER, Cell, Workload
-from adaskip.results.intervals import Estimate
-from adaskip.roofline.measured import Measured, measured_table, read_measured
+from adaskip.common.intervals import Estimate
+from adaskip.studies.bench.cells import COMPILED, EAGER, Cell, Workload
+from adaskip.studies.limits.measured import Measured, measured_table, read_measured
 from tests.saved_benchmarks import (
     GPU,
     LLAMA_8B,

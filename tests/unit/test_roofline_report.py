@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import MistralConfig
 
-from adaskip.bench.cells import Workload as BenchWorkload
-from adaskip.bench.skip_sets import ASSUMED, assumed_profile
-from adaskip.models import architecture
-from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
-from adaskip.results.paper import load_paper
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
+from adaskip.models.loading import architecture
+from adaskip.profiles.assumed import ASSUMED, assumed_profile
 from adaskip.roofline import Ceilings, ModelShape, forward_seconds, known_ceilings
-from adaskip.roofline.command import RooflineConfig, main, predict_all, write
-from adaskip.roofline.comparison import (
+from adaskip.studies.bench.cells import Workload as BenchWorkload
+from adaskip.studies.limits.command import RooflineConfig, main, predict_all, write
+from adaskip.studies.limits.comparison import (
     ATTENTION_ALONE,
     Device,
     Explained,
@@ -32,9 +31,10 @@ from adaskip.roofline.comparison import (
     published_speedups,
     ways,
 )
-from adaskip.roofline.crossover import find_crossover, seconds, speedup_of_kind
-from adaskip.roofline.launches import Launches
-from adaskip.roofline.tables import gap_table, launch_table
+from adaskip.studies.limits.crossover import find_crossover, seconds, speedup_of_kind
+from adaskip.studies.limits.launches import Launches
+from adaskip.studies.limits.tables import gap_table, launch_table
+from adaskip.studies.tables.paper import load_paper
 from tests.saved_benchmarks import GPU, LLAMA_8B, add_strategies, result_of, save
 
 L20 = known_ceilings("L20")

@@ -2,9 +2,10 @@
 
 import pytest
 
-from adaskip.plan import PHASES
-from adaskip.runs.cells import GRID_STRATEGIES, MODELS, SHORT_NAMES, Cell, grid, load_setup, parse_run_name
+from adaskip.core.plan import PHASES
+from adaskip.runs.cells import MODELS, Cell, grid, load_setup, parse_run_name
 from adaskip.strategies import NAMES
+from adaskip.strategies.names import GRID_STRATEGIES, SHORT_NAMES
 
 
 def test_every_strategy_has_a_short_name():

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from adaskip.locks import LockedError, exclusive
+from adaskip.common.locks import LockedError, exclusive
 from adaskip.runs import folder as runs_folder
 from adaskip.runs.folder import FolderError, RunFolder, check_alike
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.plan import PHASES
-from adaskip.runs.cells import MODELS, SHORT_NAMES
+from adaskip.core.plan import PHASES
+from adaskip.runs.cells import MODELS
+from adaskip.strategies.names import SHORT_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = {

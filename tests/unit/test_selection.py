@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from adaskip.calibration import calibrate
-from adaskip.generate import generate
-from adaskip.importance import ImportanceProfile, ProfileError
-from adaskip.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
-from adaskip.selection import divergence as divergence_module
-from adaskip.selection.divergence import ANSWER_TOKENS, OutputDivergence
-from adaskip.selection.profile import SelectionProfile
-from adaskip.selection.progress import Progress
-from adaskip.selection.search import SEARCH, most_measured, search
-from adaskip.selection.select import most_forwards, select, sets_of_others
+from adaskip.calibration import divergence as divergence_module
+from adaskip.calibration.divergence import ANSWER_TOKENS, OutputDivergence
+from adaskip.calibration.measure import calibrate
+from adaskip.calibration.progress import Progress
+from adaskip.calibration.search import SEARCH, most_measured, search
+from adaskip.calibration.select import most_forwards, select, sets_of_others
+from adaskip.core.generate import generate
+from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
+from adaskip.profiles.importance import ImportanceProfile, ProfileError
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.strategies import CalibratedSkip, build
 from tests.families import random_model, random_prompts
 from tests.reference import ReferenceDecoder

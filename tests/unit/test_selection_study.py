@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.ablation import selection
-from adaskip.ablation.selection import COMPARED, SelectionStudyConfig, measure, to_text
-from adaskip.stories import STORIES, VARIABLE
+from adaskip.models.stories import STORIES, VARIABLE
+from adaskip.studies.ablation import selection
+from adaskip.studies.ablation.selection import COMPARED, SelectionStudyConfig, measure, to_text
 
 REAL = Path(os.environ.get(VARIABLE, Path(__file__).resolve().parents[3] / "shared" / "real"))
 

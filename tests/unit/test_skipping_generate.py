@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from adaskip.blocks import UnsupportedModelError, find_structure
-from adaskip.calibration import calibrate
-from adaskip.context import skipping
-from adaskip.kv_cache import SkippedLayer, kv_bytes
-from adaskip.patching import LayerPatch
-from adaskip.plan import Budget, SkipPlan, Sublayer
+from adaskip.calibration.measure import calibrate
+from adaskip.core.blocks import UnsupportedModelError, find_structure
+from adaskip.core.context import skipping
+from adaskip.core.kv_cache import SkippedLayer, kv_bytes
+from adaskip.core.patching import LayerPatch
+from adaskip.core.plan import Budget, SkipPlan, Sublayer
+from adaskip.core.token_ids import left_padded
 from adaskip.strategies import EarlyExit, FixedPlan, SkipDecode
-from adaskip.token_ids import left_padded
 from tests.families import COMMON, FAMILIES, random_model, random_prompts
 from tests.reference import ReferenceDecoder
 

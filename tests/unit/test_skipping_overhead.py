@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from adaskip.blocks import find_decoder
-from adaskip.calibration import calibrate
-from adaskip.context import skipping
-from adaskip.generate import generate
-from adaskip.patching import patches_of
-from adaskip.plan import EMPTY_PLAN, Budget
+from adaskip.calibration.measure import calibrate
+from adaskip.core.blocks import find_decoder
+from adaskip.core.context import skipping
+from adaskip.core.generate import generate
+from adaskip.core.patching import patches_of
+from adaskip.core.plan import EMPTY_PLAN, Budget
 from adaskip.strategies import AdaSkip, FixedPlan
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from adaskip.context import skipping
-from adaskip.plan import SkipPlan
+from adaskip.core.context import skipping
+from adaskip.core.plan import SkipPlan
+from adaskip.core.token_ids import left_padded
 from adaskip.strategies import FixedPlan
-from adaskip.token_ids import left_padded
 from tests.families import FAMILIES, random_model, random_prompts
 from tests.wrappers import WRAPPERS
 from tests.zeroed import greedy_reference

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from adaskip.context import skipping
-from adaskip.plan import Affine, Budget, Phase, SkipPlan, Sublayer
+from adaskip.core.context import skipping
+from adaskip.core.plan import Affine, Budget, Phase, SkipPlan, Sublayer
+from adaskip.core.token_ids import left_padded
 from adaskip.strategies import FixedPlan, SkipDecode
-from adaskip.token_ids import left_padded
 from tests.families import FAMILIES, VOCAB, WIDTH, random_model, random_prompts
 from tests.reference import ReferenceDecoder
 

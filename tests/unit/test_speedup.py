@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from adaskip.plan import EMPTY_PLAN, SkipPlan
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.roofline import Ceilings, ModelShape, forward_seconds
-from adaskip.selection.speedup import Predictor, Request, UnreachableSpeedupError, choose
+from adaskip.runs.choose_by_speedup import Predictor, Request, UnreachableSpeedupError, choose
 from tests.profiles import selection_of
 
 DEVICE = Ceilings("unit", matmul_flops=1e12, bandwidth=1e11)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from adaskip.calibration import calibrate
-from adaskip.context import skipping
-from adaskip.plan import Affine, Budget, SkipPlan, Sublayer
+from adaskip.calibration.measure import calibrate
+from adaskip.core.context import skipping
+from adaskip.core.plan import Affine, Budget, SkipPlan, Sublayer
 from adaskip.strategies import AdaSkip, FixedPlan
 from tests.families import WIDTH, random_model, random_prompts
 from tests.reference import ReferenceDecoder

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip.plan import EMPTY_PLAN, PHASES, Budget, SkipPlan, Sublayer
+from adaskip.core.plan import EMPTY_PLAN, PHASES, Budget, SkipPlan, Sublayer
 from adaskip.strategies import NAMES, STRATEGIES, AdaSkip, FFNSimilarity, SkipDecode, build, needs_profile
 from tests.profiles import profile_of, selection_of
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.configs import load_yaml
-from adaskip.report import write_report
-from adaskip.results.entries import PhaseEntries, to_csv
-from adaskip.results.latex import to_latex
-from adaskip.results.markdown import to_markdown
-from adaskip.results.paper import load_paper
-from adaskip.results.scoreboard import Row, Scoreboard, load_scoreboard
+from adaskip.common.configs import load_yaml
 from adaskip.runs.cells import Cell
+from adaskip.studies.tables.entries import PhaseEntries, to_csv
+from adaskip.studies.tables.latex import to_latex
+from adaskip.studies.tables.markdown import to_markdown
+from adaskip.studies.tables.paper import load_paper
+from adaskip.studies.tables.report import write_report
+from adaskip.studies.tables.scoreboard import Row, Scoreboard, load_scoreboard
 from tests.saved_runs import write_run
 
 QUALITY = {"full": 1.0, "early_exit": 0.7, "skipdecode": 0.2, "unified": 0.4, "adaskip": 0.9}

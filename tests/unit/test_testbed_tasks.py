@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from adaskip import testbed
-from adaskip.longbench import TASKS
-from adaskip.metrics import score_sample
+from adaskip.benchmarks.longbench import TASKS
+from adaskip.benchmarks.scoring import score_sample
 from adaskip.testbed.lexicon import CLASSES, LEXICON
 from adaskip.testbed.tasks import SUMMARIES, draw, split_of
 from adaskip.testbed.tokenizer import build_tokenizer

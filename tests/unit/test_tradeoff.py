@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from adaskip.report import write_tradeoff
-from adaskip.results.intervals import geometric_mean, mean_ratio_estimate, ratio_estimate
-from adaskip.results.scoreboard import load_scoreboard
-from adaskip.results.tradeoff import NO_SPEED, UNFINISHED, find_tradeoff
-from adaskip.results.tradeoff_text import fronts, sentences
+from adaskip.common.intervals import geometric_mean, mean_ratio_estimate, ratio_estimate
 from adaskip.runs.cells import Cell
+from adaskip.studies.tables.report import write_tradeoff
+from adaskip.studies.tables.scoreboard import load_scoreboard
+from adaskip.studies.tables.tradeoff import NO_SPEED, UNFINISHED, find_tradeoff
+from adaskip.studies.tables.tradeoff_text import fronts, sentences
 from tests.saved_runs import write_run
 from tests.saved_speeds import FULL_TPOT_S, FULL_TTFT_S, write_speeds
 

@@ -1,0 +1,1 @@
+"""Measures importance profiles, and searches sets by what skipping them does to the output."""

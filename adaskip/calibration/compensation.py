@@ -1,0 +1,82 @@
+"""What stands in for a skipped sublayer besides the scale of Eq. (3), fitted in closed form on calibration prompts.
+
+All cost an element-wise operation at inference, no matrix product. The fits minimise the squared error of the
+sublayer's output `b`, given its input `a`, over all prompt tokens of the full model. Sums over tokens suffice for
+that, so nothing is kept of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adaskip.core.blocks import execution_device, find_decoder
+from adaskip.core.patching import patches_of
+from adaskip.core.plan import Affine, Sublayer
+from adaskip.core.wrappers import unwrapped
+
+
+class StreamMoments:
+    """Sums over tokens of a sublayer's input `a` and its change `b - a`, per channel, in float64 on their device."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: Tensor | None = None  # [4, D]: a, change, a * change, a * a
+
+    def add(self, a: Tensor, change: Tensor) -> None:
+        """a, change: [..., D], any floating dtype."""
+        a, change = (x.reshape(-1, x.shape[-1]).double() for x in (a, change))
+        sums = torch.stack([x.sum(dim=0) for x in (a, change, a * change, a * a)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.tokens += len(a)
+
+    def least_squares_scale(self) -> float:
+        """The factor s that minimises the sum over tokens of |b - s a|^2."""
+        _, _, product, square = self._means()
+        return 1.0 + float(product.sum() / square.sum())
+
+    def affine(self) -> Affine:
+        """Per channel the scale w and the shift c that minimise the sum of (b - w a - c)^2.
+
+        A channel that never varies keeps scale 1; its shift does the rest.
+        """
+        a, change, product, square = self._means()
+        variance, covariance = square - a * a, product - a * change
+        slope = torch.where(variance > 0, covariance / variance, 0.0)
+        return Affine(tuple((1.0 + slope).tolist()), tuple((change - slope * a).tolist()))
+
+    def shift(self, scale: float) -> Affine:
+        """Every channel's scale given, the shift alone fitted: `affine` under a ridge towards `scale` without bound."""
+        a, change, _, _ = self._means()
+        return Affine((scale,) * len(a), tuple((change - (scale - 1.0) * a).tolist()))
+
+    def _means(self) -> Tensor:
+        if self._sums is None:
+            raise ValueError("no token was seen; there is nothing to fit")
+        return self._sums.cpu() / self.tokens
+
+
+class _Probe:
+    def __init__(self) -> None:
+        self.moments: dict[Sublayer, StreamMoments] = {}
+
+    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
+        if kind not in ("attention", "ffn"):
+            return
+        assert change is not None
+        self.moments.setdefault(Sublayer(kind, layer), StreamMoments()).add(a, change)
+
+
+@torch.no_grad()
+def stream_moments(model: PreTrainedModel, prompts: Iterable[Tensor]) -> dict[Sublayer, StreamMoments]:
+    """The moments of every sublayer of the full model over the prompts' tokens. prompts: token ids, 1-D."""
+    model = unwrapped(model)
+    patches, probe = patches_of(model), _Probe()
+    with patches.install():
+        patches.set_probe(probe)
+        for prompt in prompts:
+            find_decoder(model)(input_ids=prompt[None].to(execution_device(model)), use_cache=False)
+    return probe.moments

@@ -1,0 +1,190 @@
+"""How far a skipped model's next-token distributions lie from the full model's, on calibration prompts.
+
+Each prompt is followed by the full model's own greedy answer, made as `generate.generate` makes answers, whatever the
+model's generation config says; nothing else is known to be right. What runs under the
+plan, and where it is compared, follows the phase. In prefill the prompt and the answer run, and both are compared; in
+decode the answer alone, over K/V of the prompt that the full model computed once; in e2e both run, and the answer is
+compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from adaskip.core.blocks import execution_device, find_decoder
+from adaskip.core.generate import generate
+from adaskip.core.patching import patches_of
+from adaskip.core.plan import Phase, SkipPlan
+from adaskip.core.wrappers import unwrapped
+
+OBJECTIVE = 2
+"""Number of what is measured here, from one change of it to the next: what was chosen by another is chosen anew."""
+ANSWER_TOKENS = 128
+"""At most so many tokens of a greedy answer."""
+PROMPT_POSITIONS = 64
+"""In prefill so many positions of each prompt are compared, evenly spaced."""
+RESIDENT = 4
+"""K/V of so many prompts stay where the model is, those that a search tries most; the others' wait on the CPU: of
+20 prompts of 7000 tokens they are 73 GB in a model of Vicuna-7B's shape."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A calibration prompt with its answer: what is run, where it is compared, and what the full model said there.
+
+    ids: [1, T], what runs under the plan. dense: K/V of what comes before, by the full model. positions: [N] in ids.
+    weights: [N], which add up to 1; in prefill half for the prompt's positions, half for the answer's. reference:
+    [N, V], log-probabilities of the full model.
+    """
+
+    ids: Tensor
+    dense: DynamicCache | None
+    positions: Tensor
+    weights: Tensor
+    reference: Tensor
+
+
+class OutputDivergence:
+    """Mean KL(full || skipped) in nats of the next-token distributions, prompt by prompt.
+
+    Prompts without an answer are left out in decode, where there is nothing to compare. num_forwards, num_tokens,
+    seconds: what the calls so far have cost, the full model's answers among them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Tensor],
+        phase: Phase,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+    ):
+        if not prompts:
+            raise ValueError("selection needs at least one calibration prompt")
+        self.model = model = unwrapped(model)
+        self.phase: Phase = phase
+        self.num_forwards = self.num_tokens = 0
+        self.seconds = 0.0
+        self._patches = patches_of(model)
+        with self._counting(), torch.no_grad():
+            ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
+            made = [self._passage(prompt, i < RESIDENT, **ends) for i, prompt in enumerate(prompts)]
+        self.passages = [passage for passage in made if passage is not None]
+        if not self.passages:
+            raise ValueError(
+                f"in phase decode answers are compared, and the full model ends each of the {len(prompts)} prompts "
+                "without one; give prompts that it answers"
+            )
+
+    def __len__(self) -> int:
+        """Number of prompts compared."""
+        return len(self.passages)
+
+    @torch.no_grad()
+    def __call__(self, plan: SkipPlan, which: Sequence[int] | None = None) -> list[float]:
+        """Divergence under `plan` on each prompt, or on those whose indices `which` lists."""
+        passages = self.passages if which is None else [self.passages[i] for i in which]
+        with self._counting(), self._patches.install():
+            self._patches.apply(plan)
+            divergences = [self._divergence(passage) for passage in passages]
+            return torch.stack(divergences).tolist()
+
+    def num_tokens_of(self, prompt: int) -> int:
+        """Tokens that one measurement on that prompt runs under the plan."""
+        return self.passages[prompt].ids.numel()
+
+    def _divergence(self, passage: Passage) -> Tensor:
+        log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
+        kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
+        divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow is as bad as can be
+        return divergence.clamp(min=0.0)  # as every KL divergence; the rounding of its sum may leave less
+
+    def _passage(
+        self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int
+    ) -> Passage | None:
+        (answer,) = generate(
+            self.model,
+            None,
+            [prompt],
+            max_new_tokens=ANSWER_TOKENS,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+        )
+        self.num_forwards += len(answer.token_ids) + 1
+        self.num_tokens += len(prompt) + len(answer.token_ids)
+        ids = torch.cat([prompt, torch.tensor(answer.token_ids, dtype=prompt.dtype)])[None]
+        ids = ids.to(execution_device(self.model))
+        if self.phase == "decode" and not answer.token_ids:
+            return None
+        start = len(prompt) if self.phase == "decode" else 0
+        positions, weights = _positions(len(prompt), ids.shape[1], self.phase)
+        positions = positions - start  # on the CPU: the last layer may be on another device than the first
+        dense = self._dense(ids[:, :start]) if start else None
+        reference = self._log_probs(ids[:, start:], dense, positions)
+        if dense is not None and not resident:
+            _to_cpu(dense)
+        return Passage(ids[:, start:], dense, positions, weights.to(reference.device), reference)
+
+    def _dense(self, ids: Tensor) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self._count(ids)
+        find_decoder(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    def _log_probs(self, ids: Tensor, dense: DynamicCache | None, positions: Tensor) -> Tensor:
+        """float32 [N, V]."""
+        self._count(ids)
+        model: Any = self.model
+        cache = None if dense is None else _view(dense)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=positions)
+        return output.logits[0].float().log_softmax(dim=-1)
+
+    def _count(self, ids: Tensor) -> None:
+        self.num_forwards += 1
+        self.num_tokens += ids.numel()
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _positions(prompt_length: int, length: int, phase: Phase) -> tuple[Tensor, Tensor]:
+    """Positions compared and their weights. The prompt's last position predicts the answer's first token, which in
+    decode the full model makes."""
+    answer = torch.arange(prompt_length - (phase != "decode"), length)
+    if phase != "prefill" or prompt_length < 2:
+        return answer, torch.full((len(answer),), 1.0 / len(answer))
+    prompt = torch.linspace(0, prompt_length - 2, PROMPT_POSITIONS).round().long().unique()
+    weights = [torch.full((len(part),), 0.5 / len(part)) for part in (prompt, answer)]
+    return torch.cat([prompt, answer]), torch.cat(weights)
+
+
+def _to_cpu(cache: DynamicCache) -> None:
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
+
+
+def _view(cache: DynamicCache) -> DynamicCache:
+    """A cache with the same K/V, where each layer had them first, that can grow without changing `cache`: dynamic
+    layers concatenate, never write."""
+    view = copy.copy(cache)
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.to(layer.device), layer.values.to(layer.device)
+    view.layers = layers
+    return view

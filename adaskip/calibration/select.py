@@ -1,0 +1,202 @@
+"""Chooses the sets of a model for one phase: calibration, baselines' sets, divergence and search put together."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adaskip.calibration.divergence import OBJECTIVE, OutputDivergence
+from adaskip.calibration.measure import calibrate
+from adaskip.calibration.progress import Progress, held
+from adaskip.calibration.search import Choice, Set, most_measured, search
+from adaskip.core.plan import Budget, Phase, SkipPlan, Sublayer
+from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
+from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
+
+KINDS = ("attention", "ffn")
+WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
+CANDIDATES_PER_PLACE = 3
+"""The search looks at so many times as many sublayers as the largest set has, the most similar ones."""
+
+
+def select(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    phase: Phase,
+    *,
+    up_to: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    model_name: str | None = None,
+    dataset: str = "",
+    data_ids: Iterable[str] = (),
+    importance: ImportanceProfile | None = None,
+    progress_path: Path | None = None,
+    show_progress: bool = False,
+) -> SelectionProfile:
+    """The sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
+
+    prompts: token ids, 1-D; the closer to what the model will be asked, the better. importance: AdaSkip's profile, of
+    candidates, scales and AdaSkip's own sets; if not given, it is measured on the same prompts. AdaSkip's sets are kept
+    wherever the search finds none that is better beyond chance.
+    progress_path: a file that keeps what is measured; after a stop the same call goes on there. It is left where it is,
+    for what it took to measure is lost until the profile is saved: delete it then.
+    show_progress: draw a progress bar if standard error is a terminal.
+
+    Raises:
+        LockedError: another process searches with the file at `progress_path`.
+    """
+    with held(progress_path):
+        return _select(
+            model,
+            prompts,
+            phase,
+            up_to=up_to,
+            ends=(eos_token_ids, pad_token_id),
+            described={"model_name": model_name, "dataset": dataset, "data_ids": data_ids},
+            importance=importance,
+            progress_path=progress_path,
+            show_progress=show_progress,
+        )
+
+
+def _select(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    phase: Phase,
+    *,
+    up_to: int,
+    ends: tuple[Sequence[int], int],
+    described: Mapping[str, Any],
+    importance: ImportanceProfile | None,
+    progress_path: Path | None,
+    show_progress: bool,
+) -> SelectionProfile:
+    """`select`, of whose progress file this is the one user. ends: the end tokens, and the one to pad with."""
+    eos_token_ids, pad_token_id = ends
+    began = time.perf_counter()
+    measured = calibrate(model, prompts, **described)
+    adaskip_seconds = time.perf_counter() - began
+    importance = measured if importance is None else importance
+    num_layers = importance.num_layers
+    Budget(sublayers=up_to).num_sublayers(num_layers)  # refuses what no plan can hold
+    divergence = OutputDivergence(model, prompts, phase, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
+    setup_forwards, setup_tokens, setup_seconds = divergence.num_forwards, divergence.num_tokens, divergence.seconds
+    progress = Progress(
+        lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
+        progress_path,
+        _identity(importance, prompts, phase, eos_token_ids, model.device),
+    )
+    choices = search(
+        progress,
+        importance.ranking()[: num_candidates(up_to, num_layers)],
+        num_layers=num_layers,
+        num_prompts=len(divergence),
+        up_to=up_to,
+        starts=sets_of_others(importance, up_to),
+        default=AdaSkip.name,
+        show_progress=show_progress,
+    )
+    return SelectionProfile(
+        selected={count: _selected(choice, importance) for count, choice in choices.items()},
+        phase=phase,
+        num_layers=num_layers,
+        cost=SearchCost(
+            num_forwards=len(prompts) + setup_forwards + len(progress.known),
+            num_tokens=measured.tokens + setup_tokens + sum(divergence.num_tokens_of(i) for _, i in progress.known),
+            seconds=adaskip_seconds + setup_seconds + progress.seconds,
+            adaskip_forwards=len(prompts),
+            adaskip_tokens=measured.tokens,
+            adaskip_seconds=adaskip_seconds,
+        ),
+        model=measured.model,
+        weights_fingerprint=measured.weights_fingerprint,
+        dtype=measured.dtype,
+        attn_implementation=measured.attn_implementation,
+        hidden_size=measured.hidden_size,
+        adapter=measured.adapter,
+        prompts_begin_with_bos=measured.prompts_begin_with_bos,
+        dataset=measured.dataset,
+        data_ids=measured.data_ids,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def num_candidates(up_to: int, num_layers: int) -> int:
+    """How many sublayers, the most similar ones, a search for `up_to` of a model of `num_layers` layers looks at."""
+    return min(max(CANDIDATES_PER_PLACE * up_to, num_layers), 2 * num_layers)
+
+
+def most_forwards(num_layers: int, num_prompts: int, up_to: int) -> int:
+    """How many forwards on calibration prompts a search for `up_to` sublayers takes at most."""
+    whole_layers = len(WHOLE_LAYER_STRATEGIES)
+    starts = [1 + (whole_layers if count % 2 == 0 else 0) for count in range(1, up_to + 1)]
+    return most_measured(num_candidates(up_to, num_layers), num_prompts, starts)
+
+
+def _identity(
+    importance: ImportanceProfile,
+    prompts: Sequence[Tensor],
+    phase: Phase,
+    eos_token_ids: Sequence[int],
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that the divergences of a search depend on."""
+    told = str([list(eos_token_ids), *(torch.as_tensor(prompt).tolist() for prompt in prompts)])
+    return {
+        "phase": phase,
+        "objective": OBJECTIVE,
+        "device": device.type,
+        "versions": _versions(),
+        "weights": importance.weights_fingerprint,
+        "dtype": importance.dtype,
+        "attn_implementation": importance.attn_implementation,
+        "prompts": hashlib.sha256(told.encode()).hexdigest(),
+        "scales": hashlib.sha256(str((importance.attention, importance.ffn)).encode()).hexdigest(),
+    }
+
+
+def sets_of_others(importance: ImportanceProfile, up_to: int) -> dict[str, dict[int, Set]]:
+    """What AdaSkip and the whole-layer strategies would skip, by strategy and number of sublayers.
+
+    SkipDecode's set is the full one of its last decode step.
+    """
+    num_layers = importance.num_layers
+    sets: dict[str, dict[int, Set]] = {AdaSkip.name: {}}
+    for count in range(1, up_to + 1):
+        budget = Budget(sublayers=count)
+        sets[AdaSkip.name][count] = _set(AdaSkip(num_layers=num_layers, budget=budget, profile=importance).skipped)
+        for strategy in WHOLE_LAYER_STRATEGIES:
+            if count % 2 == 0 and count // 2 <= num_layers - 2:
+                plan = strategy(num_layers=num_layers, budget=budget).skipped
+                sets.setdefault(strategy.name, {})[count] = _set(plan)
+    return sets
+
+
+def _set(plan: SkipPlan) -> Set:
+    return frozenset({Sublayer("attention", i) for i in plan.attention} | {Sublayer("ffn", i) for i in plan.ffn})
+
+
+def _plan(chosen: Set, importance: ImportanceProfile) -> SkipPlan:
+    return SkipPlan.of_sublayers({sublayer: importance.scale_of(sublayer) for sublayer in chosen})
+
+
+def _selected(choice: Choice, importance: ImportanceProfile) -> Selected:
+    scales: dict[str, dict[int, float]] = {
+        kind: {s.layer: importance.scale_of(s) for s in choice.sublayers if s.kind == kind} for kind in KINDS
+    }
+    return Selected(**scales, divergence=choice.divergence, found_by=choice.found_by)

@@ -1,0 +1,54 @@
+"""Which machine and which commit of the code made a result."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from adaskip.common.paths import PACKAGE, package_checkout
+
+RESULTS = ("results", "speed/results")
+"""Folders of the checkout that hold what was measured."""
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's model name, or the machine's architecture where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor_name() or platform.processor() or platform.machine()
+
+
+def _processor_name() -> str | None:
+    try:
+        described = CPUINFO.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    named = re.search(r"^model name\s*:[ \t]*(.*\S)", described, flags=re.MULTILINE)
+    return named and named[1]
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package lies in, with `-dirty` if its files differ; None outside a checkout.
+
+    Results do not count: a measurement that writes them is still one of the commit's code.
+    """
+    if package_checkout() is None or not (commit := _git("rev-parse", "--verify", "HEAD")):
+        return None
+    but_results = [":/", *(f":(top,exclude){folder}" for folder in RESULTS)]
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *but_results)
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    """What git prints about this package's checkout; nothing where there is no git or no checkout."""
+    command = ["git", *arguments]
+    try:
+        answer = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return answer.stdout.strip()

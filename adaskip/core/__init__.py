@@ -1,0 +1,1 @@
+"""Skipping itself: plans, the patched forward, the state of one request, generation."""

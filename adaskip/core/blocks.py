@@ -1,0 +1,265 @@
+"""How a decoder layer is built from its two sublayers, found out by structure and proved on the layer itself.
+
+Every supported layer computes `h + f(h)` twice, with f = post_norm(module(pre_norm(h))); families differ in which
+norms there are and what they are called. Names alone cannot tell a parallel residual from a sequential one, so a
+structure counts only if it reproduces the stock layer bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaskip.core.decoder import (
+    UnsupportedModelError,
+    decoder_layers,
+    execution_device,
+    find_decoder,
+    forward_attribute,
+    restore_attribute,
+)
+from adaskip.core.probe import LayerForward, LayerProbe
+from adaskip.core.quiet import quiet
+
+__all__ = [
+    "STRUCTURES",
+    "BlockStructure",
+    "Proved",
+    "Sublayers",
+    "UnsupportedModelError",
+    "cache_slots",
+    "decoder_layers",
+    "execution_device",
+    "find_decoder",
+    "find_structure",
+    "forward_attribute",
+    "probe_layers",
+    "restore_attribute",
+]
+
+OUTPUT_SCALAR = "layer_scalar"
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """Attribute names of one residual branch: h + post_norm(module(pre_norm(h)))."""
+
+    module: str
+    pre_norm: str | None
+    post_norm: str | None
+
+    def names(self) -> set[str]:
+        return {name for name in (self.module, self.pre_norm, self.post_norm) if name}
+
+    def change(self, layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any] | None) -> Tensor:
+        """f(h), [B, S, D]: what the sublayer adds to the residual stream. kwargs: an attention's further arguments."""
+        x = hidden_states if self.pre_norm is None else getattr(layer, self.pre_norm)(hidden_states)
+        module = getattr(layer, self.module)
+        x = module(x) if kwargs is None else module(hidden_states=x, **kwargs)
+        x = x[0] if isinstance(x, tuple) else x
+        x = x if self.post_norm is None else getattr(layer, self.post_norm)(x)
+        x = x if x.shape == hidden_states.shape else x.view(hidden_states.shape)  # experts give [B * S, D]
+        multiplier = getattr(layer, "residual_multiplier", None)
+        return x if multiplier is None else x * multiplier
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """A known way to put attention and FFN on the residual stream."""
+
+    name: str
+    attention: Sublayers
+    ffn: Sublayers
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether the layer has exactly these parts (dropouts aside, which do nothing in inference).
+
+        Weights of the layer itself are refused: at their first values, all ones or zeros, they may seem to do nothing.
+        """
+        parts = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
+        return parts == self.attention.names() | self.ffn.names() and not _own_weights(layer)
+
+    def forward(self, layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The whole layer, from its two sublayers."""
+        hidden_states = hidden_states + self.attention.change(layer, hidden_states, kwargs)
+        return self.finish(layer, hidden_states + self.ffn.change(layer, hidden_states, None))
+
+    @staticmethod
+    def finish(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """What the layer does after its sublayers, skipped or not: Gemma 4 scales the whole residual stream."""
+        scalar = getattr(layer, OUTPUT_SCALAR, None)
+        return hidden_states if scalar is None else hidden_states * scalar
+
+
+def _own_weights(layer: nn.Module) -> list[str]:
+    """Names of parameters and buffers that belong to no part of the layer, those known aside."""
+    own = {**layer._parameters, **layer._buffers}
+    return sorted(name for name, tensor in own.items() if tensor is not None and name != OUTPUT_SCALAR)
+
+
+STRUCTURES = (
+    BlockStructure(
+        "pre-norm",  # Llama, InternLM, Mistral, Mixtral, Qwen2, Qwen3, Phi3; with a residual multiplier: Granite
+        Sublayers("self_attn", pre_norm="input_layernorm", post_norm=None),
+        Sublayers("mlp", pre_norm="post_attention_layernorm", post_norm=None),
+    ),
+    BlockStructure(
+        "pre-norm (feed_forward)",  # Llama 4
+        Sublayers("self_attn", pre_norm="input_layernorm", post_norm=None),
+        Sublayers("feed_forward", pre_norm="post_attention_layernorm", post_norm=None),
+    ),
+    BlockStructure(
+        "sandwich-norm",  # Gemma2, Gemma3, Gemma4
+        Sublayers("self_attn", pre_norm="input_layernorm", post_norm="post_attention_layernorm"),
+        Sublayers("mlp", pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
+    ),
+    BlockStructure(
+        "sandwich-norm (GLM)",  # GLM4
+        Sublayers("self_attn", pre_norm="input_layernorm", post_norm="post_self_attn_layernorm"),
+        Sublayers("mlp", pre_norm="post_attention_layernorm", post_norm="post_mlp_layernorm"),
+    ),
+    BlockStructure(
+        "post-norm",  # OLMo2, OLMo3
+        Sublayers("self_attn", pre_norm=None, post_norm="post_attention_layernorm"),
+        Sublayers("mlp", pre_norm=None, post_norm="post_feedforward_layernorm"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Proved:
+    """What a probe has shown of a model.
+
+    stream_dtypes: of each layer, the dtype of the hidden states that go in and out. cache_slots: of each layer, the
+    layer of the KV cache that its attention fills.
+    """
+
+    structure: BlockStructure
+    stream_dtypes: tuple[torch.dtype, ...]
+    cache_slots: tuple[int, ...]
+
+
+def find_structure(model: nn.Module) -> BlockStructure:
+    """The structure that reproduces every decoder layer of `model` bit for bit; see `probe_layers`."""
+    return probe_layers(model).structure
+
+
+def probe_layers(model: nn.Module) -> Proved:
+    """Prove on random inputs how every decoder layer of `model` is built.
+
+    A structure counts if its two sublayers give what the stock layer gives, bit for bit, while no other layer is at
+    work. No hook of the user's fires, autocast is off, and the model and all random numbers are afterwards as before.
+
+    Raises UnsupportedModelError, with the reason and the class at fault, if there is no such structure, whatever
+    the model itself raises; only running out of memory comes through.
+    """
+    decoder = find_decoder(model)
+    layers = list(decoder.layers)
+    _refuse_repeated(layers)
+    structure, slots = _with_the_parts_of(layers), cache_slots(layers)
+    with quiet(model):
+        probe = LayerProbe(model, decoder, slots)
+        probe.record()
+        for index in reversed(range(len(layers))):  # a layer runs before those it may take something from
+            _prove(probe, index, layers[index], structure)
+    return Proved(structure, tuple(call.hidden_states.dtype for call in probe.calls), slots)
+
+
+def cache_slots(layers: Iterable[nn.Module]) -> tuple[int, ...]:
+    """For each layer the `layer_idx` of its attention, the place of its K/V in the cache; its position without one.
+
+    Raises UnsupportedModelError if one is no index or two layers have the same.
+    """
+    slots: dict[int, int] = {}
+    for position, layer in enumerate(layers):
+        owners = [getattr(layer, name, None) for name in sorted({s.attention.module for s in STRUCTURES})]
+        found = (getattr(owner, "layer_idx", None) for owner in (*owners, layer))
+        slot = next((index for index in found if index is not None), position)
+        name = type(layer).__name__
+        if not isinstance(slot, int) or isinstance(slot, bool) or slot < 0:
+            raise UnsupportedModelError(f"{name} at position {position} has layer_idx {slot!r}, which is no index")
+        if slot in slots:
+            raise UnsupportedModelError(
+                f"{name} at positions {slots[slot]} and {position} have the same layer_idx {slot}: "
+                "both would write the same layer of the KV cache; give each its own"
+            )
+        slots[slot] = position
+    return tuple(slots)
+
+
+def _refuse_repeated(layers: list[nn.Module]) -> None:
+    positions: dict[int, int] = {}
+    for position, layer in enumerate(layers):
+        first = positions.setdefault(id(layer), position)
+        if first != position:
+            raise UnsupportedModelError(
+                f"layers {first} and {position} are the same {type(layer).__name__} object, so one cannot be skipped "
+                "without the other; make one a copy of its own"
+            )
+
+
+def _with_the_parts_of(layers: list[nn.Module]) -> BlockStructure:
+    """The structure that has the parts of all layers; no two structures have the same."""
+    for structure in STRUCTURES:
+        if all(structure.fits(layer) for layer in layers):
+            return structure
+    odd = next((layer for layer in layers if not any(s.fits(layer) for s in STRUCTURES)), None)
+    if odd is None:
+        kinds = ", ".join(sorted({s.name for s in STRUCTURES for layer in layers if s.fits(layer)}))
+        raise UnsupportedModelError(f"the layers are blocks of several kinds ({kinds}); all must be of one")
+    parts = sorted(name for name, _ in odd.named_children()) + _own_weights(odd)
+    known = "; ".join(f"{s.name}: {sorted(s.attention.names() | s.ffn.names())}" for s in STRUCTURES)
+    raise UnsupportedModelError(f"{type(odd).__name__} has parts {parts}, which is none of the known blocks ({known})")
+
+
+def _prove(probe: LayerProbe, index: int, layer: nn.Module, structure: BlockStructure) -> None:
+    """Raise UnsupportedModelError unless `structure` alone reproduces layer `index` bit for bit."""
+
+    def ours(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return structure.forward(layer, hidden_states, kwargs)
+
+    expected, name = probe.calls[index].output, f"{type(layer).__name__} (layer {index})"
+    output, failure = _attempt(probe, index, ours)
+    if _same(output, expected):
+        return
+    stock, stock_failure = _attempt(probe, index, probe.stock(index))
+    if not _same(stock, expected):
+        how = "" if stock_failure is None else f" ({stock_failure})"
+        raise UnsupportedModelError(
+            f"{name} puts out something else when it runs alone{how}: it needs what other layers leave behind, such as "
+            "shared keys and values, or depends on chance; its sublayers cannot be skipped"
+        ) from stock_failure
+    if failure is not None:
+        raise UnsupportedModelError(
+            f"{name} has the parts of a {structure.name} block, which do not run one by one: {failure}"
+        ) from failure
+    raise UnsupportedModelError(
+        f"{name} has the parts of a {structure.name} block but computes something else "
+        f"({_difference(output, expected)}); its sublayers cannot be skipped"
+    )
+
+
+def _attempt(probe: LayerProbe, index: int, forward: LayerForward) -> tuple[Any, UnsupportedModelError | None]:
+    try:
+        return probe.alone(index, forward), None
+    except UnsupportedModelError as error:
+        return None, error
+
+
+def _same(output: Any, expected: Tensor) -> bool:
+    alike = isinstance(output, Tensor) and output.dtype == expected.dtype and output.device == expected.device
+    return alike and torch.equal(output, expected)
+
+
+def _difference(output: Any, expected: Tensor) -> str:
+    """What a layer seems to do beside its two sublayers."""
+    if isinstance(output, Tensor) and output.shape == expected.shape:
+        ours, theirs = output.double(), expected.double()
+        factor = (ours * theirs).sum() / (ours * ours).sum()
+        if torch.allclose(ours * factor, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
+            return f"its output is that of the two sublayers times {float(factor):.4g}"
+    return "a parallel residual?"

@@ -1,0 +1,157 @@
+"""Greedy generation with the clock running: TTFT, TPOT, KV bytes and the plans that were used."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from adaskip.core.blocks import execution_device
+from adaskip.core.context import skipping
+from adaskip.core.decoding import plain_generate
+from adaskip.core.kv_cache import kv_bytes
+from adaskip.core.plan import EMPTY_PLAN
+from adaskip.core.strategy import Strategy
+from adaskip.core.token_ids import end_token_ids, left_padded
+
+CacheImplementation = Literal["dynamic", "static"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample's answer and what it took.
+
+    token_ids: the new tokens without the end token. ttft_s: from the call to the first token. tpot_ms: mean time of
+    each further token, None if there was none. kv_bytes: bytes of K/V at the end, per row of the batch.
+    plan: the skipped layers in prefill and in the last decode step. online_ffns: layers whose FFN joined online.
+    Times are those of the batch the sample was generated in.
+    """
+
+    token_ids: list[int]
+    ttft_s: float
+    tpot_ms: float | None
+    kv_bytes: int
+    plan: dict[str, dict[str, list[int]]]
+    online_ffns: list[int]
+
+
+class _TokenClock(StoppingCriteria):
+    """Stops nothing; notes when the first token is there."""
+
+    def __init__(self) -> None:
+        self.first_token_s: float | None = None
+        self.none_ends = torch.empty(0, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
+        if self.first_token_s is None:
+            self.first_token_s = _now(input_ids.device)
+            self.none_ends = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self.none_ends
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    strategy: Strategy | None,
+    input_ids: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    min_new_tokens: int = 0,
+    cache_implementation: CacheImplementation = "dynamic",
+    compile: bool | CompileConfig = False,
+) -> list[Generation]:
+    """Greedy answers to a batch of prompts, one beam, no logits processors: the protocol of the paper and of LongBench.
+
+    Of the model's generation config only the end tokens count, and those only if `eos_token_ids` is empty: sampling,
+    beams, penalties, suppressed or forced tokens, assisted decoding, cache and compilation are what is said here.
+
+    strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample. eos_token_ids:
+    what ends an answer, or nothing for what the model's generation config says. compile: run the
+    decode steps compiled, which takes a static cache and makes a graph for each set of skipped sublayers when it first
+    comes up: time a second generation of the same lengths. True is transformers' default, CUDA graphs where there is
+    CUDA. Raises ValueError for a compiled generation on a cache that is not static.
+    """
+    caching = _cache_options(model, cache_implementation, compile)
+    ids, mask = left_padded(input_ids, pad_token_id, execution_device(model))
+    clock = _TokenClock()
+    ends = list(end_token_ids(model, eos_token_ids))
+    patched = nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=ends)
+    with patched as session:
+        start_s = _now(ids.device)
+        output = plain_generate(
+            model,
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            eos_token_id=ends or None,
+            pad_token_id=pad_token_id,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **caching,
+        )
+        end_s = _now(ids.device)
+        trace = None if session is None else session.last_request
+    assert clock.first_token_s is not None
+    further = output.sequences.shape[1] - ids.shape[1] - 1
+    empty = EMPTY_PLAN.to_dict()
+    plan = {"prefill": empty, "decode": empty}
+    if trace is not None:
+        plan = {"prefill": trace.prefill_plan.to_dict(), "decode": trace.decode_plan.to_dict()}
+    return [
+        Generation(
+            token_ids=_until_end(row[ids.shape[1] :].tolist(), ends),
+            ttft_s=clock.first_token_s - start_s,
+            tpot_ms=1000 * (end_s - clock.first_token_s) / further if further else None,
+            kv_bytes=kv_bytes(output.past_key_values) // len(ids),
+            plan=plan,
+            online_ffns=[] if trace is None else list(trace.online_ffns),
+        )
+        for row in output.sequences
+    ]
+
+
+def _cache_options(
+    model: PreTrainedModel, cache_implementation: CacheImplementation, compile: bool | CompileConfig
+) -> dict[str, Any]:
+    """What `model.generate` is told of its cache and of compilation."""
+    if cache_implementation not in (allowed := get_args(CacheImplementation)):
+        raise ValueError(f"unknown cache_implementation {cache_implementation!r}; allowed: {', '.join(allowed)}")
+    if compile and cache_implementation != "static":
+        raise ValueError(f"compile needs cache_implementation='static'; got {cache_implementation!r}")
+    if cache_implementation == "dynamic":
+        return {}
+    if not compile:
+        return {"cache_implementation": "static", "disable_compile": True}
+    return {
+        "cache_implementation": "static",
+        "compile_config": on_any_device(CompileConfig() if compile is True else compile),
+    }
+
+
+def on_any_device(config: CompileConfig) -> CompileConfig:
+    """The same for every device: transformers compiles on some only, unless it is told otherwise."""
+    config = copy.copy(config)
+    config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    return config
+
+
+def _until_end(token_ids: list[int], ends: list[int]) -> list[int]:
+    """The tokens before the first end token."""
+    return token_ids[: next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))]

@@ -1,0 +1,282 @@
+"""What is skipped: sublayers, budgets and the frozen plan every other module speaks of.
+
+A model of M decoder layers has 2M sublayers: M attention and M FFN. A `SkipPlan` names the sublayers that are not
+computed and the scale that stands in for each (`h <- scale * h`, Eq. 4). A `Budget` says how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
+
+from adaskip.common.files import write_text_atomic
+
+Phase = Literal["prefill", "decode", "e2e"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+SublayerKind = Literal["attention", "ffn"]
+KINDS: tuple[SublayerKind, ...] = get_args(SublayerKind)
+PLAN_FORMAT = "adaskip-skip-plan/1"
+
+
+class Sublayer(NamedTuple):
+    """One attention or FFN sublayer of a decoder layer (0-based)."""
+
+    kind: SublayerKind
+    layer: int
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Per-channel stand-in for a sublayer: h <- scale * h + shift, one entry of each per channel of the stream."""
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(_finite(x) for x in self.scale))
+        object.__setattr__(self, "shift", tuple(_finite(x) for x in self.shift))
+        if len(self.scale) != len(self.shift):
+            raise ValueError(f"scale has {len(self.scale)} channels, shift has {len(self.shift)}; they must be equal")
+
+
+Compensation = float | Affine
+
+
+def check_phase(phase: str) -> Phase:
+    """`phase` itself if it is one of the three phases, else a ValueError that lists them."""
+    if phase not in PHASES:
+        raise ValueError(f"unknown phase {phase!r}; allowed: {', '.join(PHASES)}")
+    return phase
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """The sublayers that are not computed, and their scales.
+
+    attention, ffn: 0-based layer indices. scales: the compensation of a skipped sublayer, a factor or an `Affine`;
+    1.0 where none is given (the whole-layer baselines have none). The empty plan is the full model. Raises ValueError
+    for layers that are not whole numbers from 0 on, and scales that are not finite or not of a skipped sublayer.
+    """
+
+    attention: frozenset[int] = frozenset()
+    ffn: frozenset[int] = frozenset()
+    scales: Mapping[Sublayer, Compensation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", frozenset(map(_layer, self.attention)))
+        object.__setattr__(self, "ffn", frozenset(map(_layer, self.ffn)))
+        if unknown := [key for key in self.scales if key[0] not in KINDS]:
+            raise ValueError(f"scale given for {unknown[0]!r}; kinds of sublayers are {', '.join(KINDS)}")
+        scales = {Sublayer(*key): _checked(value) for key, value in self.scales.items()}
+        object.__setattr__(self, "scales", MappingProxyType(scales))
+        if min(self.attention | self.ffn, default=0) < 0:
+            raise ValueError(f"layer indices start at 0, got {min(self.attention | self.ffn)}")
+        if stray := [sublayer for sublayer in scales if sublayer not in self]:
+            raise ValueError(f"scale given for sublayers that are not skipped: {stray}")
+
+    @classmethod
+    def of_layers(cls, layers: Iterable[int]) -> SkipPlan:
+        """Whole layers, attention and FFN alike, without scales."""
+        layers = frozenset(layers)
+        return cls(attention=layers, ffn=layers)
+
+    @classmethod
+    def of_sublayers(cls, scales: Mapping[Sublayer, Compensation]) -> SkipPlan:
+        """The sublayers that are keys of `scales`, compensated by its values."""
+        return cls(
+            attention=frozenset(s.layer for s in scales if s.kind == "attention"),
+            ffn=frozenset(s.layer for s in scales if s.kind == "ffn"),
+            scales=scales,
+        )
+
+    def __contains__(self, sublayer: Sublayer) -> bool:
+        return sublayer.layer in (self.attention if sublayer.kind == "attention" else self.ffn)
+
+    def __len__(self) -> int:
+        """Number of skipped sublayers."""
+        return len(self.attention) + len(self.ffn)
+
+    def __hash__(self) -> int:
+        return hash((self.attention, self.ffn, frozenset(self.scales.items())))
+
+    def __reduce__(self):  # a mapping proxy cannot be pickled or deep-copied by itself
+        return type(self), (self.attention, self.ffn, dict(self.scales))
+
+    def scale(self, kind: SublayerKind, layer: int) -> Compensation:
+        """The compensation of a skipped sublayer, 1.0 if the plan gives none."""
+        return self.scales.get(Sublayer(kind, layer), 1.0)
+
+    def union(self, other: SkipPlan) -> SkipPlan:
+        """Everything either plan skips; where both give a scale, this plan's."""
+        return SkipPlan(self.attention | other.attention, self.ffn | other.ffn, {**other.scales, **self.scales})
+
+    def attention_only(self) -> SkipPlan:
+        """The part of the plan that decides which layers hold K/V."""
+        return SkipPlan(self.attention, scales={s: v for s, v in self.scales.items() if s.kind == "attention"})
+
+    def check_fits(self, num_layers: int) -> None:
+        """Raise ValueError unless all layers exist and at least one attention stays live."""
+        beyond = sorted(layer for layer in self.attention | self.ffn if layer >= num_layers)
+        if beyond:
+            raise ValueError(f"plan skips layers {beyond}, but the model has layers 0..{num_layers - 1}")
+        if len(self.attention) == num_layers:
+            raise ValueError(f"plan skips the attention of all {num_layers} layers; at least one must stay live")
+
+    def to_dict(self, *, scales: bool = False) -> dict[str, Any]:
+        """The two sets as sorted lists, as they stand in a run's records; with `scales` all of it, for `from_dict`.
+
+        scales: by kind and layer a number, or for an `Affine` its scale and shift.
+        """
+        sets: dict[str, Any] = {"attention": sorted(self.attention), "ffn": sorted(self.ffn)}
+        if not scales:
+            return sets
+        given = sorted(self.scales.items(), key=lambda item: item[0])
+        by_kind = {kind: {str(s.layer): _as_json(value) for s, value in given if s.kind == kind} for kind in KINDS}
+        return {**sets, "scales": by_kind}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> SkipPlan:
+        """The plan that `to_dict(scales=True)` was made of, exactly.
+
+        Raises ValueError for anything else; a run's records leave the scales out and cannot be read back.
+        """
+        if not isinstance(record, Mapping) or set(record) != {*KINDS, "scales"}:
+            found = list(record) if isinstance(record, Mapping) else record
+            raise ValueError(
+                f"a plan has fields attention, ffn and scales, as to_dict(scales=True) makes; got {found!r}"
+            )
+        for kind in KINDS:
+            if not isinstance(record[kind], list):
+                raise ValueError(f"{kind} of a plan must be a list of layers; got {record[kind]!r}")
+        by_kind = _objects("scales of a plan", record["scales"], KINDS)
+        scales = {
+            Sublayer(kind, _layer(layer, of_text=True)): _from_json(value)
+            for kind in KINDS
+            for layer, value in _objects(f"scales of {kind}", by_kind[kind]).items()
+        }
+        return cls(record["attention"], record["ffn"], scales)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan with its scales as JSON, whole or not at all; `load` gives back an equal plan."""
+        record = {"format": PLAN_FORMAT, **self.to_dict(scales=True)}
+        return write_text_atomic(path, json.dumps(record, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SkipPlan:
+        """Read a saved plan. Raises FileNotFoundError if there is no file, ValueError if it is not a whole plan."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
+        if found != PLAN_FORMAT:
+            raise ValueError(f"{path} is not a skip plan: format is {found!r}, expected {PLAN_FORMAT!r}")
+        try:
+            return cls.from_dict(record)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a whole skip plan: {error}") from error
+
+
+def _layer(layer: Any, *, of_text: bool = False) -> int:
+    """A layer's index as an int; keys of JSON objects are texts."""
+    if of_text and isinstance(layer, str) and layer.isascii() and layer.isdigit() and str(int(layer)) == layer:
+        return int(layer)
+    if isinstance(layer, (bool, str)) or not hasattr(layer, "__index__"):
+        raise ValueError(f"a layer's index must be a whole number; got {layer!r}")
+    return operator.index(layer)
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
+        raise ValueError(f"a scale or shift must be a finite number; got {value!r}")
+    return float(value)
+
+
+def _checked(scale: Compensation) -> Compensation:
+    return scale if isinstance(scale, Affine) else _finite(scale)
+
+
+def _as_json(scale: Compensation) -> Any:
+    return {"scale": list(scale.scale), "shift": list(scale.shift)} if isinstance(scale, Affine) else scale
+
+
+def _from_json(value: Any) -> Compensation:
+    if not isinstance(value, dict):
+        return _finite(value)
+    parts = _objects("an affine stand-in", value, ("scale", "shift"))
+    if not all(isinstance(part, list) for part in parts.values()):
+        raise ValueError(f"scale and shift of an affine stand-in must be lists of numbers; got {parts!r}"[:200])
+    return Affine(**{name: tuple(part) for name, part in parts.items()})
+
+
+def _objects(what: str, value: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """`value` if it is a JSON object, of exactly these names if they are given; else a ValueError."""
+    if not isinstance(value, dict) or (names is not None and set(value) != set(names)):
+        of = "" if names is None else f" of {' and '.join(names)}"
+        raise ValueError(f"{what} must be an object{of}; got {value!r}"[:200])
+    return value
+
+
+EMPTY_PLAN = SkipPlan()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is skipped, in exactly one unit.
+
+    sublayers: number of sublayers. layers: whole layers (one layer = 2 sublayers). alpha: the paper's acceleration
+    ratio, of which follow m = M - M / alpha layers (rounded to the nearest unit the strategy can skip).
+    """
+
+    sublayers: int | None = None
+    layers: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of sublayers, layers, alpha; got {given or 'none'}")
+        (unit, value) = next(iter(given.items()))
+        if unit != "alpha" and (isinstance(value, bool) or int(value) != value or value < 0):
+            raise ValueError(f"budget must be a whole number of {unit}, at least 0; got {value}")
+        if unit == "alpha" and not 1.0 <= value < float("inf"):
+            raise ValueError(f"acceleration ratio alpha must be at least 1.0 and finite; got {value}")
+
+    def num_sublayers(self, num_layers: int) -> int:
+        """Number of sublayers of a model of `num_layers` layers; at most 2 * num_layers - 1 (one attention stays)."""
+        if self.alpha is not None:
+            count = round(2 * (num_layers - num_layers / self.alpha))
+        else:
+            count = int(self.sublayers) if self.sublayers is not None else 2 * int(self.layers or 0)
+        most = 2 * num_layers - 1
+        if count > most:
+            raise ValueError(
+                f"budget of {count} sublayers ({self}) is too large; allowed for {num_layers} layers: 0..{most}"
+            )
+        return count
+
+    def num_whole_layers(self, num_layers: int, most: int) -> int:
+        """Number of whole layers; ValueError if that is not whole or more than `most`."""
+        if self.alpha is not None:
+            count = round(num_layers - num_layers / self.alpha)
+        elif self.layers is not None:
+            count = int(self.layers)
+        elif int(self.sublayers or 0) % 2:
+            raise ValueError(f"a whole-layer strategy needs an even number of sublayers; got {self.sublayers}")
+        else:
+            count = int(self.sublayers or 0) // 2
+        if count > most:
+            raise ValueError(
+                f"budget of {count} layers = {2 * count} sublayers ({self}) is too large; "
+                f"allowed for {num_layers} layers: 0..{most} layers = 0..{2 * most} sublayers"
+            )
+        return count
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in vars(self).items() if value is not None)

@@ -1,0 +1,411 @@
+"""One `skipping` context at work: which plan each forward of the model runs under.
+
+A plan is chosen before masks and positions are built: in `prepare_inputs_for_generation` when `generate` runs, in the
+decoder's own forward when the (uncompiled) model is called directly. All that a forward needs is one `Step`; it belongs
+to the thread that runs it, and forwards take turns.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from adaskip.core.blocks import find_decoder
+from adaskip.core.calls import GenerateCalls
+from adaskip.core.compiled import StepKind, compiled_steps
+from adaskip.core.kv_cache import restore_emptied, skipped_layers
+from adaskip.core.patching import NOTHING, ModelPatches, StaysInPlace
+from adaskip.core.plan import SkipPlan
+from adaskip.core.request import LearningWindow, Request, RequestTrace
+from adaskip.core.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_WITHOUT_ANSWER = 8
+"""After so many prompts without a decoded token, phase decode warns that it has skipped nothing."""
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward of one request. window: what measures FFNs in it. tokens: weakly, the ids or embeddings it is for."""
+
+    kind: StepKind
+    request: Request
+    cache: Cache | None
+    plan: SkipPlan
+    window: LearningWindow | None
+    tokens: Callable[[], Tensor | None] = lambda: None
+
+    def is_for(self, tokens: Tensor) -> bool:
+        """Whether `tokens`, which reach the decoder, are those that `generate` prepared the step for."""
+        prepared = self.tokens()
+        if prepared is None:
+            return False
+        moved = prepared.device != tokens.device and prepared.shape == tokens.shape  # by a device hook
+        embedded = tokens.dim() == 3 and prepared.dim() == 2 and prepared.shape == tokens.shape[:2]  # by a wrapper
+        return prepared is tokens or moved or embedded
+
+
+class _Here(threading.local):
+    """What belongs to the calling thread."""
+
+    prepared: Step | None = None
+    """The step that `generate` is about to run."""
+    kind: StepKind | None = None
+    """What direct calls are declared to be."""
+    compiled: bool = False
+    """Whether a compiled call of `generate`, which has its turn already, is about to enter the decoder."""
+
+
+class SkippingSession(StaysInPlace):
+    """One `skipping` context: it follows the requests that run through the model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        strategy: Strategy,
+        patches: ModelPatches,
+        eos_token_ids: tuple[int, ...],
+        max_step_graphs: int,
+    ):
+        self.model, self.strategy, self.patches, self.eos_token_ids = model, strategy, patches, eos_token_ids
+        self.max_step_graphs = max_step_graphs
+        self.decoder = find_decoder(model)
+        self.calls = GenerateCalls(model, patches)
+        self._requests: WeakKeyDictionary[Cache, Request] = WeakKeyDictionary()
+        self._last: Request | None = None
+        self._here = _Here()
+        self._turn = threading.RLock()
+        self._running: Step | None = None
+        self._stock_forward: Any = self.decoder.forward
+        self._signature = inspect.signature(self._stock_forward)
+        self._num_forwards = self._num_prompts = self._num_decode_steps = 0
+
+    @property
+    def last_request(self) -> RequestTrace:
+        """What happened in the request of the latest step, of whichever thread. Raises ValueError before the first."""
+        if self._last is None:
+            raise ValueError("no request has run in this context yet")
+        return self._last.trace
+
+    def trace(self, cache: Cache) -> RequestTrace:
+        """What happened in the request whose KV cache this is. Raises ValueError for a cache of no request here."""
+        if cache not in self._requests:
+            raise ValueError("this KV cache belongs to no request of this context")
+        return self._requests[cache].trace
+
+    def prefilling(self):
+        """Direct calls of this thread inside are chunks of a prompt, also one-token chunks on a filled cache."""
+        return self._declared("prefill")
+
+    def decoding(self):
+        """Direct calls of this thread inside are decode steps, also of several tokens (a verification) at once."""
+        return self._declared("decode")
+
+    @contextmanager
+    def _declared(self, kind: StepKind) -> Iterator[None]:
+        before, self._here.kind = self._here.kind, kind
+        try:
+            yield
+        finally:
+            self._here.kind = before
+
+    def overrides(self) -> dict[str, Any]:
+        """What takes the place of methods of the model while the context lasts."""
+        stock_generate: Any = self.model.generate
+        own = {
+            "generate": self.calls.counted(stock_generate, self._check_call),
+            "prepare_inputs_for_generation": self._wrapped_prepare(),
+            "get_compiled_call": self.get_compiled_call,
+        }
+        refused = {name: self._refused(name) for name in CONTINUOUS_BATCHING if hasattr(self.model, name)}
+        return {**own, **refused, CANDIDATES: self._checked_candidates()}
+
+    def end(self) -> None:
+        """The context ends: wait for the forward that runs, then refuse every further one."""
+        with self._turn:
+            self.calls.end()
+        if self._num_prompts and not self._num_decode_steps:
+            self._warn_of_prompts_only()
+
+    def _check_call(self) -> Callable[[], None]:
+        """Before a `generate`; returns what checks after it that the plan was in force."""
+        self._here.prepared = None
+        before = self._num_forwards
+
+        def check() -> None:
+            if self._num_forwards == before:
+                raise ValueError(
+                    f"{type(self.model).__name__} generated without the forward of its {type(self.decoder).__name__}: "
+                    "nothing was skipped, the answer is the full model's"
+                )
+
+        return check
+
+    def _refused(self, name: str) -> Callable[..., Any]:
+        def refuse(*args, **kwargs):
+            raise ValueError(
+                f"{name} (continuous batching, cache_implementation='paged') is not supported inside skipping(...): "
+                "its paged cache holds many requests at once, a plan belongs to one; use generate"
+            )
+
+        return refuse
+
+    def _checked_candidates(self) -> Callable[..., Any]:
+        stock = getattr(self.model, CANDIDATES)
+
+        @functools.wraps(stock)
+        def candidates(*args, **kwargs):
+            if getattr(kwargs.get("generation_config"), "assistant_early_exit", None) is not None:
+                raise ValueError(
+                    "assistant_early_exit drafts with this very model and is not supported inside skipping(...); "
+                    "lossless(model, EarlyExit(...)) drafts so"
+                )
+            if not self.strategy.one_plan:
+                raise ValueError(
+                    "assisted decoding reads prompt and drafted tokens in one forward, which takes one plan for all "
+                    f"of them; {self.strategy.name} in phase {self.strategy.phase!r} changes its plan on the way "
+                    "(allowed: phase prefill, or a fixed set without a learning window in phase e2e)"
+                )
+            return stock(*args, **kwargs)
+
+        return candidates
+
+    def _wrapped_prepare(self) -> Callable[..., Any]:
+        """The model's own `prepare_inputs_for_generation`, preceded by the choice of the step's plan."""
+        stock: Any = self.model.prepare_inputs_for_generation
+
+        @functools.wraps(stock)
+        def prepare_inputs_for_generation(input_ids, *args, **kwargs):  # generate passes all the rest by keyword
+            self._check_open()
+            cache = kwargs.get("past_key_values")
+            if cache is None and self.strategy.phase != "prefill":
+                raise ValueError(f"phase {self.strategy.phase!r} needs the KV cache; call generate with use_cache=True")
+            first = kwargs.get("is_first_iteration", False)
+            reads = first or kwargs.get("next_sequence_length") is None
+            step = self._begin("prefill" if reads else "decode", cache, began_here=first or self.calls.here)
+            model_inputs = stock(input_ids, *args, **kwargs)
+            ids = model_inputs.get("input_ids")
+            step.tokens = ref(model_inputs["inputs_embeds"] if ids is None else ids)
+            self._here.prepared = step
+            return model_inputs
+
+        return prepare_inputs_for_generation
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What `generate` runs its compiled steps by, in the place of the model's own method of that name."""
+        steps = compiled_steps(self.patches, compile_config)
+
+        def compiled_call(**inputs):
+            step = self._here.prepared
+            if step is None or inputs.get("past_key_values") is not step.cache:
+                return self.model(**inputs)  # the model dropped its cache: this forward is no step of the graph's kind
+            self._here.prepared = None
+
+            def run():
+                self._here.compiled = True
+                try:
+                    return steps.run(self.patches, step.kind, self.model, inputs, self.max_step_graphs)
+                finally:
+                    self._here.compiled = False
+
+            return self._run(step, inputs.get("input_ids"), run)
+
+        return compiled_call
+
+    def forward(self, *args, **kwargs) -> Any:
+        """The decoder's forward under the plan of its step. Arguments and result are those of the stock forward."""
+        if torch.compiler.is_compiling():
+            if not self.patches.in_compiled_step:
+                _refuse_compiled_call()
+            return self._stock_forward(*args, **kwargs)
+        if self._here.compiled:  # a graph of single layers: the step has its turn already
+            self._here.compiled = False
+            return self._stock_forward(*args, **kwargs)
+        prepared, self._here.prepared = self._here.prepared, None
+        if prepared is not None and prepared.cache is not None and kwargs.get("past_key_values") is prepared.cache:
+            ids = kwargs.get("input_ids")
+            if ids is not None and ids is prepared.tokens():  # the usual step
+                return self._run(prepared, ids, functools.partial(self._stock_forward, *args, **kwargs))
+        return self._direct(prepared, args, kwargs)
+
+    def _direct(self, prepared: Step | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A forward whose plan is chosen by what reaches the decoder."""
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        options = {**bound, **bound.get("kwargs", {})}
+        ids, embeds = options.get("input_ids"), options.get("inputs_embeds")
+        tokens = embeds if ids is None else ids
+        if tokens is None:
+            return self._stock_forward(*args, **kwargs)  # which says what is missing
+        given = cache = options.get("past_key_values")
+        if given is not None:
+            _check_cache(given)
+        if cache is None and self._uses_cache(options):
+            cache = DynamicCache(config=self.decoder.config)  # what the decoder would make itself, but too late for us
+        if prepared is not None and prepared.is_for(tokens):
+            step = prepared if given is prepared.cache else self._read_again(prepared, cache, tokens.shape[1])
+            if given is None and cache is not None:
+                self._requests[cache] = step.request
+        else:
+            step = self._begin(self._kind_of_direct_call(cache, tokens.shape[1]), cache)
+        if cache is not given:
+            positional = list(self._signature.parameters)[: len(args)]
+            args, kwargs = (), {**dict(zip(positional, args, strict=True)), **kwargs, "past_key_values": cache}
+        return self._run(step, ids, functools.partial(self._stock_forward, *args, **kwargs))
+
+    def _uses_cache(self, options: dict[str, Any]) -> bool:
+        asked = options.get("use_cache")
+        return bool(getattr(self.decoder.config, "use_cache", False) if asked is None else asked)
+
+    def _kind_of_direct_call(self, cache: Cache | None, num_tokens: int) -> StepKind:
+        """A single token on a filled cache is a decode step, everything else a prompt or a chunk of one."""
+        if self._here.kind is not None:
+            return self._here.kind
+        if cache is None or num_tokens > 1:
+            return "prefill"
+        # Asking a static cache on CUDA for its length would wait for the device: there a known cache counts as filled.
+        known = self._requests.get(cache)
+        if known is not None and known.num_forwards and _length_is_on_cuda(cache):
+            return "decode"
+        return "decode" if int(cache.get_seq_length()) > 0 else "prefill"
+
+    def _run(self, step: Step, ids: Tensor | None, forward: Callable[[], Any]) -> Any:
+        """Run `forward` under the plan of `step`, in turn, and measure what its window asks for."""
+        with self._turn:
+            self._check_open()
+            if self._running is not None:
+                raise ValueError("the model was called from inside its own forward, which skipping(...) cannot follow")
+            ffns = NOTHING if step.window is None else step.window.ffns
+            turn, self._running, self._last = self.patches.turn, step, step.request
+            turn.thread = threading.get_ident()
+            try:
+                self.patches.apply(step.plan, ffns)
+                output = forward()
+                self._count(step)
+                if step.window is not None:
+                    step.window.add(self.patches.take_ffn_io(), ids)
+                return output
+            except BaseException:
+                if ffns:
+                    self.patches.take_ffn_io()  # a step that failed half-way does not count
+                raise
+            finally:
+                self._running = turn.thread = None
+
+    def _count(self, step: Step) -> None:
+        self._num_forwards += 1
+        step.request.num_forwards += 1
+        self._num_decode_steps += step.kind == "decode"
+        self._num_prompts += step.request.num_forwards == 1
+        if self._num_prompts == PROMPTS_WITHOUT_ANSWER and not self._num_decode_steps:
+            self._warn_of_prompts_only()
+
+    def _warn_of_prompts_only(self) -> None:
+        if self.strategy.phase == "decode" and len(self.strategy.skipped):
+            self._num_decode_steps = 1  # said once
+            logger.warning(
+                "phase decode skips nothing while a prompt is read, and no token was decoded after the %d prompts so "
+                "far: scores of prompts (log-likelihoods) are the full model's; use phase prefill or e2e for them",
+                self._num_prompts,
+            )
+
+    def _begin(self, kind: StepKind, cache: Cache | None, *, began_here: bool = True) -> Step:
+        """Choose the plan of the coming forward, and let go of K/V that it no longer needs.
+
+        began_here: whether an answer may go on here on a cache that no request of this context has filled.
+        """
+        request = None if cache is None else self._requests.get(cache)
+        if request is None or kind == "prefill":
+            kind, request = self._request_of(kind, cache, request, began_here)
+        return self._step(kind, request, cache)
+
+    def _request_of(
+        self, kind: StepKind, cache: Cache | None, known: Request | None, began_here: bool
+    ) -> tuple[StepKind, Request]:
+        """The request that a cache belongs to, a new one if it is empty or unknown, and what the forward is of it."""
+        if cache is not None:
+            _check_cache(cache)
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        if known is None and not began_here and (cache is None or filled):
+            raise ValueError(
+                "a generate that began before skipping(...) was entered is still running on this model, in another "
+                "thread; enter the context when it is done"
+            )
+        if cache is None:
+            return "prefill", Request(self.strategy, self.eos_token_ids)  # nothing before these tokens is kept
+        if known is not None and filled:
+            return kind, known
+        if not filled:
+            kind = "prefill"  # whatever was intended
+            restore_emptied(cache)
+        held = self.patches.layers_of(skipped_layers(cache))
+        request = self._requests[cache] = Request(self.strategy, self.eos_token_ids, held=held)
+        return kind, request
+
+    def _step(self, kind: StepKind, request: Request, cache: Cache | None) -> Step:
+        plan = request.prefill() if kind == "prefill" else request.decode()
+        if cache is not None and request.released is not plan:
+            slots = self.patches.slots_of(plan.attention)
+            if not slots <= skipped_layers(cache):
+                self.patches.release(cache, plan.attention)
+            request.released = plan
+        return Step(kind, request, cache, plan, request.window if kind == "decode" else None)
+
+    def _read_again(self, prepared: Step, cache: Cache | None, num_tokens: int) -> Step:
+        """The model dropped or swapped the cache of a request: prompt and answer so far are a new prefill of it."""
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                f"{type(self.model).__name__} put another, filled KV cache in the place of the request's own, which "
+                "skipping(...) cannot follow"
+            )
+        before = 0 if prepared.cache is None else int(prepared.cache.get_seq_length())
+        if num_tokens <= before:
+            raise ValueError(
+                f"{type(self.model).__name__} dropped the KV cache of {before} tokens and goes on with {num_tokens}, "
+                "without those before (a fault of this transformers release, mended in later ones)"
+            )
+        prepared.request.start_anew()
+        return self._step("prefill", prepared.request, cache)
+
+    def _check_open(self) -> None:
+        if self.calls.ended:
+            raise ValueError("this skipping(...) context has ended; its model and its requests cannot go on with it")
+
+
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods of transformers models that serve many requests from one paged cache."""
+CANDIDATES = "_get_candidate_generator"
+"""The method of transformers models that assisted decoding, and it alone, begins with."""
+
+
+def _check_cache(cache: Any) -> None:
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise ValueError(
+            "skipping needs a transformers Cache made of layers (DynamicCache, StaticCache); got "
+            f"{type(cache).__name__}"
+        )
+
+
+@torch.compiler.disable()
+def _refuse_compiled_call() -> None:
+    raise ValueError(
+        "a compiled model was called directly inside skipping(...), where its graph would keep the plan of its first "
+        "call; call the model itself, or generate with a static cache, which compiles a graph for each plan"
+    )
+
+
+def _length_is_on_cuda(cache: Cache) -> bool:
+    length = cache.get_seq_length()
+    return isinstance(length, Tensor) and length.is_cuda

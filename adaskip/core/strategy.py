@@ -1,0 +1,74 @@
+"""What a strategy is: measurements in, skip plans out.
+
+A strategy is an immutable value without model, tokenizer or I/O. Everything that changes while a request runs (its
+decode step, its learning window) belongs to the request, so that one strategy serves any number of requests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adaskip.core.plan import EMPTY_PLAN, Budget, Phase, SkipPlan, check_phase
+
+
+@dataclass(frozen=True)
+class FFNSimilarity:
+    """IO similarity (Eq. 5) and scale of one FFN over a learning window."""
+
+    similarity: float
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(ABC):
+    """Decides what is skipped in a model of `num_layers` layers, given a budget.
+
+    phase "prefill": the prompt and the few answer tokens after it, with one set. "decode": generated tokens only, the
+    prompt is dense. "e2e": both.
+    """
+
+    name: ClassVar[str]
+
+    num_layers: int
+    budget: Budget
+    phase: Phase = "e2e"
+
+    def __post_init__(self) -> None:
+        check_phase(self.phase)
+        self.skipped.check_fits(self.num_layers)  # an impossible budget is refused here, not in the first request
+
+    @property
+    @abstractmethod
+    def skipped(self) -> SkipPlan:
+        """The full set the budget buys."""
+
+    @property
+    def prefill_plan(self) -> SkipPlan:
+        """What is skipped for the tokens of a prompt; the same object each time."""
+        return EMPTY_PLAN if self.phase == "decode" else self.skipped
+
+    def decode_plan(self, step: int) -> SkipPlan:
+        """What is skipped in decode step `step` (the first generated token is the input of step 1).
+
+        Return the same plan object as long as nothing changes: a step compares plans by identity, and another object
+        makes it set up every layer anew.
+        """
+        return self.skipped
+
+    @property
+    def one_plan(self) -> bool:
+        """Whether every forward of a request, prompt and answer, runs under the same plan, known beforehand."""
+        steady = type(self).decode_plan is Strategy.decode_plan
+        return steady and not self.window_tokens and self.prefill_plan == self.skipped
+
+    @property
+    def window_tokens(self) -> int:
+        """Decoded tokens at the start of a request during which FFN similarity is measured; 0 for none."""
+        return 0
+
+    def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:
+        """FFNs that join the set for the rest of the request, from one request's window (layer -> similarity)."""
+        return EMPTY_PLAN

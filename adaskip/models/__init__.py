@@ -1,0 +1,1 @@
+"""Models by name: registry, checkpoints, tokenizers, chat wrappers, and what single architectures need."""

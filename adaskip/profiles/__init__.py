@@ -1,0 +1,1 @@
+"""What was measured of a model and the sets chosen from it: data, saved and loaded."""

@@ -1,0 +1,80 @@
+"""A short name for a model's weights, so that profiles and results say exactly which model they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from adaskip.core.wrappers import unwrapped
+from adaskip.profiles.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
+
+SAMPLES = 1024  # at most about this many elements of each tensor
+ALGORITHM = "v1"  # part of the hash: another way of sampling gives another fingerprint
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over name, shape, dtype and the bytes of about 1024 evenly spaced elements of every weight.
+
+    Weights are the parameters, the buffers that are saved with them, and what `quantised` finds of weights that are
+    neither. The same weights give the same fingerprint on every device, offloaded by accelerate, sharded, or inside a
+    wrapper that `blocks.unwrapped` knows or not; quantised weights also before and after bitsandbytes repacks them.
+    Detected are other names, shapes or dtypes, and any change that touches many elements: another checkpoint or
+    revision, training, quantisation, a conversion to another dtype and back. Not detected is a change of a few elements
+    that all lie between the sampled ones (tensors of up to 1024 elements are read whole), and anything that is not a
+    weight, such as the configuration.
+
+    Of a model with adapters (PEFT) it covers the base model's weights and those of every adapter that is loaded, active
+    or not. Which one is active, and how it is scaled, is no weight: see `adapters.active_adapters`.
+
+    Raises:
+        ValueError: a weight has no data anywhere (meta device), or cannot be read.
+    """
+    digest = hashlib.sha256(ALGORITHM.encode())
+    for name, tensor in sorted(_weights(unwrapped(model)), key=lambda item: item[0]):
+        if tensor.is_meta:
+            raise ValueError(f"weight {name} has no data (meta device): a fingerprint needs loaded weights")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(_sample(tensor))
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, tensor in _own_weights(module):
+            yield f"{prefix}.{name}".replace("_orig_mod.", "").lstrip("."), tensor
+
+
+def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a module itself, as plain tensors."""
+    special = is_bitsandbytes(module)
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if name in module._non_persistent_buffers_set or (special and name in ("weight", "bias")):
+            continue
+        try:
+            for part, plain in plain_tensors(_loaded(module, name, tensor.detach())):
+                yield name + part, plain
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"weight {name}, a {type(tensor).__name__}, cannot be read: {reason}") from error
+    if special:
+        yield from bitsandbytes_tensors(module)
+    yield from further_tensors(module)
+
+
+def _loaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or what accelerate keeps for it elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        elsewhere = getattr(part, "weights_map", None)
+        if tensor.is_meta and elsewhere is not None:
+            return elsewhere[name]
+    return tensor
+
+
+def _sample(tensor: Tensor) -> bytes:
+    step = max(1, tensor.numel() // SAMPLES) | 1  # odd, so that samples walk through the columns of a matrix
+    sample = tensor.reshape(-1)[::step].contiguous()
+    return sample.view(torch.uint8).cpu().numpy().tobytes()

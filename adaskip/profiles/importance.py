@@ -1,0 +1,144 @@
+"""Importance of sublayers: IO similarity and scale, and the profile that keeps them.
+
+For a sublayer with input `a` and output `b` on the residual stream, similarity is cos(a, b) and scale is |b| / |a|,
+both per token and averaged over tokens. High similarity means little change: importance is its complement.
+Paper: Eq. (1)-(3).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from adaskip.common.files import write_text_atomic
+from adaskip.core.plan import Sublayer
+from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, number, read_record, whole
+
+__all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
+
+FORMAT = "adaskip-importance-profile/1"
+UNITS = ("attention", "ffn", "layer")
+ROUNDING = 1e-6  # by so much a mean of cosines may leave [-1, 1]
+
+
+@dataclass(frozen=True)
+class SublayerMeans:
+    """Token means of one kind of unit, one entry per decoder layer.
+
+    similarity: cosines, in [-1, 1]. scale: ratios of norms, at least 0. Raises ProfileError for other values, NaN and
+    infinity among them.
+    """
+
+    similarity: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("similarity", "scale"):
+            if isinstance(values := getattr(self, name), (str, Mapping)) or not isinstance(values, Iterable):
+                raise ProfileError(f"{name} must be a list of numbers; got {values!r}")
+        similarity = (number("a similarity", x, -1 - ROUNDING, 1 + ROUNDING) for x in self.similarity)
+        object.__setattr__(self, "similarity", tuple(similarity))
+        object.__setattr__(self, "scale", tuple(finite("a scale", x, 0.0) for x in self.scale))
+        if len(self.similarity) != len(self.scale):
+            raise ProfileError(f"{len(self.similarity)} similarities but {len(self.scale)} scales")
+
+
+@dataclass(frozen=True)
+class ImportanceProfile:
+    """IO similarity and scale of every attention sublayer, FFN sublayer and whole layer of one model.
+
+    attention, ffn, layer: the means, per decoder layer. tokens: how many tokens they are means of. phase: whether
+    those were tokens of prompts ("prefill") or of the full model's own greedy answers to them, one token per forward
+    over a KV cache ("decode"); neither depends on the model's generation config. The rest says what was measured on
+    what, so that it can be trusted; None where it was not recorded. hidden_size: width of the residual stream.
+    adapter: `adapters.active_adapters`, "" for none. prompts_begin_with_bos: whether each prompt began with the model's
+    BOS token; None also for a model that has none.
+    """
+
+    attention: SublayerMeans
+    ffn: SublayerMeans
+    layer: SublayerMeans
+    tokens: int
+    phase: Literal["prefill", "decode"]
+    model: str
+    weights_fingerprint: str
+    dtype: str
+    attn_implementation: str
+    dataset: str
+    data_ids: tuple[str, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hidden_size: int | None = None
+    adapter: str | None = None
+    prompts_begin_with_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_record(self)
+        lengths = {len(means.similarity) for means in (self.attention, self.ffn, self.layer)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ProfileError(f"attention, ffn and layer must have one entry per decoder layer; got {sorted(lengths)}")
+        whole("tokens of a profile", self.tokens, 1)
+        if self.phase not in ("prefill", "decode"):
+            raise ProfileError(f"phase of a profile is prefill or decode; got {self.phase!r}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer.similarity)
+
+    def similarity_of(self, sublayer: Sublayer) -> float:
+        """Mean IO similarity of a sublayer. Paper: Eq. (2)."""
+        return getattr(self, sublayer.kind).similarity[sublayer.layer]
+
+    def scale_of(self, sublayer: Sublayer) -> float:
+        """Mean norm ratio of a sublayer. Paper: Eq. (3)."""
+        return getattr(self, sublayer.kind).scale[sublayer.layer]
+
+    def sublayers(self) -> Iterator[Sublayer]:
+        """All 2M sublayers in the order of computation."""
+        for layer in range(self.num_layers):
+            yield Sublayer("attention", layer)
+            yield Sublayer("ffn", layer)
+
+    def ranking(self) -> list[Sublayer]:
+        """All 2M sublayers, the most similar first; equals in the order of computation."""
+        return sorted(self.sublayers(), key=lambda sublayer: -self.similarity_of(sublayer))
+
+    def check_num_layers(self, num_layers: int) -> None:
+        """Raise ProfileError unless the profile is of a model with that many layers."""
+        if num_layers != self.num_layers:
+            raise ProfileError(f"profile of {self.model} has {self.num_layers} layers, the model has {num_layers}")
+
+    def check_fits(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
+        """Raise ProfileError unless `model` has the very weights, and the adapter, the profile was measured on.
+
+        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) is
+        warned of and not refused.
+        """
+        check_model(self, model, allow_other_weights=allow_other_weights, again="calibrate this model")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the profile as JSON, whole or not at all."""
+        record = {"format": FORMAT, **asdict(self)}
+        return write_text_atomic(path, json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False
+    ) -> ImportanceProfile:
+        """Read a saved profile; with `model`, refuse one that was not measured on it, as `check_fits` does.
+
+        Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
+        """
+        record = read_record(path, FORMAT, "an importance profile")
+        try:
+            means = {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}
+            profile: ImportanceProfile = built(cls, "it", {**record, **means})
+        except ProfileError as error:
+            raise ProfileError(f"{path} is not a whole importance profile: {error}") from error
+        if model is not None:
+            profile.check_fits(model, allow_other_weights=allow_other_weights)
+        return profile

@@ -1,0 +1,185 @@
+"""The profile of a calibrated selection: which sublayers are skipped at each count, and what finding out has cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adaskip.common.files import write_text_atomic
+from adaskip.core.plan import PHASES, Phase, SkipPlan, Sublayer, SublayerKind
+from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, read_record, whole
+
+FORMAT = "adaskip-selection-profile/1"
+ROUNDING = 1e-6  # nats; by so much the sum that is a divergence may fall below zero
+KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The set chosen for one count.
+
+    attention, ffn: by layer, the scale that compensates it (Eq. 3), above 0. divergence: mean KL to the full model on
+    the calibration prompts, finite nats. found_by: "search", or the strategy whose set it is. Raises ProfileError for
+    other values.
+    """
+
+    attention: Mapping[int, float]
+    ffn: Mapping[int, float]
+    divergence: float
+    found_by: str
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            if not isinstance(given := getattr(self, kind), Mapping):
+                raise ProfileError(f"{kind} must hold scales by layer; got {given!r}")
+            scales = {whole_key("a layer", layer, 0): _scale(kind, layer, scale) for layer, scale in given.items()}
+            object.__setattr__(self, kind, dict(sorted(scales.items())))
+        object.__setattr__(self, "divergence", finite("a divergence", self.divergence, -ROUNDING))
+        if not isinstance(self.found_by, str):
+            raise ProfileError(f"found_by must be a text; got {self.found_by!r}")
+
+    @property
+    def plan(self) -> SkipPlan:
+        return SkipPlan.of_sublayers({Sublayer(k, i): s for k in KINDS for i, s in getattr(self, k).items()})
+
+
+def whole_key(what: str, key: int | str, least: int) -> int:
+    """A key of a mapping as a whole number; JSON has texts for keys. ProfileError if it is none of at least `least`."""
+    is_text = isinstance(key, str) and key.isascii() and key.isdigit() and str(int(key)) == key
+    return whole(what, int(key) if is_text else key, least)
+
+
+def _scale(kind: str, layer: int | str, scale: float) -> float:
+    what = f"the scale of {kind} {layer}"
+    if not finite(what, scale) > 0:
+        raise ProfileError(f"{what} must be above 0; got {scale!r}")
+    return float(scale)
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """What a selection took, and AdaSkip's calibration on the same prompts, run just before on the same machine."""
+
+    num_forwards: int
+    num_tokens: int
+    seconds: float
+    adaskip_forwards: int
+    adaskip_tokens: int
+    adaskip_seconds: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            finite(name, value, 0) if name.endswith("seconds") else whole(name, value, 0)
+
+    @property
+    def multiple(self) -> float:
+        """Measured time over that of AdaSkip's calibration."""
+        return self.seconds / self.adaskip_seconds
+
+
+@dataclass(frozen=True)
+class SelectionProfile:
+    """The sets chosen for one model in one phase, by their number of sublayers, 1 upwards without a gap.
+
+    Other fields say what was measured on what, as in an `ImportanceProfile`.
+    """
+
+    selected: Mapping[int, Selected]
+    phase: Phase
+    num_layers: int
+    cost: SearchCost
+    model: str
+    weights_fingerprint: str
+    dtype: str
+    attn_implementation: str
+    dataset: str
+    data_ids: tuple[str, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hidden_size: int | None = None
+    adapter: str | None = None
+    prompts_begin_with_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_record(self)
+        whole("num_layers", self.num_layers, 1)
+        if self.phase not in PHASES:
+            raise ProfileError(f"phase of a selection is {', '.join(PHASES)}; got {self.phase!r}")
+        selected = {whole_key("a number of sublayers", count, 1): chosen for count, chosen in self.selected.items()}
+        object.__setattr__(self, "selected", dict(sorted(selected.items())))
+        if not selected or list(self.selected) != list(range(1, len(selected) + 1)):
+            raise ProfileError(f"a selection has a set for each count from 1 on; got {list(self.selected)}")
+        for count, chosen in selected.items():
+            if len(chosen.plan) != count:
+                raise ProfileError(f"the set for {count} sublayers has {len(chosen.plan)}")
+            _check_plan(chosen.plan, self.num_layers)
+
+    @property
+    def largest(self) -> int:
+        """The largest number of sublayers a set was chosen for."""
+        return len(self.selected)
+
+    @property
+    def nested(self) -> bool:
+        """Whether each set contains the one before."""
+        plans = [chosen.plan for chosen in self.selected.values()]
+        return all(a.attention <= b.attention and a.ffn <= b.ffn for a, b in pairwise(plans))
+
+    def check_num_layers(self, num_layers: int) -> None:
+        """Raise ProfileError unless the selection is for a model with that many layers."""
+        if num_layers != self.num_layers:
+            raise ProfileError(f"selection for {self.model} has {self.num_layers} layers, the model has {num_layers}")
+
+    def check_fits(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
+        """Raise ProfileError unless `model` has the very weights, and the adapter, the selection was made for.
+
+        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) is
+        warned of and not refused.
+        """
+        check_model(self, model, allow_other_weights=allow_other_weights, again="select for this model")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the selection as JSON, whole or not at all."""
+        return write_text_atomic(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False
+    ) -> SelectionProfile:
+        """Read a saved selection; with `model`, refuse one that was made for another, as `check_fits` does.
+
+        Raises FileNotFoundError if there is no file and ProfileError if it is not a selection or does not fit.
+        """
+        record = read_record(path, FORMAT, "a selection profile")
+        try:
+            selection: SelectionProfile = built(cls, "it", {**record, **_parts(record)})
+        except ProfileError as error:
+            raise ProfileError(f"{path} is not a whole selection profile: {error}") from error
+        if model is not None:
+            selection.check_fits(model, allow_other_weights=allow_other_weights)
+        return selection
+
+
+def _parts(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a selection that are more than a number or a text, as far as the record has them."""
+    parts: dict[str, Any] = {}
+    if "selected" in record:
+        if not isinstance(record["selected"], dict):
+            raise ProfileError(f"selected must hold sets by number of sublayers; got {record['selected']!r}")
+        sets = record["selected"].items()
+        parts["selected"] = {count: built(Selected, f"the set for {count}", chosen) for count, chosen in sets}
+    if "cost" in record:
+        parts["cost"] = built(SearchCost, "cost", record["cost"])
+    return parts
+
+
+def _check_plan(plan: SkipPlan, num_layers: int) -> None:
+    try:
+        plan.check_fits(num_layers)
+    except ValueError as error:
+        raise ProfileError(str(error)) from error

@@ -1,0 +1,46 @@
+"""`adaskip bench` and `adaskip bench-report`: measure what is missing, and draw what is saved."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from adaskip.common.options import option
+from adaskip.common.paths import given_or_default
+from adaskip.studies.bench.measuring import run_bench
+from adaskip.studies.bench.report import result_markdown, write_bench_report
+from adaskip.studies.bench.settings import RESULTS_DIR, BenchConfig
+
+INCOMPLETE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Where the results are."""
+
+    results_dir: str | None = option(f"folder of the results; if not given, {RESULTS_DIR}")
+
+
+def bench(config: BenchConfig) -> int:
+    """Run a benchmark; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("adaskip.studies.bench").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()  # random weights have no generation config to be warned of
+    outcome = run_bench(config)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if outcome.result.entries:
+        console.print(result_markdown(outcome.result))
+    for note in outcome.notes:
+        console.print(note)
+    console.print(f"{'complete' if outcome.complete else 'incomplete'}: {outcome.result.path}")
+    return 0 if outcome.complete else INCOMPLETE
+
+
+def bench_report(config: ReportConfig) -> int:
+    """Draw again what is saved."""
+    written = write_bench_report(given_or_default(config.results_dir, RESULTS_DIR))
+    print(f"wrote {len(written)} files, first {written[0]}")
+    return 0

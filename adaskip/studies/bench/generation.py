@@ -1,0 +1,174 @@
+"""One timed generation: greedy, of a fixed length, without a synchronisation between its first mark and its last."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache
+
+from adaskip.core.blocks import decoder_layers
+from adaskip.core.context import skipping
+from adaskip.core.decoding import plain_generate
+from adaskip.core.generate import on_any_device
+from adaskip.core.kv_cache import kv_bytes, restore_emptied
+from adaskip.core.patching import patches_of
+from adaskip.core.request import RequestTrace
+from adaskip.strategies import Strategy
+from adaskip.studies.bench.cells import Cell, Workload
+from adaskip.studies.bench.stopwatch import Clock, Stopwatch
+
+MANY = 64
+"""Every set of a benchmark gets a graph of the whole step, so that none is slower for having come late."""
+
+
+@cache
+def compile_config() -> CompileConfig:
+    """transformers' default, on any device, with graphs of their own for every prompt length; always the same object,
+    so that graphs last."""
+    return on_any_device(CompileConfig(dynamic=False))
+
+
+class StaticCaches:
+    """The static KV cache of each cell, emptied and used again: a captured CUDA graph reads fixed addresses, and would
+    be captured anew for a new cache. A longer cache left from another workload would slow a shorter one down."""
+
+    def __init__(self) -> None:
+        self.caches: dict[tuple[Cell, Workload], StaticCache] = {}
+
+    def emptied(self, cell: Cell, workload: Workload, model: PreTrainedModel) -> StaticCache:
+        """The cell's cache for a workload, as if new; those of other workloads are let go."""
+        self.caches = {key: cache for key, cache in self.caches.items() if key[1] == workload}
+        if (cell, workload) not in self.caches:
+            length = workload.prompt_tokens + workload.new_tokens
+            config = model.config.get_text_config(decoder=True)
+            self.caches[cell, workload] = StaticCache(config=config, max_cache_len=length)
+        cache = self.caches[cell, workload]
+        restore_emptied(cache)
+        cache.reset()
+        return cache
+
+    def forget(self) -> None:
+        """Let go of all."""
+        self.caches = {}
+
+
+@dataclass(frozen=True)
+class TimedGeneration:
+    """ttft_s: from the call to the first token. steps_s: time of each further token. cache: as the last step left it.
+    peak_bytes: most memory allocated meanwhile, None on the CPU. trace: what was skipped, None for the stock model."""
+
+    ttft_s: float
+    steps_s: list[float]
+    cache: Cache
+    peak_bytes: int | None
+    trace: RequestTrace | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in a result's records."""
+        measured: dict[str, Any] = {
+            "ttft_s": self.ttft_s,
+            "steps_s": self.steps_s,
+            "kv_bytes": kv_bytes(self.cache),
+            "peak_memory_bytes": self.peak_bytes,
+        }
+        if self.trace is not None:
+            measured["online_ffns"] = list(self.trace.online_ffns)
+        return measured
+
+
+class _MarkTokens(StoppingCriteria):
+    """Stops nothing; `generate` calls it after each token."""
+
+    def __init__(self, stopwatch: Stopwatch, rows: int, device: torch.device):
+        self.stopwatch = stopwatch
+        self.go_on = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
+        self.stopwatch.mark()
+        return self.go_on
+
+
+@torch.no_grad()
+def timed_generation(
+    model: PreTrainedModel, strategy: Strategy | None, ids: Tensor, new_tokens: int, clock: Clock, **options: Any
+) -> TimedGeneration:
+    """Generate `new_tokens` tokens per row and note the time of each.
+
+    strategy: None for the stock model. ids: [B, S]. options: further arguments of `generate`.
+    """
+    stopwatch = Stopwatch(ids.device, clock)
+    with (
+        nullcontext() if strategy is None else skipping(model, strategy, max_step_graphs=MANY) as session,
+        undisturbed(ids.device),
+    ):
+        stopwatch.mark()
+        output = plain_generate(
+            model,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([_MarkTokens(stopwatch, len(ids), ids.device)]),
+            **options,
+        )
+        ttft_s, *steps_s = stopwatch.laps()
+        trace = None if session is None else session.last_request
+    peak = torch.cuda.max_memory_allocated(ids.device) if ids.is_cuda else None
+    assert len(steps_s) == new_tokens - 1, f"{len(steps_s) + 1} of {new_tokens} tokens were made"
+    return TimedGeneration(ttft_s, steps_s, output.past_key_values, peak, trace)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """An idle device, and no garbage collection, as in the standard library's timeit."""
+    gc.collect()
+    gc.disable()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class _SublayerMarks:
+    """Probe that marks the moment after each sublayer; a hook on the first layer marks the one before them all."""
+
+    def __init__(self, stopwatch: Stopwatch):
+        self.stopwatch = stopwatch
+
+    def before_layers(self, layer: nn.Module, args: tuple) -> None:
+        self.stopwatch.mark()
+
+    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
+        if kind != "layer":
+            self.stopwatch.mark()
+
+
+def sublayer_times(
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Clock
+) -> tuple[TimedGeneration, list[list[float]]]:
+    """A generation by the full model, and the time of its sublayers: [forward][2M], attention and FFN in turn."""
+    patches, first, stopwatch = patches_of(model), decoder_layers(model)[0], Stopwatch(ids.device, clock)
+    probe = _SublayerMarks(stopwatch)
+    with patches.install():
+        patches.set_probe(probe)
+        hook = first.register_forward_pre_hook(probe.before_layers)
+        try:
+            timed = timed_generation(model, None, ids, new_tokens, clock)
+        finally:
+            hook.remove()
+    laps, per_forward = [*stopwatch.laps(), 0.0], 2 * len(patches.patches) + 1
+    assert len(laps) == new_tokens * per_forward
+    starts = range(0, len(laps), per_forward)  # the lap between two forwards belongs to no sublayer
+    return timed, [laps[start : start + per_forward - 1] for start in starts]

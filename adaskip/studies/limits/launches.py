@@ -1,0 +1,78 @@
+"""The other end of the scale: how many operators one decode step dispatches, each a kernel to launch.
+
+Where a step takes less time on the device than Python takes to launch it, launches decide and not bytes. The count
+needs no device: operators do not depend on widths, so a narrow copy of the model takes the step.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from adaskip.core.context import skipping
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan
+from adaskip.strategies import FixedPlan
+
+NARROW = {
+    "intermediate_size": 4,
+    "vocab_size": 8,
+    "head_dim": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WITHOUT_KERNEL = frozenset({"aten::_unsafe_view"})
+"""A view that does not call itself one."""
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators that compute something; views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func.name().split(".")[0] in WITHOUT_KERNEL)
+        return func(*args, **(kwargs or {}))
+
+
+class Launches:
+    """Operators per decode step of the model that `config` describes, each plan counted once."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self._model, self._counts = _narrow_model(config), {}
+        self.num_layers: int = config.num_hidden_layers
+
+    def of(self, plan: SkipPlan) -> int:
+        """Operators dispatched by one decode step under `plan`, from embedding to logits."""
+        if plan not in self._counts:
+            self._counts[plan] = self._count(plan)
+        return self._counts[plan]
+
+    def by_kind(self) -> dict[str, int]:
+        """Those of a whole step, and those one attention and one FFN of the last layer have in it."""
+        last, step = frozenset({self.num_layers - 1}), self.of(EMPTY_PLAN)
+        attention, ffn = self.of(SkipPlan(attention=last)), self.of(SkipPlan(ffn=last))
+        return {"step": step, "attention": step - attention, "ffn": step - ffn}
+
+    @torch.no_grad()
+    def _count(self, plan: SkipPlan) -> int:
+        cache, counter = DynamicCache(config=self._model.config), _Counter()
+        with skipping(self._model, FixedPlan(num_layers=self.num_layers, plan=plan)):
+            self._model(input_ids=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+            with counter:
+                self._model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        return counter.count
+
+
+def _narrow_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model of the same depth, heads and options as `config`, of next to no width, in bfloat16."""
+    config = copy.deepcopy(config)
+    for name, value in {**NARROW, "hidden_size": NARROW["head_dim"] * config.num_attention_heads}.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()

@@ -1,0 +1,153 @@
+"""Similarity over layers: a panel per model, lines for the means and bands for the spread over samples.
+
+Most layers lie between 0.9 and 1, the first one far below: the axis is logarithmic in the distance to 1, so that both
+can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from adaskip.studies.observations.labels import KINDS, task_label
+from adaskip.studies.observations.saved import Measured, Saved
+from adaskip.studies.observations.settings import Target
+from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, Look, save, styled
+
+BAND = (10, 90)
+"""Percentiles of the samples between which the band lies."""
+NEAREST = 1e-5
+"""Distance to 1 at which the axis ends."""
+MIN_WIDTH = 5.6
+"""Inches that the legend needs."""
+TICKS = (-0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+TASK_LOOKS = (
+    Look(BLUE, "o", ()),
+    Look(ORANGE, "s", (4, 1.5)),
+    Look(GREEN, "^", (1, 1)),
+    Look(PURPLE, "D", (4, 1.5, 1, 1.5)),
+    Look(SKY, "v", (6, 2)),
+)
+KIND_LOOKS = {
+    ("attention", "prefill"): Look(BLUE, "o", ()),
+    ("ffn", "prefill"): Look(ORANGE, "s", ()),
+    ("attention", "decode"): Look(SKY, "^", (4, 1.5)),
+    ("ffn", "decode"): Look(PURPLE, "D", (4, 1.5)),
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line and its band."""
+
+    label: str
+    look: Look
+    measured: Measured
+    unit: str
+
+
+Panels = dict[tuple[str, str], list[Series]]
+"""By row ("" where there is only one) and model."""
+
+
+def draw_layers(saved: Saved, targets: Sequence[Target], out_dir: Path) -> list[Path]:
+    """`ob1`: whole layers, a line per dataset."""
+    looks = [TASK_LOOKS[number % len(TASK_LOOKS)] for number in range(len(targets))]
+    panels: Panels = {
+        ("", model): [
+            Series(task_label(target.task), look, parts[target], "layer")
+            for target, look in zip(targets, looks, strict=True)
+        ]
+        for model, parts in saved.items()
+    }
+    return _draw(panels, "IO similarity of the layer\n(logarithmic distance to 1)", out_dir / "ob1")
+
+
+def draw_kinds(saved: Saved, targets: Sequence[Target], out_dir: Path) -> list[Path]:
+    """`ob2`: attention and FFN, a row per dataset."""
+    panels: Panels = {
+        (task_label(target.task), model): [
+            Series(label, KIND_LOOKS[kind, "prefill"], parts[target], kind) for kind, label in KINDS.items()
+        ]
+        for target in targets
+        for model, parts in saved.items()
+    }
+    return _draw(panels, "IO similarity of the sublayer\n(logarithmic distance to 1)", out_dir / "ob2")
+
+
+def draw_phases(saved: Saved, targets: Sequence[Target], out_dir: Path) -> list[Path]:
+    """`ob3`: attention and FFN in prefill and in decode, a row per dataset."""
+    panels: Panels = {}
+    for target in targets:
+        for model, parts in saved.items():
+            series = [
+                Series(f"{label}, {target.phase}", KIND_LOOKS[kind, target.phase], parts[target], kind)
+                for kind, label in KINDS.items()
+            ]
+            panels.setdefault((task_label(target.task), model), []).extend(series)
+    return _draw(panels, "IO similarity of the sublayer\n(logarithmic distance to 1)", out_dir / "ob3")
+
+
+def _draw(panels: Panels, quantity: str, stem: Path) -> list[Path]:
+    rows, models = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    with styled():
+        figure = Figure(figsize=(max(MIN_WIDTH, 2.5 * len(models) + 0.6), 1.9 * len(rows) + 0.7), layout="constrained")
+        axes = figure.subplots(len(rows), len(models), sharey=True, squeeze=False)
+        for row, line in zip(rows, axes, strict=True):
+            for model, panel in zip(models, line, strict=True):
+                for series in panels[row, model]:
+                    _draw_series(panel, series)
+                panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            line[-1].annotate(row, (1.03, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9)
+        for model, panel in zip(models, axes[0], strict=True):
+            panel.set_title(model)
+        _scale(axes)
+        figure.supxlabel("decoder layer", fontsize=8)
+        figure.supylabel(quantity, fontsize=8)
+        first = next(iter(panels.values()))
+        handles = [Line2D([], [], **_line(series.look), label=series.label) for series in first]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
+        return save(figure, stem)
+
+
+def _draw_series(panel: Axes, series: Series) -> None:
+    samples = series.measured.similarity(series.unit)
+    layers = np.arange(samples.shape[1])
+    low, high = np.percentile(samples, BAND, axis=0)
+    panel.fill_between(layers, low, high, color=series.look.color, alpha=0.22, linewidth=0, zorder=1)
+    panel.plot(layers, series.measured.profile(series.unit), **_line(series.look))
+
+
+def _scale(axes: np.ndarray) -> None:
+    """The axis, from the lowest to the highest of what was drawn; the panels share it."""
+    low = min(panel.dataLim.y0 for panel in axes.flat)
+    high = min(max(panel.dataLim.y1 for panel in axes.flat), 1 - NEAREST)
+    margin = 0.03 * (_forward(high) - _forward(low))
+    panel = axes.flat[0]
+    panel.set_yscale("function", functions=(_forward, _backward))
+    panel.set_ylim(_backward(_forward(low) - margin), _backward(_forward(high) + margin))
+    wanted = [TICKS, MaxNLocator(5).tick_values(low, high)]  # the latter for a range that the former hardly divides
+    ticks = max(([tick for tick in ticks if low <= tick <= high] for ticks in wanted), key=len)
+    panel.set_yticks(ticks, [f"{tick:.12g}" for tick in ticks])
+    for panel in axes.flat:
+        panel.grid(axis="y")
+
+
+def _forward(similarity: Any) -> Any:
+    return -np.log10(np.maximum(1 - np.asarray(similarity), NEAREST / 10))
+
+
+def _backward(position: Any) -> Any:
+    return 1 - 10.0 ** -np.asarray(position)
+
+
+def _line(look: Look) -> dict[str, Any]:
+    return {**look.line, "markersize": 2.8, "linewidth": 1.0}

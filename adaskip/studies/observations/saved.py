@@ -1,0 +1,111 @@
+"""Reads saved measurements as arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaskip.runs.cells import MODELS
+from adaskip.runs.folder import RunFolder
+from adaskip.studies.observations.settings import MEASUREMENTS, Target
+
+PROVENANCE = (
+    *("checkpoint", "weights_fingerprint", "num_layers", "dtype", "device", "attn_implementation", "testbed"),
+    *("samples", "batch_size", "max_new_tokens", "data_fingerprint", "versions"),
+)
+"""Manifest fields that go with every number drawn from a measurement."""
+
+
+class NotMeasuredError(ValueError):
+    """Nothing is saved of what is to be drawn."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's samples of one task in one phase; samples without a token are left out."""
+
+    manifest: dict[str, Any]
+    records: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[N], tokens of each sample."""
+        return np.array([record["tokens"] for record in self.records])
+
+    @property
+    def num_layers(self) -> int:
+        return self.manifest["num_layers"]
+
+    def similarity(self, unit: str) -> np.ndarray:
+        """[N, M], each sample's mean IO similarity per decoder layer; unit: attention, ffn or layer."""
+        rows = [record[unit]["similarity"] for record in self.records]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), self.num_layers)
+
+    def profile(self, unit: str) -> np.ndarray:
+        """[M], the mean over all tokens. Paper: Eq. (2)."""
+        return np.average(self.similarity(unit), axis=0, weights=self.tokens)
+
+    def window(self, size: int, min_rest: int) -> tuple[np.ndarray, np.ndarray]:
+        """FFN similarity in the first `size` tokens and in the rest, two [n, M]; the rest has at least `min_rest`."""
+        split = [r["windows"][str(size)] for r in self.records if r["tokens"] >= size + min_rest]
+        first, rest = (
+            np.array([part[name] for part in split], dtype=np.float64).reshape(len(split), self.num_layers)
+            for name in ("first", "rest")
+        )
+        return first, rest
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the numbers were measured on."""
+        return {
+            **{name: self.manifest[name] for name in PROVENANCE},
+            "samples_with_tokens": len(self.records),
+            "tokens": int(self.tokens.sum()),
+        }
+
+
+Saved = dict[str, dict[Target, Measured]]
+"""By model, in the order in which they are drawn."""
+
+
+def load_saved(out_dir: Path, targets: Iterable[Target]) -> Saved:
+    """All models of which every target is finished.
+
+    Raises:
+        NotMeasuredError: there is none.
+    """
+    root, targets = out_dir / MEASUREMENTS, list(dict.fromkeys(targets))
+    names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    saved: Saved = {}
+    for name in sorted(names, key=drawing_order):
+        found = {target: read_measured(root / name / target.folder_name, target) for target in targets}
+        if all(found.values()):
+            saved[name] = {target: measured for target, measured in found.items() if measured}
+    if not saved:
+        wanted = ", ".join(target.folder_name for target in targets)
+        raise NotMeasuredError(f"{root} holds no model with finished measurements of {wanted}; leave out --draw-only")
+    return saved
+
+
+def drawing_order(model: str) -> tuple[int, str]:
+    """Sorts the paper's models as the paper does, others behind them by name."""
+    return (MODELS.index(model) if model in MODELS else len(MODELS), model)
+
+
+def read_measured(folder: Path, target: Target) -> Measured | None:
+    """The measurements in a folder; None where they are missing or unfinished."""
+    run_folder = RunFolder(folder)
+    manifest = run_folder.read_manifest()
+    if manifest is None or not manifest["finished"]:
+        return None
+    lines = run_folder.records_path(target.task).read_text(encoding="utf-8").splitlines()
+    records = tuple(record for line in lines if (record := json.loads(line))["tokens"])
+    if not records:
+        raise NotMeasuredError(f"{folder}: no answer has a second token, so no decoded token was measured")
+    return Measured(manifest, records)

@@ -1,0 +1,168 @@
+"""Which sublayers were skipped, as a map of the layers: one figure per model, a column per phase, a strip per budget.
+
+Drawn from the plans in the records, so it shows what ran and not what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, SKY, save, styled
+from adaskip.studies.tables import labels
+from adaskip.studies.tables.runs import Record, Run
+from adaskip.studies.tables.scoreboard import SKIPPING, Row, Scoreboard
+
+RUNS_COLOR = "#ededed"
+FAINTEST = 0.25
+"""Share of its colour that a sublayer keeps if only a few requests skipped it."""
+GAP = 0.6
+"""Between strips, in heights of a cell; between strategies twice that."""
+KINDS = ("attention", "ffn")
+CATEGORIES = {
+    "prefill and decode": BLUE,
+    "prefill only": SKY,
+    "decode only": ORANGE,
+    "decode, added online": GREEN,
+}
+ONLINE = "decode, added online"
+PLUS: dict[str, Any] = {"color": "black", "marker": "+", "markersize": 3, "markeredgewidth": 0.7, "linestyle": "none"}
+"""Over what was added online, so that it is told from the rest without colour."""
+
+
+@dataclass(frozen=True)
+class SkipShares:
+    """For each sublayer, the share of requests that skipped it: arrays [2, L], attention above FFN."""
+
+    prefill: np.ndarray
+    decode: np.ndarray
+    """In the last decode step, without what was added online."""
+    online: np.ndarray
+
+    def category(self, kind: int, layer: int) -> tuple[str, float] | None:
+        """What to draw and its share; None for a sublayer that always ran."""
+        prefill, decode, online = (float(part[kind, layer]) for part in (self.prefill, self.decode, self.online))
+        if prefill and decode:
+            return "prefill and decode", max(prefill, decode)
+        if prefill or decode:
+            return ("prefill only", prefill) if prefill else ("decode only", decode)
+        return (ONLINE, online) if online else None
+
+
+def skip_shares(run: Run) -> SkipShares | None:
+    """The shares over all of a run's records; None if it has none yet."""
+    records = [record for task in run.tasks.values() for record in task.records]
+    if not records:
+        return None
+    prefill, decode, online = (np.zeros((len(KINDS), run.num_layers)) for _ in range(3))
+    for record in records:
+        for part, kind, layer in _skipped(record):
+            {"prefill": prefill, "decode": decode, "online": online}[part][KINDS.index(kind), layer] += 1
+    return SkipShares(prefill / len(records), decode / len(records), online / len(records))
+
+
+def plot_skip_map(board: Scoreboard, model: str, out_dir: Path) -> list[Path]:
+    """Write `skip_map_<model>.png` and `.svg`."""
+    depth = max((scored.run.num_layers for row, scored in board.runs.items() if row.model == model), default=0)
+    if depth == 0:
+        return []
+    phases = list(board.paper.tables)
+    strips = len(SKIPPING) * len(board.fractions)
+    with styled():
+        figure = Figure(figsize=(1.4 + len(phases) * (1.3 + 0.05 * depth), 0.8 + 0.33 * strips), layout="constrained")
+        panels = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
+        for phase, panel in zip(phases, panels, strict=True):
+            _draw(panel, board, phase, model, depth)
+            panel.set_title(labels.PHASES[phase])
+        _name_strips(panels[0], board.fractions)
+        figure.supxlabel(
+            "layer (in each strip: attention above, FFN below; decode as of a request's last token)", fontsize=8
+        )
+        handles: list[Any] = [_handle(name) for name in ("runs", *CATEGORIES)]
+        title = f"{model}: skipped in (paler: by fewer requests)"
+        figure.legend(handles, ["runs", *CATEGORIES], title=title, loc="outside upper center", ncols=len(handles))
+        return save(figure, out_dir / f"skip_map_{model}")
+
+
+def _skipped(record: Record) -> Iterator[tuple[str, str, int]]:
+    """(prefill, decode or online; attention or ffn; layer) of each sublayer that the request skipped."""
+    online = set(record["online_ffns"])
+    for kind in KINDS:
+        yield from (("prefill", kind, layer) for layer in record["plan"]["prefill"][kind])
+        for layer in record["plan"]["decode"][kind]:
+            if kind == "attention" or layer not in online:
+                yield "decode", kind, layer
+    yield from (("online", "ffn", layer) for layer in online)
+
+
+def _draw(panel: Axes, board: Scoreboard, phase: str, model: str, depth: int) -> None:
+    for top, strategy, fraction in _strips(board.fractions):
+        scored = board.runs.get(Row(phase, model, strategy, fraction))
+        shares = skip_shares(scored.run) if scored else None
+        if shares is None:
+            panel.text(depth / 2, top + 1, "not run", ha="center", va="center", color="#777777", fontsize=7)
+            continue
+        layers = range(shares.prefill.shape[1])
+        found = [[shares.category(kind, layer) for layer in layers] for kind in range(len(KINDS))]
+        colors = np.array([[_color(category) for category in line] for line in found])
+        panel.pcolormesh(np.arange(len(layers) + 1), top + np.arange(3), colors, edgecolors="white", linewidth=0.6)
+        added = [
+            layer + 0.5 for layer, category in zip(layers, found[1], strict=True) if category and category[0] == ONLINE
+        ]
+        panel.plot(added, [top + 1.5] * len(added), **PLUS)
+    panel.set_xlim(0, depth)
+    panel.set_xticks(np.arange(0, depth, 4) + 0.5, [str(layer) for layer in range(0, depth, 4)])
+    panel.tick_params(length=0)
+    for side in ("left", "bottom"):
+        panel.spines[side].set_visible(False)
+
+
+def _handle(name: str) -> Patch | tuple[Patch, Line2D]:
+    patch = Patch(color=CATEGORIES.get(name, RUNS_COLOR))
+    return (patch, Line2D([], [], **PLUS)) if name == ONLINE else patch
+
+
+def _color(category: tuple[str, float] | None) -> tuple[float, ...]:
+    if category is None:
+        return to_rgb(RUNS_COLOR)
+    name, share = category
+    strength = FAINTEST + (1 - FAINTEST) * share
+    return tuple(strength * full + (1 - strength) for full in to_rgb(CATEGORIES[name]))
+
+
+def _strips(fractions: Sequence[float]) -> Iterator[tuple[float, str, float]]:
+    """(upper edge, strategy, fraction) of each strip, AdaSkip's first."""
+    top = 0.0
+    for strategy in reversed(SKIPPING):
+        for fraction in fractions:
+            yield top, strategy, fraction
+            top += len(KINDS) + GAP
+        top += GAP
+
+
+def _name_strips(panel: Axes, fractions: Sequence[float]) -> None:
+    strips = list(_strips(fractions))
+    panel.set_ylim(strips[-1][0] + len(KINDS), 0)
+    panel.set_yticks([top + 1 for top, _, _ in strips], [labels.budget(fraction) for _, _, fraction in strips])
+    for strategy in SKIPPING:
+        middles = [top + 1 for top, name, _ in strips if name == strategy]
+        panel.annotate(
+            labels.STRATEGIES[strategy].replace(" ", "\n"),
+            (0, sum(middles) / len(middles)),
+            xycoords=("axes fraction", "data"),
+            xytext=(-50, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="center",
+            va="center",
+            fontsize=9,
+        )

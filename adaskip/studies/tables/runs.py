@@ -1,0 +1,205 @@
+"""Reads what the runner saved: a folder per run and budget, a JSON line per sample, a manifest of what should be there.
+
+How long a sample took is in a file of its own (`times/<task>.jsonl`) and joins its record here; runs whose records
+themselves hold the times are read as well.
+
+A run may be unfinished or damaged. What is readable is used; what is missing or broken is named, never guessed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adaskip.benchmarks.longbench import EXTENDED_SUFFIX
+from adaskip.common.paths import RUNS, TESTBED_RUNS, default_path
+from adaskip.runs.cells import Cell, parse_run_name, run_name
+from adaskip.runs.folder import RunFolder
+
+MANIFESTS = "*-sublayers/manifest.json"
+"""Where a run's manifests are, below its folder."""
+ANY = "*"
+"""Stands for every run's name in a pattern."""
+FOLDER_NAME = re.compile(r"(\d+)-sublayers")
+REQUIRED_FIELDS = ("id", "index", "prediction", "references", "all_classes")
+
+REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "testbed", "dtype", "device")
+
+Record = dict[str, Any]
+
+
+class ResultsError(ValueError):
+    """Saved results that were asked for are not there, or are not what the runner writes."""
+
+
+@dataclass(frozen=True)
+class TaskRecords:
+    """The records of one task in one run, in the order of the task's samples."""
+
+    task: str
+    records: tuple[Record, ...]
+    expected: int
+    """How many records the finished run has, by its manifest."""
+    problems: tuple[str, ...]
+    """One line per thing wrong with its files."""
+    sha256: str
+    """Of the bytes of the records' files; of nothing where there is none."""
+
+    @property
+    def complete(self) -> bool:
+        return not self.problems and len(self.records) == self.expected
+
+    @cached_property
+    def by_id(self) -> dict[str, Record]:
+        return {record["id"]: record for record in self.records}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell's folder of saved results."""
+
+    folder: Path
+    cell: Cell
+    num_layers: int
+    manifest: dict[str, Any]
+    tasks: dict[str, TaskRecords]
+
+    def is_extended(self, task: str) -> bool:
+        """Whether a task's samples are LongBench-E's; of runs older than the manifest's `sets`, by the task's name."""
+        return (self.manifest.get("sets") or {}).get(task, task).endswith(EXTENDED_SUFFIX)
+
+    @property
+    def fraction(self) -> float:
+        """Skipped sublayers / all sublayers."""
+        return self.cell.sublayers / (2 * self.num_layers)
+
+
+def load_runs(runs_dir: str | Path) -> list[Run]:
+    """Every run below `runs_dir`, ordered by name and budget; a folder without a manifest holds no run yet.
+
+    Raises:
+        ResultsError: there is no such folder, it holds no run, or a manifest cannot be read.
+    """
+    root = Path(runs_dir)
+    runs = [load_run(manifest.parent) for manifest in root.glob(f"*/{MANIFESTS}")]
+    if not runs:
+        what = f"no <run name>/{MANIFESTS} below it" if root.is_dir() else "there is no such folder"
+        raise ResultsError(f"no results in {root}: {what}{_elsewhere(ANY, root)}")
+    return sorted(runs, key=lambda run: (run.cell.run_name, run.cell.sublayers))
+
+
+def find_run(name: str, runs_dir: str | Path) -> list[Run]:
+    """Every budget of the run called `name` (the artifact's form, `llama-EE-PREFILL`), smallest first.
+
+    Raises:
+        ResultsError: the run is not there; the line says where it is, or which runs are.
+    """
+    root = Path(runs_dir)
+    wanted = run_name(*parse_run_name(name))
+    folders = [path.parent for path in root.glob(f"{wanted}/{MANIFESTS}")]
+    if not folders:
+        raise ResultsError(_no_such_run(wanted, root))
+    return sorted((load_run(folder) for folder in folders), key=lambda run: run.cell.sublayers)
+
+
+def has_run(name: str, runs_dir: str | Path) -> bool:
+    """Whether any budget of the run called `name`, as it is spelled in folders, lies below `runs_dir`."""
+    return any(Path(runs_dir).glob(f"{name}/{MANIFESTS}"))
+
+
+def load_run(folder: Path) -> Run:
+    """Read one `<run name>/<N>-sublayers` folder."""
+    match = FOLDER_NAME.fullmatch(folder.name)
+    if match is None:
+        raise ResultsError(f"{folder} is no run's folder: expected <run name>/<N>-sublayers")
+    manifest = _read_manifest(folder / "manifest.json")
+    cell = Cell(*parse_run_name(folder.parent.name), sublayers=int(match[1]))
+    tasks = {task: read_task(folder, task, expected) for task, expected in manifest["tasks"].items()}
+    return Run(folder, cell, int(manifest["num_layers"]), manifest, tasks)
+
+
+def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
+    """Read a task's records and their times, merged or still in parts.
+
+    The first whole record of each sample is kept and everything else is named.
+    """
+    place = RunFolder(folder)
+    path, times_path = place.records_path(task), place.times_path(task)
+    files = [file for file in (path, *place.part_paths(task)) if file.exists()]
+    problems = [] if files else [f"{path.name} is missing"]
+    times_content = times_path.read_bytes() if times_path.exists() else b""
+    times = _read_lines(f"times/{times_path.name}", times_content, ("id",), problems)
+    records: dict[str, Record] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(content)
+        records = {**_read_lines(file.name, content, REQUIRED_FIELDS, problems), **records}
+    timed = [{**times.get(name, {}), **record} for name, record in records.items()]
+    ordered = sorted(timed, key=lambda record: record["index"])
+    return TaskRecords(task, tuple(ordered), expected, tuple(problems), digest.hexdigest())
+
+
+def _read_lines(name: str, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
+    """The records of a file by their ids; what is wrong with other lines is added to `problems`."""
+    records: dict[str, Record] = {}
+    lines = content.split(b"\n")
+    torn = lines.pop()
+    for number, line in enumerate(lines, start=1):
+        record, problem = _parse_line(line, required)
+        if problem is None and record["id"] in records:
+            problem = f"repeats sample {record['id']!r}"
+        if problem is None:
+            records[record["id"]] = record
+        else:
+            problems.append(f"{name}, line {number} {problem}")
+    if torn:
+        problems.append(f"{name}, line {len(lines) + 1} is torn (no end of line)")
+    return records
+
+
+def _parse_line(line: bytes, required: Sequence[str]) -> tuple[Record, None] | tuple[Record, str]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}, "is not JSON"
+    if not isinstance(record, dict):
+        return {}, "is not a record"
+    missing = [field for field in required if field not in record]
+    return (record, f"lacks {', '.join(missing)}") if missing else (record, None)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON ({error}); delete {path.parent} and run it again") from None
+    missing = [name for name in REQUIRED_IN_MANIFEST if name not in manifest]
+    if missing:
+        raise ResultsError(f"{path} lacks {', '.join(missing)}; delete {path.parent} and run it again")
+    return manifest
+
+
+def _no_such_run(name: str, root: Path) -> str:
+    if elsewhere := _elsewhere(name, root):
+        return f"no run {name} in {root}{elsewhere}"
+    present = sorted({path.parent.parent.name for path in root.glob(f"*/{MANIFESTS}")})
+    close = difflib.get_close_matches(name, present, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"no run {name} in {root}.{hint} Runs there: {', '.join(present) or 'none'}"
+
+
+def _elsewhere(name: str, root: Path) -> str:
+    """In which of the default folders, other than `root`, runs called `name` are; nothing where in none."""
+    for folder, option in ((RUNS, "leave out --testbed and --results-dir"), (TESTBED_RUNS, "give --testbed")):
+        other = default_path(folder)
+        if other.resolve() != root.resolve() and has_run(name, other):
+            return f"; there {'are some' if name == ANY else 'is one'} in {other}: {option}"
+    return ""
