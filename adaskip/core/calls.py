@@ -16,19 +16,21 @@ from typing import Any
 from adaskip.core.blocks import restore_attribute
 from adaskip.core.patching import ModelPatches
 
-NEXT_STEP = "prepare_inputs_for_generation"
-"""The method of the model that `generate` calls before each forward."""
+STEPS = ("prepare_inputs_for_generation", "forward")
+"""The methods that `generate` calls for each token: of the model before the forward, and the decoder's forward."""
+Place = tuple[Any, str, Any]
+"""Whose attribute, its name, and what the object itself had there before, or None."""
 
 
 class GenerateCalls:
     """The calls of `model.generate` that began inside one context and have not returned."""
 
-    def __init__(self, model: Any, patches: ModelPatches):
-        self.model, self.patches = model, patches
+    def __init__(self, patches: ModelPatches):
+        self.patches = patches
         self.ended = False
         self._depths: Counter[int] = Counter()  # by thread: an assistant's call runs inside another one
         self._lock = threading.Lock()
-        self._own: Any = None
+        self._guarded: list[Place] = []
 
     @property
     def here(self) -> bool:
@@ -40,13 +42,8 @@ class GenerateCalls:
 
         @functools.wraps(stock)
         def generate(*args, **kwargs):
-            if self.ended:
-                raise ValueError(
-                    "this generate belongs to a skipping(...) context that has ended; take the model's own"
-                )
             after = check()
-            with self._lock:
-                self._depths[threading.get_ident()] += 1
+            self._enter()
             try:
                 output = stock(*args, **kwargs)
             finally:
@@ -56,31 +53,46 @@ class GenerateCalls:
 
         return generate
 
+    def _enter(self) -> None:
+        with self._lock:
+            if self.ended:
+                raise ValueError(
+                    "this generate belongs to a skipping(...) context that has ended; take the model's own"
+                )
+            self._depths[threading.get_ident()] += 1
+
     def _leave(self) -> None:
         with self._lock:
             self._depths[threading.get_ident()] -= 1
             self._depths += Counter()  # drops the zeros
-            if self.ended and not self._depths and self.patches.outlived:
+            if self.ended and not self._depths:
+                for place in self._guarded:
+                    restore_attribute(*place)
+                self._guarded = []
                 self.patches.outlived = False
-                restore_attribute(self.model, NEXT_STEP, self._own)
 
-    def end(self) -> None:
-        """The context has ended, the model's own methods are back: calls that still run are refused their next step."""
+    def end(self, replaced: list[Place]) -> None:
+        """Put back what the context replaced, and refuse the next step of calls that still run.
+
+        replaced: methods of the model and its decoder. Call while no forward runs.
+        """
         with self._lock:
             self.ended = True
-            if not self._depths:
-                return
-            stock = getattr(self.model, NEXT_STEP)
-            self._own = self.model.__dict__.get(NEXT_STEP)
+            for owner, name, own in replaced:
+                restore_attribute(owner, name, own)
+                if self._depths and name in STEPS:
+                    owner.__dict__[name] = self._refusing_what_outlived(getattr(owner, name))
+                    self._guarded.append((owner, name, own))
+            self.patches.outlived = bool(self._guarded)
 
-            @functools.wraps(stock)
-            def refuse_what_outlived(*args, **kwargs):
-                if not self.here:
-                    return stock(*args, **kwargs)
-                raise ValueError(
-                    "skipping(...) ended while this generate was running in another thread; its answer cannot go on "
-                    "with the full model. Leave the context when its requests are done"
-                )
+    def _refusing_what_outlived(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def refuse(*args, **kwargs):
+            if not self.here:
+                return stock(*args, **kwargs)
+            raise ValueError(
+                "skipping(...) ended while this generate was running in another thread; its answer cannot go on "
+                "with the full model. Leave the context when its requests are done"
+            )
 
-            self.model.__dict__[NEXT_STEP] = refuse_what_outlived
-            self.patches.outlived = True
+        return refuse

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from adaskip.core.blocks import restore_attribute
 from adaskip.core.compiled import MAX_STEP_GRAPHS
 from adaskip.core.patching import patches_of
 from adaskip.core.session import SkippingSession
@@ -73,6 +72,4 @@ def skipping(
             decoder.__dict__["forward"] = session.forward
             yield session
         finally:
-            for owner, name, before in own:
-                restore_attribute(owner, name, before)
-            session.end()
+            session.end(own)

@@ -23,7 +23,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip.core.blocks import find_decoder
-from adaskip.core.calls import GenerateCalls
+from adaskip.core.calls import GenerateCalls, Place
 from adaskip.core.compiled import StepKind, compiled_steps
 from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.patching import NOTHING, ModelPatches, StaysInPlace
@@ -83,7 +83,7 @@ class SkippingSession(StaysInPlace):
         self.model, self.strategy, self.patches, self.eos_token_ids = model, strategy, patches, eos_token_ids
         self.max_step_graphs = max_step_graphs
         self.decoder = find_decoder(model)
-        self.calls = GenerateCalls(model, patches)
+        self.calls = GenerateCalls(patches)
         self._requests: WeakKeyDictionary[Cache, Request] = WeakKeyDictionary()
         self._last: Request | None = None
         self._here = _Here()
@@ -133,10 +133,10 @@ class SkippingSession(StaysInPlace):
         refused = {name: self._refused(name) for name in CONTINUOUS_BATCHING if hasattr(self.model, name)}
         return {**own, **refused, CANDIDATES: self._checked_candidates()}
 
-    def end(self) -> None:
-        """The context ends: wait for the forward that runs, then refuse every further one."""
+    def end(self, replaced: list[Place]) -> None:
+        """The context ends: wait for the forward that runs, put back what was `replaced`, refuse every further step."""
         with self._turn:
-            self.calls.end()
+            self.calls.end(replaced)
         if self._num_prompts and not self._num_decode_steps:
             self._warn_of_prompts_only()
 

@@ -146,10 +146,41 @@ def test_a_generate_that_outlives_its_context_is_refused_and_leaves_a_stock_mode
     thread.join(60)
     assert "ended while this generate was running" in str(results[0])
     assert not {"generate", "prepare_inputs_for_generation"} & vars(model).keys()
+    assert "forward" not in vars(model.model)
     assert torch.equal(greedy(model, prompt), stock)
     model.generation_config.use_cache = True
     with skipping(model, fixed()):
         assert not torch.equal(greedy(model, prompt), stock)
+
+
+class Channel:
+    """A streamer as people read it from another thread: the last thing `generate` does is to end it."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], threading.Event()
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended.set()
+
+
+def test_the_context_may_be_left_as_soon_as_a_stream_has_ended():
+    model, prompt = random_model("llama"), random_prompts([9])[0]
+    with skipping(model, fixed()):
+        expected = greedy(model, prompt)
+    for _ in range(20):
+        channel, results = Channel(), []
+        thread = threading.Thread(target=lambda c=channel, r=results: r.append(greedy(model, prompt, streamer=c)))
+        with skipping(model, fixed()):
+            thread.start()
+            assert channel.ended.wait(60)
+        thread.join(60)
+        assert torch.equal(results[0], expected)
+        assert channel.tokens == expected[0].tolist()
+    assert not {"generate", "prepare_inputs_for_generation"} & vars(model).keys()
+    assert "forward" not in vars(model.model)
 
 
 def test_a_generate_from_before_the_context_is_refused():
