@@ -134,12 +134,13 @@ STRUCTURES = (
 class Proved:
     """What a probe has shown of a model.
 
-    stream_dtypes: of each layer, the dtype of the hidden states that go in and out. cache_slots: of each layer, the
-    layer of the KV cache that its attention fills.
+    stream_dtypes: of each layer, the dtype of the hidden states that go in and out. stream_width: D, their channels.
+    cache_slots: of each layer, the layer of the KV cache that its attention fills.
     """
 
     structure: BlockStructure
     stream_dtypes: tuple[torch.dtype, ...]
+    stream_width: int
     cache_slots: tuple[int, ...]
 
 
@@ -166,7 +167,8 @@ def probe_layers(model: nn.Module) -> Proved:
         probe.record()
         for index in reversed(range(len(layers))):  # a layer runs before those it may take something from
             _prove(probe, index, layers[index], structure)
-    return Proved(structure, tuple(call.hidden_states.dtype for call in probe.calls), slots)
+    streams = [call.hidden_states for call in probe.calls]
+    return Proved(structure, tuple(stream.dtype for stream in streams), streams[0].shape[-1], slots)
 
 
 def cache_slots(layers: Iterable[nn.Module]) -> tuple[int, ...]:

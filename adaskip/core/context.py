@@ -43,7 +43,7 @@ def skipping(
 
     Threads: the context holds for the model object, in every thread. Several threads may run requests of their own;
     their forwards take turns, with the output each would have alone. A `generate` that began before the context, or
-    outlives it, is refused at its next step.
+    outlives it, is refused at its next step. A hook that waits for another thread's forward would wait for ever.
 
     Refused before anything runs: continuous batching (`generate_batch`, a paged cache), `assistant_early_exit`, and
     assisted decoding under a strategy whose plan changes between prompt and answer or in the answer. A compiled model
@@ -61,6 +61,7 @@ def skipping(
             f"strategy {strategy.name} was made for {strategy.num_layers} layers, "
             f"{type(model).__name__} has {len(patches.patches)}"
         )
+    patches.check(strategy.skipped)
     session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id), max_step_graphs)
     with patches.install(exclusive=False):
         overrides = session.overrides()

@@ -8,21 +8,27 @@ stores nothing and passes every question of length on to a live layer of the sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from adaskip.core.plan import Compensation
+
 
 class SkippedLayer(CacheLayerMixin):
-    """Stand-in for the cache layer of a skipped attention: no storage, lengths of `live`."""
+    """Stand-in for the cache layer of a skipped attention: no storage, lengths of `live`.
+
+    scale: what compensates the attention, for whoever goes on with this cache, or with a copy of it.
+    """
 
     keys = None
     values = None
 
-    def __init__(self, replaced: CacheLayerMixin, live: CacheLayerMixin):  # no super(): it would give us state
-        self.live = live
+    def __init__(self, replaced: CacheLayerMixin, live: CacheLayerMixin, scale: Compensation):
+        # no super().__init__: it would give us state
+        self.live, self.scale = live, scale
         self.emptied = replaced.emptied if isinstance(replaced, SkippedLayer) else _emptied_twin(replaced)
         self.is_sliding = getattr(replaced, "is_sliding", False)
         self.is_compileable = replaced.is_compileable
@@ -77,10 +83,16 @@ def skipped_layers(cache: Cache) -> frozenset[int]:
     return frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedLayer))
 
 
-def release_skipped(cache: Cache, skipped: Collection[int], slots: Sequence[int]) -> None:
+def held_scales(cache: Cache) -> dict[int, Compensation]:
+    """What compensates the attentions without K/V in `cache`, by slot."""
+    return {i: layer.scale for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedLayer)}
+
+
+def release_skipped(cache: Cache, skipped: Mapping[int, Compensation], slots: Sequence[int]) -> None:
     """Put a stand-in in the place of every slot in `skipped`, and let go of whatever K/V it held.
 
-    slots: those that the model's layers use; the others of a cache never hold anything. Call before masks are built.
+    skipped: by slot, what compensates the attention. slots: those that the model's layers use; the others of a cache
+    never hold anything. Call before masks are built.
     `skipped` may only grow while a cache is in use, and must leave one slot live. Raises ValueError if a layer that
     holds no K/V any more is to run again.
     """
@@ -106,11 +118,11 @@ def release_skipped(cache: Cache, skipped: Collection[int], slots: Sequence[int]
         raise ValueError(
             "together with what this KV cache skipped earlier, no attention would stay live; use a new cache"
         )
-    for i in skipped:
+    for i, scale in skipped.items():
         kind = getattr(layers[i], "is_sliding", False)
         same_kind = (layer for layer in live if getattr(layer, "is_sliding", False) == kind)
         # Where a whole kind is skipped nobody uses its mask, and any live layer's length keeps it well-formed.
-        layers[i] = SkippedLayer(layers[i], next(same_kind, live[0]))
+        layers[i] = SkippedLayer(layers[i], next(same_kind, live[0]), scale)
 
 
 def restore_emptied(cache: Cache) -> None:

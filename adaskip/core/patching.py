@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache
 
 from adaskip.core.blocks import (
     OUTPUT_SCALAR,
-    BlockStructure,
+    Proved,
+    cache_slots,
     decoder_layers,
     execution_device,
     find_decoder,
@@ -32,8 +33,8 @@ from adaskip.core.blocks import (
     probe_layers,
     restore_attribute,
 )
-from adaskip.core.kv_cache import release_skipped
-from adaskip.core.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan, SublayerKind
+from adaskip.core.kv_cache import held_scales, release_skipped
+from adaskip.core.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan, Sublayer, SublayerKind
 from adaskip.core.wrappers import unwrapped
 
 NOTHING: frozenset[int] = frozenset()
@@ -79,8 +80,9 @@ Work = tuple[LayerWork, ...]
 class LayerPatch(StaysInPlace):
     """What one decoder layer does in the current step."""
 
-    def __init__(self, layer: nn.Module, index: int, structure: BlockStructure, turn: Turn, stream_dtype: torch.dtype):
-        self.layer, self.index, self.structure, self.turn = layer, index, structure, turn
+    def __init__(self, layer: nn.Module, index: int, proved: Proved, turn: Turn):
+        self.layer, self.index, self.structure, self.turn = layer, index, proved.structure, turn
+        self.width = proved.stream_width
         self.finishes = hasattr(layer, OUTPUT_SCALAR)
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
         self.idle = True
@@ -89,8 +91,10 @@ class LayerPatch(StaysInPlace):
         self.probe: SublayerProbe | None = None
         self.ffn_io: tuple[Tensor, Tensor] | None = None
         self.stock: Any = None
+        self.own: Any = None  # the layer's own attribute before, if it had one
+        self.bound: Any = None  # what hangs on the layer while installed
         self.name = "forward"
-        self.device, self.dtype = execution_device(layer), stream_dtype  # of the hidden states: scales live there
+        self.device, self.dtype = execution_device(layer), proved.stream_dtypes[index]  # where scales live
         self._forget_scales()
 
     def _forget_scales(self) -> None:
@@ -103,8 +107,26 @@ class LayerPatch(StaysInPlace):
             self.device = device
             self._forget_scales()
         self.name = forward_attribute(self.layer)
+        self.own = self.layer.__dict__.get(self.name)
+        if isinstance(getattr(self.own, "__self__", None), LayerPatch):
+            raise ValueError(
+                f"layer {self.index} ({type(self.layer).__name__}) is also a layer of another model that is inside "
+                "skipping(...), a lossless generation or a measurement; leave that first"
+            )
         self.stock = getattr(self.layer, self.name)
-        self.layer.__dict__[self.name] = self.forward
+        self.layer.__dict__[self.name] = self.bound = self.forward
+
+    def remove(self) -> None:
+        """Give the layer back what it had, wherever the patch hangs now; what others put there meanwhile stays."""
+        for name in ("forward", "_old_forward"):
+            if self.layer.__dict__.get(name) is self.bound and self.bound is not None:
+                restore_attribute(self.layer, name, self.own if name == self.name else self.stock)
+        self.bound = self.ffn_io = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a call of the layer still comes here, perhaps through accelerate's hook."""
+        return any(self.layer.__dict__.get(name) is self.bound for name in ("forward", "_old_forward"))
 
     def set_work(self, *, skip_attention: bool, skip_ffn: bool, measure_ffn: bool) -> None:
         """What the layer leaves out and keeps for measuring, from the next forward on."""
@@ -125,6 +147,7 @@ class LayerPatch(StaysInPlace):
             return
         self.scales.pop(kind, None)  # should this be interrupted, the next call starts afresh
         if isinstance(scale, Affine):
+            self.check_width(scale)
             deltas = torch.tensor(scale.scale, dtype=torch.float64).sub_(1.0)
             shifts = torch.tensor(scale.shift, dtype=torch.float64)
             self.deltas[kind] = self._buffer(kind, "deltas", deltas.shape).copy_(deltas, non_blocking=True)
@@ -133,6 +156,14 @@ class LayerPatch(StaysInPlace):
             self.deltas[kind] = None if scale == 1.0 else self._buffer(kind, "delta", ()).fill_(scale - 1.0)
             self.shifts[kind] = None
         self.scales[kind] = scale
+
+    def check_width(self, scale: Affine) -> None:
+        """Raise ValueError unless there is an entry for each channel of the stream."""
+        if len(scale.scale) != self.width:
+            raise ValueError(
+                f"an affine compensation of layer {self.index} has {len(scale.scale)} channels; the hidden states have "
+                f"{self.width}"
+            )
 
     def _buffer(self, kind: SublayerKind, name: str, shape: Sequence[int]) -> Tensor:
         if (kind, name) not in self.buffers:
@@ -220,24 +251,19 @@ class ModelPatches:
         self.layers = tuple(decoder_layers(model))
         self.slots = proved.cache_slots
         self.turn = Turn()
-        self.patches = tuple(
-            LayerPatch(layer, i, proved.structure, self.turn, dtype)
-            for i, (layer, dtype) in enumerate(zip(self.layers, proved.stream_dtypes, strict=True))
-        )
-        self.weight_dtypes = _weight_dtypes(self.layers)
+        self.patches = tuple(LayerPatch(layer, i, proved, self.turn) for i, layer in enumerate(self.layers))
+        self.made_for = _description(self.layers)
         self.installed = self.outlived = False
         self._installing = threading.Lock()
-        self._saved: list[tuple[nn.Module, str, Any]] = []
         self._plan: SkipPlan | None = EMPTY_PLAN
         self._measured: frozenset[int] | None = NOTHING
         self.work: Work = tuple(patch.work for patch in self.patches)
         self.in_compiled_step = False
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether the model still has the layers these patches were made for, in the dtypes they had."""
-        layers = decoder_layers(model)
-        same = len(layers) == len(self.layers) and all(a is b for a, b in zip(layers, self.layers, strict=True))
-        return same and (self.installed or _weight_dtypes(self.layers) == self.weight_dtypes)
+        """Whether the model still has the layers these patches were made for, as they were."""
+        layers = tuple(decoder_layers(model))
+        return layers == self.layers and (self.installed or _description(layers) == self.made_for)
 
     def slots_of(self, layers: Collection[int]) -> frozenset[int]:
         """The cache slots of decoder layers, by position."""
@@ -247,9 +273,32 @@ class ModelPatches:
         """The decoder layers, by position, whose cache slots are in `slots`."""
         return frozenset(i for i, slot in enumerate(self.slots) if slot in slots)
 
-    def release(self, cache: Cache, skipped_attention: Collection[int]) -> None:
-        """Let `cache` go without K/V of the attention of the layers given; see `release_skipped`."""
-        release_skipped(cache, self.slots_of(skipped_attention), self.slots)
+    def release(self, cache: Cache, plan: SkipPlan) -> None:
+        """Let `cache` go without K/V of the attention that `plan` skips; see `release_skipped`."""
+        release_skipped(cache, {self.slots[i]: plan.scale("attention", i) for i in plan.attention}, self.slots)
+
+    def held(self, cache: Cache) -> SkipPlan:
+        """The attention without K/V in `cache`, with what compensates it."""
+        scales = held_scales(cache)
+        return SkipPlan.of_sublayers(
+            {Sublayer("attention", i): scales[slot] for i, slot in enumerate(self.slots) if slot in scales}
+        )
+
+    def check(self, plan: SkipPlan) -> None:
+        """Raise ValueError for a plan that this model cannot run."""
+        plan.check_fits(len(self.patches))
+        for sublayer, scale in plan.scales.items():
+            if isinstance(scale, Affine):
+                self.patches[sublayer.layer].check_width(scale)
+
+    def check_in_place(self, decoder: Any) -> None:
+        """Raise ValueError if a layer that the current plan concerns was replaced, or its forward, meanwhile."""
+        for patch, layer in zip(self.patches, decoder.layers, strict=False):
+            if not patch.idle and (layer is not patch.layer or not patch.in_place):
+                raise ValueError(
+                    f"layer {patch.index} ({type(layer).__name__}) or its forward was replaced inside the context; "
+                    "change the model outside of it"
+                )
 
     @contextmanager
     def install(self, *, exclusive: bool = True) -> Iterator[ModelPatches]:
@@ -268,21 +317,16 @@ class ModelPatches:
             self.installed = True
         try:
             for patch in self.patches:
-                name = forward_attribute(patch.layer)
-                self._saved.append((patch.layer, name, patch.layer.__dict__.get(name)))
                 patch.install()
             if exclusive:
                 self.turn.thread = get_ident()
             yield self
         finally:
-            for layer, name, own in self._saved:
-                restore_attribute(layer, name, own)
-            self._saved.clear()
+            for patch in self.patches:
+                patch.remove()
             self.turn.thread = None
             self.apply(EMPTY_PLAN)
             self.set_probe(None)
-            for patch in self.patches:
-                patch.ffn_io = None
             self.installed = False
 
     def apply(self, plan: SkipPlan, measured_ffns: frozenset[int] = NOTHING) -> None:
@@ -337,8 +381,19 @@ class ModelPatches:
 _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()
 
 
-def _weight_dtypes(layers: Sequence[nn.Module]) -> tuple[torch.dtype, ...]:
-    return tuple(next((p.dtype for p in layer.parameters()), torch.float32) for layer in layers)
+def _description(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """All that a proof of the layers rests on, to be compared: parts, forwards, dtypes and places in the cache."""
+    made_of = (
+        (
+            *(layer.__dict__.get(name) for name in ("forward", "_old_forward")),
+            type(layer).forward,
+            tuple(layer._modules.items()),
+            hasattr(layer, OUTPUT_SCALAR),
+            next((p.dtype for p in layer.parameters()), None),
+        )
+        for layer in layers
+    )
+    return cache_slots(layers), *made_of
 
 
 def patches_of(model: nn.Module) -> ModelPatches:

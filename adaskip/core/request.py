@@ -73,8 +73,8 @@ class RequestTrace:
 class Request:
     """Turns a strategy into the plan of each forward of one request."""
 
-    def __init__(self, strategy: Strategy, eos_token_ids: tuple[int, ...], held: frozenset[int] = frozenset()):
-        """held: attention already without K/V in the request's cache, from an earlier context."""
+    def __init__(self, strategy: Strategy, eos_token_ids: tuple[int, ...], held: SkipPlan = EMPTY_PLAN):
+        """held: attention already without K/V in the request's cache, from an earlier context or a copied cache."""
         self.strategy, self.eos_token_ids = strategy, eos_token_ids
         self.decode_steps = 0
         self.learnt = EMPTY_PLAN
@@ -83,7 +83,7 @@ class Request:
         self.prompt_plan = self.answer_plan = EMPTY_PLAN
         self.released: SkipPlan | None = None  # the last plan whose skipped layers the cache has let go of
         self.num_forwards = 0
-        self._floor = SkipPlan(held)  # attention that cannot run any more: its K/V is gone
+        self._floor = held  # attention that cannot run any more: its K/V is gone
         self._merged: tuple[SkipPlan, SkipPlan, SkipPlan] | None = None
 
     def prefill(self) -> SkipPlan:
@@ -117,10 +117,18 @@ class Request:
     def _merge(self, plan: SkipPlan, learnt: SkipPlan) -> SkipPlan:
         """`plan` with what was learnt and what cannot come back; the same object as long as neither input changes."""
         if self._merged is None or self._merged[0] is not plan or self._merged[1] is not learnt:
+            self._check(plan)
+            self._check(learnt)
             merged = plan.union(learnt).union(self._floor)
             self._floor = merged.attention_only()
             self._merged = (plan, learnt, merged)
         return self._merged[2]
+
+    def _check(self, plan: SkipPlan) -> None:
+        """What a strategy gives is checked when it changes: a class of the user's may give anything."""
+        if not isinstance(plan, SkipPlan):
+            raise ValueError(f"strategy {self.strategy.name} gave {type(plan).__name__} instead of a SkipPlan")
+        plan.check_fits(self.strategy.num_layers)
 
     @property
     def trace(self) -> RequestTrace:

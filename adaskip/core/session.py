@@ -65,6 +65,8 @@ class _Here(threading.local):
     """The step that `generate` is about to run."""
     kind: StepKind | None = None
     """What direct calls are declared to be."""
+    prefilling: bool = False
+    """Whether `generate` is reading the prompt, perhaps in chunks."""
     compiled: bool = False
     """Whether a compiled call of `generate`, which has its turn already, is about to enter the decoder."""
 
@@ -131,7 +133,7 @@ class SkippingSession(StaysInPlace):
             "get_compiled_call": self.get_compiled_call,
         }
         refused = {name: self._refused(name) for name in CONTINUOUS_BATCHING if hasattr(self.model, name)}
-        return {**own, **refused, CANDIDATES: self._checked_candidates()}
+        return {**own, **refused, CANDIDATES: self._checked_candidates(), PREFILL: self._marked_prefill()}
 
     def end(self, replaced: list[Place]) -> None:
         """The context ends: wait for the forward that runs, put back what was `replaced`, refuse every further step."""
@@ -183,6 +185,19 @@ class SkippingSession(StaysInPlace):
 
         return candidates
 
+    def _marked_prefill(self) -> Callable[..., Any]:
+        stock = getattr(self.model, PREFILL)
+
+        @functools.wraps(stock)
+        def prefill(*args, **kwargs):
+            before, self._here.prefilling = self._here.prefilling, True
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self._here.prefilling = before
+
+        return prefill
+
     def _wrapped_prepare(self) -> Callable[..., Any]:
         """The model's own `prepare_inputs_for_generation`, preceded by the choice of the step's plan."""
         stock: Any = self.model.prepare_inputs_for_generation
@@ -191,11 +206,13 @@ class SkippingSession(StaysInPlace):
         def prepare_inputs_for_generation(input_ids, *args, **kwargs):  # generate passes all the rest by keyword
             self._check_open()
             cache = kwargs.get("past_key_values")
-            if cache is None and self.strategy.phase != "prefill":
+            uncached = cache is None and kwargs.get("use_cache") is False
+            if uncached and self.strategy.phase != "prefill":
                 raise ValueError(f"phase {self.strategy.phase!r} needs the KV cache; call generate with use_cache=True")
             first = kwargs.get("is_first_iteration", False)
-            reads = first or kwargs.get("next_sequence_length") is None
-            step = self._begin("prefill" if reads else "decode", cache, began_here=first or self.calls.here)
+            whole = kwargs.get("next_sequence_length") is None and (self._here.prefilling or input_ids.shape[1] > 1)
+            began_here = first or self.calls.here or (cache is None and not uncached)
+            step = self._begin("prefill" if first or whole else "decode", cache, began_here=began_here)
             model_inputs = stock(input_ids, *args, **kwargs)
             ids = model_inputs.get("input_ids")
             step.tokens = ref(model_inputs["inputs_embeds"] if ids is None else ids)
@@ -285,6 +302,8 @@ class SkippingSession(StaysInPlace):
         """Run `forward` under the plan of `step`, in turn, and measure what its window asks for."""
         with self._turn:
             self._check_open()
+            if self.decoder.training:
+                raise ValueError(f"{type(self.model).__name__} was put in training mode inside skipping(...)")
             if self._running is not None:
                 raise ValueError("the model was called from inside its own forward, which skipping(...) cannot follow")
             ffns = NOTHING if step.window is None else step.window.ffns
@@ -292,6 +311,8 @@ class SkippingSession(StaysInPlace):
             turn.thread = threading.get_ident()
             try:
                 self.patches.apply(step.plan, ffns)
+                if not step.request.num_forwards:
+                    self.patches.check_in_place(self.decoder)
                 output = forward()
                 self._count(step)
                 if step.window is not None:
@@ -350,8 +371,8 @@ class SkippingSession(StaysInPlace):
         if not filled:
             kind = "prefill"  # whatever was intended
             restore_emptied(cache)
-        held = self.patches.layers_of(skipped_layers(cache))
-        request = self._requests[cache] = Request(self.strategy, self.eos_token_ids, held=held)
+        request = Request(self.strategy, self.eos_token_ids, held=self.patches.held(cache))
+        self._requests[cache] = request
         return kind, request
 
     def _step(self, kind: StepKind, request: Request, cache: Cache | None) -> Step:
@@ -359,7 +380,7 @@ class SkippingSession(StaysInPlace):
         if cache is not None and request.released is not plan:
             slots = self.patches.slots_of(plan.attention)
             if not slots <= skipped_layers(cache):
-                self.patches.release(cache, plan.attention)
+                self.patches.release(cache, plan)
             request.released = plan
         return Step(kind, request, cache, plan, request.window if kind == "decode" else None)
 
@@ -388,6 +409,8 @@ CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous
 """Methods of transformers models that serve many requests from one paged cache."""
 CANDIDATES = "_get_candidate_generator"
 """The method of transformers models that assisted decoding, and it alone, begins with."""
+PREFILL = "_prefill"
+"""The method of transformers models by which `generate` reads a prompt, whole or in chunks."""
 
 
 def _check_cache(cache: Any) -> None:

@@ -84,7 +84,7 @@ class Forwards:
         if skipped not in self._views:
             view: Any = copy.copy(self.cache)
             view.layers = list(self.cache.layers)
-            self.patches.release(view, skipped)
+            self.patches.release(view, SkipPlan(skipped))
             sliding = DynamicSlidingWindowLayer
             view.layers = [_DraftSlidingLayer(x) if isinstance(x, sliding) else x for x in view.layers]
             self._views[skipped] = view
