@@ -363,7 +363,7 @@ class ModelPatches:
         finally:
             self.turn.compiled = False
             for patch in self.patches:
-                patch.layer.__dict__[patch.name] = patch.forward
+                patch.layer.__dict__[patch.name] = patch.bound
 
     def set_probe(self, probe: SublayerProbe | None) -> None:
         """From the next forward on, show every sublayer's input and output to `probe`."""

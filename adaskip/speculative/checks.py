@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from adaskip.core.blocks import find_decoder
+
+SLIDING_MASK = "create_sliding_window_causal_mask"
+"""The function of transformers that every decoder with windows imports to build its masks."""
 
 
 def check_request(
@@ -39,9 +43,20 @@ def check_request(
         )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise ValueError("lossless returns scores and logits, no attentions or hidden states; leave those outputs off")
+    if DynamicSlidingWindowLayer in kinds and not _masks_slide(model):
+        raise ValueError(
+            f"the configuration of {type(model).__name__} names a sliding_window, so its KV cache drops tokens that "
+            "its masks still show; lossless cannot follow that. Remove sliding_window from the configuration"
+        )
     _check_arguments(model)
     _check_adapters(model)
     _check_rope(model, input_ids.shape[1], config.max_length)
+
+
+def _masks_slide(model: PreTrainedModel) -> bool:
+    """Whether the model's own code makes masks with a window: only such a decoder sees what its sliding cache keeps."""
+    modules = (sys.modules.get(cls.__module__) for cls in type(find_decoder(model)).__mro__)
+    return any(hasattr(module, SLIDING_MASK) for module in modules)
 
 
 def _check_rope(model: PreTrainedModel, prompt_length: int, max_length: int) -> None:
