@@ -67,6 +67,7 @@ class _Here(threading.local):
     """What direct calls are declared to be."""
     prefilling: bool = False
     """Whether `generate` is reading the prompt, perhaps in chunks."""
+    num_forwards: int = 0
     compiled: bool = False
     """Whether a compiled call of `generate`, which has its turn already, is about to enter the decoder."""
 
@@ -93,7 +94,7 @@ class SkippingSession(StaysInPlace):
         self._running: Step | None = None
         self._stock_forward: Any = self.decoder.forward
         self._signature = inspect.signature(self._stock_forward)
-        self._num_forwards = self._num_prompts = self._num_decode_steps = 0
+        self._num_prompts = self._num_decode_steps = 0
 
     @property
     def last_request(self) -> RequestTrace:
@@ -145,10 +146,10 @@ class SkippingSession(StaysInPlace):
     def _check_call(self) -> Callable[[], None]:
         """Before a `generate`; returns what checks after it that the plan was in force."""
         self._here.prepared = None
-        before = self._num_forwards
+        before = self._here.num_forwards
 
         def check() -> None:
-            if self._num_forwards == before:
+            if self._here.num_forwards == before:
                 raise ValueError(
                     f"{type(self.model).__name__} generated without the forward of its {type(self.decoder).__name__}: "
                     "nothing was skipped, the answer is the full model's"
@@ -326,7 +327,7 @@ class SkippingSession(StaysInPlace):
                 self._running = turn.thread = None
 
     def _count(self, step: Step) -> None:
-        self._num_forwards += 1
+        self._here.num_forwards += 1
         step.request.num_forwards += 1
         self._num_decode_steps += step.kind == "decode"
         self._num_prompts += step.request.num_forwards == 1
