@@ -38,17 +38,13 @@ def checkpoint_dir(family: str) -> Path:
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown testbed family {family!r}; one of {', '.join(FAMILIES)}")
-    folder = next((root / MODELS / family for root in (PACKAGE.parent, checkout()) if _holds_models(root)), None)
-    if folder is None:
-        raise TestbedError(
-            f"the testbed's models are not part of an installed package: they are in {MODELS} of a source checkout of "
-            "adaskip; install and run it there (docs/install.md), or leave out --testbed"
-        )
-    return folder
-
-
-def _holds_models(root: Path | None) -> bool:
-    return root is not None and (root / MODELS).is_dir()
+    for root in (PACKAGE.parent, checkout()):
+        if root is not None and (root / MODELS).is_dir():
+            return root / MODELS / family
+    raise TestbedError(
+        f"the testbed's models are not part of an installed package: they are in {MODELS} of a source checkout of "
+        "adaskip; install and run it there (docs/install.md), or leave out --testbed"
+    )
 
 
 def records(task: str, split: str = "test", limit: int | None = None) -> list[dict[str, Any]]:
