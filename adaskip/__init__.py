@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+"""The one place that says it; pyproject.toml reads it from here."""
 
 if TYPE_CHECKING:
     from adaskip.calibration.measure import calibrate

@@ -5,7 +5,7 @@ python eval/compensation.py --testbed [--draw-only]
 
 import sys
 
-from adaskip.studies.ablation.compensation import main
+from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(script("adaskip.studies.ablation.compensation", __doc__))

@@ -5,7 +5,7 @@ python eval/online_ablation.py --testbed [--jobs N] [--draw-only]
 
 import sys
 
-from adaskip.studies.ablation.command import main
+from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(script("adaskip.studies.ablation.command", __doc__))

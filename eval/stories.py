@@ -5,7 +5,7 @@ python eval/stories.py [--draw-only], with stories260K in $ADASKIP_REAL
 
 import sys
 
-from adaskip.studies.ablation.selection import main
+from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(script("adaskip.studies.ablation.selection", __doc__))

@@ -5,7 +5,7 @@ python observations/importance_check.py --model llama|internlm|vicuna|all [--tes
 
 import sys
 
-from adaskip.studies.observations.command import main
+from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(main("importance_check", __doc__))
+    sys.exit(script("adaskip.studies.observations.command", "importance_check", __doc__))

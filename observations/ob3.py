@@ -5,7 +5,7 @@ python observations/ob3.py --model llama|internlm|vicuna|all [--testbed]
 
 import sys
 
-from adaskip.studies.observations.command import main
+from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(main("ob3", __doc__))
+    sys.exit(script("adaskip.studies.observations.command", "ob3", __doc__))

@@ -5,7 +5,7 @@ python speed/lossless.py --testbed --threads 1 [--models llama internlm vicuna s
 
 import sys
 
-from adaskip.studies.bench.lossless import main
+from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(script("adaskip.studies.bench.lossless", __doc__))

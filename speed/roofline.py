@@ -5,7 +5,7 @@ python speed/roofline.py [--measure] [--prompt-tokens 8000] [--new-tokens 512]
 
 import sys
 
-from adaskip.studies.limits.command import main
+from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(script("adaskip.studies.limits.command", __doc__))

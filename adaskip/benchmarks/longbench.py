@@ -1,6 +1,6 @@
 """LongBench's protocol: which tasks there are, which records count, and how a record becomes a prompt.
 
-The protocol's data (templates, caps, metrics) is `configs/longbench.yaml`; `longbench_data` finds and reads files. The
+The protocol's data (templates, caps, metrics) is `configs/longbench.yaml`; `longbench_files` finds and reads files. The
 records that count are a `datasets.Dataset` of LongBench's own columns and types.
 """
 
@@ -14,12 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, List, Value
-
 from adaskip.benchmarks.longbench_files import HUB, JsonlFile, LongBenchError, list_sets
 from adaskip.common.configs import ConfigError, load_yaml
+from adaskip.common.optional import optional_import
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -43,18 +43,11 @@ EXTENDED_SUFFIX = "_e"
 PAPER_MIN_LENGTH = 4000
 """The paper keeps samples of more than 4000 words (AdaSkip, Experiments)."""
 
-COLUMNS = Features(
-    {
-        "input": Value("string"),
-        "context": Value("string"),
-        "answers": List(Value("string")),
-        "length": Value("int64"),
-        "dataset": Value("string"),
-        "language": Value("string"),
-        "all_classes": List(Value("string")),
-        "_id": Value("string"),
-    }
-)
+COLUMNS = {
+    **{"input": "text", "context": "text", "answers": "texts", "length": "number", "dataset": "text"},
+    **{"language": "text", "all_classes": "texts", "_id": "text"},
+}
+"""LongBench's own, and what each holds."""
 _REQUIRED: dict[str, type] = {"input": str, "context": str, "answers": list, "length": int, "_id": str}
 
 
@@ -158,7 +151,7 @@ def load_records(
     Args:
         task: a LongBench task; `trec_e` means `trec` with `extended=True`.
         source: a folder of jsonl files, a zip archive, `"hub"`, or None for the local Hub cache (see
-            `longbench_data.list_sets`).
+            `longbench_files.list_sets`).
         min_length: keep records of more than so many words; None keeps all.
         limit: keep the first so many of those; None keeps all.
         extended: take the LongBench-E set `<task>_e`, as the paper does (True), or the plain one (False). None: the
@@ -185,7 +178,11 @@ def load_records(
 
 def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
     """Records in LongBench's format as a table in memory; texts stay as they are, to the last byte."""
-    return Dataset.from_list([dict(record) for record in records], features=COLUMNS)
+    with optional_import():
+        from datasets import Dataset, Features, List, Value
+    types = {"text": Value("string"), "texts": List(Value("string")), "number": Value("int64")}
+    features = Features({name: types[kind] for name, kind in COLUMNS.items()})
+    return Dataset.from_list([dict(record) for record in records], features=features)
 
 
 def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from threading import Thread
 from typing import Any
 
-from rouge import Rouge
+from adaskip.common.optional import optional_import
 
 Metric = Callable[[str, str, Sequence[str] | None], float]
 
@@ -65,10 +66,8 @@ def _bag_f1(prediction: list[str], reference: list[str]) -> float:
 
 
 def _segment_zh(text: str) -> list[str]:
-    try:
+    with optional_import():
         import jieba  # only the Chinese tasks need it
-    except ImportError:
-        raise MetricError("the Chinese tasks need jieba: pip install jieba==0.42.1") from None
     jieba.setLogLevel(logging.WARNING)
     return list(jieba.cut(text, cut_all=False))
 
@@ -91,17 +90,22 @@ class _RougeRun(Thread):
 
     def run(self) -> None:
         try:
-            scores: Any = _ROUGE.get_scores([self.pair[0]], [self.pair[1]], avg=True)
+            scores: Any = _rouge_l().get_scores([self.pair[0]], [self.pair[1]], avg=True)
             self.score = scores["rouge-l"]["f"]
         except Exception as error:  # the original's bare except; `rouge` below turns it into ScoredZero
             self.error = error
 
 
-_ROUGE = Rouge(metrics=["rouge-l"], stats=["f"])
+@lru_cache(maxsize=1)
+def _rouge_l() -> Any:
+    with optional_import():
+        from rouge import Rouge
+    return Rouge(metrics=["rouge-l"], stats=["f"])
 
 
 def rouge(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:
     """Rouge-L F of the PyPI package `rouge` 1.0.1: sentences end at ".", words keep case, sets of words, not counts."""
+    _rouge_l()  # a missing package is no score of 0
     run = _RougeRun(prediction, reference)
     run.start()
     run.join()
@@ -131,7 +135,8 @@ class _ZhTokenizer:
 
 
 def _google_rouge(prediction: str, reference: str, tokenizer: Any) -> float:
-    from rouge_score.rouge_scorer import RougeScorer  # pulls in nltk; only this metric needs it
+    with optional_import():
+        from rouge_score.rouge_scorer import RougeScorer  # pulls in nltk; only this metric needs it
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=tokenizer)
     return scorer.score(reference, prediction)["rougeL"].fmeasure

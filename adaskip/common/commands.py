@@ -7,6 +7,7 @@ several processes only the main one speaks.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import NoReturn
 from transformers.utils.logging import disable_progress_bar
 
 from adaskip.common.errors import RunError
+from adaskip.common.optional import missing_package
 from adaskip.common.options import Config, Parser, add_options, resolve
 from adaskip.common.processes import Processes, leave_together
 
@@ -30,6 +32,12 @@ class Signalled(BaseException):
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
+
+
+def script(module: str, *arguments: str | None) -> int:
+    """What a script does: call `main` of a module, which is imported here, so that an optional package that it needs
+    and that is missing is one line, too; returns its exit code."""
+    return guarded(lambda: importlib.import_module(module).main(*arguments))
 
 
 def study(doc: str | None, config: type[Config], execute: Callable[[Config], int]) -> int:
@@ -64,6 +72,12 @@ def guarded(command: Callable[[], int]) -> int:
         _tell(f"error: {' '.join(str(error).split())}")
         leave_together()
         return USER_MISTAKE if isinstance(error, ValueError) else STOPPED
+    except ImportError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        _tell(f"error: {missing}")
+        leave_together()
+        return USER_MISTAKE
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

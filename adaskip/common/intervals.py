@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import DegenerateDataWarning, bootstrap
+
+from adaskip.common.optional import optional_import
 
 RESAMPLES = 5000
 CONFIDENCE = 0.95
@@ -108,6 +109,8 @@ def _interval(
 ) -> tuple[float, float] | tuple[None, None]:
     if len(samples[0]) < 2:
         return None, None
+    with optional_import():
+        from scipy.stats import DegenerateDataWarning, bootstrap
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # no interval is our answer to it, below
         result = bootstrap(

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -41,6 +40,9 @@ from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.config import RunConfig, SharedConfig
 from adaskip.strategies import CalibratedSkip, needs_profile
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 

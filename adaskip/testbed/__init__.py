@@ -10,21 +10,41 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from adaskip.common.paths import PACKAGE, checkout
 from adaskip.testbed.tasks import GENERATORS, SPLITS, stream
 
-__all__ = ["FAMILIES", "SPLITS", "TASKS", "checkpoint_dir", "records"]
+__all__ = ["FAMILIES", "SPLITS", "TASKS", "TestbedError", "checkpoint_dir", "records"]
 
 FAMILIES = ("llama", "internlm", "vicuna")
 TASKS = tuple(GENERATORS)
+MODELS = "adaskip/testbed/models"
+"""Where the trained models are in a checkout."""
 RECORDS_PER_SPLIT = 200
 RECORDS_SEED = 0
 
 
+class TestbedError(ValueError):
+    """The testbed's models are not on this machine."""
+
+
 def checkpoint_dir(family: str) -> Path:
-    """Folder of a family's trained model, in Hugging Face's layout."""
+    """Folder of a family's trained model, in Hugging Face's layout.
+
+    It is that of the checkout of this package, or else of the script that was started.
+
+    Raises:
+        ValueError: unknown family.
+        TestbedError: there is no checkout: the models are not in a wheel.
+    """
     if family not in FAMILIES:
         raise ValueError(f"unknown testbed family {family!r}; one of {', '.join(FAMILIES)}")
-    return Path(__file__).parent / "models" / family
+    for root in (PACKAGE.parent, checkout()):
+        if root is not None and (root / MODELS).is_dir():
+            return root / MODELS / family
+    raise TestbedError(
+        f"the testbed's models are not part of an installed package: they are in {MODELS} of a source checkout of "
+        "adaskip; install and run it there (docs/install.md), or leave out --testbed"
+    )
 
 
 def records(task: str, split: str = "test", limit: int | None = None) -> list[dict[str, Any]]:

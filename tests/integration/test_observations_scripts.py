@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from adaskip.studies.observations import command, measuring, skip_check
-from adaskip.testbed.families import model_config
-from adaskip.testbed.tokenizer import build_tokenizer
+from dev.testbed_training.families import model_config
+from dev.testbed_training.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("ob1", "ob2", "ob3", "tables12", "importance_check")

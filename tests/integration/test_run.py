@@ -14,8 +14,8 @@ from adaskip import cli, testbed
 from adaskip.common.locks import exclusive
 from adaskip.models.loading import load_model
 from adaskip.runs import runner
-from adaskip.testbed.families import model_config
-from adaskip.testbed.tokenizer import build_tokenizer
+from dev.testbed_training.families import model_config
+from dev.testbed_training.tokenizer import build_tokenizer
 from tests.tiny_runs import NUM_SAMPLES, ROOT, cell, error_of, records
 
 

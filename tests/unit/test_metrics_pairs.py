@@ -11,6 +11,7 @@ from rouge import Rouge
 
 from adaskip.benchmarks import metrics
 from adaskip.benchmarks.metrics import METRICS, MetricError, ScoredZero
+from adaskip.common.optional import MissingPackageError
 
 VOCABULARY = ["the", "a", "an", "cat", "Dog", "sat,", "on.", "mat!", "it's", ".", "..", "3"]
 words = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
@@ -74,7 +75,7 @@ def test_qa_f1_zh_by_hand(prediction, reference, expected):
 
 def test_chinese_metrics_name_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(MetricError, match="need jieba"):
+    with pytest.raises(MissingPackageError, match=r"jieba is not installed, .*: pip install 'adaskip\[zh\]'"):
         metrics.qa_f1_zh("北京", "北京")
 
 

@@ -8,11 +8,11 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from adaskip import testbed
-from adaskip.testbed.evaluate import evaluate
-from adaskip.testbed.families import model_config
-from adaskip.testbed.recipe import RECIPE
-from adaskip.testbed.tokenizer import build_tokenizer
-from adaskip.testbed.train import TRAINING_LOG, read_log
+from dev.testbed_training.evaluate import evaluate
+from dev.testbed_training.families import model_config
+from dev.testbed_training.recipe import RECIPE
+from dev.testbed_training.tokenizer import build_tokenizer
+from dev.testbed_training.train import TRAINING_LOG, read_log
 
 MEGABYTE = 1_000_000
 SHAPED_LIKE = {"llama": ("llama3", 2, False), "internlm": ("dynamic", 4, True), "vicuna": ("linear", 4, False)}

@@ -14,7 +14,7 @@ from adaskip.benchmarks.longbench import TASKS
 from adaskip.benchmarks.scoring import score_sample
 from adaskip.testbed.lexicon import CLASSES, LEXICON
 from adaskip.testbed.tasks import SUMMARIES, draw, split_of
-from adaskip.testbed.tokenizer import build_tokenizer
+from dev.testbed_training.tokenizer import build_tokenizer
 
 FIELDS = {"input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"}
 FACT = re.compile(r"(\w+) \w+ (\w+) (\w+) to \w+\.")

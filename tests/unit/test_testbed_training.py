@@ -11,14 +11,14 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from adaskip import testbed
-from adaskip.testbed import attention, train
-from adaskip.testbed.curriculum import IGNORED, batch, encode, segments
-from adaskip.testbed.families import model_config
-from adaskip.testbed.muon import Muon, orthogonalize
-from adaskip.testbed.recipe import RECIPE, REPEAT, Phase, Recipe
 from adaskip.testbed.tasks import draw
-from adaskip.testbed.tokenizer import build_tokenizer
-from adaskip.testbed.trainer import Trainer
+from dev.testbed_training import attention, train
+from dev.testbed_training.curriculum import IGNORED, batch, encode, segments
+from dev.testbed_training.families import model_config
+from dev.testbed_training.muon import Muon, orthogonalize
+from dev.testbed_training.recipe import RECIPE, REPEAT, Phase, Recipe
+from dev.testbed_training.tokenizer import build_tokenizer
+from dev.testbed_training.trainer import Trainer
 
 TINY = Recipe(
     phases=(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from adaskip.common.optional import optional_import
 from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
 from adaskip.studies.bench.measuring import run_bench
-from adaskip.studies.bench.report import result_markdown, write_bench_report
 from adaskip.studies.bench.settings import RESULTS_DIR, BenchConfig
 
 INCOMPLETE = 1
@@ -26,6 +25,10 @@ class ReportConfig:
 
 def bench(config: BenchConfig) -> int:
     """Run a benchmark; returns the exit code."""
+    with optional_import():
+        from rich.console import Console
+
+        from adaskip.studies.bench.report import result_markdown
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("adaskip.studies.bench").setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()  # random weights have no generation config to be warned of
@@ -41,6 +44,8 @@ def bench(config: BenchConfig) -> int:
 
 def bench_report(config: ReportConfig) -> int:
     """Draw again what is saved."""
+    with optional_import():
+        from adaskip.studies.bench.report import write_bench_report
     written = write_bench_report(given_or_default(config.results_dir, RESULTS_DIR))
     print(f"wrote {len(written)} files, first {written[0]}")
     return 0

@@ -1,4 +1,4 @@
-"""Scores of the full testbed models: `python -m adaskip.testbed.evaluate --family llama`."""
+"""Scores of the full testbed models: `python -m dev.testbed_training.evaluate --family llama`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adaskip.benchmarks.scoring import score_sample
 from adaskip.core.generate import generate
 from adaskip.testbed import FAMILIES, checkpoint_dir, records
 from adaskip.testbed.tasks import SUMMARIES
-from adaskip.testbed.tokenizer import EOS_ID, PAD_ID
+from dev.testbed_training.tokenizer import EOS_ID, PAD_ID
 
 EVALUATED = ("multifieldqa_en", "triviaqa", "trec", "gov_report", "multi_news", "qasper")
 MAX_SUMMARY_TOKENS = 128

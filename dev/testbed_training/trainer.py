@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adaskip.testbed import attention
-from adaskip.testbed.curriculum import IGNORED, batch
-from adaskip.testbed.families import model_config
-from adaskip.testbed.muon import Muon
-from adaskip.testbed.recipe import Recipe
+from dev.testbed_training import attention
+from dev.testbed_training.curriculum import IGNORED, batch
+from dev.testbed_training.families import model_config
+from dev.testbed_training.muon import Muon
+from dev.testbed_training.recipe import Recipe
 
 GRADIENT_NORM = 1.0
 

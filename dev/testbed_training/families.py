@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import LlamaConfig
 
 from adaskip.testbed import FAMILIES
-from adaskip.testbed.tokenizer import EOS_ID, PAD_ID
+from dev.testbed_training.tokenizer import EOS_ID, PAD_ID
 
 MAX_POSITIONS = 1280
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from adaskip.benchmarks.longbench import TASKS
 from adaskip.testbed import lexicon as lex
-from adaskip.testbed.recipe import REPEAT, Phase, Recipe
 from adaskip.testbed.tasks import SUMMARIES, Sample, draw
-from adaskip.testbed.tokenizer import EOS, PAD_ID
+from dev.testbed_training.recipe import REPEAT, Phase, Recipe
+from dev.testbed_training.tokenizer import EOS, PAD_ID
 
 IGNORED = -100
 MAX_MORE_QUESTIONS = 12

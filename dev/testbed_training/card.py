@@ -1,4 +1,4 @@
-"""The model card of a trained testbed model: `python -m adaskip.testbed.card --family llama` scores it.
+"""The model card of a trained testbed model: `python -m dev.testbed_training.card --family llama` scores it.
 
 README.md says how the model was made and what it scores; curve.svg shows how it learnt.
 """
@@ -15,10 +15,10 @@ import transformers
 
 from adaskip.common.files import write_text_atomic
 from adaskip.testbed import FAMILIES, checkpoint_dir
-from adaskip.testbed.curriculum import MAX_MORE_QUESTIONS
-from adaskip.testbed.evaluate import EVALUATED, evaluate
-from adaskip.testbed.recipe import RECIPE
-from adaskip.testbed.train import TRAINING_LOG, read_log
+from dev.testbed_training.curriculum import MAX_MORE_QUESTIONS
+from dev.testbed_training.evaluate import EVALUATED, evaluate
+from dev.testbed_training.recipe import RECIPE
+from dev.testbed_training.train import TRAINING_LOG, read_log
 
 CARD = """# The testbed's `{family}` model
 
@@ -35,7 +35,7 @@ fact of the test set is ever stated in a training or calibration text. Test cont
 
 ## Training
 
-`python -m adaskip.testbed.train --family {family} --threads 1`, seed {seed}, AdamW and Muon, bfloat16 autocast,
+`python -m dev.testbed_training.train --family {family} --threads 1`, seed {seed}, AdamW and Muon, bfloat16 autocast,
 {steps} steps, {tokens:.1f}M tokens, {minutes:.0f} minutes on one CPU core (the two other models trained beside it).
 The weights are stored as float16. All three families share one recipe:
 
@@ -54,7 +54,7 @@ projections start equal. Only answers carry loss; a document comes with up to {q
 Full model, greedy, float32, {limit} test records per task, LongBench's metrics:
 
 ```
-python -m adaskip.testbed.evaluate --family {family} --limit {limit}
+python -m dev.testbed_training.evaluate --family {family} --limit {limit}
 ```
 
 | {task_names} |
@@ -137,7 +137,7 @@ def card(family: str, folder: Path, limit: int, seed: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Write README.md and curve.svg beside a trained model."""
-    parser = argparse.ArgumentParser(prog="adaskip.testbed.card", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="dev.testbed_training.card", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--limit", type=int, default=200, help="test records per task (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the seed it was trained with")

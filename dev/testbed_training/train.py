@@ -1,4 +1,4 @@
-"""Train one testbed model from scratch: `python -m adaskip.testbed.train --family llama`.
+"""Train one testbed model from scratch: `python -m dev.testbed_training.train --family llama`.
 
 Killed at any moment and started again, the same command continues from its last checkpoint and ends with the same
 weights.
@@ -19,9 +19,9 @@ from tqdm import tqdm
 from adaskip.common.files import write_text_atomic
 from adaskip.common.paths import default_path
 from adaskip.testbed import FAMILIES
-from adaskip.testbed.recipe import RECIPE
-from adaskip.testbed.tokenizer import build_tokenizer
-from adaskip.testbed.trainer import Trainer
+from dev.testbed_training.recipe import RECIPE
+from dev.testbed_training.tokenizer import build_tokenizer
+from dev.testbed_training.trainer import Trainer
 
 SAVE_EVERY_S = 120
 LOG_EVERY = 20
@@ -63,7 +63,7 @@ def _means(window: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="adaskip.testbed.train", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="dev.testbed_training.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

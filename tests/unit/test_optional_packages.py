@@ -1,0 +1,129 @@
+"""The library works with its base dependencies alone; what else a command needs is told by one line."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from itertools import chain
+
+import pytest
+
+import adaskip
+from adaskip.common.optional import EXTRAS, MissingPackageError, missing_package, optional_import
+from tests.tiny_runs import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OWN_EXTRAS = ("paper", "zh", "gguf")
+"""Extras of the package; the others are for work on it."""
+BEHIND = ("pandas", "pyarrow", "nltk", "google", "contourpy")
+"""Packages that the optional ones bring, hidden with them."""
+HIDDEN = ",".join((*EXTRAS, *BEHIND))
+LIBRARY = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from adaskip import AdaSkip, Budget, CalibratedSkip, SkipPlan, calibrate, lossless, select, skipping
+torch.manual_seed(0)
+shape = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.4)).eval()
+prompts = [torch.randint(3, 40, (length,)) for length in (9, 8)]
+profile = calibrate(model, prompts)
+chosen = select(model, prompts, "decode", up_to=1, eos_token_ids=[2], pad_token_id=0, importance=profile)
+call = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+strategy = AdaSkip(num_layers=4, budget=Budget(sublayers=2), phase="e2e", profile=profile)
+full = model.generate(prompts[0][None], **call)
+with skipping(model, strategy) as session:
+    skipped = model.generate(prompts[0][None], **call)
+assert torch.equal(model.generate(prompts[0][None], **call, custom_generate=lossless(model, strategy)), full)
+loaded = {name.partition(".")[0] for name in sys.modules}
+print("loaded:", *sorted(loaded & set(sys.argv[1].split(","))))
+"""
+
+
+def hidden(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python without every optional package."""
+    return subprocess.run(
+        [sys.executable, "tests/hidden.py", HIDDEN, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_library_works_with_the_base_dependencies_alone():
+    ended = hidden("-c", f"import sys; sys.argv[1:] = [{HIDDEN!r}]\n{LIBRARY}")
+    assert (ended.returncode, ended.stdout) == (0, "loaded:\n"), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        ("-m adaskip run --testbed --model llama --phase prefill --strategy full", "datasets"),
+        ("-m adaskip calibrate --testbed --model llama", "datasets"),
+        ("-m adaskip bench --figure overhead_testbed", "rich"),
+        ("eval/tables.py --testbed", "rich"),
+        ("eval/eval.py --testbed --model llama-EE-PREFILL", "rich"),
+        ("observations/ob1.py --testbed", "rich"),
+        ("speed/roofline.py", "matplotlib"),
+    ],
+)
+def test_a_command_that_needs_a_missing_package_is_one_line(command, package, tmp_path):
+    ended = hidden(*command.split())
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: {package} is not installed, which this needs: pip install 'adaskip[paper]'\n"
+
+
+def test_the_commands_help_needs_the_base_dependencies_only():
+    ended = hidden("-m", "adaskip", "--help")
+    assert ended.returncode == 0
+    assert "calibrate" in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["rouge", "rouge_standard", "rouge_zh"])
+def test_a_score_that_needs_a_missing_package_is_no_zero(name, monkeypatch):
+    from adaskip.benchmarks import metrics
+
+    metrics._rouge_l.cache_clear()
+    for package in ("rouge", "rouge_score", "rouge_score.rouge_scorer", "jieba"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match="is not installed, which this needs: pip install 'adaskip"):
+        getattr(metrics, name)("a b c", "a b d", None)
+
+
+def test_a_failed_import_that_no_extra_would_mend_stays_what_it_is():
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"), optional_import():
+        import nowhere_to_be_found  # noqa: F401  # pyright: ignore[reportMissingImports]
+    assert missing_package(ImportError("cannot import name 'x' from 'rich'", name="rich")) is None
+
+
+def distributions(*lists: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=]", each)[0].lower().replace("-", "_") for each in chain(*lists)}
+
+
+def test_extras_bring_what_the_error_says():
+    for package, extra in EXTRAS.items():
+        assert package in distributions(PROJECT["optional-dependencies"][extra])
+
+
+def test_every_package_that_the_code_imports_is_declared():
+    """In the base, or in an extra that the error knows; bitsandbytes is there where a model is quantised by it."""
+    own = {"adaskip", "torch", *distributions(PROJECT["dependencies"]) - {"pyyaml"}, "yaml", "bitsandbytes", *EXTRAS}
+    imported = set()
+    for path in (ROOT / "adaskip").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) <= own
+
+
+def test_the_pinned_set_holds_every_dependency():
+    pinned = distributions((ROOT / "requirements.txt").read_text().split("\n"))
+    paper = [each for extra in ("paper", "zh") for each in PROJECT["optional-dependencies"][extra]]
+    assert distributions(PROJECT["dependencies"], paper) <= pinned
+
+
+def test_one_place_says_the_version():
+    assert PROJECT["dynamic"] == ["version"]
+    assert f"\nversion: {adaskip.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {adaskip.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
