@@ -11,8 +11,11 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from adaskip.calibration.measure import calibrate
     from adaskip.calibration.select import select
+    from adaskip.core.blocks import BlockStructure, Sublayers, register_structure
     from adaskip.core.context import skipping
+    from adaskip.core.look import Look
     from adaskip.core.plan import Budget, SkipPlan
+    from adaskip.core.strategy import Strategy, strategy_option
     from adaskip.profiles.importance import ImportanceProfile
     from adaskip.profiles.selection import SelectionProfile
     from adaskip.speculative import lossless
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
         MostSkip,
         SkipDecode,
         UnifiedSkipping,
+        register_strategy,
     )
 
 # Names of the library and the modules they come from; loaded at first use, so that `import adaskip` needs no torch.
@@ -34,6 +38,10 @@ _HOMES = {
     "Budget": "adaskip.core.plan",
     "SkipPlan": "adaskip.core.plan",
     "skipping": "adaskip.core.context",
+    "Look": "adaskip.core.look",
+    "Strategy": "adaskip.core.strategy",
+    "strategy_option": "adaskip.core.strategy",
+    **dict.fromkeys(("BlockStructure", "Sublayers", "register_structure"), "adaskip.core.blocks"),
     "SelectionProfile": "adaskip.profiles.selection",
     "select": "adaskip.calibration.select",
     "lossless": "adaskip.speculative",
@@ -47,6 +55,7 @@ _HOMES = {
             "MostSkip",
             "SkipDecode",
             "UnifiedSkipping",
+            "register_strategy",
         ),
         "adaskip.strategies",
     ),
@@ -54,22 +63,29 @@ _HOMES = {
 
 __all__ = [
     "AdaSkip",
+    "BlockStructure",
     "Budget",
     "CalibratedSkip",
     "EarlyExit",
     "FixedPlan",
     "ImportanceProfile",
     "LeastSkip",
+    "Look",
     "MostSkip",
     "SelectionProfile",
     "SkipDecode",
     "SkipPlan",
+    "Strategy",
+    "Sublayers",
     "UnifiedSkipping",
     "__version__",
     "calibrate",
     "lossless",
+    "register_strategy",
+    "register_structure",
     "select",
     "skipping",
+    "strategy_option",
 ]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +19,20 @@ import yaml
 Config = TypeVar("Config")
 
 
-def option(help: str, default: Any = None, *, required: bool = False, aliases: Sequence[str] = ()) -> Any:
+def option(
+    help: str | Callable[[], str], default: Any = None, *, required: bool = False, aliases: Sequence[str] = ()
+) -> Any:
     """A dataclass field that is also a command-line option.
 
     Args:
+        help, default: a function is called when the help text or the default is needed.
         required: `resolve` refuses a configuration that does not give it.
         aliases: further spellings of the option, e.g. the paper's artifact's.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "required": required, "aliases": tuple(aliases)})
+    metadata = {"help": help, "required": required, "aliases": tuple(aliases)}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +122,10 @@ def _fields(config: type) -> list[dataclasses.Field]:
 
 
 def _help(field: dataclasses.Field) -> str:
-    if field.default is None or field.default is False or field.default == ():
-        return field.metadata["help"]
-    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    return f"{field.metadata['help']} (default: {default})"
+    given = field.metadata["help"]
+    text = str(given() if callable(given) else given)
+    factory = field.default_factory
+    default = factory() if callable(factory) else field.default
+    if default is None or default is False or default == ():
+        return text
+    return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"

@@ -26,7 +26,6 @@ from adaskip.core.probe import LayerForward, LayerProbe
 from adaskip.core.quiet import quiet
 
 __all__ = [
-    "STRUCTURES",
     "BlockStructure",
     "Proved",
     "Sublayers",
@@ -37,7 +36,9 @@ __all__ = [
     "find_decoder",
     "find_structure",
     "forward_attribute",
+    "known_structures",
     "probe_layers",
+    "register_structure",
     "restore_attribute",
 ]
 
@@ -75,13 +76,18 @@ class BlockStructure:
     attention: Sublayers
     ffn: Sublayers
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of the children that a layer of this structure has."""
+        return frozenset(self.attention.names() | self.ffn.names())
+
     def fits(self, layer: nn.Module) -> bool:
         """Whether the layer has exactly these parts (dropouts aside, which do nothing in inference).
 
         Weights of the layer itself are refused: at their first values, all ones or zeros, they may seem to do nothing.
         """
         parts = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
-        return parts == self.attention.names() | self.ffn.names() and not _own_weights(layer)
+        return parts == self.parts and not _own_weights(layer)
 
     def forward(self, layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The whole layer, from its two sublayers."""
@@ -101,7 +107,60 @@ def _own_weights(layer: nn.Module) -> list[str]:
     return sorted(name for name, tensor in own.items() if tensor is not None and name != OUTPUT_SCALAR)
 
 
-STRUCTURES = (
+_structures: dict[str, BlockStructure] = {}
+
+
+def known_structures() -> tuple[BlockStructure, ...]:
+    """The structures of the library, then those registered, in that order."""
+    return tuple(_structures.values())
+
+
+def register_structure(structure: BlockStructure) -> BlockStructure:
+    """Make a structure known by which decoder layers are recognised.
+
+    A layer is recognised by its parts, so no two structures have the same ones. That a model's layers are built so is
+    proved on each model, bit for bit; a wrong registration is refused there. To register an equal structure again
+    changes nothing.
+
+    Raises:
+        ValueError: it is no BlockStructure, a name is no attribute's name or used for two parts, or its name or its
+            parts are those of another structure.
+    """
+    _check_structure(structure)
+    if _structures.get(structure.name) == structure:
+        return structure
+    for other in _structures.values():
+        if structure.name == other.name:
+            raise ValueError(f"a structure named {structure.name!r} is registered already; choose another name")
+        if structure.parts == other.parts:
+            raise ValueError(
+                f"structure {structure.name!r} has the parts of {other.name!r}, {sorted(other.parts)}; a layer is "
+                "recognised by its parts"
+            )
+    _structures[structure.name] = structure
+    return structure
+
+
+def _check_structure(structure: Any) -> None:
+    if not isinstance(structure, BlockStructure):
+        raise ValueError(f"register_structure takes a BlockStructure; got {structure!r}")
+    if not isinstance(structure.name, str) or not structure.name.strip():
+        raise ValueError(f"a structure needs a name; got {structure.name!r}")
+    given: list[Any] = []
+    for branch in (structure.attention, structure.ffn):
+        if not isinstance(branch, Sublayers):
+            raise ValueError(f"attention and ffn of structure {structure.name!r} must be Sublayers; got {branch!r}")
+        given += [branch.module, *(name for name in (branch.pre_norm, branch.post_norm) if name is not None)]
+    for name in given:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(
+                f"structure {structure.name!r} names a part {name!r}; expected the name of a direct child of the layer"
+            )
+    if repeated := sorted({name for name in given if given.count(name) > 1}):
+        raise ValueError(f"structure {structure.name!r} uses {', '.join(repeated)} for more than one part")
+
+
+for _structure in (
     BlockStructure(
         "pre-norm",  # Llama, InternLM, Mistral, Mixtral, Qwen2, Qwen3, Phi3; with a residual multiplier: Granite
         Sublayers("self_attn", pre_norm="input_layernorm", post_norm=None),
@@ -127,7 +186,8 @@ STRUCTURES = (
         Sublayers("self_attn", pre_norm=None, post_norm="post_attention_layernorm"),
         Sublayers("mlp", pre_norm=None, post_norm="post_feedforward_layernorm"),
     ),
-)
+):
+    register_structure(_structure)
 
 
 @dataclass(frozen=True)
@@ -178,7 +238,7 @@ def cache_slots(layers: Iterable[nn.Module]) -> tuple[int, ...]:
     """
     slots: dict[int, int] = {}
     for position, layer in enumerate(layers):
-        owners = [getattr(layer, name, None) for name in sorted({s.attention.module for s in STRUCTURES})]
+        owners = [getattr(layer, name, None) for name in sorted({s.attention.module for s in known_structures()})]
         found = (getattr(owner, "layer_idx", None) for owner in (*owners, layer))
         slot = next((index for index in found if index is not None), position)
         name = type(layer).__name__
@@ -206,16 +266,19 @@ def _refuse_repeated(layers: list[nn.Module]) -> None:
 
 def _with_the_parts_of(layers: list[nn.Module]) -> BlockStructure:
     """The structure that has the parts of all layers; no two structures have the same."""
-    for structure in STRUCTURES:
+    for structure in known_structures():
         if all(structure.fits(layer) for layer in layers):
             return structure
-    odd = next((layer for layer in layers if not any(s.fits(layer) for s in STRUCTURES)), None)
+    odd = next((layer for layer in layers if not any(s.fits(layer) for s in known_structures())), None)
     if odd is None:
-        kinds = ", ".join(sorted({s.name for s in STRUCTURES for layer in layers if s.fits(layer)}))
+        kinds = ", ".join(sorted({s.name for s in known_structures() for layer in layers if s.fits(layer)}))
         raise UnsupportedModelError(f"the layers are blocks of several kinds ({kinds}); all must be of one")
     parts = sorted(name for name, _ in odd.named_children()) + _own_weights(odd)
-    known = "; ".join(f"{s.name}: {sorted(s.attention.names() | s.ffn.names())}" for s in STRUCTURES)
-    raise UnsupportedModelError(f"{type(odd).__name__} has parts {parts}, which is none of the known blocks ({known})")
+    known = "; ".join(f"{s.name}: {sorted(s.parts)}" for s in known_structures())
+    raise UnsupportedModelError(
+        f"{type(odd).__name__} has parts {parts}, which is none of the known blocks ({known}); "
+        "register_structure makes another one known"
+    )
 
 
 def _prove(probe: LayerProbe, index: int, layer: nn.Module, structure: BlockStructure) -> None:

@@ -2,16 +2,27 @@
 
 A strategy is an immutable value without model, tokenizer or I/O. Everything that changes while a request runs (its
 decode step, its learning window) belongs to the request, so that one strategy serves any number of requests.
+
+Its class also declares what the command line, the tables and the plots show of it; `register_strategy` checks that.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from adaskip.core.look import Look
 from adaskip.core.plan import EMPTY_PLAN, Budget, Phase, SkipPlan, check_phase
+
+
+def strategy_option(help: str, default: Any) -> Any:
+    """A field of a strategy that users may set on the command line, `--strategy-option NAME=VALUE`.
+
+    Its type is bool, int, float or str, or one of them and None.
+    """
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -28,9 +39,26 @@ class Strategy(ABC):
 
     phase "prefill": the prompt and the few answer tokens after it, with one set. "decode": generated tokens only, the
     prompt is dense. "e2e": both.
+
+    Class attributes that a registered strategy declares:
+
+    name: as in `--strategy early_exit`. short_name: in the names of runs, as EE in `llama-EE-PREFILL`. label: in tables
+    and legends. look: in plots.
+    profile_type: the class of its field `profile` (`ImportanceProfile` or `SelectionProfile`), which is then measured,
+    or searched, before a run; None for a strategy without that field.
+    whole_layers: whether it can skip whole layers only, so that a budget is rounded to them.
+    in_paper: whether it is one of those in the paper's Tables 3 and 4. in_grid: whether `adaskip grid` and `adaskip
+    bench` run it by default, and tables and plots show it also where it was not run.
     """
 
     name: ClassVar[str]
+    short_name: ClassVar[str]
+    label: ClassVar[str]
+    look: ClassVar[Look]
+    profile_type: ClassVar[type | None] = None
+    whole_layers: ClassVar[bool] = False
+    in_paper: ClassVar[bool] = False
+    in_grid: ClassVar[bool] = False
 
     num_layers: int
     budget: Budget

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
-from adaskip.core.blocks import STRUCTURES, Sublayers, UnsupportedModelError, decoder_layers, find_decoder
+from adaskip.core.blocks import Sublayers, UnsupportedModelError, decoder_layers, find_decoder, known_structures
 from adaskip.core.plan import SublayerKind
 
 
@@ -188,7 +188,7 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def _sublayers(layer: nn.Module) -> tuple[SublayerShape, SublayerShape]:
-    structure = next((structure for structure in STRUCTURES if structure.fits(layer)), None)
+    structure = next((structure for structure in known_structures() if structure.fits(layer)), None)
     if structure is None:
         raise UnsupportedModelError(f"{type(layer).__name__} is not one attention and one FFN, one after the other")
     return _count(layer, structure.attention), _count(layer, structure.ffn)

@@ -13,6 +13,7 @@ from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
 from adaskip.core.plan import PHASES
 from adaskip.strategies.names import SHORT_NAMES
+from adaskip.strategies.registry import PLUGINS
 
 MODELS = ("llama", "internlm", "vicuna")
 
@@ -65,7 +66,7 @@ def parse_run_name(name: str) -> tuple[str, str, str]:
     if not model or short.upper() not in strategies or phase.lower() not in PHASES:
         raise ValueError(
             f"{name!r} is no run name: expected <model>-<{'|'.join(strategies)}>-<{'|'.join(PHASES).upper()}>, "
-            "e.g. llama-EE-PREFILL"
+            f"e.g. llama-EE-PREFILL; {PLUGINS} names modules with strategies of other packages"
         )
     return model.lower(), phase.lower(), strategies[short.upper()]
 

@@ -12,7 +12,7 @@ from adaskip.runs.job import Job, Part, find_job, find_parts
 from adaskip.runs.manifest import is_done
 from adaskip.runs.profiles import Profile, searched_samples
 from adaskip.runs.sources import calibration_samples, check_weights, given_profile, num_layers
-from adaskip.strategies import CalibratedSkip, Strategy, build, needs_profile
+from adaskip.strategies import Strategy, build, needs_profile, needs_selection
 
 UNKNOWN: dict[str, Any] = {
     **{"model": "", "weights_fingerprint": "", "dtype": "", "attn_implementation": ""},
@@ -66,7 +66,7 @@ def _profile_without_model(config: RunConfig) -> Profile | None:
     if (given := given_profile(config)) is not None:
         return given
     calibration_samples(config, config.setup.calibration_samples)
-    if config.strategy != CalibratedSkip.name:
+    if not needs_selection(config.strategy):
         return _any_importance(num_layers(config, config.model))
     searched_samples(config, check_phase(config.phase), config.setup.calibration_samples)
     return _any_selection(config, num_layers(config, config.model))

@@ -13,8 +13,15 @@ from adaskip.common.paths import RUNS, TESTBED_RUNS, given_or_default
 from adaskip.core.plan import Budget
 from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.cells import MODELS, PHASES, Setup, load_setup
-from adaskip.strategies import CalibratedSkip
-from adaskip.strategies.names import GRID_STRATEGIES, SHORT_NAMES
+from adaskip.strategies import (
+    GRID_STRATEGIES,
+    NAMES,
+    SHORT_NAMES,
+    needs_selection,
+    options_help,
+    parse_options,
+    strategy_name,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True}
@@ -135,7 +142,7 @@ class RunConfig(WorkConfig):
 
     model: str = option(f"model: {', '.join(MODELS)}", required=True)
     phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
-    strategy: str = option(f"strategy: {', '.join(SHORT_NAMES)}", required=True)
+    strategy: str = option(lambda: f"strategy: {', '.join(SHORT_NAMES)}, or package.module:Class", required=True)
     budget: int | None = option(
         "sublayers to skip; if no budget is given in any form, the smallest of the setup's (an eighth of all sublayers)"
     )
@@ -159,11 +166,15 @@ class RunConfig(WorkConfig):
         "copy of the model; depth and width must agree",
         False,
     )
+    strategy_option: tuple[str, ...] | None = option(
+        lambda: f"NAME=VALUE, options of the strategy itself: {options_help()}"
+    )
     learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
     beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "strategy", strategy_name(self.strategy))
         check_choice("model", self.model, MODELS)
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
@@ -179,10 +190,11 @@ class RunConfig(WorkConfig):
             known_ceilings(self.speedup_on)
         if self.target_speedup is None:
             return
-        if self.strategy != CalibratedSkip.name:
+        if not needs_selection(self.strategy):
+            allowed = ", ".join(repr(name) for name in NAMES if needs_selection(name))
             raise ValueError(
-                f"--target-speedup chooses among the sets of strategy {CalibratedSkip.name!r}, the only one allowed "
-                f"with it; given: {self.strategy!r}"
+                f"--target-speedup chooses among the sets of a search; strategies allowed with it: {allowed}; "
+                f"given: {self.strategy!r}"
             )
         if not self.target_speedup > 1:
             raise ValueError(f"--target-speedup must be above 1, the full model's own; given: {self.target_speedup:g}")
@@ -213,10 +225,15 @@ class RunConfig(WorkConfig):
         return None if sublayers is None else Budget(sublayers=sublayers)
 
     @property
-    def strategy_options(self) -> dict[str, int | float]:
+    def strategy_options(self) -> dict[str, bool | int | float | str | None]:
         """Fields of the strategy that were given a value of their own."""
-        given = {"learning_window": self.learning_window, "beta_quantile": self.beta_quantile}
-        return {name: value for name, value in given.items() if value is not None}
+        spelled = {"learning_window": self.learning_window, "beta_quantile": self.beta_quantile}
+        given = {name: value for name, value in spelled.items() if value is not None}
+        options = parse_options(self.strategy, self.strategy_option or ())
+        if twice := sorted(given.keys() & options.keys()):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
+            raise ValueError(f"given by {flags} and by --strategy-option: {', '.join(twice)}; give it once")
+        return {**given, **options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +273,9 @@ class GridConfig(WorkConfig):
 
     models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS)
     phases: tuple[str, ...] = option(f"of {', '.join(PHASES)}", PHASES)
-    strategies: tuple[str, ...] = option(f"of {', '.join(SHORT_NAMES)}", GRID_STRATEGIES)
+    strategies: tuple[str, ...] = option(
+        lambda: f"of {', '.join(SHORT_NAMES)}, or package.module:Class", lambda: tuple(GRID_STRATEGIES)
+    )
     budgets: tuple[int, ...] | None = option("sublayers; if not given, the setup's three")
     jobs: int | None = option(
         "cells run at the same time; if not given, with --testbed on a CPU one per core, else one"
@@ -266,6 +285,7 @@ class GridConfig(WorkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "strategies", tuple(map(strategy_name, self.strategies)))
         for what, given, allowed in (
             ("model", self.models, MODELS),
             ("phase", self.phases, PHASES),

@@ -19,7 +19,7 @@ from adaskip.runs.estimate import (
     seconds,
 )
 from adaskip.runs.sources import weight_files_of
-from adaskip.strategies import CalibratedSkip
+from adaskip.strategies import needs_selection
 
 EFFICIENCY = 0.5
 
@@ -73,7 +73,7 @@ def _cost(config: GridConfig, left: list[CellSize], times: dict[str, float], cei
 
 
 def _searches(cell: CellSize) -> bool:
-    return cell.config.strategy == CalibratedSkip.name
+    return needs_selection(cell.config.strategy)
 
 
 def _samples(cells: Sequence[CellSize]) -> str:

@@ -25,7 +25,7 @@ from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import answer_cap, find_cell, find_cells, find_job, num_wanted, tasks_of
 from adaskip.runs.manifest import DONE, MISSING, find_state
 from adaskip.runs.sources import calibration_samples, checkpoint_of, max_prompt_tokens
-from adaskip.strategies import FULL, CalibratedSkip, build, needs_profile
+from adaskip.strategies import FULL, build, needs_profile, needs_selection
 
 TOKENS_PER_WORD = 1.4
 """Assumed of a record's `length`, for the tokenizer is not loaded."""
@@ -147,7 +147,7 @@ def calibration_seconds(config: RunConfig, ceilings: Ceilings) -> float:
 def search_seconds(config: RunConfig, ceilings: Ceilings) -> float:
     """Least time of the search of a cell's phase, if nothing can be given up early; 0 for other strategies, and with a
     profile. Each forward is taken as that of the full model on the longest prompt that no run is scored on."""
-    if config.strategy != CalibratedSkip.name or config.profile is not None:
+    if not needs_selection(config.strategy) or config.profile is not None:
         return 0.0
     shape, count, answer = shape_of(config), config.setup.calibration_samples, _searched_answer(config)
     words = TaskSize(count, (max(1, config.min_length),) * count)

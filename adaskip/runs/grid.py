@@ -27,7 +27,7 @@ from adaskip.runs.checks import check
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cell, find_cells, find_job
 from adaskip.runs.runner import Progress, run
-from adaskip.strategies import CalibratedSkip
+from adaskip.strategies import needs_selection
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def searches_first(cells: Sequence[RunConfig]) -> list[RunConfig]:
     models = list(dict.fromkeys(cell.model for cell in cells))
     searches: dict[tuple[str, str], RunConfig] = {}
     for cell in cells:
-        if cell.strategy == CalibratedSkip.name:
+        if needs_selection(cell.strategy):
             searches.setdefault((cell.model, cell.phase), cell)
     return sorted(cells, key=lambda cell: (models.index(cell.model), cell not in searches.values()))
 

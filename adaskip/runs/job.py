@@ -10,7 +10,7 @@ from adaskip.runs.cells import Cell, grid
 from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.sources import Sample, num_layers, scored_samples, set_name
-from adaskip.strategies import FULL, AdaSkip
+from adaskip.strategies import FULL, strategy_class
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,6 @@ def _num_sublayers(config: RunConfig) -> int:
     if budget is None:
         return 0
     layers = num_layers(config, config.model)
-    if budget.alpha is not None and config.strategy != AdaSkip.name:
+    if budget.alpha is not None and strategy_class(config.strategy).whole_layers:
         return 2 * budget.num_whole_layers(layers, most=layers)
     return budget.num_sublayers(layers)

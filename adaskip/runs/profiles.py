@@ -30,7 +30,7 @@ from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.config import CalibrateConfig, DataConfig, RunConfig, SharedConfig
 from adaskip.runs.sources import Sample, calibration_samples, fingerprint, load, prompt_ids, unscored_samples
-from adaskip.strategies import CalibratedSkip
+from adaskip.strategies import needs_selection, profile_type
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ def profile_for(config: RunConfig, loaded: LoadedModel) -> tuple[Profile, Path]:
     path = Path(config.profile)
     if not path.is_file():
         raise ValueError(f"--profile {path} does not exist; `adaskip calibrate` makes one")
-    kind = SelectionProfile if config.strategy == CalibratedSkip.name else ImportanceProfile
+    kind = profile_type(config.strategy)
+    assert kind is not None, "asked for only where the strategy needs one"
     return kind.load(path, loaded.model, allow_other_weights=config.allow_other_weights), path
 
 
@@ -131,7 +132,7 @@ def wanted_by(config: RunConfig, loaded: LoadedModel) -> Wanted:
         config,
         config.model,
         loaded,
-        phase=check_phase(config.phase) if config.strategy == CalibratedSkip.name else None,
+        phase=check_phase(config.phase) if needs_selection(config.strategy) else None,
         num_samples=config.setup.calibration_samples,
         up_to=_largest(config, loaded),
     )

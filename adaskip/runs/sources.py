@@ -39,7 +39,7 @@ from adaskip.models.loading import (
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.config import RunConfig, SharedConfig
-from adaskip.strategies import CalibratedSkip, needs_profile
+from adaskip.strategies import profile_type
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -258,11 +258,10 @@ def given_profile(config: RunConfig) -> ImportanceProfile | SelectionProfile | N
     Raises:
         ValueError: there is no such file, or it is no profile of the strategy's kind.
     """
-    if config.profile is None or not needs_profile(config.strategy):
+    if config.profile is None or (kind := profile_type(config.strategy)) is None:
         return None
     if not Path(config.profile).is_file():
         raise ValueError(f"--profile {config.profile} does not exist; `adaskip calibrate` makes one")
-    kind = SelectionProfile if config.strategy == CalibratedSkip.name else ImportanceProfile
     return kind.load(config.profile)
 
 

@@ -29,7 +29,7 @@ from adaskip.runs.config import RunConfig
 from adaskip.runs.job import Job, Part, batch_size_of, find_parts
 from adaskip.runs.profiles import profile_for
 from adaskip.runs.sources import Sample, load, prompt_ids
-from adaskip.strategies import CalibratedSkip, Strategy
+from adaskip.strategies import Strategy, build
 
 PAIRS = 6
 """Batches timed under the full model and the skipped one."""
@@ -160,7 +160,8 @@ def attain(job: Job, target: Target) -> Target:
     loaded = load(job.config, job.config.model)
     profile, _ = profile_for(job.config, loaded)
     assert isinstance(profile, SelectionProfile)
-    skipped = CalibratedSkip(
+    skipped = build(
+        job.config.strategy,
         num_layers=len(decoder_layers(loaded.model)),
         budget=Budget(sublayers=target.sublayers),
         phase=check_phase(job.config.phase),

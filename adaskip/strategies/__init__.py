@@ -1,42 +1,39 @@
-"""The strategies by name."""
+"""The strategies, and how one is built by name."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from difflib import get_close_matches
+from importlib import import_module
+from pkgutil import iter_modules
 
+from adaskip.core.look import Look
 from adaskip.core.plan import Budget, Phase
-from adaskip.core.strategy import FFNSimilarity, Strategy
+from adaskip.core.strategy import FFNSimilarity, Strategy, strategy_option
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.strategies.adaskip import AdaSkip
 from adaskip.strategies.calibrated import CalibratedSkip
 from adaskip.strategies.early_exit import EarlyExit
 from adaskip.strategies.fixed import FixedPlan
+from adaskip.strategies.names import GRID_STRATEGIES, LABELS, LOOKS, NAMES, PAPER_STRATEGIES, SHORT_NAMES, STRATEGIES
+from adaskip.strategies.options import options_help, parse_options
+from adaskip.strategies.registry import (
+    FULL,
+    needs_profile,
+    needs_selection,
+    profile_type,
+    register_strategy,
+    strategy_class,
+    strategy_name,
+)
 from adaskip.strategies.skipdecode import SkipDecode
 from adaskip.strategies.unified import UnifiedSkipping
 from adaskip.strategies.whole_layer_similarity import LeastSkip, MostSkip
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, CalibratedSkip, MostSkip, LeastSkip)
-}
-FULL = "full"
-"""The name of the unskipped model wherever a strategy is named."""
-NAMES: tuple[str, ...] = (FULL, *STRATEGIES)
-
-
-def needs_profile(name: str) -> bool:
-    """Whether the strategy chooses by something measured: importance, or the search of a selection."""
-    return name != FULL and "profile" in {f.name for f in fields(strategy_class(name))}
-
-
-def strategy_class(name: str) -> type[Strategy]:
-    """The class of a strategy name; ValueError with the nearest and all names if there is none."""
-    if name in STRATEGIES:
-        return STRATEGIES[name]
-    near = get_close_matches(name, NAMES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown strategy {name!r}.{hint} Available: {', '.join(NAMES)}")
+for _strategy in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, CalibratedSkip, MostSkip, LeastSkip):
+    register_strategy(_strategy)  # in the order of tables and help texts
+for _module in iter_modules(__path__):  # a further file registers its strategy itself
+    import_module(f"{__name__}.{_module.name}")
 
 
 def build(
@@ -62,10 +59,10 @@ def build(
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{name} has no option {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
-    if "profile" in known:
+    expected = cls.profile_type
+    if expected is not None:
         if profile is None:
             raise ValueError(f"{name} chooses by measurement: give the profile of a calibration")
-        expected = SelectionProfile if cls is CalibratedSkip else ImportanceProfile
         if not isinstance(profile, expected):
             raise ValueError(f"{name} needs {expected.__name__}, not {type(profile).__name__}")
         options["profile"] = profile
@@ -76,7 +73,12 @@ def build(
 
 __all__ = [
     "FULL",
+    "GRID_STRATEGIES",
+    "LABELS",
+    "LOOKS",
     "NAMES",
+    "PAPER_STRATEGIES",
+    "SHORT_NAMES",
     "STRATEGIES",
     "AdaSkip",
     "CalibratedSkip",
@@ -84,11 +86,19 @@ __all__ = [
     "FFNSimilarity",
     "FixedPlan",
     "LeastSkip",
+    "Look",
     "MostSkip",
     "SkipDecode",
     "Strategy",
     "UnifiedSkipping",
     "build",
     "needs_profile",
+    "needs_selection",
+    "options_help",
+    "parse_options",
+    "profile_type",
+    "register_strategy",
     "strategy_class",
+    "strategy_name",
+    "strategy_option",
 ]

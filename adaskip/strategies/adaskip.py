@@ -8,8 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
+from adaskip.core.look import BLUE, Look
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
-from adaskip.core.strategy import FFNSimilarity, Strategy
+from adaskip.core.strategy import FFNSimilarity, Strategy, strategy_option
 from adaskip.profiles.importance import ImportanceProfile
 
 LEARNING_WINDOW = 20  # P, as in the paper's experiments
@@ -28,10 +29,18 @@ class AdaSkip(Strategy):
     """
 
     name = "adaskip"
+    short_name = "ADA"
+    label = "AdaSkip"
+    look = Look(BLUE, "o", zorder=3)
+    profile_type = ImportanceProfile
+    in_paper = True
+    in_grid = True
 
     profile: ImportanceProfile
-    learning_window: int = LEARNING_WINDOW
-    beta_quantile: float | None = None
+    learning_window: int = strategy_option("tokens of an answer it learns from, 0 for none", LEARNING_WINDOW)
+    beta_quantile: float | None = strategy_option(
+        "its beta as a quantile of the FFNs' similarities; if not given, the paper's threshold", None
+    )
 
     def __post_init__(self) -> None:
         if self.learning_window < 0:

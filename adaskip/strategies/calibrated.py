@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from adaskip.core.look import VERMILION, Look
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.core.strategy import Strategy
 from adaskip.profiles.selection import SelectionProfile
@@ -22,6 +23,11 @@ class CalibratedSkip(Strategy):
     """
 
     name = "calibrated"
+    short_name = "CAL"
+    label = "Calibrated"
+    look = Look(VERMILION, "v", (6, 1, 1, 1, 1, 1), zorder=3)
+    profile_type = SelectionProfile
+    in_grid = True
 
     profile: SelectionProfile
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from adaskip.core.look import ORANGE, Look
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 
@@ -14,6 +15,12 @@ class EarlyExit(Strategy):
     """Leave the model n layers before its end."""
 
     name = "early_exit"
+    short_name = "EE"
+    label = "Early Exit"
+    look = Look(ORANGE, "s", (4, 1.5))
+    whole_layers = True
+    in_paper = True
+    in_grid = True
 
     @cached_property
     def skipped(self) -> SkipPlan:

@@ -1,17 +1,76 @@
-"""Short names of the strategies, as run names use them, and the lists that tables and grids run over."""
+"""What the registered strategies declare, by name, and the lists that tables and grids run over.
+
+Each is a view that is up to date: a strategy that is registered later is in it. The full model comes first.
+"""
 
 from __future__ import annotations
 
-SHORT_NAMES = {
-    "full": "FULL",
-    "early_exit": "EE",
-    "skipdecode": "SD",
-    "unified": "US",
-    "adaskip": "ADA",
-    "calibrated": "CAL",
-    "most_skip": "MOST",
-    "least_skip": "LEAST",
-}
-PAPER_STRATEGIES = ("full", "early_exit", "skipdecode", "unified", "adaskip")
-"""The strategies of the paper's Tables 3 and 4, the full model first."""
-GRID_STRATEGIES = (*PAPER_STRATEGIES, "calibrated")
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+from adaskip.core.look import Look
+from adaskip.core.strategy import Strategy
+from adaskip.strategies.registry import FULL, FULL_LABEL, FULL_SHORT_NAME, registered
+
+V = TypeVar("V")
+
+
+class Declared(Mapping[str, V]):
+    """By strategy name, one thing that each strategy declares. full: the full model's entries."""
+
+    def __init__(self, of: Callable[[type[Strategy]], V], full: Mapping[str, V]):
+        self._of, self._full = of, full
+
+    def _entries(self) -> dict[str, V]:
+        return {**self._full, **{name: self._of(cls) for name, cls in registered().items()}}
+
+    def __getitem__(self, name: str) -> V:
+        return self._entries()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries())
+
+    def __len__(self) -> int:
+        return len(self._entries())
+
+    def __repr__(self) -> str:
+        return repr(self._entries())
+
+
+class Names(Sequence[str]):
+    """The full model and every strategy that declares something."""
+
+    def __init__(self, which: Callable[[type[Strategy]], bool]):
+        self._which = which
+
+    def _names(self) -> tuple[str, ...]:
+        return (FULL, *(name for name, cls in registered().items() if self._which(cls)))
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._names()[index]
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def __repr__(self) -> str:
+        return repr(self._names())
+
+
+STRATEGIES: Mapping[str, type[Strategy]] = Declared(lambda cls: cls, full={})
+"""The classes; the full model has none."""
+NAMES: Sequence[str] = Names(lambda cls: True)
+"""Every name that `--strategy` takes."""
+SHORT_NAMES: Mapping[str, str] = Declared(lambda cls: cls.short_name, full={FULL: FULL_SHORT_NAME})
+"""As the names of runs use them."""
+LABELS: Mapping[str, str] = Declared(lambda cls: cls.label, full={FULL: FULL_LABEL})
+"""As tables and legends write them."""
+LOOKS: Mapping[str, Look] = Declared(lambda cls: cls.look, full={})
+"""As plots draw them; the full model is a line of its own."""
+PAPER_STRATEGIES: Sequence[str] = Names(lambda cls: cls.in_paper)
+"""The strategies of the paper's Tables 3 and 4."""
+GRID_STRATEGIES: Sequence[str] = Names(lambda cls: cls.in_grid)
+"""Those that `adaskip grid` runs by default."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from adaskip.core.look import PURPLE, Look
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 
@@ -22,6 +23,12 @@ class SkipDecode(Strategy):
     """
 
     name = "skipdecode"
+    short_name = "SD"
+    label = "SkipDecode"
+    look = Look(PURPLE, "^", (1, 1))
+    whole_layers = True
+    in_paper = True
+    in_grid = True
 
     max_decode_steps: int = MAX_DECODE_STEPS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from adaskip.core.look import GREEN, Look
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 
@@ -18,6 +19,12 @@ class UnifiedSkipping(Strategy):
     """
 
     name = "unified"
+    short_name = "US"
+    label = "Unified Skipping"
+    look = Look(GREEN, "D", (4, 1.5, 1, 1.5))
+    whole_layers = True
+    in_paper = True
+    in_grid = True
 
     @cached_property
     def skipped(self) -> SkipPlan:

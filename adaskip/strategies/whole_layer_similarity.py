@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from adaskip.core.look import BLUE, ORANGE, Look
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 from adaskip.profiles.importance import ImportanceProfile
@@ -28,6 +29,11 @@ class MostSkip(_WholeLayerSimilarity):
     """Skip the n layers whose output is most similar to their input."""
 
     name = "most_skip"
+    short_name = "MOST"
+    label = "MostSkip"
+    look = Look(BLUE, "o")
+    profile_type = ImportanceProfile
+    whole_layers = True
 
     @cached_property
     def skipped(self) -> SkipPlan:
@@ -39,6 +45,11 @@ class LeastSkip(_WholeLayerSimilarity):
     """Skip the n layers whose output is least similar to their input."""
 
     name = "least_skip"
+    short_name = "LEAST"
+    label = "LeastSkip"
+    look = Look(ORANGE, "s", (4, 1.5))
+    profile_type = ImportanceProfile
+    whole_layers = True
 
     @cached_property
     def skipped(self) -> SkipPlan:

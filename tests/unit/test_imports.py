@@ -98,7 +98,7 @@ def test_lossless_mode_and_measuring_know_no_concrete_strategy(name):
 def test_strategies_use_plans_and_profiles_only(name):
     """A strategy is a value made from measurements: no model, no patching, no cache."""
     core = {m for m in GRAPH[name] if m.startswith("adaskip.core")}
-    assert core <= {"adaskip.core.plan", "adaskip.core.strategy", "adaskip.core.similarity"}
+    assert core <= {f"adaskip.core.{name}" for name in ("look", "plan", "strategy", "similarity")}
 
 
 def test_importing_the_package_needs_no_torch():

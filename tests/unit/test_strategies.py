@@ -184,5 +184,14 @@ def test_missing_or_foreign_profile_is_refused():
 
 
 def test_names_and_classes_agree():
-    assert NAMES == ("full", "early_exit", "skipdecode", "unified", "adaskip", "calibrated", "most_skip", "least_skip")
+    assert tuple(NAMES) == (
+        "full",
+        "early_exit",
+        "skipdecode",
+        "unified",
+        "adaskip",
+        "calibrated",
+        "most_skip",
+        "least_skip",
+    )
     assert [name for name in NAMES if needs_profile(name)] == ["adaskip", "calibrated", "most_skip", "least_skip"]

@@ -43,7 +43,7 @@ from adaskip.runs.manifest import describe_model
 from adaskip.runs.profiles import calibration_data
 from adaskip.runs.sources import load, prompt_ids, scored_samples, unscored_samples
 from adaskip.speculative import LosslessDecoder, lossless
-from adaskip.strategies import CalibratedSkip, Strategy, build
+from adaskip.strategies import Strategy, build, needs_selection
 from adaskip.studies.bench.lossless_table import FULL_MODEL, render
 from adaskip.studies.bench.measuring import folder_name
 from adaskip.studies.bench.settings import RESULTS_DIR
@@ -238,11 +238,11 @@ def strategies_for(subject: Subject, selection_path: Path) -> dict[Draft, Strate
     """The drafts as strategies of this model; the sets calibrated drafts by are searched once and kept."""
     model, depth = subject.loaded.model, len(decoder_layers(subject.loaded.model))
     importance = calibrate(model, subject.calibration)
-    searched = [draft.sublayers(depth) for draft in DRAFTS if draft.strategy == CalibratedSkip.name]
+    searched = [draft.sublayers(depth) for draft in DRAFTS if needs_selection(draft.strategy)]
     selection = _selection(subject, importance, max(searched), selection_path) if searched else None
     made = {}
     for draft in DRAFTS:
-        profile = selection if draft.strategy == CalibratedSkip.name else importance
+        profile = selection if needs_selection(draft.strategy) else importance
         budget = Budget(sublayers=draft.sublayers(depth))
         strategy = build(draft.strategy, phase="decode", budget=budget, num_layers=depth, profile=profile)
         assert strategy is not None, "no draft is the full model"

@@ -14,14 +14,12 @@ from adaskip.common.paths import given_or_default
 from adaskip.core.plan import PHASES
 from adaskip.runs.cells import MODELS
 from adaskip.runs.config import DTYPES
-from adaskip.strategies import STRATEGIES, CalibratedSkip
+from adaskip.strategies import GRID_STRATEGIES, STRATEGIES, needs_selection, strategy_name
 from adaskip.studies.bench.cells import EAGER, MODES, STUDIES, Workload
 from adaskip.studies.bench.stopwatch import CLOCKS
 
 SMALL_MODEL = "llama-100m"
 BENCH_MODELS = (*MODELS, SMALL_MODEL)
-TO_COMPARE = tuple(name for name in STRATEGIES if name not in ("most_skip", "least_skip"))
-"""Every strategy but the two that only check importance."""
 RESULTS_DIR = "speed/results"
 MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure", "allow_other_weights")
 """Options that may differ when a result is continued."""
@@ -52,7 +50,9 @@ class BenchConfig:
         False,
     )
     phases: tuple[str, ...] = option(f"what skips, of {', '.join(PHASES)}", ("e2e",))
-    strategies: tuple[str, ...] = option(f"of {', '.join(TO_COMPARE)}", TO_COMPARE)
+    strategies: tuple[str, ...] = option(
+        lambda: f"of {', '.join(STRATEGIES)}, or package.module:Class", lambda: GRID_STRATEGIES[1:]
+    )
     budgets: tuple[int, ...] | None = option("sublayers to skip; if not given, 12.5 and 25 per cent of the model's")
     modes: tuple[str, ...] = option(f"how decoding runs, of {', '.join(MODES)}", (EAGER,))
     prompt_tokens: tuple[int, ...] = option("prompt lengths; one too long for the memory is passed over", (8000,))
@@ -70,13 +70,14 @@ class BenchConfig:
     fresh: bool = option("measure anew instead of continuing what is saved", False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "strategies", tuple(map(strategy_name, self.strategies)))
         for what, names, allowed in (
             ("model", (self.model,), BENCH_MODELS),
             ("study", (self.study,), tuple(STUDIES)),
             ("clock", (self.clock,), tuple(CLOCKS)),
             ("dtype", () if self.dtype is None else (self.dtype,), DTYPES),
             ("phase", self.phases, PHASES),
-            ("strategy", self.strategies, TO_COMPARE),
+            ("strategy", self.strategies, STRATEGIES),
             ("mode", self.modes, tuple(MODES)),
         ):
             for name in names:
@@ -92,7 +93,7 @@ class BenchConfig:
             raise ValueError(f"{_flags(given)} each say where the weights come from: give one of them")
         if self.allow_other_weights and not (self.profile or self.selection):
             raise ValueError("--allow-other-weights is about --profile and --selection: give one of them, too")
-        if self.selection and (CalibratedSkip.name not in self.strategies or self.study != "strategies"):
+        if self.selection and (not any(map(needs_selection, self.strategies)) or self.study != "strategies"):
             raise ValueError("--selection is for strategy calibrated in study strategies, which is not asked for")
         if self.model == SMALL_MODEL and not self.random_weights:
             raise ValueError(f"{SMALL_MODEL} is a shape without a checkpoint: give --random-weights with it")

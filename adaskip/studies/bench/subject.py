@@ -25,7 +25,7 @@ from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs import profiles
 from adaskip.runs.config import RunConfig, SharedConfig
 from adaskip.runs.sources import max_prompt_tokens
-from adaskip.strategies import CalibratedSkip
+from adaskip.strategies import CalibratedSkip, needs_selection
 from adaskip.studies.bench.settings import SMALL_MODEL, BenchConfig
 
 logger = logging.getLogger(__name__)
@@ -162,8 +162,8 @@ def _own_profile(config: BenchConfig, loaded: LoadedModel) -> ImportanceProfile:
 def _selections(
     config: BenchConfig, model: PreTrainedModel, loaded: LoadedModel | None
 ) -> dict[Phase, SelectionProfile | None]:
-    """What strategy calibrated chooses by in each phase: what `--selection` names, the testbed's kept one, or None."""
-    if config.study != "strategies" or CalibratedSkip.name not in config.strategies:
+    """The selection of each phase: what `--selection` names, the testbed's kept one, or None."""
+    if config.study != "strategies" or not any(map(needs_selection, config.strategies)):
         return {}
     named = _named_selections(config, model)
     found: dict[Phase, SelectionProfile | None] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.plan import EMPTY_PLAN, Budget, check_phase
-from adaskip.strategies import FULL, CalibratedSkip, FixedPlan, Strategy, build
+from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
 from adaskip.studies.bench.cells import (
     ADASKIP,
     BREAKDOWN,
@@ -59,8 +59,8 @@ class Trials:
     def strategy(self, cell: Cell, workload: Workload) -> Strategy | None:
         """What a cell skips; None for the stock model. Raises ValueError for an impossible budget.
 
-        SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it. Calibrated
-        without a selection is AdaSkip without its window: another set, the same work.
+        SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it. A
+        strategy of a selection without one is AdaSkip without its window: another set, the same work.
         """
         num_layers = self.subject.num_layers
         if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
@@ -68,8 +68,9 @@ class Trials:
         if cell.name == PATCHED:
             return FixedPlan(num_layers=num_layers, plan=EMPTY_PLAN)
         phase = check_phase(cell.phase)
-        selection = self.subject.selections.get(phase) if cell.name == CalibratedSkip.name else None
-        windowless = selection is None and cell.name in (WINDOWLESS, KV_CHECK, CalibratedSkip.name)
+        searched = cell.name not in (WINDOWLESS, KV_CHECK) and needs_selection(cell.name)
+        selection = self.subject.selections.get(phase) if searched else None
+        windowless = cell.name in (WINDOWLESS, KV_CHECK) or (searched and selection is None)
         return build(
             ADASKIP if windowless else cell.name,
             phase=phase,

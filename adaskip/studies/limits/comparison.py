@@ -13,8 +13,8 @@ from adaskip.roofline.ceilings import Ceilings
 from adaskip.roofline.predict import predict
 from adaskip.roofline.shape import ModelShape
 from adaskip.roofline.work import AttentionImplementation
-from adaskip.strategies import FULL, CalibratedSkip, FixedPlan, Strategy, build
-from adaskip.strategies.names import GRID_STRATEGIES
+from adaskip.strategies import FULL, FixedPlan, Strategy, build
+from adaskip.strategies.names import PAPER_STRATEGIES
 from adaskip.studies.limits.launches import Launches
 from adaskip.studies.tables.paper import load_paper
 
@@ -22,8 +22,8 @@ PAPER_DEVICE = "L20"
 ADASKIP = "adaskip"
 ATTENTION_ALONE = "attention_alone"
 """AdaSkip's budget spent on nothing but attention, late layers first: how far its set can move the numbers."""
-SKIPPING = tuple(name for name in GRID_STRATEGIES if name not in (FULL, CalibratedSkip.name))
-"""Without calibrated, whose sets only a search on a model's weights can tell."""
+SKIPPING = PAPER_STRATEGIES[1:]
+"""The paper's own."""
 
 
 @dataclass(frozen=True)

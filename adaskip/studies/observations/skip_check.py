@@ -17,13 +17,14 @@ from adaskip.runs.config import RunConfig, SharedConfig
 from adaskip.runs.job import find_job
 from adaskip.runs.manifest import is_done
 from adaskip.runs.runner import run
+from adaskip.strategies import LeastSkip, MostSkip
 from adaskip.studies.observations.saved import NotMeasuredError, drawing_order
 from adaskip.studies.observations.settings import CheckSpec, ObserveConfig
 from adaskip.studies.tables.runs import load_run
 from adaskip.studies.tables.scores import score_run
 
 SCORES_FILE = "importance_scores.json"
-STRATEGIES = ("most_skip", "least_skip")
+STRATEGIES = (MostSkip.name, LeastSkip.name)
 PROVENANCE = (
     "checkpoint",
     "weights_fingerprint",

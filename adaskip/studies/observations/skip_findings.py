@@ -14,13 +14,14 @@ from matplotlib.lines import Line2D
 
 from adaskip.common.configs import load_yaml
 from adaskip.common.intervals import Estimate, mean_estimate
+from adaskip.strategies import LeastSkip, MostSkip
 from adaskip.studies.observations.findings import Claim, Findings, Table
 from adaskip.studies.observations.labels import METRICS, task_label
-from adaskip.studies.plots.style import BLUE, FULL_LINE, ORANGE, Look, save, styled
+from adaskip.studies.plots.style import FULL_LINE, save, styled
 from adaskip.studies.tables import labels
 
-STRATEGIES = {"most_skip": "MostSkip", "least_skip": "LeastSkip"}
-LOOKS = {"most_skip": Look(BLUE, "o", ()), "least_skip": Look(ORANGE, "s", (4, 1.5))}
+STRATEGIES = {cls.name: cls.label for cls in (MostSkip, LeastSkip)}
+LOOKS = {cls.name: cls.look for cls in (MostSkip, LeastSkip)}
 NAME = "importance_check"
 MIN_WIDTH = 4.2
 """Inches that the legend needs."""

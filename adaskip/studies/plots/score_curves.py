@@ -17,7 +17,7 @@ from adaskip.common.intervals import Estimate, mean_if_whole
 from adaskip.studies.plots.style import FULL_LINE, LOOKS, Look, save, styled
 from adaskip.studies.tables import labels
 from adaskip.studies.tables.entries import PhaseEntries
-from adaskip.studies.tables.scoreboard import SKIPPING, Row
+from adaskip.studies.tables.scoreboard import Row, Scoreboard
 
 LEGEND_COLUMNS = 3
 DODGE = 0.35
@@ -40,7 +40,7 @@ def plot_scores(table: PhaseEntries, out_dir: Path) -> list[Path]:
         _name(axes, models, [f"{labels.TASKS[task]} ({_metric(table, task)})" for task in table.tasks])
         _share_axes(figure, axes, table.board.fractions, "score, per cent")
         unfinished = [_UNFINISHED_HANDLE] if any(entry.partial for entry in table.cells.values()) else []
-        handles = [*_strategy_handles(), *unfinished]
+        handles = [*_strategy_handles(table.board), *unfinished]
         figure.legend(handles=handles, loc="outside upper center", ncols=LEGEND_COLUMNS)
         return save(figure, out_dir / f"scores_{table.phase}")
 
@@ -57,7 +57,7 @@ def plot_retention(tables: Sequence[PhaseEntries], out_dir: Path) -> list[Path]:
                 _draw_retention(panel, table, model)
         _name(axes, models, [labels.PHASES[table.phase] for table in tables])
         _share_axes(figure, axes, tables[0].board.fractions, "score kept, per cent")
-        handles = [*_strategy_handles(), _PAPER_HANDLE]
+        handles = [*_strategy_handles(tables[0].board), _PAPER_HANDLE]
         figure.legend(handles=handles, loc="outside upper center", ncols=LEGEND_COLUMNS)
         return save(figure, out_dir / "retention")
 
@@ -77,10 +77,12 @@ def _draw_scores(panel: Axes, table: PhaseEntries, model: str, task: str) -> Non
     full = table.cells[Row(table.phase, model, "full", 0.0), task].score
     if full is not None:
         panel.axhline(100 * full.value, **FULL_LINE)
-    for strategy in SKIPPING:
+    for strategy in table.board.skipping:
         look = LOOKS[strategy]
         cells = [table.cells[Row(table.phase, model, strategy, fraction), task] for fraction in table.board.fractions]
-        points = [(_x(entry.row), entry.score, entry.partial) for entry in cells if entry.score is not None]
+        points = [
+            (_x(table.board, entry.row), entry.score, entry.partial) for entry in cells if entry.score is not None
+        ]
         x, scores = [at for at, _, _ in points], [score for _, score, _ in points]
         y = [100 * score.value for score in scores]
         panel.errorbar(x, y, yerr=_reach(scores), **look.line, elinewidth=0.8, capsize=1.5)
@@ -90,13 +92,15 @@ def _draw_scores(panel: Axes, table: PhaseEntries, model: str, task: str) -> Non
 
 def _draw_retention(panel: Axes, table: PhaseEntries, model: str) -> None:
     panel.axhline(100, **FULL_LINE)
-    for strategy in SKIPPING:
+    for strategy in table.board.skipping:
         rows = [Row(table.phase, model, strategy, fraction) for fraction in table.board.fractions]
         cells = [[table.cells[row, task] for task in table.tasks] for row in rows]
         ours = [mean_if_whole([entry.final_retention for entry in line]) for line in cells]
         paper = [mean_if_whole([entry.paper_retention for entry in line]) for line in cells]
         for kept, style in ((paper, LOOKS[strategy].faint), (ours, LOOKS[strategy].line)):
-            points = [(_x(row), 100 * share) for row, share in zip(rows, kept, strict=True) if share is not None]
+            points = [
+                (_x(table.board, row), 100 * share) for row, share in zip(rows, kept, strict=True) if share is not None
+            ]
             panel.plot([x for x, _ in points], [y for _, y in points], **style)
 
 
@@ -122,9 +126,10 @@ def _share_axes(figure: Figure, axes: np.ndarray, fractions: Sequence[float], qu
     figure.supylabel(quantity, fontsize=8)
 
 
-def _strategy_handles() -> list[Line2D]:
+def _strategy_handles(board: Scoreboard) -> list[Line2D]:
     lines = [
-        Line2D([], [], **LOOKS[strategy].line, label=labels.STRATEGIES[strategy]) for strategy in reversed(SKIPPING)
+        Line2D([], [], **LOOKS[strategy].line, label=labels.STRATEGIES[strategy])
+        for strategy in reversed(board.skipping)
     ]
     return [Line2D([], [], **FULL_LINE, label=labels.STRATEGIES["full"]), *lines]
 
@@ -139,9 +144,9 @@ def _metric(table: PhaseEntries, task: str) -> str:
     return labels.METRICS[table.board.paper.tables[table.phase].metrics[task]]
 
 
-def _x(row: Row) -> float:
+def _x(board: Scoreboard, row: Row) -> float:
     """Where a row's point stands: its budget, moved aside for its strategy."""
-    return 100 * row.fraction + (SKIPPING.index(row.strategy) - (len(SKIPPING) - 1) / 2) * DODGE
+    return 100 * row.fraction + (board.skipping.index(row.strategy) - (len(board.skipping) - 1) / 2) * DODGE
 
 
 def _reach(scores: Sequence[Estimate]) -> list[list[float]]:

@@ -5,7 +5,7 @@ Drawn from the plans in the records, so it shows what ran and not what was asked
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, SKY, save, styled
 from adaskip.studies.tables import labels
 from adaskip.studies.tables.runs import Record, Run
-from adaskip.studies.tables.scoreboard import SKIPPING, Row, Scoreboard
+from adaskip.studies.tables.scoreboard import Row, Scoreboard
 
 RUNS_COLOR = "#ededed"
 FAINTEST = 0.25
@@ -76,14 +76,14 @@ def plot_skip_map(board: Scoreboard, model: str, out_dir: Path) -> list[Path]:
     if depth == 0:
         return []
     phases = list(board.paper.tables)
-    strips = len(SKIPPING) * len(board.fractions)
+    strips = len(board.skipping) * len(board.fractions)
     with styled():
         figure = Figure(figsize=(1.4 + len(phases) * (1.3 + 0.05 * depth), 0.8 + 0.33 * strips), layout="constrained")
         panels = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
         for phase, panel in zip(phases, panels, strict=True):
             _draw(panel, board, phase, model, depth)
             panel.set_title(labels.PHASES[phase])
-        _name_strips(panels[0], board.fractions)
+        _name_strips(panels[0], board)
         figure.supxlabel(
             "layer (in each strip: attention above, FFN below; decode as of a request's last token)", fontsize=8
         )
@@ -105,7 +105,7 @@ def _skipped(record: Record) -> Iterator[tuple[str, str, int]]:
 
 
 def _draw(panel: Axes, board: Scoreboard, phase: str, model: str, depth: int) -> None:
-    for top, strategy, fraction in _strips(board.fractions):
+    for top, strategy, fraction in _strips(board):
         scored = board.runs.get(Row(phase, model, strategy, fraction))
         shares = skip_shares(scored.run) if scored else None
         if shares is None:
@@ -139,21 +139,21 @@ def _color(category: tuple[str, float] | None) -> tuple[float, ...]:
     return tuple(strength * full + (1 - strength) for full in to_rgb(CATEGORIES[name]))
 
 
-def _strips(fractions: Sequence[float]) -> Iterator[tuple[float, str, float]]:
-    """(upper edge, strategy, fraction) of each strip, AdaSkip's first."""
+def _strips(board: Scoreboard) -> Iterator[tuple[float, str, float]]:
+    """(upper edge, strategy, fraction) of each strip, the last strategy's first."""
     top = 0.0
-    for strategy in reversed(SKIPPING):
-        for fraction in fractions:
+    for strategy in reversed(board.skipping):
+        for fraction in board.fractions:
             yield top, strategy, fraction
             top += len(KINDS) + GAP
         top += GAP
 
 
-def _name_strips(panel: Axes, fractions: Sequence[float]) -> None:
-    strips = list(_strips(fractions))
+def _name_strips(panel: Axes, board: Scoreboard) -> None:
+    strips = list(_strips(board))
     panel.set_ylim(strips[-1][0] + len(KINDS), 0)
     panel.set_yticks([top + 1 for top, _, _ in strips], [labels.budget(fraction) for _, _, fraction in strips])
-    for strategy in SKIPPING:
+    for strategy in board.skipping:
         middles = [top + 1 for top, name, _ in strips if name == strategy]
         panel.annotate(
             labels.STRATEGIES[strategy].replace(" ", "\n"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,23 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from adaskip.common.files import write_bytes_atomic
+from adaskip.core.look import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Look
+from adaskip.strategies.names import LOOKS
+
+__all__ = [
+    "BLUE",
+    "FULL_LINE",
+    "GREEN",
+    "LOOKS",
+    "ORANGE",
+    "PURPLE",
+    "RC",
+    "SKY",
+    "VERMILION",
+    "Look",
+    "save",
+    "styled",
+]
 
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs everywhere
@@ -27,58 +43,7 @@ RC: dict[Any, Any] = {
     "svg.hashsalt": "adaskip",
 }
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
-VERMILION = "#D55E00"
 FULL_LINE: dict[str, Any] = {"color": "black", "linewidth": 0.9, "dashes": (6, 2), "zorder": 1}
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a strategy is drawn: colour, marker and dashes each tell it apart alone."""
-
-    color: str
-    marker: str
-    dashes: tuple[float, ...]
-    zorder: int = 2
-
-    @property
-    def line(self) -> dict[str, Any]:
-        style = (0, self.dashes) if self.dashes else "-"
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "linestyle": style,
-            "linewidth": 1.2,
-            "markersize": 4,
-            "zorder": self.zorder,
-        }
-
-    @property
-    def hollow(self) -> dict[str, Any]:
-        """The marker of an unfinished run, over its full one."""
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "markerfacecolor": "white",
-            "linestyle": "none",
-            "markersize": 4,
-            "zorder": 4,
-        }
-
-    @property
-    def faint(self) -> dict[str, Any]:
-        """Another's numbers, behind ours."""
-        return {**self.line, "markerfacecolor": "white", "linewidth": 0.7, "alpha": 0.45, "zorder": 1}
-
-
-LOOKS = {
-    "early_exit": Look(ORANGE, "s", (4, 1.5)),
-    "skipdecode": Look(PURPLE, "^", (1, 1)),
-    "unified": Look(GREEN, "D", (4, 1.5, 1, 1.5)),
-    "adaskip": Look(BLUE, "o", (), zorder=3),
-    "calibrated": Look(VERMILION, "v", (6, 1, 1, 1, 1, 1), zorder=3),
-}
 
 
 @contextmanager

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from adaskip.common.intervals import Estimate
+from adaskip.strategies.names import LABELS
 
-STRATEGIES = {
-    "full": "Full model",
-    "early_exit": "Early Exit",
-    "skipdecode": "SkipDecode",
-    "unified": "Unified Skipping",
-    "adaskip": "AdaSkip",
-    "calibrated": "Calibrated",
-}
+STRATEGIES = LABELS
+"""What each strategy declares."""
 TASKS = {
     "multifieldqa_en": "MultiFieldQA",
     "triviaqa": "TriviaQA",

@@ -15,12 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from adaskip.common.intervals import Estimate, ratio_estimate
-from adaskip.strategies.names import GRID_STRATEGIES, PAPER_STRATEGIES
+from adaskip.strategies.names import GRID_STRATEGIES, PAPER_STRATEGIES, SHORT_NAMES
 from adaskip.studies.tables.paper import load_paper
 from adaskip.studies.tables.runs import load_runs
 from adaskip.studies.tables.scores import ScoredRun, ScoredTask, score_run
 
-SKIPPING = GRID_STRATEGIES[1:]
 COMPARED = PAPER_STRATEGIES[1:]
 """The four strategies that the paper compares."""
 PAPER_FRACTIONS = (0.125, 0.1875, 0.25)
@@ -58,9 +57,15 @@ class Scoreboard:
         return list(dict.fromkeys([*self.paper.models, *(row.model for row in self.runs)]))
 
     @cached_property
+    def skipping(self) -> tuple[str, ...]:
+        """The strategies with rows in the tables: those of the grid, run or not, and every other one that was run."""
+        run = {row.strategy for row in self.runs} - {"full", *GRID_STRATEGIES}
+        return (*GRID_STRATEGIES[1:], *(name for name in SHORT_NAMES if name in run))
+
+    @cached_property
     def fractions(self) -> list[float]:
         """The paper's budgets and every other one that was run, smallest first."""
-        return sorted({*PAPER_FRACTIONS, *(row.fraction for row in self.runs if row.strategy in SKIPPING)})
+        return sorted({*PAPER_FRACTIONS, *(row.fraction for row in self.runs if row.strategy in self.skipping)})
 
     def tasks(self, phase: str) -> list[str]:
         """The columns of the phase's table."""
@@ -70,7 +75,7 @@ class Scoreboard:
         """The full model, then every strategy at every budget."""
         yield Row(phase, model, "full", 0.0)
         for fraction in self.fractions:
-            for strategy in SKIPPING:
+            for strategy in self.skipping:
                 yield Row(phase, model, strategy, fraction)
 
     def scored(self, row: Row, task: str) -> ScoredTask | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from adaskip.common.intervals import Estimate, mean, mean_estimate, mean_if_whole
 from adaskip.studies.tables.entries import Entry, PhaseEntries
-from adaskip.studies.tables.scoreboard import SKIPPING, Row, Scoreboard
+from adaskip.studies.tables.scoreboard import Row, Scoreboard
 
 OURS = "adaskip"
 ONLINE_PHASES = ("decode", "e2e")
@@ -70,7 +70,7 @@ def mean_retention(tables: Sequence[PhaseEntries]) -> list[dict[str, Any]]:
     lines = []
     for table in tables:
         for fraction in table.board.fractions:
-            for strategy in SKIPPING:
+            for strategy in table.board.skipping:
                 entries = [
                     entry
                     for (row, _), entry in table.cells.items()

@@ -7,7 +7,7 @@ from typing import Any
 
 from adaskip.common.pipe_table import pipe_table
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.scoreboard import COMPARED, SKIPPING
+from adaskip.studies.tables.scoreboard import COMPARED
 
 COUNTS = {
     "compared": "cells",
@@ -112,7 +112,7 @@ def _retention(summary: dict[str, Any]) -> str:
     found = {(line["phase"], line["fraction"], line["strategy"]): line for line in lines}
     rows = [
         [labels.STRATEGIES[strategy], *(_ours_and_paper(found[*column, strategy]) for column in columns)]
-        for strategy in SKIPPING
+        for strategy in dict.fromkeys(line["strategy"] for line in lines)
     ]
     return pipe_table(header, rows)
 
