@@ -22,7 +22,7 @@ from adaskip.core.patching import ModelPatches, patches_of
 from adaskip.core.similarity import RecentNorms, cosine_and_ratio
 from adaskip.core.token_ids import end_token_ids, is_end, left_padded, right_padded
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.fingerprint import weights_fingerprint
+from adaskip.profiles import fingerprint
 from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
 
 UNITS = ("attention", "ffn", "layer")
@@ -206,15 +206,18 @@ def calibrate(
     phase: Literal["prefill", "decode"] = "prefill",
     max_new_tokens: int = 64,
     eos_token_ids: int | Sequence[int] | None = None,
+    weights_fingerprint: str | None = None,
 ) -> ImportanceProfile:
     """The importance of every sublayer of `model` over calibration prompts.
 
-    prompts: token ids, 1-D, at least one. model_name, dataset, data_ids: what was measured on what, for the record. The
-    other arguments are those of `measure`. The means are over tokens, not over prompts. Raises ValueError if there is
-    nothing to measure, and before anything is measured if the weights have no fingerprint.
+    prompts: token ids, 1-D, at least one. model_name, dataset, data_ids: what was measured on what, for the record.
+    weights_fingerprint: the model's, where it is known; else it is computed. The other arguments are those of
+    `measure`. The means are over tokens, not over prompts. Raises ValueError if there is nothing to measure, and before
+    anything is measured if the weights have no fingerprint.
     Paper: Eq. (2), (3).
     """
-    about = _about(model, model_name, dataset, data_ids)
+    weights = weights_fingerprint or fingerprint.weights_fingerprint(model)
+    about = _about(model, weights, model_name, dataset, data_ids)
     begins = _Beginnings(unwrapped(model), prompts)
     options = {"max_new_tokens": max_new_tokens, "eos_token_ids": eos_token_ids}
     measured = list(measure(model, begins, phase=phase, batch_size=batch_size, **options))
@@ -236,12 +239,14 @@ def calibrate(
     )
 
 
-def _about(model: PreTrainedModel, model_name: str | None, dataset: str, data_ids: Iterable[str]) -> dict[str, Any]:
+def _about(
+    model: PreTrainedModel, weights: str, model_name: str | None, dataset: str, data_ids: Iterable[str]
+) -> dict[str, Any]:
     """What a profile says of the model and the data, known before anything is measured."""
     model = unwrapped(model)
     return {
         "model": str(model_name or getattr(model.config, "name_or_path", "") or type(model).__name__),
-        "weights_fingerprint": weights_fingerprint(model),
+        "weights_fingerprint": weights,
         "adapter": active_adapters(model),
         "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -43,6 +43,7 @@ def select(
     importance: ImportanceProfile | None = None,
     progress_path: Path | None = None,
     show_progress: bool = False,
+    weights_fingerprint: str | None = None,
 ) -> SelectionProfile:
     """The sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
 
@@ -51,7 +52,8 @@ def select(
     wherever the search finds none that is better beyond chance.
     progress_path: a file that keeps what is measured; after a stop the same call goes on there. It is left where it is,
     for what it took to measure is lost until the profile is saved: delete it then.
-    show_progress: draw a progress bar if standard error is a terminal.
+    show_progress: draw a progress bar if standard error is a terminal. weights_fingerprint: the model's, where it is
+    known; else it is computed.
 
     Raises:
         LockedError: another process searches with the file at `progress_path`.
@@ -63,7 +65,10 @@ def select(
             phase,
             up_to=up_to,
             ends=(eos_token_ids, pad_token_id),
-            described={"model_name": model_name, "dataset": dataset, "data_ids": data_ids},
+            described={
+                **{"model_name": model_name, "dataset": dataset, "data_ids": data_ids},
+                "weights_fingerprint": weights_fingerprint,
+            },
             importance=importance,
             progress_path=progress_path,
             show_progress=show_progress,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from adaskip.models.checkpoints import ModelError, said_in_one_line
+from adaskip.models.errors import ModelError, said_in_one_line
 
 
 def check_chat(chat: str) -> None:

@@ -1,7 +1,7 @@
-"""Finds a checkpoint's folder and looks at its files before a model is built.
+"""Finds a checkpoint's folder or GGUF file and looks at its files before a model is built.
 
-A folder, a Hub cache and a Hub id all end as one local folder, and what is wrong with it is said in one line here
-rather than in a library's traceback after minutes of loading.
+A folder, a Hub cache and a Hub id all end as one local folder, a GGUF file as itself; what is wrong with it is said in
+one line here rather than in a library's traceback after minutes of loading.
 """
 
 from __future__ import annotations
@@ -9,23 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+
+from adaskip.models.errors import ModelError, one_line, said_in_one_line
+from adaskip.models.gguf_file import check_gguf, is_gguf
+
+__all__ = ["ModelError", "one_line", "said_in_one_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +31,16 @@ METADATA_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_FILES: dict[str, str] = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
 SAMPLED_BLOCKS = 256
 BLOCK_BYTES = 4096
-WeightFormat = Literal["safetensors", "bin"]
-
-
-class ModelError(ValueError):
-    """A model or checkpoint cannot be used; the message is one line that says what to do."""
+WeightFormat = Literal["safetensors", "bin", "gguf"]
 
 
 def find_folder(
     checkpoint: str | Path, revision: str | None = None, *, offline: bool = True, only_config: bool = False
 ) -> Path:
-    """The local folder of a checkpoint: a folder, a Hub cache folder (`models--org--name`), or a Hub id.
+    """The local folder of a folder, a Hub cache folder (`models--org--name`) or a Hub id. A GGUF file: itself.
 
     Args:
-        checkpoint: an existing folder, or `org/name`, or `org/name@revision`.
+        checkpoint: an existing folder, a `.gguf` file, or `org/name`, or `org/name@revision`.
         revision: commit, branch or tag of a Hub id that names none itself; None: main.
         offline: look for a Hub id in the local cache only.
         only_config: of a Hub id, get no more than its config.json.
@@ -59,8 +51,12 @@ def find_folder(
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         return _snapshot_in_cache(path)
+    if path.is_file() and is_gguf(path):
+        return path
     if path.exists():
-        raise ModelError(f"checkpoint {str(checkpoint)!r} is a file; a folder with config.json and weights is needed")
+        raise ModelError(
+            f"checkpoint {str(checkpoint)!r} is a file; a folder with config.json and weights or a .gguf file is needed"
+        )
     if not isinstance(checkpoint, str) or not HUB_ID.fullmatch(checkpoint):
         raise ModelError(f"checkpoint folder {str(checkpoint)!r} does not exist")
     repo, _, own_revision = checkpoint.partition("@")
@@ -124,7 +120,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder, with at least a `model_type`."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json: it is not a model checkpoint in Hugging Face's layout")
+        held = ", ".join(file.name for file in sorted(folder.glob("*.gguf")))
+        hint = f"; to load one of its GGUF files, name the file itself: {held}" if held else ""
+        raise ModelError(f"{folder} has no config.json: it is not a model checkpoint in Hugging Face's layout{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -134,38 +132,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def has_weights(folder: Path) -> bool:
+def has_weights(path: Path) -> bool:
     """Whether there is any weight file, whole or not."""
-    return any(path for pattern in WEIGHT_FILES.values() for path in folder.glob(pattern))
+    return is_gguf(path) or any(file for pattern in WEIGHT_FILES.values() for file in path.glob(pattern))
 
 
-def check_weights(folder: Path) -> WeightFormat:
-    """Which weights the folder holds; safetensors are preferred, and each file is looked at to see that it is whole.
+def check_weights(path: Path) -> WeightFormat:
+    """Which weights a folder holds, or a GGUF file is; safetensors are preferred, and each file is looked at to see
+    that it is whole.
 
     Raises:
         ModelError: no weights, a shard of the index is missing, or a file is damaged.
     """
+    if is_gguf(path):
+        check_gguf(path)
+        return "gguf"
     kinds: tuple[WeightFormat, ...] = ("safetensors", "bin")
     for kind in kinds:
-        if files := sorted(folder.glob(WEIGHT_FILES[kind])):
-            _check_shards(folder, kind)
-            for path in files:
-                _check_safetensors(path) if kind == "safetensors" else _check_bin(path)
+        if files := sorted(path.glob(WEIGHT_FILES[kind])):
+            _check_shards(path, kind)
+            for file in files:
+                _check_safetensors(file) if kind == "safetensors" else _check_bin(file)
             return kind
-    raise ModelError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES.values())}")
+    raise ModelError(f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES.values())}")
 
 
-def weight_files_fingerprint(folder: Path) -> str:
+def weight_files_fingerprint(path: Path) -> str:
     """SHA-256 over name, size and `SAMPLED_BLOCKS` evenly spaced blocks of every weight file; nothing is loaded.
 
     Raises:
         ModelError: no usable weights (see `check_weights`).
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(WEIGHT_FILES[check_weights(folder)])):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as handle:
+    kind = check_weights(path)
+    for file in [path] if kind == "gguf" else sorted(path.glob(WEIGHT_FILES[kind])):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as handle:
             for number in range(SAMPLED_BLOCKS):
                 handle.seek(number * size // SAMPLED_BLOCKS)
                 digest.update(handle.read(BLOCK_BYTES))
@@ -201,23 +204,3 @@ def _check_bin(path: Path) -> None:
         begins_like_zip = handle.read(4) == b"PK\x03\x04"
     if begins_like_zip and not zipfile.is_zipfile(path):
         raise ModelError(f"{path} is truncated ({path.stat().st_size} bytes): get it again")
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's text on one line, cut after `limit` characters; its class where it has no text."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-@contextmanager
-def said_in_one_line(what: str) -> Iterator[None]:
-    """Turn what loading a damaged or unknown checkpoint may raise into a ModelError that begins with `what`."""
-    try:
-        yield
-    except (ModelError, torch.OutOfMemoryError):
-        raise
-    except (
-        *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, EOFError),
-        *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
-    ) as error:
-        raise ModelError(f"{what}: {one_line(error)}") from error

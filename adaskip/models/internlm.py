@@ -14,7 +14,7 @@ from typing import Any
 from transformers import LlamaConfig
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from adaskip.models.checkpoints import ModelError
+from adaskip.models.errors import ModelError
 
 MODEL_TYPE = "internlm"
 BASE = 10000.0

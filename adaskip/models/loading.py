@@ -1,4 +1,4 @@
-"""The paper's models by name, and any other checkpoint, as stock transformers models ready to generate.
+"""Models of `configs/models.yaml` by name, and any other checkpoint, as stock transformers models ready to generate.
 
 `configs/models.yaml` says where the weights are and how prompts are wrapped. Loading is offline unless a Hub id is
 asked for by name, never runs a checkpoint's code, and ends in a model or in one line that says what to do.
@@ -7,84 +7,54 @@ asked for by name, never runs a checkpoint's code, and ends in a model or in one
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from functools import lru_cache
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from adaskip.common.configs import load_yaml
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.packed_sdpa import register_packed
 from adaskip.models import internlm
 from adaskip.models.chat import check_chat, wrapper
-from adaskip.models.checkpoints import (
-    ModelError,
-    check_weights,
-    commit_of,
-    find_folder,
-    has_weights,
-    one_line,
-    read_config,
-    said_in_one_line,
-    weight_files_fingerprint,
-)
+from adaskip.models.checkpoints import check_weights, commit_of, read_config, weight_files_fingerprint
+from adaskip.models.errors import ModelError, one_line, said_in_one_line
+from adaskip.models.gguf_file import forget_quantisation, gguf_options, is_gguf
+from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.rope import fix_dynamic_rope
+from adaskip.models.source import ModelSource, find_source
 from adaskip.profiles.fingerprint import weights_fingerprint
 
 __all__ = [
     "LoadedModel",
     "ModelError",
+    "ModelSource",
     "ModelSpec",
     "architecture",
-    "check_checkpoint",
+    "find_source",
     "load_model",
+    "load_source",
     "placement",
+    "positions_limit",
     "prompt_limit",
     "registry",
-    "weight_files",
     "weights_fingerprint",
 ]
 
 logger = logging.getLogger(__name__)
 
 ANSWER_ROOM = 512  # the longest answer of any LongBench task
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One model of `configs/models.yaml`; the fields are explained there."""
-
-    checkpoint: str
-    max_prompt_tokens: int
-    revision: str = "main"
-    chat: str = "none"
-    stop_tokens: tuple[str, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    shape: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        check_chat(self.chat)
-        if self.max_prompt_tokens < 2:
-            raise ModelError(f"max_prompt_tokens of {self.checkpoint} must be at least 2, not {self.max_prompt_tokens}")
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
 
 
 @dataclass(frozen=True)
@@ -117,45 +87,15 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     spec: ModelSpec
 
-
-@lru_cache(maxsize=1)
-def registry() -> dict[str, ModelEntry]:
-    """The models of `configs/models.yaml` by name."""
-    known = {field.name for field in fields(ModelEntry)}
-    entries = {}
-    for name, values in load_yaml("models").items():
-        if unknown := sorted(set(values) - known):
-            raise ModelError(f"configs/models.yaml: unknown field {unknown[0]!r} of {name}; known: {sorted(known)}")
-        entries[name] = ModelEntry(**values)
-    return entries
-
-
-def get_entry(name: str) -> ModelEntry:
-    """The registry's entry called `name`; ModelError with a suggestion if there is none."""
-    models = registry()
-    if name not in models:
-        close = get_close_matches(name, models, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ModelError(f"unknown model {name!r}: {hint}known are {', '.join(models)}")
-    return models[name]
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """`weights_fingerprint` of the model as it was loaded; it takes a moment, so that it is computed once."""
+        return weights_fingerprint(self.model)
 
 
 def architecture(name: str, checkpoint: str | Path | None = None) -> PreTrainedConfig:
-    """The configuration of a checkpoint, no weights read; without one, the published one of a model of the registry.
-
-    The network is touched only for a Hub id given as `checkpoint`, of which config.json is got.
-    """
-    if checkpoint is not None:
-        entry = get_entry(name)
-        revision = entry.revision if checkpoint == entry.checkpoint else None
-        folder = find_folder(checkpoint, revision, offline=False, only_config=True)
-        return _model_config(folder, read_config(folder))
-    shape = get_entry(name).shape
-    if shape is None:
-        raise ModelError(f"configs/models.yaml says no shape of {name}")
-    with said_in_one_line(f"configs/models.yaml: the shape of {name} is not usable"):
-        fields = {field: value for field, value in shape.items() if field != "model_type"}
-        return internlm.llama_config(fields) if shape["model_type"] == internlm.MODEL_TYPE else LlamaConfig(**fields)
+    """The configuration of what `load_model` would load, no weights read (see `ModelSource.config`)."""
+    return find_source(name, checkpoint).config
 
 
 def load_model(
@@ -173,81 +113,72 @@ def load_model(
     """Load a model, its tokenizer and what `configs/models.yaml` says about it.
 
     Args:
-        name: llama, internlm or vicuna; None with a checkpoint that is none of them.
-        checkpoint: a folder, a Hub cache folder, or `org/name[@revision]`; None: the registry's.
+        name: a name of `configs/models.yaml`, or weights: `org/name[@revision]`, a folder, or a .gguf file; None with
+            a checkpoint.
+        checkpoint: weights as above that stand for the model of that name; None: the registry's.
         device: where the model goes; None: cuda where there is one, else cpu.
         dtype: of the weights; None: bfloat16, on the CPU float32.
         attn_implementation: transformers' attention backend; None: its choice.
         device_map: accelerate's device map, e.g. "auto", instead of `device`.
         chat: "none", "template" (the tokenizer's own chat template) or a text with `{prompt}`; None: the registry's.
         max_prompt_tokens: longest prompt before wrapping; None: `prompt_limit`, with a warning below the registry's.
-        offline: use the local Hub cache only; None: yes, unless `checkpoint` is a Hub id.
+        offline: use the local Hub cache only; None: yes, unless a Hub id is given here.
 
     Raises:
         ModelError: anything wrong with these arguments or the checkpoint, in one line.
     """
-    if name is None and checkpoint is None:
-        raise ModelError(f"give a model name ({', '.join(registry())}) or a checkpoint")
-    entry = get_entry(name) if name is not None else None
+    return load_source(
+        find_source(name, checkpoint, offline=offline),
+        device=device,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        chat=chat,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+
+
+def load_source(
+    source: ModelSource,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    chat: str | None = None,
+    max_prompt_tokens: int | None = None,
+) -> LoadedModel:
+    """`load_model` of a source that was found before; arguments and errors are the same."""
     if chat is not None:
         check_chat(chat)
     where = placement(device, dtype, device_map)
-    folder, source = _find(entry, checkpoint, offline)
-    raw = read_config(folder)
-    config = _model_config(folder, raw)
-    limit = max_prompt_tokens or prompt_limit(config, name)
-    entry = entry or ModelEntry(source, limit)
-    if max_prompt_tokens is None and limit < entry.max_prompt_tokens:
+    folder, entry = source.path, source.entry
+    config = deepcopy(source.own_config)
+    limit = max_prompt_tokens or prompt_limit(config, entry)
+    if max_prompt_tokens is None and entry is not None and limit < entry.max_prompt_tokens:
         logger.warning(
             "%s was made for fewer tokens than %s: prompts are cut at %d, not at %d",
-            *(source, name, limit, entry.max_prompt_tokens),
+            *(source.checkpoint, source.name, limit, entry.max_prompt_tokens),
         )
     register_packed()
-    tokenizer = _load_tokenizer(folder, raw)
-    chat_template = wrapper(chat or entry.chat, tokenizer)
+    tokenizer = _load_tokenizer(folder)
+    chat_template = wrapper(chat or source.chat, tokenizer)
     model = _load_weights(folder, config, attn_implementation, where)
     spec = ModelSpec(
-        name=name or Path(source).name,
-        checkpoint=source,
+        name=source.name,
+        checkpoint=source.checkpoint,
         revision=commit_of(folder),
-        weight_files=weight_files_fingerprint(folder),
+        weight_files=source.weight_files or weight_files_fingerprint(folder),
         max_prompt_tokens=limit,
         chat_template=chat_template,
-        stop_token_ids=_stop_token_ids(entry.stop_tokens, model, tokenizer),
-        stop_strings=entry.stop_strings,
+        stop_token_ids=_stop_token_ids(() if entry is None else entry.stop_tokens, model, tokenizer),
+        stop_strings=source.stop_strings,
     )
     # A run decodes greedily: of the checkpoint's own settings only the special tokens are kept.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(spec.stop_token_ids), pad_token_id=tokenizer.pad_token_id
     )
     return LoadedModel(model, tokenizer, spec)
-
-
-def _find(entry: ModelEntry | None, checkpoint: str | Path | None, offline: bool | None) -> tuple[Path, str]:
-    """The local folder and what was asked for; the network is touched only for a Hub id given as `checkpoint`."""
-    source = checkpoint if checkpoint is not None else entry.checkpoint if entry else ""
-    revision = entry.revision if entry and source == entry.checkpoint else None
-    return find_folder(source, revision, offline=checkpoint is None if offline is None else offline), str(source)
-
-
-def weight_files(name: str, checkpoint: str | Path | None = None) -> str | None:
-    """The weight files' fingerprint of what `load_model` would load; None where they are not on this machine."""
-    try:
-        folder, _ = _find(get_entry(name), checkpoint, offline=True)
-    except ModelError:
-        return None
-    return weight_files_fingerprint(folder) if has_weights(folder) else None
-
-
-def check_checkpoint(name: str, checkpoint: str | Path | None = None) -> None:
-    """Refuse what `load_model` would refuse for its configuration or weight files; a Hub id is downloaded as there.
-
-    Raises:
-        ModelError: the checkpoint is not to be had, or is no causal language model, or its weights are damaged.
-    """
-    folder, _ = _find(get_entry(name), checkpoint, offline=None)
-    _model_config(folder, read_config(folder))
-    check_weights(folder)
 
 
 def placement(
@@ -274,63 +205,65 @@ def placement(
     return {"dtype": chosen, "device_map": device_map}
 
 
-def _model_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    """The folder's configuration if it is of a causal language model that transformers has a class for."""
-    model_type, classes = raw["model_type"], raw.get("architectures") or []
-    with said_in_one_line(f"{folder / 'config.json'} is not usable"):
-        if model_type == internlm.MODEL_TYPE:
-            return internlm.llama_config(raw)
-        expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-        if expected is None or (classes and expected not in classes):
-            raise ModelError(
-                f"{folder} holds {', '.join(classes) or 'no named class'} of type {model_type!r}, which is no causal "
-                f"language model of transformers {transformers.__version__} (remote code is never run)"
-            )
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
 def _load_weights(
     folder: Path, config: PreTrainedConfig, attn_implementation: str | None, where: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model with every weight from the folder: safetensors, or .bin read with `torch.load(weights_only=True)`."""
+    """The model with every weight from the folder or GGUF file: safetensors, or .bin read with
+    `torch.load(weights_only=True)`."""
     # InternLM's weights carry LLaMA's names; the automatic class would ask for remote code because of `auto_map`.
     model_class: Any = LlamaForCausalLM if config.model_type == "llama" else AutoModelForCausalLM
-    options = {**where, "use_safetensors": check_weights(folder) == "safetensors", "local_files_only": True}
+    kind = check_weights(folder)
+    options = {**where, **gguf_options(folder), "local_files_only": True}
+    if kind != "gguf":
+        options["use_safetensors"] = kind == "safetensors"
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with said_in_one_line(f"{folder} cannot be loaded"):
-        model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, info = model_class.from_pretrained(config=config, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning("%s: %d weights are not used, first %s", folder, len(unexpected), unexpected[0])
     decoder_layers(model)  # refuses a model without
     fix_dynamic_rope(model)
+    if kind == "gguf":
+        forget_quantisation(model)
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(folder: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, padding in front; where it has no pad token the end of text serves."""
-    is_internlm = raw["model_type"] == internlm.MODEL_TYPE
+    is_internlm = not is_gguf(folder) and read_config(folder)["model_type"] == internlm.MODEL_TYPE
     if is_internlm and not (folder / "tokenizer.model").is_file():
         raise ModelError(f"{folder} has no tokenizer.model, the SentencePiece model of InternLM's tokenizer")
     with said_in_one_line(f"the tokenizer in {folder} cannot be loaded"):
         if is_internlm:
             tokenizer: Any = internlm.InternLMTokenizer.from_pretrained(folder, local_files_only=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            named = gguf_options(folder)
+            tokenizer = AutoTokenizer.from_pretrained(**named, local_files_only=True, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def prompt_limit(config: PreTrainedConfig, name: str | None = None) -> int:
+def prompt_limit(config: PreTrainedConfig, entry: ModelEntry | None = None) -> int:
     """Longest prompt before wrapping of a checkpoint with this configuration.
 
-    Of any checkpoint, the positions it was made for, scaled rope included, less the room for an answer (at most half).
-    Of one that stands for the model `name` of the registry, no more than the registry's limit; and just that with
-    dynamic NTK, which stretches the positions as far as a prompt goes.
+    Of any checkpoint, the positions it was made for, less the room for an answer. Of one that stands for a model of the
+    registry, no more than that entry's limit; and just that with dynamic NTK.
+    """
+    most = positions_limit(config)
+    if entry is not None:
+        return entry.max_prompt_tokens if most is None else min(entry.max_prompt_tokens, most)
+    return _room(int(config.get_text_config().max_position_embeddings)) if most is None else most
+
+
+def positions_limit(config: PreTrainedConfig) -> int | None:
+    """The positions a checkpoint was made for, scaled rope included, less the room for an answer (at most half).
+
+    None with dynamic NTK, which stretches the positions as far as a prompt goes.
     """
     text_config = config.get_text_config()
     positions = int(text_config.max_position_embeddings)
@@ -339,11 +272,11 @@ def prompt_limit(config: PreTrainedConfig, name: str | None = None) -> int:
     if kind in ("linear", "yarn"):
         unscaled = rope.get("original_max_position_embeddings") or positions
         positions = max(positions, int(unscaled * (rope.get("factor") or 1.0)))
-    own = max(positions - ANSWER_ROOM, positions // 2)
-    if name is None:
-        return own
-    published = get_entry(name).max_prompt_tokens
-    return published if kind == "dynamic" else min(published, own)
+    return None if kind == "dynamic" else _room(positions)
+
+
+def _room(positions: int) -> int:
+    return max(positions - ANSWER_ROOM, positions // 2)
 
 
 def _stop_token_ids(

@@ -98,11 +98,14 @@ def built(kind: type, what: str, record: Any) -> Any:
     return kind(**record)
 
 
-def check_model(profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str) -> None:
+def check_model(
+    profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str, fingerprint: str | None = None
+) -> None:
     """Raise ProfileError unless `profile` was measured on `model`, or on another of its shape and that is allowed.
 
     What must agree: number of layers, hidden size if the profile knows it, and, unless other weights are allowed, the
-    fingerprint of the weights and the active adapter. again: what to do instead, for the message.
+    fingerprint of the weights and the active adapter. again: what to do instead, for the message. fingerprint: the
+    model's, where it is known.
     """
     model = unwrapped(model)
     config: Any = model.config
@@ -112,7 +115,7 @@ def check_model(profile: Any, model: nn.Module, *, allow_other_weights: bool, ag
         raise ProfileError(
             f"profile of {profile.model} has hidden size {profile.hidden_size}, the model has {shape.hidden_size}"
         )
-    differences = [*_other_weights(profile, model), *_other_adapter(profile, model)]
+    differences = [*_other_weights(profile, fingerprint or weights_fingerprint(model)), *_other_adapter(profile, model)]
     if not differences:
         return
     told = f"profile was measured on {profile.model}{', and '.join(differences)}"
@@ -124,8 +127,7 @@ def check_model(profile: Any, model: nn.Module, *, allow_other_weights: bool, ag
     logger.warning("%s (%s); used all the same, since other weights are allowed", told, name)
 
 
-def _other_weights(profile: Any, model: nn.Module) -> list[str]:
-    fingerprint = weights_fingerprint(model)
+def _other_weights(profile: Any, fingerprint: str) -> list[str]:
     if fingerprint == profile.weights_fingerprint:
         return []
     return [f" with weights {profile.weights_fingerprint}, this model's weights are {fingerprint}"]

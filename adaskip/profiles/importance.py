@@ -112,13 +112,18 @@ class ImportanceProfile:
         if num_layers != self.num_layers:
             raise ProfileError(f"profile of {self.model} has {self.num_layers} layers, the model has {num_layers}")
 
-    def check_fits(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
+    def check_fits(
+        self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
+    ) -> None:
         """Raise ProfileError unless `model` has the very weights, and the adapter, the profile was measured on.
 
         allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) is
-        warned of and not refused.
+        warned of and not refused. weights_fingerprint: the model's, where it is known; else it is computed.
         """
-        check_model(self, model, allow_other_weights=allow_other_weights, again="calibrate this model")
+        known = weights_fingerprint
+        check_model(
+            self, model, allow_other_weights=allow_other_weights, again="calibrate this model", fingerprint=known
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, whole or not at all."""

@@ -12,10 +12,12 @@ from pathlib import Path
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
 from adaskip.core.plan import PHASES
+from adaskip.models.registry import registry
 from adaskip.strategies.names import SHORT_NAMES
 from adaskip.strategies.registry import PLUGINS
 
 MODELS = ("llama", "internlm", "vicuna")
+"""The paper's. Any other model is called by its entry in `configs/models.yaml`, or by what its weights are called."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,22 @@ def run_name(model: str, phase: str, strategy: str) -> str:
 
 
 def parse_run_name(name: str) -> tuple[str, str, str]:
-    """(model, phase, strategy) of a run name, in any case.
+    """(model, phase, strategy) of a run name, its last two parts and the names of `configs/models.yaml` in any case.
+
+    Other models are called as their weights, so that their names may hold hyphens, dots and capitals.
 
     Raises:
         ValueError: not of the form `<model>-<EE|SD|US|ADA|...>-<PREFILL|DECODE|E2E>`.
     """
     strategies = {short: strategy for strategy, short in SHORT_NAMES.items()}
-    model, _, rest = name.partition("-")
-    short, _, phase = rest.partition("-")
+    model, short, phase = ["", "", "", *name.rsplit("-", 2)][-3:]
     if not model or short.upper() not in strategies or phase.lower() not in PHASES:
         raise ValueError(
             f"{name!r} is no run name: expected <model>-<{'|'.join(strategies)}>-<{'|'.join(PHASES).upper()}>, "
             f"e.g. llama-EE-PREFILL; {PLUGINS} names modules with strategies of other packages"
         )
-    return model.lower(), phase.lower(), strategies[short.upper()]
+    model = model.lower() if model.lower() in registry() else model
+    return model, phase.lower(), strategies[short.upper()]
 
 
 def grid(

@@ -11,6 +11,8 @@ from adaskip.common.choices import check_choice
 from adaskip.common.options import option
 from adaskip.common.paths import RUNS, TESTBED_RUNS, given_or_default
 from adaskip.core.plan import Budget
+from adaskip.models.registry import registry
+from adaskip.models.source import find_source
 from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.cells import MODELS, PHASES, Setup, load_setup
 from adaskip.strategies import (
@@ -22,8 +24,12 @@ from adaskip.strategies import (
     parse_options,
     strategy_name,
 )
+from adaskip.testbed import FAMILIES
 
 DTYPES = ("float32", "bfloat16", "float16")
+MODEL_HELP = (
+    f"{', '.join(registry())} (configs/models.yaml), or weights: a Hub id org/name[@revision], a folder, a .gguf file"
+)
 LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True}
 """Choices of `--longbench-set`, and what they are to `longbench.load_records`."""
 
@@ -33,7 +39,7 @@ class SharedConfig:
     """What every command that loads a model needs."""
 
     testbed: bool = option("the embedded small models and their generated tasks instead of real checkpoints", False)
-    checkpoint: str | None = option("folder or Hub id of the weights instead of the model's own")
+    checkpoint: str | None = option("folder, .gguf file or Hub id of the weights instead of the named model's own")
     data_dir: str | None = option(
         "folder of LongBench's jsonl files, its data.zip, or hub to download it; if not given, the local Hub cache"
     )
@@ -52,7 +58,7 @@ class SharedConfig:
             raise ValueError("--data-dir holds real LongBench data and --testbed generates its own: give one of them")
         if self.device is not None and self.device_map is not None:
             raise ValueError("--device and --device-map both say where the model goes: give one of them")
-        for name in ("threads", "limit", "subset", "batch_size", "max_new_tokens", "jobs"):
+        for name in ("threads", "limit", "subset", "batch_size", "max_new_tokens", "jobs", "max_length"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -83,6 +89,12 @@ class DataConfig(SharedConfig):
         "are searched on those that are left out",
         PAPER_MIN_LENGTH,
     )
+    max_length: int | None = option(
+        "only records of at most N words; importance is measured on such records, too; if not given, no limit"
+    )
+    max_prompt_tokens: int | None = option(
+        "longest prompt before wrapping, longer ones lose their middle; if not given, the model's own limit"
+    )
     output_dir: str | None = option(
         "where runs go, with the folder of their profiles beside it; if not given, results/runs, or "
         "results/testbed/runs with --testbed, in the checkout, or from a wheel in the current folder"
@@ -97,12 +109,12 @@ class DataConfig(SharedConfig):
 
     def _check_sets(self) -> None:
         check_choice("--longbench-set", self.longbench_set, LONGBENCH_SETS)
-        if self.min_length < 0:
-            raise ValueError(f"--min-length must be at least 0 words, not {self.min_length}")
-        if self.testbed and (self.longbench_set, self.min_length) != ("auto", PAPER_MIN_LENGTH):
+        self._check_lengths()
+        chosen = (self.longbench_set, self.min_length, self.max_length)
+        if self.testbed and chosen != ("auto", PAPER_MIN_LENGTH, None):
             raise ValueError(
-                "--longbench-set and --min-length choose among LongBench's records and --testbed generates its own: "
-                f"leave them out; given: {self.longbench_set}, {self.min_length}"
+                "--longbench-set, --min-length and --max-length choose among LongBench's records and --testbed "
+                f"generates its own: leave them out; given: {', '.join(map(str, chosen))}"
             )
         for task in self.tasks or ():
             if task in TASKS and (meant := set_meant(task, self.extended)) != task and meant in (self.tasks or ()):
@@ -110,6 +122,17 @@ class DataConfig(SharedConfig):
                     f"--tasks {task} and {meant} are one set with --longbench-set {self.longbench_set}: give one of "
                     f"them, or --longbench-set plain, by which {task} is LongBench's own"
                 )
+
+    def _check_lengths(self) -> None:
+        if self.min_length < 0:
+            raise ValueError(f"--min-length must be at least 0 words, not {self.min_length}")
+        if self.max_length is not None and self.max_length <= self.min_length:
+            raise ValueError(
+                f"--max-length {self.max_length} leaves no record, since --min-length {self.min_length} keeps those of "
+                "more words: give a larger --max-length or a smaller --min-length"
+            )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
+            raise ValueError(f"--max-prompt-tokens must be at least 2, not {self.max_prompt_tokens}")
 
     @property
     def extended(self) -> bool | None:
@@ -140,7 +163,7 @@ class WorkConfig(DataConfig):
 class RunConfig(WorkConfig):
     """One cell: a model under a strategy in a phase at a budget."""
 
-    model: str = option(f"model: {', '.join(MODELS)}", required=True)
+    model: str = option(MODEL_HELP, required=True)
     phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
     strategy: str = option(lambda: f"strategy: {', '.join(SHORT_NAMES)}, or package.module:Class", required=True)
     budget: int | None = option(
@@ -151,6 +174,7 @@ class RunConfig(WorkConfig):
         "whole layers to skip, two sublayers each", aliases=["--skip_full_layer_num"]
     )
     alpha: float | None = option("acceleration ratio; of M layers M - M/alpha are skipped")
+    fraction: float | None = option("share of all sublayers, as 0.125, to the nearest unit the strategy can skip")
     target_speedup: float | None = option(
         "calibrated: the least divergent set that the roofline predicts to reach this speedup of the phase, as 1.2, at "
         "the tasks' mean prompt lengths and answer caps; it ignores launch overhead, so small models attain less: the "
@@ -175,7 +199,7 @@ class RunConfig(WorkConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "strategy", strategy_name(self.strategy))
-        check_choice("model", self.model, MODELS)
+        check_model(self, self.model)
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
         if self.allow_other_weights and self.profile is None:
@@ -200,7 +224,7 @@ class RunConfig(WorkConfig):
             raise ValueError(f"--target-speedup must be above 1, the full model's own; given: {self.target_speedup:g}")
 
     def _check_budget(self) -> None:
-        forms = ("budget", "skip_sub_layer_num", "skip_full_layer_num", "alpha", "target_speedup")
+        forms = ("budget", "skip_sub_layer_num", "skip_full_layer_num", "alpha", "fraction", "target_speedup")
         given = {name: value for name in forms if (value := getattr(self, name)) is not None}
         spelled = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items()) or "none"
         if self.strategy == "full":
@@ -209,12 +233,15 @@ class RunConfig(WorkConfig):
         elif len(given) > 1:
             raise ValueError(
                 f"strategy {self.strategy!r} takes one budget: --budget or --skip-sub-layer-num (sublayers), "
-                f"--skip-full-layer-num (layers), --alpha, or of calibrated --target-speedup; given: {spelled}"
+                f"--skip-full-layer-num (layers), --alpha, --fraction, or of calibrated --target-speedup; given: "
+                f"{spelled}"
             )
+        elif self.fraction is not None and not 0 < self.fraction < 1:
+            raise ValueError(f"--fraction must be above 0 and below 1, as 0.125; given: {self.fraction:g}")
 
     @property
     def skip_budget(self) -> Budget | None:
-        """The budget in whichever form it was given; None for the full model, and where none was given."""
+        """The budget in sublayers, layers or alpha; None for the full model, and where none of these was given."""
         if self.strategy == "full":
             return None
         if self.alpha is not None:
@@ -240,7 +267,7 @@ class RunConfig(WorkConfig):
 class CalibrateConfig(DataConfig):
     """One profile: of importance, or of the sets selected for a phase; a run of the same settings finds it."""
 
-    model: str = option(f"model: {', '.join(MODELS)}", required=True)
+    model: str = option(MODEL_HELP, required=True)
     output: str | None = option(
         "file (JSON) that the profile is written to beside the place where runs look for it, as --profile takes it"
     )
@@ -253,7 +280,7 @@ class CalibrateConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("model", self.model, MODELS)
+        check_model(self, self.model)
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"--samples must be at least 1, not {self.samples}")
         if self.select is not None:
@@ -271,7 +298,7 @@ class CalibrateConfig(DataConfig):
 class GridConfig(WorkConfig):
     """Many cells: every combination of models, phases, strategies and budgets."""
 
-    models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS)
+    models: tuple[str, ...] = option(MODEL_HELP, MODELS)
     phases: tuple[str, ...] = option(f"of {', '.join(PHASES)}", PHASES)
     strategies: tuple[str, ...] = option(
         lambda: f"of {', '.join(SHORT_NAMES)}, or package.module:Class", lambda: tuple(GRID_STRATEGIES)
@@ -286,11 +313,10 @@ class GridConfig(WorkConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "strategies", tuple(map(strategy_name, self.strategies)))
-        for what, given, allowed in (
-            ("model", self.models, MODELS),
-            ("phase", self.phases, PHASES),
-            ("strategy", self.strategies, SHORT_NAMES),
-        ):
+        for model in self.models:
+            check_model(self, model)
+        _refuse_repeats("model", [find_source(model).name for model in self.models])
+        for what, given, allowed in (("phase", self.phases, PHASES), ("strategy", self.strategies, SHORT_NAMES)):
             for name in given:
                 check_choice(what, name, allowed)
             _refuse_repeats(what, given)
@@ -298,6 +324,13 @@ class GridConfig(WorkConfig):
         check_choice("--estimate-for", self.estimate_for, known_devices())
         if self.checkpoint is not None and len(self.models) != 1:
             raise ValueError("--checkpoint is one model's: give it with exactly one of --models")
+
+
+def check_model(config: SharedConfig, model: str) -> None:
+    """ValueError unless `model` is one that `--model` takes with the other options; nothing is read or downloaded."""
+    if config.testbed:
+        check_choice("model of --testbed", model, FAMILIES)
+    find_source(model, config.checkpoint)
 
 
 def _refuse_repeats(what: str, given: Sequence[str | int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from adaskip.common.configs import load_yaml
-from adaskip.models.loading import registry
 from adaskip.roofline import Ceilings, known_ceilings
 from adaskip.runs.config import GridConfig
 from adaskip.runs.estimate import (
@@ -18,8 +17,6 @@ from adaskip.runs.estimate import (
     search_seconds,
     seconds,
 )
-from adaskip.runs.sources import weight_files_of
-from adaskip.strategies import needs_selection
 
 EFFICIENCY = 0.5
 
@@ -34,15 +31,16 @@ def dry_run(config: GridConfig) -> Iterator[str]:
     yield f"{sum(cell.is_done for cell in cells)} of {len(cells)} cells done in {config.runs_dir}"
     left = [cell for cell in cells if not cell.is_done]
     if times and left:
-        yield from _cost(config, left, {cell.label: times[cell.label] for cell in left}, ceilings)
+        yield from _cost(left, {cell.label: times[cell.label] for cell in left}, ceilings)
 
 
-def _cost(config: GridConfig, left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> Iterator[str]:
-    by_model = {model: [cell for cell in left if cell.config.model == model] for model in config.models}
-    calibration = sum(
-        max((calibration_seconds(c.config, ceilings) for c in mine), default=0) for mine in by_model.values()
-    )
-    searches = {(c.config.model, c.config.phase): search_seconds(c.config, ceilings) for c in left if _searches(c)}
+def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> Iterator[str]:
+    by_model: dict[str, list[CellSize]] = {}
+    for cell in left:
+        by_model.setdefault(cell.job.cell.model, []).append(cell)
+    calibration = sum(max(calibration_seconds(c.job, ceilings) for c in mine) for mine in by_model.values())
+    searching = [cell.job for cell in left if cell.job.selection_phase is not None]
+    searches = {(job.cell.model, job.phase): search_seconds(job, ceilings) for job in searching}
     search = sum(searches.values())
     total = sum(times.values()) + calibration + search
     yield (
@@ -57,23 +55,16 @@ def _cost(config: GridConfig, left: list[CellSize], times: dict[str, float], cei
         "skipped where importance decides; not counted: loading, tokenising, launching kernels. " + _samples(left)
     )
     for model, mine in by_model.items():
-        if mine:
-            weights, kv = gpu_bytes(mine[0])
-            checkpoint = config.checkpoint or registry()[model].checkpoint
-            here = "" if weight_files_of(config, model) is not None else ", not on this machine"
-            yield (
-                f"{model}: {_size(weights)} of weights ({checkpoint}{here}), and up to {_size(kv)} of K/V on the GPU"
-            )
+        weights, kv = gpu_bytes(mine[0])
+        source = mine[0].job.loading.source
+        place = source.checkpoint + ("" if source.weight_files is not None else ", not on this machine")
+        yield f"{model}: {_size(weights)} of weights ({place}), and up to {_size(kv)} of K/V on the GPU"
     data = (
         ""
         if all(cell.is_counted for cell in left)
         else f", and {_size(load_yaml('longbench')['hub']['bytes'])} of LongBench's data"
     )
     yield f"disk: the weights, about {_size(sum(map(result_bytes, left)))} of results{data}"
-
-
-def _searches(cell: CellSize) -> bool:
-    return needs_selection(cell.config.strategy)
 
 
 def _samples(cells: Sequence[CellSize]) -> str:

@@ -9,23 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from statistics import mean
 
 from adaskip.benchmarks.longbench import get_task
 from adaskip.benchmarks.longbench_files import HUB, MissingDataError
 from adaskip.calibration.divergence import ANSWER_TOKENS
 from adaskip.calibration.select import most_forwards
-from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, check_phase
-from adaskip.models.loading import architecture
+from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan
 from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
 from adaskip.roofline.predict import DecodePlan
-from adaskip.runs.config import GridConfig, RunConfig
-from adaskip.runs.folder import RunFolder
-from adaskip.runs.job import answer_cap, find_cell, find_cells, find_job, num_wanted, tasks_of
+from adaskip.runs.config import GridConfig
+from adaskip.runs.job import Job, find_cells, resolve
 from adaskip.runs.manifest import DONE, MISSING, find_state
-from adaskip.runs.sources import calibration_samples, checkpoint_of, max_prompt_tokens
-from adaskip.strategies import FULL, build, needs_profile, needs_selection
+from adaskip.strategies import FULL, build
 
 TOKENS_PER_WORD = 1.4
 """Assumed of a record's `length`, for the tokenizer is not loaded."""
@@ -53,10 +49,13 @@ class TaskSize:
 class CellSize:
     """One cell: whether it is done, and the samples of its tasks."""
 
-    config: RunConfig
-    label: str
+    job: Job
     state: str
     tasks: dict[str, TaskSize]
+
+    @property
+    def label(self) -> str:
+        return self.job.cell.label
 
     @property
     def samples(self) -> int:
@@ -77,36 +76,35 @@ def listing(config: GridConfig) -> Iterator[CellSize]:
     if config.data_dir == HUB:
         config = replace(config, data_dir=None)
     for cell in find_cells(config):
-        label = find_cell(cell).label
+        job = resolve(cell)
         try:
-            job = find_job(cell)
-        except MissingDataError:
-            state = MISSING if RunFolder(cell.runs_dir / label).read_manifest() is None else UNCHECKED
-            yield CellSize(cell, label, state, {task: _published_size(cell, task) for task in tasks_of(cell)})
-        else:
             sizes = {part.name: _size(part.samples) for part in job.parts}
-            yield CellSize(cell, label, find_state(job), sizes)
+        except MissingDataError:
+            state = MISSING if job.folder.read_manifest() is None else UNCHECKED
+            yield CellSize(job, state, {task: _published_size(job, task) for task in job.answer_caps})
+        else:
+            yield CellSize(replace(job), find_state(job), sizes)  # a copy, which does not hold the samples
 
 
 def _size(samples: Sequence[dict]) -> TaskSize:
     return TaskSize(len(samples), tuple(sample["length"] for sample in samples))
 
 
-def _published_size(config: RunConfig, name: str) -> TaskSize:
+def _published_size(job: Job, name: str) -> TaskSize:
     number = get_task(name).num_long
     if number is None:
         raise MissingDataError(f"the number of samples of {name} is not known without the data: give --data-dir")
-    return TaskSize(min(number, num_wanted(config) or number))
+    return TaskSize(min(number, job.num_wanted or number))
 
 
 def seconds(cell: CellSize, ceilings: Ceilings) -> float:
     """Least GPU time of the whole cell, one sample after the other."""
-    config, shape = cell.config, shape_of(cell.config)
-    most, sublayers = max_prompt_tokens(config, config.model), find_cell(config).sublayers
+    job, shape = cell.job, cell.job.loading.shape
+    most, sublayers = job.loading.max_prompt_tokens, job.cell.sublayers
     total = 0.0
     for task, size in cell.tasks.items():
-        prompts, new_tokens = size.prompts(most), answer_cap(config, task)
-        prefill_plan, decode_plan = assumed_plans(config, sublayers, shape.num_layers, new_tokens)
+        prompts, new_tokens = size.prompts(most), job.answer_caps[task]
+        prefill_plan, decode_plan = assumed_plans(job, sublayers, shape.num_layers, new_tokens)
         # A decode step takes time linear in its context: the mean prompt stands for all.
         request = predict(
             shape,
@@ -132,51 +130,50 @@ def prefill_seconds(shape: ModelShape, plan: SkipPlan, prompts: Counter[int], ce
     )
 
 
-def calibration_seconds(config: RunConfig, ceilings: Ceilings) -> float:
+def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
     """Least time of reading the calibration prompts of a cell's model; 0 where no profile has to be measured."""
-    if not needs_profile(config.strategy) or config.profile is not None:
+    if job.calibration is None or job.profile_path is not None:
         return 0.0
     try:
-        size = _size(calibration_samples(config, config.setup.calibration_samples))
+        size = _size(job.calibration.samples)
     except MissingDataError:
-        size = TaskSize(config.setup.calibration_samples)
-    prompts = size.prompts(max_prompt_tokens(config, config.model))
-    return prefill_seconds(shape_of(config), EMPTY_PLAN, prompts, ceilings)
+        size = TaskSize(job.calibration.num_samples)
+    prompts = size.prompts(job.loading.max_prompt_tokens)
+    return prefill_seconds(job.loading.shape, EMPTY_PLAN, prompts, ceilings)
 
 
-def search_seconds(config: RunConfig, ceilings: Ceilings) -> float:
+def search_seconds(job: Job, ceilings: Ceilings) -> float:
     """Least time of the search of a cell's phase, if nothing can be given up early; 0 for other strategies, and with a
     profile. Each forward is taken as that of the full model on the longest prompt that no run is scored on."""
-    if not needs_selection(config.strategy) or config.profile is not None:
+    if job.calibration is None or job.selection_phase is None or job.profile_path is not None:
         return 0.0
-    shape, count, answer = shape_of(config), config.setup.calibration_samples, _searched_answer(config)
-    words = TaskSize(count, (max(1, config.min_length),) * count)
-    (prompt,) = words.prompts(max_prompt_tokens(config, config.model))
-    largest = max(config.setup.budgets_for(shape.num_layers))
+    shape, count, answer = job.loading.shape, job.calibration.num_samples, _searched_answer(job)
+    words = TaskSize(count, (max(1, job.calibration.max_length),) * count)
+    (prompt,) = words.prompts(job.loading.max_prompt_tokens)
     full = {"prefill_plan": EMPTY_PLAN, "decode_plan": EMPTY_PLAN, "ceilings": ceilings}
     answered = predict(shape, prompt_tokens=prompt, new_tokens=answer, **full)
-    searched = prompt + answer if config.phase != "decode" else answer
+    searched = prompt + answer if job.phase != "decode" else answer
     forward = predict(shape, prompt_tokens=searched, new_tokens=1, **full)
     reading = count * (answered.ttft_s + (answer - 1) * (answered.tpot_s or 0.0))
-    return reading + most_forwards(shape.num_layers, count, largest) * forward.ttft_s
+    return reading + most_forwards(shape.num_layers, count, job.up_to) * forward.ttft_s
 
 
-def _searched_answer(config: RunConfig) -> int:
+def _searched_answer(job: Job) -> int:
     """Tokens of the longest answers that a search compares."""
-    return min(ANSWER_TOKENS, max(answer_cap(config, task) for task in tasks_of(config)))
+    return min(ANSWER_TOKENS, max(job.answer_caps.values()))
 
 
-def assumed_plans(config: RunConfig, sublayers: int, num_layers: int, new_tokens: int) -> tuple[SkipPlan, DecodePlan]:
+def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) -> tuple[SkipPlan, DecodePlan]:
     """(prefill, decode) plans of a cell; where measurement will decide, as many attentions as FFNs."""
-    if config.strategy == FULL:
+    if job.strategy == FULL:
         return EMPTY_PLAN, EMPTY_PLAN
-    if needs_profile(config.strategy):
+    if job.calibration is not None:
         plan = SkipPlan(frozenset(range(sublayers // 2)), frozenset(range(sublayers - sublayers // 2)))
         plan.check_fits(num_layers)
-        return EMPTY_PLAN if config.phase == "decode" else plan, plan
+        return EMPTY_PLAN if job.phase == "decode" else plan, plan
     strategy = build(
-        config.strategy,
-        phase=check_phase(config.phase),
+        job.strategy,
+        phase=job.phase,
         budget=Budget(sublayers=sublayers),
         num_layers=num_layers,
         max_decode_steps=new_tokens,
@@ -188,24 +185,13 @@ def assumed_plans(config: RunConfig, sublayers: int, num_layers: int, new_tokens
 def result_bytes(cell: CellSize) -> int:
     """About how large the cell's records get."""
     return sum(
-        size.samples * (RECORD_BYTES + BYTES_PER_NEW_TOKEN * answer_cap(cell.config, task))
+        size.samples * (RECORD_BYTES + BYTES_PER_NEW_TOKEN * cell.job.answer_caps[task])
         for task, size in cell.tasks.items()
     )
 
 
 def gpu_bytes(cell: CellSize) -> tuple[int, int]:
     """(bytes of the weights in 16 bits, bytes of K/V of the longest request under the full model)."""
-    shape = shape_of(cell.config)
-    answer = max(answer_cap(cell.config, name) for name in cell.tasks)
-    longest = max_prompt_tokens(cell.config, cell.config.model) + answer
+    shape = cell.job.loading.shape
+    longest = cell.job.loading.max_prompt_tokens + max(cell.job.answer_caps.values())
     return 2 * shape.num_parameters, longest * kv_bytes_per_token(shape, EMPTY_PLAN)
-
-
-def shape_of(config: RunConfig) -> ModelShape:
-    """The shape of a cell's model, from its configuration alone."""
-    return _shape(config.model, checkpoint_of(config, config.model))
-
-
-@lru_cache
-def _shape(model: str, checkpoint: str | None) -> ModelShape:
-    return ModelShape.of(architecture(model, checkpoint))

@@ -25,9 +25,17 @@ from transformers.utils.logging import disable_progress_bar
 from adaskip.common.errors import RunError
 from adaskip.runs.checks import check
 from adaskip.runs.config import GridConfig, RunConfig
-from adaskip.runs.job import find_cell, find_cells, find_job
+from adaskip.runs.job import find_cells, resolve
 from adaskip.runs.runner import Progress, run
 from adaskip.strategies import needs_selection
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A cell and what it is called."""
+
+    label: str
+    config: RunConfig
 
 
 @dataclass(frozen=True)
@@ -71,18 +79,21 @@ def run_grid(config: GridConfig) -> GridOutcome:
         ValueError: a cell cannot run, as far as can be known before a model is loaded; then none is begun.
     """
     cells = searches_first(find_cells(config))
-    for cell in cells:
-        check(cell)
     jobs = min(config.jobs or default_jobs(config), len(cells))
     if jobs > 1 and config.threads is None:
         cells = [replace(cell, threads=1) for cell in cells]
-    total = sum(find_job(cell).num_samples for cell in cells)
+    queue, total = [], 0
+    for cell in cells:
+        job = resolve(cell)
+        check(job)
+        queue.append(Queued(job.cell.label, cell))
+        total += job.num_samples
     with tqdm(total=total, unit="sample", desc="grid", smoothing=0.05, disable=None) as bar:
-        return run_cells(cells, jobs, bar)
+        return run_cells(queue, jobs, bar)
 
 
 def run_cells(
-    cells: Sequence[RunConfig], jobs: int, bar: Bar, weight: Callable[[RunConfig], float] = lambda cell: 1
+    cells: Sequence[Queued], jobs: int, bar: Bar, weight: Callable[[RunConfig], float] = lambda cell: 1
 ) -> GridOutcome:
     """Run cells in `jobs` processes. bar: is told of every sample. weight: what a sample of a cell counts there."""
     return Pool(jobs, bar, weight).run(cells)
@@ -108,7 +119,7 @@ class Worker:
     """One process that runs the cells sent to it, one at a time."""
 
     def __init__(self) -> None:
-        self.config: RunConfig | None = None
+        self.cell: Queued | None = None
         self._start()
 
     def _start(self) -> None:
@@ -120,9 +131,9 @@ class Worker:
         signal.signal(signal.SIGINT, ours)
         theirs.close()
 
-    def assign(self, config: RunConfig) -> None:
-        self.config = config
-        self.connection.send(config)
+    def assign(self, cell: Queued) -> None:
+        self.cell = cell
+        self.connection.send(cell.config)
 
     def receive(self) -> Message | None:
         """The next message; None if the process died."""
@@ -158,13 +169,13 @@ class Pool:
         self.failed: list[str] = []
         self.made = 0
 
-    def run(self, cells: Sequence[RunConfig]) -> GridOutcome:
+    def run(self, cells: Sequence[Queued]) -> GridOutcome:
         queue = deque(cells)
         try:
             for _ in range(self.jobs):
                 self.workers.append(Worker())
                 self.workers[-1].assign(queue.popleft())
-            while busy := [worker for worker in self.workers if worker.config is not None]:
+            while busy := [worker for worker in self.workers if worker.cell is not None]:
                 ready = wait([worker.connection for worker in busy])
                 for worker in busy:
                     if worker.connection in ready:
@@ -176,13 +187,13 @@ class Pool:
                 worker.wait_for_end()
         return GridOutcome(tuple(self.complete), tuple(self.failed), self.made)
 
-    def _handle(self, worker: Worker, message: Message | None, queue: deque[RunConfig]) -> None:
-        assert worker.config is not None, "only a worker with a cell has something to say"
+    def _handle(self, worker: Worker, message: Message | None, queue: deque[Queued]) -> None:
+        assert worker.cell is not None, "only a worker with a cell has something to say"
         if isinstance(message, Progress):
             self.made += message.made
-            self.bar.update((message.found + message.made) * self.weight(worker.config))
+            self.bar.update((message.found + message.made) * self.weight(worker.cell.config))
             return
-        label = find_cell(worker.config).label
+        label = worker.cell.label
         if isinstance(message, Done):
             self.complete.append(label)
             self._tell(f"{label} complete", quiet=not self.bar.disable)
@@ -191,7 +202,7 @@ class Pool:
             self._tell(f"{label} failed: {message.line if message else 'its process died (killed, or out of memory)'}")
         if message is None:
             worker.restart()
-        worker.config = None
+        worker.cell = None
         if queue:
             worker.assign(queue.popleft())
 

@@ -1,16 +1,28 @@
-"""What a run has to do, worked out from its configuration before any model is loaded."""
+"""What a run has to do, worked out from its configuration once, before any model is loaded.
+
+`resolve` is the one place that interprets a `RunConfig`; everything below takes what it needs from the `Job`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from adaskip.benchmarks.longbench import TaskSpec, get_task
+from adaskip.core.plan import Budget, Phase, check_phase
+from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SelectionProfile
+from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.cells import Cell, grid
 from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
 from adaskip.runs.folder import RunFolder
-from adaskip.runs.sources import Sample, num_layers, scored_samples, set_name
-from adaskip.strategies import FULL, strategy_class
+from adaskip.runs.loading import Loading, find_loading
+from adaskip.runs.records import Records, Sample, find_records
+from adaskip.strategies import FULL, needs_profile, needs_selection, profile_type, strategy_class
+
+Profile = ImportanceProfile | SelectionProfile
 
 
 @dataclass(frozen=True)
@@ -32,77 +44,170 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A cell, the folder it fills, and the work of filling it."""
+class SpeedupAsked:
+    """`--target-speedup`. on: the device it is predicted for, None for the present one."""
 
-    config: RunConfig
-    cell: Cell
-    folder: RunFolder
-    parts: tuple[Part, ...]
+    speedup: float
+    on: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell, and all that is needed to fill its folder. What is read from files is read once, when first asked for.
+
+    sublayers: the budget; None while a speedup is asked for and not yet chosen for. answer_caps: most new tokens of
+    each task's answers. calibration: what the profile is made on, None if the strategy uses none. up_to: the largest
+    set of a selection that is searched. profile_path: the profile that is given and that the strategy uses.
+    """
+
+    strategy: str
+    phase: Phase
+    sublayers: int | None
+    speedup: SpeedupAsked | None
+    strategy_options: dict[str, bool | int | float | str | None]
+    loading: Loading
+    records: Records
+    answer_caps: dict[str, int]
     limit: int | None
     subset: int | None
     batch_size: int
+    seed: int
+    runs_dir: Path
+    calibration: Calibration | None
+    up_to: int
+    profile_path: Path | None
+    allow_other_weights: bool
+
+    @property
+    def cell(self) -> Cell:
+        """Which entry of the tables it fills."""
+        assert self.sublayers is not None, "the budget is chosen first (adaskip.runs.speedup)"
+        return Cell(self.loading.source.name, self.phase, self.strategy, self.sublayers)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where its records go."""
+        return RunFolder(self.cell.folder(self.runs_dir))
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Its tasks with their samples.
+
+        Raises:
+            LongBenchError: the data is missing or damaged, or has no such samples.
+        """
+        return tuple(self._part(task) for task in self.answer_caps)
+
+    def _part(self, task: str) -> Part:
+        samples = self.records.scored(task, self.limit, self.subset)
+        return Part(task, get_task(task), samples, self.answer_caps[task], self.records.set_name(task))
 
     @property
     def num_samples(self) -> int:
         return sum(len(part.samples) for part in self.parts)
 
+    @property
+    def num_wanted(self) -> int | None:
+        """How many samples of each task are asked for; None for all."""
+        return self.subset or self.limit
 
-def find_job(config: RunConfig) -> Job:
-    """Resolve a configuration: what it leaves open is taken from `configs/phases.yaml`."""
-    assert config.target_speedup is None, "the budget is chosen first (adaskip.runs.speedup)"
-    config = _with_budget(config)
-    cell = find_cell(config)
+    @property
+    def profile_kind(self) -> type[ImportanceProfile] | type[SelectionProfile] | None:
+        """The kind of profile that the strategy chooses by; None where it needs none."""
+        return profile_type(self.strategy)
+
+    @property
+    def selection_phase(self) -> Phase | None:
+        """The phase that a selection is searched for; None where the strategy needs none."""
+        return self.phase if needs_selection(self.strategy) else None
+
+    @cached_property
+    def given_profile(self) -> Profile | None:
+        """What `--profile` names, for whatever model it was made; None where it names nothing that the strategy uses.
+
+        Raises:
+            ValueError: there is no such file, or it is no profile of the strategy's kind.
+        """
+        if self.profile_path is None or (kind := self.profile_kind) is None:
+            return None
+        if not self.profile_path.is_file():
+            raise ValueError(f"--profile {self.profile_path} does not exist; `adaskip calibrate` makes one")
+        return kind.load(self.profile_path)
+
+    def with_sublayers(self, sublayers: int) -> Job:
+        """The job with the budget that was chosen for the speedup asked for."""
+        return replace(self, sublayers=sublayers, speedup=None)
+
+
+def resolve(config: RunConfig) -> Job:
+    """What a configuration asks for; what it leaves open is taken from `configs/phases.yaml`.
+
+    Of files, only the checkpoint's config.json is read.
+
+    Raises:
+        ValueError: the model is not there, or the budget is not one of a model of its depth.
+    """
+    loading = find_loading(config, config.model, config.max_prompt_tokens)
+    loading.check_limit()
+    budgets = config.setup.budgets_for(loading.num_layers)
+    sublayers = None if config.target_speedup is not None else _sublayers(config, loading.num_layers, budgets)
+    wants_profile = needs_profile(config.strategy)
+    phase, spec = check_phase(config.phase), config.setup.phases[config.phase]
+    records = find_records(config)
+    tasks = config.tasks or spec.tasks
+    caps = {task: config.max_new_tokens or min(spec.max_new_tokens, get_task(task).max_new_tokens) for task in tasks}
     return Job(
-        config=config,
-        cell=cell,
-        folder=RunFolder(cell.folder(config.runs_dir)),
-        parts=find_parts(config),
-        limit=_limit(config),
+        strategy=config.strategy,
+        phase=phase,
+        sublayers=sublayers,
+        speedup=None if config.target_speedup is None else SpeedupAsked(config.target_speedup, config.speedup_on),
+        strategy_options=config.strategy_options,
+        loading=loading,
+        records=records,
+        answer_caps=caps,
+        limit=None if config.subset else config.limit or spec.limit,
         subset=config.subset,
-        batch_size=batch_size_of(config),
+        batch_size=config.batch_size or config.setup.batch_size,
+        seed=config.seed,
+        runs_dir=config.runs_dir,
+        calibration=find_calibration(config, records, tasks) if wants_profile else None,
+        up_to=max(sublayers or 0, *budgets),
+        profile_path=Path(config.profile) if wants_profile and config.profile is not None else None,
+        allow_other_weights=config.allow_other_weights,
     )
 
 
-def find_parts(config: RunConfig) -> tuple[Part, ...]:
-    """The tasks of a configuration with their samples; its budget does not matter."""
-    return tuple(_find_part(config, name) for name in tasks_of(config))
+def _sublayers(config: RunConfig, num_layers: int, budgets: tuple[int, ...]) -> int:
+    """The budget in sublayers, the setup's smallest where none is given; ValueError if the model cannot hold it."""
+    if config.strategy == FULL:
+        return 0
+    whole_layers = strategy_class(config.strategy).whole_layers
+    if config.fraction is not None:
+        return fraction_of(config.fraction, num_layers, whole_layers=whole_layers)
+    budget = config.skip_budget
+    if budget is None:
+        return min(budgets)
+    if budget.alpha is not None and whole_layers:
+        return 2 * budget.num_whole_layers(num_layers, most=num_layers)
+    return budget.num_sublayers(num_layers)
 
 
-def _find_part(config: RunConfig, name: str) -> Part:
-    samples = scored_samples(
-        config, name, _limit(config), config.subset, min_length=config.min_length or None, extended=config.extended
-    )
-    return Part(name, get_task(name), samples, answer_cap(config, name), set_name(config, name, config.extended))
+def fraction_of(fraction: float, num_layers: int, *, whole_layers: bool) -> int:
+    """The nearest number of sublayers to a fraction of all of them; of whole layers, two for each.
 
-
-def tasks_of(config: RunConfig) -> tuple[str, ...]:
-    """The tasks a run is scored on."""
-    return config.tasks or config.setup.phases[config.phase].tasks
-
-
-def batch_size_of(config: RunConfig) -> int:
-    """Samples generated together."""
-    return config.batch_size or config.setup.batch_size
-
-
-def answer_cap(config: RunConfig, task: str) -> int:
-    """How many tokens a task's answers may have."""
-    return config.max_new_tokens or min(config.setup.phases[config.phase].max_new_tokens, get_task(task).max_new_tokens)
-
-
-def num_wanted(config: RunConfig) -> int | None:
-    """How many samples of each task are asked for; None for all."""
-    return config.subset or _limit(config)
-
-
-def _limit(config: RunConfig) -> int | None:
-    return None if config.subset else config.limit or config.setup.phases[config.phase].limit
-
-
-def find_cell(config: RunConfig) -> Cell:
-    """The cell a configuration fills; no model is loaded."""
-    return Cell(config.model, config.phase, config.strategy, _num_sublayers(_with_budget(config)))
+    Raises:
+        ValueError: that is none at all, or all.
+    """
+    unit = 2 if whole_layers else 1
+    count = unit * round(fraction * 2 * num_layers / unit)
+    most = 2 * num_layers - unit
+    if not 0 < count <= most:
+        raise ValueError(
+            f"--fraction {fraction:g} of {2 * num_layers} sublayers ({num_layers} layers) is "
+            f"{'none' if not count else 'all of them'} to the nearest {'layer' if whole_layers else 'sublayer'}; "
+            f"allowed: {unit / (2 * num_layers):.4g} to {most / (2 * num_layers):.4g}"
+        )
+    return count
 
 
 def find_cells(config: GridConfig) -> list[RunConfig]:
@@ -110,28 +215,16 @@ def find_cells(config: GridConfig) -> list[RunConfig]:
     shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(WorkConfig)}
     shared["output_dir"] = str(config.runs_dir)  # the processes that run the cells need not know it
     return [
-        RunConfig(**shared, model=cell.model, phase=cell.phase, strategy=cell.strategy, budget=cell.sublayers or None)
+        RunConfig(**shared, model=model, phase=cell.phase, strategy=cell.strategy, budget=cell.sublayers or None)
         for model in config.models
         for cell in grid((model,), config.phases, config.strategies, config.budgets or _budgets(config, model))
     ]
 
 
 def _budgets(config: WorkConfig, model: str) -> tuple[int, ...]:
-    return config.setup.budgets_for(num_layers(config, model))
+    return config.setup.budgets_for(find_loading(config, model).num_layers)
 
 
-def _with_budget(config: RunConfig) -> RunConfig:
-    """The configuration with the setup's smallest budget where it gives none."""
-    if config.strategy == FULL or config.skip_budget is not None:
-        return config
-    return replace(config, budget=min(_budgets(config, config.model)))
-
-
-def _num_sublayers(config: RunConfig) -> int:
-    budget = config.skip_budget
-    if budget is None:
-        return 0
-    layers = num_layers(config, config.model)
-    if budget.alpha is not None and strategy_class(config.strategy).whole_layers:
-        return 2 * budget.num_whole_layers(layers, most=layers)
-    return budget.num_sublayers(layers)
+def budget_of(job: Job) -> Budget:
+    """The job's budget; nothing where it is not chosen yet."""
+    return Budget(sublayers=job.sublayers or 0)

@@ -16,11 +16,11 @@ import torch
 from adaskip.common.paths import as_seen_from_root
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.blocks import decoder_layers
-from adaskip.models.loading import LoadedModel, placement, registry, weights_fingerprint
+from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.job import Job
-from adaskip.runs.sources import chat_of, fingerprint, given_profile, max_prompt_tokens, weight_files_of
+from adaskip.runs.records import fingerprint
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
@@ -32,30 +32,30 @@ NEWER = (
 
 def describe_job(job: Job) -> dict[str, Any]:
     """The part of the manifest that is known before the model is loaded."""
-    config, chat = job.config, chat_of(job.config, job.config.model)
-    where = placement(config.device, config.dtype, config.device_map)
+    loading, records = job.loading, job.records
+    chat, limit = loading.chat, loading.limit
     return {
         "run_name": job.cell.run_name,
-        "model": config.model,
-        "testbed": config.testbed,
-        "strategy": config.strategy,
-        "strategy_options": config.strategy_options or None,
-        "phase": config.phase,
+        "model": job.cell.model,
+        "testbed": records.is_testbed,
+        "strategy": job.strategy,
+        "strategy_options": job.strategy_options or None,
+        "phase": job.phase,
         "tasks": {part.name: len(part.samples) for part in job.parts},
         "max_new_tokens": {part.name: part.max_new_tokens for part in job.parts},
         "limit": job.limit,
         "subset": job.subset,
         "batch_size": job.batch_size,
-        "seed": config.seed,
-        "device_map": config.device_map,
-        "dtype": str(where["dtype"]).removeprefix("torch."),
-        "attn_implementation": config.attn_implementation,
+        "seed": job.seed,
+        "device_map": loading.device_map,
+        "dtype": str(loading.placement["dtype"]).removeprefix("torch."),
+        "attn_implementation": loading.attn_implementation,
         **({} if chat == "template" else {"chat_template": None if chat == "none" else chat}),
-        "max_prompt_tokens": max_prompt_tokens(config, config.model),
-        "stop_strings": list(registry()[config.model].stop_strings),
+        "max_prompt_tokens": loading.max_prompt_tokens,
+        **({} if limit is None or records.is_testbed else {"given_max_prompt_tokens": limit}),
+        "stop_strings": list(loading.source.stop_strings),
         "templates_fingerprint": _digest({part.name: part.task.template for part in job.parts}),
-        "sets": None if config.testbed else {part.name: part.set_name for part in job.parts},
-        "min_length": None if config.testbed else config.min_length,
+        **records.describe([part.name for part in job.parts]),
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
     }
 
@@ -85,7 +85,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "checkpoint": as_seen_from_root(loaded.spec.checkpoint),
         "revision": loaded.spec.revision,
         "weight_files": loaded.spec.weight_files,
-        "weights_fingerprint": weights_fingerprint(model),
+        "weights_fingerprint": loaded.weights_fingerprint,
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": loaded.spec.chat_template,
@@ -115,9 +115,9 @@ def find_state(job: Job) -> str:
     if held is None:
         return MISSING
     wanted = describe_job(job)
-    if (files := weight_files_of(job.config, job.config.model)) is not None:
+    if (files := job.loading.source.weight_files) is not None:
         wanted["weight_files"] = files
-    if (profile := given_profile(job.config)) is not None:
+    if (profile := job.given_profile) is not None:
         wanted["profile_fingerprint"] = _profile_fingerprint(profile)
     for name, value in comparable(wanted, held).items():
         if held.get(name) != value:

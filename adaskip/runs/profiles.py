@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,61 +22,57 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.files import remove_torn
 from adaskip.common.locks import exclusive
-from adaskip.core.blocks import decoder_layers
 from adaskip.core.plan import Phase, check_phase
-from adaskip.models.loading import LoadedModel, weights_fingerprint
+from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.runs.config import CalibrateConfig, DataConfig, RunConfig, SharedConfig
-from adaskip.runs.sources import Sample, calibration_samples, fingerprint, load, prompt_ids, unscored_samples
-from adaskip.strategies import needs_selection, profile_type
+from adaskip.runs.calibration import Calibration, find_calibration
+from adaskip.runs.config import CalibrateConfig
+from adaskip.runs.job import Job, Profile
+from adaskip.runs.loading import find_loading
+from adaskip.runs.records import Sample, fingerprint, prompt_ids
 
 logger = logging.getLogger(__name__)
-
-Profile = ImportanceProfile | SelectionProfile
 
 
 @dataclass(frozen=True)
 class Wanted:
     """A profile to be found beside the runs, or to be made and kept there.
 
-    phase: of a selection; None for importance. num_samples: that it is made on. up_to: the largest set of a selection.
-    batch_size: prompts that importance is measured on together.
+    phase: of a selection; None for importance. up_to: the largest set of a selection. batch_size: prompts that
+    importance is measured on together.
     """
 
-    config: DataConfig
-    model: str
     loaded: LoadedModel
+    calibration: Calibration
     phase: Phase | None
-    num_samples: int
     up_to: int
     batch_size: int = 1
 
     @property
     def importance(self) -> Wanted:
         """AdaSkip's profile, by which a selection's candidates and scales are chosen."""
-        return Wanted(self.config, self.model, self.loaded, None, self.num_samples, self.up_to, self.batch_size)
+        return replace(self, phase=None)
 
-    @cached_property
+    @property
     def samples(self) -> list[tuple[str, Sample]]:
         """(task, sample): what it is made on."""
         if self.phase is not None:
-            return searched_samples(self.config, self.phase, self.num_samples)
-        task = self.config.setup.calibration_task
-        return [(task, sample) for sample in calibration_samples(self.config, self.num_samples)]
+            return self.calibration.searched
+        return [(self.calibration.task, sample) for sample in self.calibration.samples]
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that it depends on."""
         loaded = self.loaded
         depends_on: dict[str, Any] = {
-            "weights": weights_fingerprint(loaded.model),
+            "weights": loaded.weights_fingerprint,
             "dtype": str(loaded.model.dtype),
             "device": loaded.model.device.type,
             "attn_implementation": loaded.model.config._attn_implementation,
             "chat_template": loaded.spec.chat_template,
             "max_prompt_tokens": loaded.spec.max_prompt_tokens,
-            "samples": fingerprint(calibration_samples(self.config, self.num_samples)),
+            "samples": fingerprint(self.calibration.samples),
             **({} if self.batch_size == 1 else {"batch_size": self.batch_size}),
         }
         if self.phase is not None:
@@ -96,53 +91,43 @@ class Wanted:
         A selection's phase stands in its name: `<model>-selection-<phase>-<digits>.json`.
         """
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        return self.config.runs_dir.parent / "profiles" / f"{self.stem}-{digest[:8]}.json"
+        assert self.calibration.folder is not None, "of a command that keeps profiles"
+        return self.calibration.folder / f"{self.stem}-{digest[:8]}.json"
 
     @property
     def stem(self) -> str:
         """What its file's name begins with."""
-        return self.model if self.phase is None else f"{self.model}-selection-{self.phase}"
+        name = self.loaded.spec.name
+        return name if self.phase is None else f"{name}-selection-{self.phase}"
 
 
-def profile_for(config: RunConfig, loaded: LoadedModel) -> tuple[Profile, Path]:
-    """The profile `config` names, or the kept one of this model, made first when there is none, and its path.
+def profile_for(job: Job, loaded: LoadedModel) -> tuple[Profile, Path]:
+    """The profile that is given, or the kept one of this model, made first when there is none, and its path.
 
     Raises:
-        ValueError: the named profile is missing, of the wrong kind, or was measured on another model; other weights of
+        ValueError: the given profile is missing, of the wrong kind, or was measured on another model; other weights of
             a model of the same shape are warned of and not refused with `--allow-other-weights`.
     """
-    if config.profile is None:
-        return keep(wanted_by(config, loaded))
-    path = Path(config.profile)
-    if not path.is_file():
-        raise ValueError(f"--profile {path} does not exist; `adaskip calibrate` makes one")
-    kind = profile_type(config.strategy)
-    assert kind is not None, "asked for only where the strategy needs one"
-    return kind.load(path, loaded.model, allow_other_weights=config.allow_other_weights), path
-
-
-def kept_path(config: RunConfig, loaded: LoadedModel) -> Path:
-    """Where the profile that a run of `config` needs is kept."""
-    return wanted_by(config, loaded).path
-
-
-def wanted_by(config: RunConfig, loaded: LoadedModel) -> Wanted:
-    """The profile that a run of `config` needs."""
-    return Wanted(
-        config,
-        config.model,
-        loaded,
-        phase=check_phase(config.phase) if needs_selection(config.strategy) else None,
-        num_samples=config.setup.calibration_samples,
-        up_to=_largest(config, loaded),
+    if (given := job.given_profile) is None:
+        return keep(wanted_by(job, loaded))
+    assert job.profile_path is not None, "it was read from there"
+    given.check_fits(
+        loaded.model,
+        allow_other_weights=job.allow_other_weights,
+        weights_fingerprint=loaded.weights_fingerprint,
     )
+    return given, job.profile_path
 
 
-def _largest(config: RunConfig, loaded: LoadedModel) -> int:
-    """The largest budget of the setup for a model of that depth, or the run's own if that is larger."""
-    num_layers = len(decoder_layers(loaded.model))
-    asked = 0 if config.skip_budget is None else config.skip_budget.num_sublayers(num_layers)
-    return max(asked, *config.setup.budgets_for(num_layers))
+def kept_path(job: Job, loaded: LoadedModel) -> Path:
+    """Where the profile that a job needs is kept."""
+    return wanted_by(job, loaded).path
+
+
+def wanted_by(job: Job, loaded: LoadedModel) -> Wanted:
+    """The profile that a job needs."""
+    assert job.calibration is not None, "its strategy needs a profile"
+    return Wanted(loaded, job.calibration, job.selection_phase, job.up_to)
 
 
 def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]:
@@ -156,14 +141,16 @@ def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]
             _make(wanted, path, show_progress).save(path)
         _progress_path(path).unlink(missing_ok=True)
     kind = ImportanceProfile if wanted.phase is None else SelectionProfile
-    return kind.load(path, wanted.loaded.model), path
+    profile, loaded = kind.load(path), wanted.loaded
+    profile.check_fits(loaded.model, weights_fingerprint=loaded.weights_fingerprint)
+    return profile, path
 
 
 def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
     """Measure importance, or search where AdaSkip's own profile leads; a stopped search goes on from its progress."""
-    config, loaded = wanted.config, wanted.loaded
+    loaded = wanted.loaded
     if wanted.phase is None:
-        return measure(config, loaded, wanted.num_samples, wanted.batch_size)
+        return measure(wanted.calibration, loaded, wanted.batch_size)
     importance, _ = keep(wanted.importance)
     assert isinstance(importance, ImportanceProfile), "what strategy adaskip chooses by"
     return search(
@@ -212,7 +199,7 @@ def _told(wanted: Wanted) -> dict[str, Any]:
     """Of what a profile depends on, what its file tells, by the names there."""
     model = wanted.loaded.model
     return {
-        "weights_fingerprint": weights_fingerprint(model),
+        "weights_fingerprint": wanted.loaded.weights_fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
         "dataset": _dataset(wanted.samples),
@@ -220,15 +207,10 @@ def _told(wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def searched_samples(config: DataConfig, phase: Phase, num_samples: int) -> list[tuple[str, Sample]]:
-    """(task, sample): what the selection of a phase is searched on."""
-    tasks = config.tasks or config.setup.phases[phase].tasks
-    return unscored_samples(config, tasks, num_samples, max_length=config.min_length, extended=config.extended)
-
-
-def measure(config: SharedConfig, loaded: LoadedModel, num_samples: int, batch_size: int = 1) -> ImportanceProfile:
-    """Calibrate on the first `num_samples` samples of the setup's calibration task."""
-    return calibrate(loaded.model, **calibration_data(config, loaded, num_samples), batch_size=batch_size)
+def measure(calibration: Calibration, loaded: LoadedModel, batch_size: int = 1) -> ImportanceProfile:
+    """Calibrate on the samples of the calibration task."""
+    known = loaded.weights_fingerprint
+    return calibrate(loaded.model, **calibration.data(loaded), batch_size=batch_size, weights_fingerprint=known)
 
 
 def search(
@@ -256,18 +238,12 @@ def search(
         importance=importance,
         progress_path=progress_path,
         show_progress=show_progress,
+        weights_fingerprint=loaded.weights_fingerprint,
     )
 
 
 def _dataset(samples: Sequence[tuple[str, Sample]]) -> str:
     return ", ".join(dict.fromkeys(task for task, _ in samples))
-
-
-def calibration_data(config: SharedConfig, loaded: LoadedModel, num_samples: int) -> Mapping[str, Any]:
-    """The first samples of the setup's calibration task as prompts, and what they are, by `calibrate`'s names."""
-    samples, task = calibration_samples(config, num_samples), get_task(config.setup.calibration_task)
-    prompts, ids = prompt_ids(samples, task, loaded), [sample["_id"] for sample in samples]
-    return {"prompts": prompts, "model_name": loaded.spec.name, "dataset": task.name, "data_ids": ids}
 
 
 def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
@@ -278,14 +254,15 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    loaded = load(config, config.model)
+    loading = find_loading(config, config.model, config.max_prompt_tokens)
+    loading.check_limit()
+    phase = None if config.select is None else check_phase(config.select)
+    tasks = () if phase is None else config.tasks or config.setup.phases[phase].tasks
     wanted = Wanted(
-        config,
-        config.model,
-        loaded,
-        phase=None if config.select is None else check_phase(config.select),
-        num_samples=config.samples or config.setup.calibration_samples,
-        up_to=config.up_to or max(config.setup.budgets_for(len(decoder_layers(loaded.model)))),
+        loading.load(),
+        find_calibration(config, tasks=tasks, num_samples=config.samples),
+        phase,
+        up_to=config.up_to or max(config.setup.budgets_for(loading.num_layers)),
         batch_size=config.batch_size,
     )
     profile, path = keep(wanted, show_progress=True)

@@ -21,19 +21,18 @@ from tqdm import tqdm
 from adaskip.benchmarks.longbench import TaskSpec
 from adaskip.common.errors import RunError
 from adaskip.common.processes import Processes, one_line
-from adaskip.core.blocks import decoder_layers
 from adaskip.core.generate import Generation, generate
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.cells import Cell, run_name
 from adaskip.runs.checks import build_strategies, check
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
-from adaskip.runs.job import Job, Part, find_job
+from adaskip.runs.job import Job, Part, Profile, resolve
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
-from adaskip.runs.profiles import Profile, profile_for
-from adaskip.runs.sources import Sample, load, prompt_ids
+from adaskip.runs.profiles import profile_for
+from adaskip.runs.records import Sample, prompt_ids
 from adaskip.runs.speedup import Target, attain, find_target
-from adaskip.strategies import Strategy, needs_profile
+from adaskip.strategies import Strategy
 
 __all__ = ["Outcome", "Progress", "check", "make_records", "run", "stop_token_ids"]
 
@@ -80,13 +79,12 @@ def run(
     processes = Processes()
     with processes.together():
         _prepare(config, processes)
-        check(config)
+        job = resolve(config)
+        check(job)
     target = None
-    if config.target_speedup is not None:
-        target = processes.from_main(lambda: _find_target(config))
-        config = target.settle(config)
-    with processes.together():
-        job = find_job(config)
+    if job.speedup is not None:
+        target = processes.from_main(partial(_find_target, job))
+        job = job.with_sublayers(target.sublayers)
     show = show_progress and processes.is_main
     found = made = 0
     with (
@@ -120,10 +118,10 @@ def _prepare(config: RunConfig, processes: Processes) -> None:
     torch.manual_seed(config.seed)
 
 
-def _find_target(config: RunConfig) -> Target:
-    where = f"{run_name(config.model, config.phase, config.strategy)} stopped before it chose its budget"
+def _find_target(job: Job) -> Target:
+    where = f"{run_name(job.loading.source.name, job.phase, job.strategy)} stopped before it chose its budget"
     with one_line_if_it_fails(where, "nothing was written"):
-        return find_target(config)
+        return find_target(job)
 
 
 def _attain(job: Job, target: Target) -> Target:
@@ -140,10 +138,10 @@ def execute(job: Job, processes: Processes) -> Iterator[Progress]:
         yield Progress(found=job.num_samples)
         return
     with processes.together(), _before_the_first_sample(job):
-        loaded = load(job.config, job.config.model)
+        loaded = job.loading.load()
     profile, profile_path = processes.from_main(lambda: _find_profile(job, loaded))
     with processes.together():
-        strategies = build_strategies(job, len(decoder_layers(loaded.model)), profile)
+        strategies = build_strategies(job, profile)
         manifest = {**describe_run(job, loaded, profile, profile_path), "processes": processes.size}
     manifests = processes.gather(manifest)
     missing = processes.from_main(lambda: _begin(job, manifests))
@@ -167,10 +165,10 @@ def _is_complete(job: Job) -> bool:
 
 
 def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple[None, None]:
-    if not needs_profile(job.config.strategy):
+    if job.calibration is None:
         return None, None
     with _before_the_first_sample(job):
-        return profile_for(job.config, loaded)
+        return profile_for(job, loaded)
 
 
 def _begin(job: Job, manifests: Sequence[dict[str, Any]]) -> list[list[int]]:

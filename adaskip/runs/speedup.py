@@ -19,16 +19,15 @@ from adaskip.common.intervals import median_estimate
 from adaskip.common.provenance import device_name
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.generate import generate
-from adaskip.core.plan import Budget, check_phase
+from adaskip.core.plan import Budget
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.roofline import Ceilings, ModelShape, known_ceilings, measure_ceilings
 from adaskip.runs.cells import run_name
 from adaskip.runs.choose_by_speedup import Predictor, Request, choose, phase_seconds
-from adaskip.runs.config import RunConfig
-from adaskip.runs.job import Job, Part, batch_size_of, find_parts
+from adaskip.runs.job import Job, Part, SpeedupAsked
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.sources import Sample, load, prompt_ids
+from adaskip.runs.records import Sample, prompt_ids
 from adaskip.strategies import Strategy, build
 
 PAIRS = 6
@@ -64,10 +63,6 @@ class Target:
     requests: dict[str, Request]
     attained: Attained | None = None
 
-    def settle(self, config: RunConfig) -> RunConfig:
-        """The configuration with the chosen budget instead of the speedup."""
-        return replace(config, budget=self.sublayers, target_speedup=None, speedup_on=None)
-
     @property
     def line(self) -> str:
         """What a run says of it."""
@@ -98,32 +93,32 @@ def _file_name(asked: float, on: str | None) -> str:
     return f"speedup-{asked}{'' if on is None else f'-{on}'}.json"
 
 
-def find_target(config: RunConfig) -> Target:
-    """The choice that a run of this configuration made before, or a new one, which takes the model and its profile.
+def find_target(job: Job) -> Target:
+    """The choice that a run of this job made before, or a new one, which takes the model and its profile.
 
     Raises:
         UnreachableSpeedupError: no set of the profile is predicted to be that fast.
     """
-    assert config.target_speedup is not None
-    name = _file_name(config.target_speedup, config.speedup_on)
-    runs = config.runs_dir / run_name(config.model, config.phase, config.strategy)
+    assert job.speedup is not None
+    name = _file_name(job.speedup.speedup, job.speedup.on)
+    runs = job.runs_dir / run_name(job.loading.source.name, job.phase, job.strategy)
     held = sorted(runs.glob(f"*-sublayers/{name}"))
     if len(held) > 1:
         raise ValueError(f"several runs chose for this speedup: {', '.join(map(str, held))}; delete all but one")
-    return Target.load(held[0]) if held else _choose(config, config.target_speedup)
+    return Target.load(held[0]) if held else _choose(job, job.speedup)
 
 
-def _choose(config: RunConfig, asked: float) -> Target:
-    loaded = load(config, config.model)
-    profile, _ = profile_for(config, loaded)
+def _choose(job: Job, asked: SpeedupAsked) -> Target:
+    loaded = job.loading.load()
+    profile, _ = profile_for(job, loaded)
     assert isinstance(profile, SelectionProfile)
-    requests = {part.name: _typical_request(part, loaded) for part in find_parts(config)}
-    predictor = _predictor(config, loaded, list(requests.values()))
+    requests = {part.name: _typical_request(part, loaded) for part in job.parts}
+    predictor = _predictor(job, asked.on, loaded, list(requests.values()))
     speedups = {count: predictor.speedup(chosen.plan) for count, chosen in profile.selected.items()}
-    sublayers = choose(profile, asked, speedups, f"in phase {config.phase} on {predictor.ceilings.name}")
+    sublayers = choose(profile, asked.speedup, speedups, f"in phase {job.phase} on {predictor.ceilings.name}")
     return Target(
-        asked=asked,
-        on=config.speedup_on,
+        asked=asked.speedup,
+        on=asked.on,
         sublayers=sublayers,
         divergence=profile.selected[sublayers].divergence,
         predicted=speedups[sublayers],
@@ -137,17 +132,17 @@ def _typical_request(part: Part, loaded: LoadedModel) -> Request:
     return Request(round(mean(lengths)), part.max_new_tokens, len(lengths))
 
 
-def _predictor(config: RunConfig, loaded: LoadedModel, requests: Sequence[Request]) -> Predictor:
+def _predictor(job: Job, on: str | None, loaded: LoadedModel, requests: Sequence[Request]) -> Predictor:
     """For a named device in the 16 bits of its data sheet, for the present one in the model's own dtype."""
-    model, on = loaded.model, config.speedup_on
+    model = loaded.model
     return Predictor(
         shape=ModelShape.of(model.config),
-        phase=check_phase(config.phase),
+        phase=job.phase,
         requests=requests,
         ceilings=known_ceilings(on) if on is not None else measure_ceilings(model.device, model.dtype),
-        batch_size=batch_size_of(config),
+        batch_size=job.batch_size,
         bytes_per_value=model.dtype.itemsize if on is None else 2,
-        attention="eager" if config.attn_implementation == "eager" else "fused",
+        attention="eager" if job.loading.attn_implementation == "eager" else "fused",
     )
 
 
@@ -157,14 +152,14 @@ def attain(job: Job, target: Target) -> Target:
     Every answer has the length of its cap, so that both make as many tokens. One pair beforehand warms up; which of a
     pair goes first alternates.
     """
-    loaded = load(job.config, job.config.model)
-    profile, _ = profile_for(job.config, loaded)
+    loaded = job.loading.load()
+    profile, _ = profile_for(job, loaded)
     assert isinstance(profile, SelectionProfile)
     skipped = build(
-        job.config.strategy,
+        job.strategy,
         num_layers=len(decoder_layers(loaded.model)),
         budget=Budget(sublayers=target.sublayers),
-        phase=check_phase(job.config.phase),
+        phase=job.phase,
         profile=profile,
     )
     pairs = []
@@ -201,4 +196,4 @@ def _seconds(job: Job, part: Part, batch: Sequence[Sample], loaded: LoadedModel,
         pad_token_id=tokenizer.pad_token_id,
     )
     tpot_s = None if generation.tpot_ms is None else generation.tpot_ms / 1000
-    return phase_seconds(check_phase(job.config.phase), generation.ttft_s, tpot_s, part.max_new_tokens)
+    return phase_seconds(job.phase, generation.ttft_s, tpot_s, part.max_new_tokens)

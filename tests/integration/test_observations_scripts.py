@@ -67,7 +67,7 @@ def test_a_figure_is_measured_once_and_joins_all_models_saved(observe, tmp_path,
     assert saved["sources"]["vicuna"]["trec-prefill"]["samples"] == 3
     records = (out / "measurements/llama/trec-prefill/trec.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["layer"]["similarity"]) for line in records] == [3, 3, 3]
-    monkeypatch.setattr(measuring, "load", refuse)  # ob2 finds what ob1 has measured
+    monkeypatch.setattr(measuring, "find_loading", refuse)  # ob2 finds what ob1 has measured
     assert observe("ob2", "--tasks", "trec")[0] == 0
     assert observe("ob2", "--tasks", "trec", "--draw-only")[0] == 0
 

@@ -12,8 +12,10 @@ import pytest
 
 from adaskip import cli
 from adaskip.benchmarks import longbench
-from adaskip.runs import runner, sources
+from adaskip.runs import loading
+from adaskip.runs.checks import check
 from adaskip.runs.config import RunConfig
+from adaskip.runs.job import resolve
 from tests.tiny_runs import NUM_SAMPLES, NUM_SHORT, ROOT, cell, error_of, records, write_samples
 
 LABEL = "llama-EE-DECODE/2-sublayers"
@@ -24,12 +26,12 @@ NEWER = ("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_stri
 def no_model(monkeypatch):
     """From here on a model that is loaded fails the test."""
 
-    def load_model(*arguments, **options):
+    def load_source(*arguments, **options):
         raise AssertionError("a model was loaded")
 
     def forbid():
-        monkeypatch.setattr(sources, "load_model", load_model)
-        monkeypatch.setattr(sources, "_held", {})
+        monkeypatch.setattr(loading, "load_source", load_source)
+        monkeypatch.setattr(loading, "_held", {})
 
     return forbid
 
@@ -128,10 +130,10 @@ def test_check_alone_says_nothing_of_a_run_that_can_be(own, no_model):
             **{"model": "llama", "phase": "e2e", "strategy": strategy, "budget": sublayers, "device": "cpu"},
             **{"checkpoint": str(checkpoint), "data_dir": str(data)},
         )
-        runner.check(config)
+        check(resolve(config))
     break_weights(checkpoint, data)
     with pytest.raises(ValueError, match="truncated"):
-        runner.check(config)
+        check(resolve(config))
 
 
 # What is finished
@@ -225,7 +227,6 @@ def test_a_checkpoint_of_fewer_positions_has_a_lower_limit_and_is_another_run(op
     assert cli.main(argv) == 0
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
-    sources._architecture.cache_clear()
     capsys.readouterr()
     assert cli.main(argv) == 2
     assert "max_prompt_tokens was 31500, is 256" in error_of(capsys)

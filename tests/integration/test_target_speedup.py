@@ -7,7 +7,7 @@ import pytest
 
 from adaskip import cli
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.runs import sources, speedup
+from adaskip.runs import loading, speedup
 from adaskip.runs.speedup import PAIRS, Target
 from tests.tiny_runs import NUM_SAMPLES, cell, error_of, records
 
@@ -76,8 +76,8 @@ def test_a_finished_and_measured_run_loads_no_model(command, monkeypatch, capsys
     argv = command("decode", 1.3)
     assert cli.main(argv) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr(sources, "_held", {})
-    monkeypatch.setattr(sources, "load_model", None)
+    monkeypatch.setattr(loading, "_held", {})
+    monkeypatch.setattr(loading, "load_source", None)
     assert cli.main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-1] == line
 

@@ -12,6 +12,7 @@ from adaskip.models.loading import load_model
 from adaskip.profiles.fingerprint import weights_fingerprint
 from adaskip.runs import profiles
 from adaskip.runs.config import RunConfig
+from adaskip.runs.job import resolve
 from adaskip.strategies import AdaSkip, CalibratedSkip
 from adaskip.studies.bench import subject as subject_module
 from adaskip.studies.bench.cells import WINDOWLESS, Cell, Workload
@@ -56,7 +57,7 @@ def test_the_testbed_skips_by_the_selection_that_the_grid_keeps(here, llama):
     for phase in ("prefill", "decode"):
         cell = RunConfig(testbed=True, model="llama", phase=phase, strategy="calibrated")
         kept[phase] = selection_for(llama, phase)
-        path = kept[phase].save(profiles.kept_path(cell, llama))
+        path = kept[phase].save(profiles.kept_path(resolve(cell), llama))
         assert path.parent.as_posix().endswith("results/testbed/profiles")
     subject = load_subject(config_of(phases=("prefill", "decode")))
     assert subject.selections == kept

@@ -10,10 +10,11 @@ import pytest
 
 from adaskip.common.options import Parser, add_options, option, resolve
 from adaskip.core.plan import Budget
+from adaskip.runs import job
 from adaskip.runs.cells import load_setup
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.grid import searches_first
-from adaskip.runs.job import find_cell, find_cells
+from adaskip.runs.job import find_cells
 from adaskip.studies.ablation.compensation import CompensationConfig
 from adaskip.studies.ablation.selection import SelectionStudyConfig
 from adaskip.studies.ablation.settings import AblationConfig
@@ -221,8 +222,8 @@ def test_the_setups_budgets_are_the_nearest_whole_layers_of_another_depth(num_la
 
 @pytest.mark.parametrize("strategy", ["early_exit", "adaskip"])
 def test_without_a_budget_a_run_skips_an_eighth(strategy):
-    assert find_cell(RunConfig(**CELL | {"strategy": strategy})).sublayers == 8
-    assert find_cell(RunConfig(**CELL | {"strategy": strategy}, testbed=True)).sublayers == 4
+    assert job.resolve(RunConfig(**CELL | {"strategy": strategy})).cell.sublayers == 8
+    assert job.resolve(RunConfig(**CELL | {"strategy": strategy}, testbed=True)).cell.sublayers == 4
 
 
 def test_a_grid_of_several_models_has_no_checkpoint():

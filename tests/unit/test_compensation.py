@@ -13,7 +13,7 @@ from tqdm import tqdm
 from adaskip.calibration.compensation import StreamMoments, stream_moments
 from adaskip.core.plan import Affine, Sublayer
 from adaskip.runs.config import SharedConfig
-from adaskip.runs.sources import load
+from adaskip.runs.loading import find_loading
 from adaskip.studies.ablation import compensation
 from adaskip.studies.ablation.compensation import (
     NOT_AT_HAND,
@@ -150,7 +150,7 @@ def test_only_what_helps_on_every_model_is_kept(second, choice):
 def tiny_subject(seed: int = 0) -> Subject:
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(3, 90, (12,), generator=generator) for _ in range(8)]
-    loaded = load(SharedConfig(testbed=True, device="cpu"), "llama")
+    loaded = find_loading(SharedConfig(testbed=True, device="cpu"), "llama").load()
     return Subject(loaded, prompts[:2], dict.fromkeys(PHASES, prompts[2:]), [2], [], 0)
 
 

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from adaskip.models.checkpoints import ModelError
+from adaskip.models.errors import ModelError
 from adaskip.models.internlm import InternLMTokenizer, llama_config
 from adaskip.models.loading import load_model
 from adaskip.models.rope import LENGTH, DynamicNTKRope, fix_dynamic_rope

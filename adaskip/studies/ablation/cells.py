@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from adaskip.runs.config import RunConfig, SharedConfig
-from adaskip.runs.job import find_job
+from adaskip.runs.job import resolve
 from adaskip.runs.manifest import is_done
 from adaskip.runs.runner import run
 from adaskip.studies.ablation.saved import SampleResult, Subject, mean_skipped
@@ -24,7 +24,7 @@ SOURCES = (
 def ensure_cell(config: AblationConfig, model: str, variant: Variant) -> None:
     """Bring one variant's run to its end; loads no model where it is already there."""
     cell = _run_config(config, model, variant)
-    if not is_done(find_job(cell)):
+    if not is_done(resolve(cell)):
         run(cell)
 
 
@@ -32,7 +32,7 @@ def read_subject(config: AblationConfig, model: str) -> Subject:
     """Score the finished runs of a model."""
     samples, sources = {}, {}
     for variant in config.variants:
-        found = load_run(find_job(_run_config(config, model, variant)).folder.path)
+        found = load_run(resolve(_run_config(config, model, variant)).folder.path)
         samples[variant] = _samples(found, variant)
         sources |= {name: found.manifest[name] for name in SOURCES if found.manifest.get(name) is not None}
     return Subject(model, "score", sources, samples)

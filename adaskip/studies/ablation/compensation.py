@@ -33,11 +33,12 @@ from adaskip.core.plan import Budget, Compensation, Phase, SkipPlan, Sublayer
 from adaskip.models.loading import LoadedModel
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
+from adaskip.runs.calibration import find_calibration
 from adaskip.runs.cells import MODELS
 from adaskip.runs.config import SharedConfig
+from adaskip.runs.loading import find_loading
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.profiles import calibration_data
-from adaskip.runs.sources import load, prompt_ids, unscored_samples
+from adaskip.runs.records import find_records, prompt_ids
 from adaskip.strategies import AdaSkip
 from adaskip.studies.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
 from adaskip.studies.ablation.selection import PROMPT_TOKENS
@@ -198,8 +199,8 @@ def _cells(
 
 
 def _of_task(config: CompensationConfig, name: str) -> Subject:
-    loaded = load(config, name)
-    calibration = calibration_data(config, loaded, config.setup.calibration_samples)["prompts"]
+    loaded = find_loading(config, name).load()
+    calibration = find_calibration(config).data(loaded)["prompts"]
     held_out: dict[Phase, Sequence[Tensor]] = {phase: _unscored(config, loaded, phase) for phase in PHASES}
     budgets = config.setup.budgets_for(loaded.model.config.num_hidden_layers)
     tokenizer: Any = loaded.tokenizer
@@ -210,7 +211,7 @@ def _of_task(config: CompensationConfig, name: str) -> Subject:
 def _unscored(config: CompensationConfig, loaded: LoadedModel, phase: Phase) -> list[Tensor]:
     """Prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
     searched, tasks = config.setup.calibration_samples, config.setup.phases[phase].tasks
-    samples = unscored_samples(config, tasks, searched + config.held_out, max_length=PAPER_MIN_LENGTH)
+    samples = find_records(config).unscored(tasks, searched + config.held_out, PAPER_MIN_LENGTH)
     return [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in samples[searched:]]
 
 

@@ -37,11 +37,12 @@ from adaskip.models.loading import LoadedModel
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
+from adaskip.runs.calibration import find_calibration
 from adaskip.runs.cells import MODELS
 from adaskip.runs.config import SharedConfig
+from adaskip.runs.loading import find_loading
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.profiles import calibration_data
-from adaskip.runs.sources import load, prompt_ids, scored_samples, unscored_samples
+from adaskip.runs.records import find_records, prompt_ids
 from adaskip.speculative import LosslessDecoder, lossless
 from adaskip.strategies import Strategy, build, needs_selection
 from adaskip.studies.bench.lossless_table import FULL_MODEL, render
@@ -208,13 +209,12 @@ def measure(config: LosslessConfig, name: str) -> Path:
 
 def _of_tasks(config: LosslessConfig, name: str) -> Subject:
     """A model of the paper or the testbed; the tasks take turns."""
-    loaded, tasks = load(config, name), config.all_tasks
+    loaded, records, tasks = find_loading(config, name).load(), find_records(config), config.all_tasks
     each = -(-config.prompts // len(tasks))
-    columns = [prompt_ids(scored_samples(config, task, limit=each), get_task(task), loaded) for task in tasks]
+    columns = [prompt_ids(records.scored(task, each), get_task(task), loaded) for task in tasks]
     prompts = [ids for row in zip_longest(*columns) for ids in row if ids is not None]
-    count = config.setup.calibration_samples
-    calibration = calibration_data(config, loaded, count)["prompts"]
-    unscored = unscored_samples(config, tasks, count, max_length=PAPER_MIN_LENGTH)
+    calibration = find_calibration(config).data(loaded)["prompts"]
+    unscored = records.unscored(tasks, config.setup.calibration_samples, PAPER_MIN_LENGTH)
     searched = [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in unscored]
     return Subject(loaded, prompts[: config.prompts], calibration, searched)
 

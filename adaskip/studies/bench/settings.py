@@ -12,14 +12,14 @@ from adaskip.common.configs import load_yaml
 from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
 from adaskip.core.plan import PHASES
-from adaskip.runs.cells import MODELS
-from adaskip.runs.config import DTYPES
+from adaskip.models.source import find_source
+from adaskip.runs.config import DTYPES, MODEL_HELP
 from adaskip.strategies import GRID_STRATEGIES, STRATEGIES, needs_selection, strategy_name
 from adaskip.studies.bench.cells import EAGER, MODES, STUDIES, Workload
 from adaskip.studies.bench.stopwatch import CLOCKS
+from adaskip.testbed import FAMILIES
 
 SMALL_MODEL = "llama-100m"
-BENCH_MODELS = (*MODELS, SMALL_MODEL)
 RESULTS_DIR = "speed/results"
 MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure", "allow_other_weights")
 """Options that may differ when a result is continued."""
@@ -30,7 +30,7 @@ class BenchConfig:
     """One study of one model on one device."""
 
     figure: str | None = option("a measurement of configs/bench.yaml; other options go before what it says")
-    model: str = option(f"model: {', '.join(MODELS)}, or with --random-weights also {SMALL_MODEL}", "llama")
+    model: str = option(f"{MODEL_HELP}; with --random-weights also {SMALL_MODEL}", "llama")
     study: str = option(f"what is timed side by side: {', '.join(STUDIES)}", "strategies")
     random_weights: bool = option(
         "the architecture alone, filled on the device; speed does not depend on values", False
@@ -72,7 +72,6 @@ class BenchConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategies", tuple(map(strategy_name, self.strategies)))
         for what, names, allowed in (
-            ("model", (self.model,), BENCH_MODELS),
             ("study", (self.study,), tuple(STUDIES)),
             ("clock", (self.clock,), tuple(CLOCKS)),
             ("dtype", () if self.dtype is None else (self.dtype,), DTYPES),
@@ -88,6 +87,10 @@ class BenchConfig:
             raise ValueError("--clock process adds up the time of all threads: give --threads 1 with it")
 
     def _check_source(self) -> None:
+        if self.testbed:
+            check_choice("model of --testbed", self.model, FAMILIES)
+        if self.model != SMALL_MODEL:
+            find_source(self.model, self.checkpoint)
         given = [name for name in ("random_weights", "testbed", "checkpoint") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{_flags(given)} each say where the weights come from: give one of them")
@@ -117,13 +120,18 @@ class BenchConfig:
         return given_or_default(self.output_dir, RESULTS_DIR)
 
     @property
+    def model_name(self) -> str:
+        """What results call the model."""
+        return self.model if self.model == SMALL_MODEL else find_source(self.model).name
+
+    @property
     def source(self) -> str:
         """Where the weights come from: random, testbed or checkpoint."""
         return "random" if self.random_weights else "testbed" if self.testbed else "checkpoint"
 
     @property
     def result_name(self) -> str:
-        return self.name or self.figure or f"{self.model}_{self.source}_{self.study}"
+        return self.name or self.figure or f"{self.model_name}_{self.source}_{self.study}"
 
     @property
     def workloads(self) -> list[Workload]:

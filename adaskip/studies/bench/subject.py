@@ -19,12 +19,13 @@ from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel, architecture, load_model
 from adaskip.models.rope import fix_dynamic_rope
 from adaskip.profiles.assumed import assumed_profile
-from adaskip.profiles.fingerprint import weights_fingerprint
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs import profiles
+from adaskip.runs.calibration import find_calibration
 from adaskip.runs.config import RunConfig, SharedConfig
-from adaskip.runs.sources import max_prompt_tokens
+from adaskip.runs.job import resolve
+from adaskip.runs.loading import find_loading
 from adaskip.strategies import CalibratedSkip, needs_selection
 from adaskip.studies.bench.settings import SMALL_MODEL, BenchConfig
 
@@ -92,7 +93,7 @@ def load_subject(config: BenchConfig) -> Subject:
         loaded = None
     else:
         loaded = _load(config, device)
-        model, weights = loaded.model, weights_fingerprint(loaded.model)
+        model, weights = loaded.model, loaded.weights_fingerprint
         profile = _named_profile(config, model) or _own_profile(config, loaded)
     return Subject(model, profile, weights, _selections(config, model, loaded))
 
@@ -128,6 +129,7 @@ def random_model(
 
 def _load(config: BenchConfig, device: torch.device) -> LoadedModel:
     checkpoint: str | Path | None = testbed.checkpoint_dir(config.model) if config.testbed else config.checkpoint
+    shared = SharedConfig(testbed=True)
     return load_model(
         config.model,
         checkpoint,
@@ -135,7 +137,7 @@ def _load(config: BenchConfig, device: torch.device) -> LoadedModel:
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         chat="none",
-        max_prompt_tokens=max_prompt_tokens(SharedConfig(testbed=True), config.model) if config.testbed else None,
+        max_prompt_tokens=find_loading(shared, config.model).max_prompt_tokens if config.testbed else None,
     )
 
 
@@ -155,8 +157,7 @@ def _own_profile(config: BenchConfig, loaded: LoadedModel) -> ImportanceProfile:
     """The testbed's models are calibrated at once; for others that takes LongBench, so their set is assumed."""
     if not config.testbed:
         return assumed_profile(len(decoder_layers(loaded.model)))
-    shared = SharedConfig(testbed=True)
-    return profiles.measure(shared, loaded, shared.setup.calibration_samples)
+    return profiles.measure(find_calibration(SharedConfig(testbed=True)), loaded)
 
 
 def _selections(
@@ -193,10 +194,10 @@ def _named_selections(config: BenchConfig, model: PreTrainedModel) -> dict[Phase
 
 def _kept_selection(config: BenchConfig, loaded: LoadedModel, phase: Phase) -> SelectionProfile:
     """The selection `adaskip grid --testbed` keeps, searched first when there is none."""
-    run = RunConfig(testbed=True, model=config.model, phase=phase, strategy=CalibratedSkip.name)
-    if not (path := profiles.kept_path(run, loaded)).is_file():
+    job = resolve(RunConfig(testbed=True, model=config.model, phase=phase, strategy=CalibratedSkip.name))
+    if not (path := profiles.kept_path(job, loaded)).is_file():
         logger.info("searching %s for strategy calibrated, which takes minutes", path)
-    selection, _ = profiles.profile_for(run, loaded)
+    selection, _ = profiles.profile_for(job, loaded)
     assert isinstance(selection, SelectionProfile)
     return selection
 

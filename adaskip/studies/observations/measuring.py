@@ -16,9 +16,10 @@ from adaskip.calibration.measure import UNITS, Measurement, measure
 from adaskip.common.errors import RunError
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.folder import RunFolder
+from adaskip.runs.loading import find_loading
 from adaskip.runs.manifest import describe_model
+from adaskip.runs.records import Sample, find_records, fingerprint
 from adaskip.runs.runner import stop_token_ids
-from adaskip.runs.sources import Sample, fingerprint, load, scored_samples
 from adaskip.studies.observations.settings import MEASUREMENTS, ObserveConfig, Target
 
 DIGITS = 6
@@ -44,13 +45,13 @@ def measure_targets(config: ObserveConfig, targets: Iterable[Target]) -> None:
 
 def _measure_target(config: ObserveConfig, model: str, target: Target) -> None:
     folder = RunFolder(config.out_dir / MEASUREMENTS / config.label(model) / target.folder_name)
-    samples = scored_samples(config, target.task, config.limit or config.observations.limit)
+    samples = find_records(config).scored(target.task, config.limit or config.observations.limit)
     description = _describe(config, model, target, samples)
     with folder.lock():
         folder.check(description)
         if (held := folder.read_manifest()) is not None and held["finished"]:
             return
-        loaded = load(config, model)
+        loaded = find_loading(config, model).load()
         folder.start({**description, **describe_model(loaded)})
         _fill(folder, target, samples, loaded, description)
         folder.finish()

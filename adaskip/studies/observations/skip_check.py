@@ -14,7 +14,7 @@ from typing import Any
 from adaskip.common.files import write_text_atomic
 from adaskip.common.locks import exclusive
 from adaskip.runs.config import RunConfig, SharedConfig
-from adaskip.runs.job import find_job
+from adaskip.runs.job import resolve
 from adaskip.runs.manifest import is_done
 from adaskip.runs.runner import run
 from adaskip.strategies import LeastSkip, MostSkip
@@ -82,7 +82,7 @@ def _ensure(config: ObserveConfig, spec: CheckSpec, model: str, strategy: str, l
         max_new_tokens=config.max_new_tokens,
         output_dir=str(config.out_dir / "runs"),
     )
-    job = find_job(job_config)
+    job = resolve(job_config)
     if not is_done(job):
         run(job_config, show_progress=True)
     return job.folder.path

@@ -19,9 +19,8 @@ from adaskip.common.commands import STOPPED, study
 from adaskip.common.paths import default_path
 from adaskip.runs.cells import MODELS
 from adaskip.runs.checks import check
-from adaskip.runs.config import RunConfig
-from adaskip.runs.grid import run_cells
-from adaskip.runs.job import find_job
+from adaskip.runs.grid import Queued, run_cells
+from adaskip.runs.job import resolve
 from adaskip.studies.observations.command import OBSERVATIONS
 from adaskip.studies.observations.findings import write_findings
 from adaskip.studies.observations.measuring import measure_targets
@@ -51,25 +50,27 @@ def main(doc: str | None) -> int:
 
 def _run(config: ReproduceConfig) -> int:
     cells, measurements = config.cells(), observations(config)
-    cells_s = sum(find_job(cell).num_samples * SAMPLE_S[cell.phase] for cell in cells)
+    jobs = [resolve(cell) for cell in cells]
+    cells_s = sum(job.num_samples * SAMPLE_S[job.phase] for job in jobs)
     total_s = cells_s + sum(each.seconds for each in measurements) + DRAW_S
     print(
         f"{len(cells)} cells and {len(measurements)} measurements on {len(MODELS)} models into {config.out_dir}: about "
         f"{total_s / 60 / config.num_jobs:.0f} minutes on {config.num_jobs} quiet cores; the same command continues"
     )
     if config.dry_run:
-        for cell in cells:
-            job = find_job(cell)
+        for job in jobs:
             print(f"{job.cell.label:34} {job.num_samples:4} samples")
         return 0
     profiles = read_profiles()
     keep_profiles(profiles, config.out_dir / "profiles")
     keep_profiles(profiles, config.out_dir / "observations/profiles")
     cells = [replace(cell, profile=profile_of(cell, config.out_dir / "profiles")) for cell in cells]
-    for cell in cells:
-        check(cell)
+    jobs = [resolve(cell) for cell in cells]
+    for job in jobs:
+        check(job)
     with Whole(total_s) as whole:
-        failed = _run_cells(cells, config.num_jobs, whole)
+        queue = [Queued(job.cell.label, cell) for job, cell in zip(jobs, cells, strict=True)]
+        failed = _run_cells(queue, config.num_jobs, whole)
         whole.stage("observations")
         _side_by_side(measurements, config.num_jobs, whole)
         whole.stage("tables and plots")
@@ -79,10 +80,10 @@ def _run(config: ReproduceConfig) -> int:
     return STOPPED if failed else 0
 
 
-def _run_cells(cells: Sequence[RunConfig], jobs: int, whole: Whole) -> tuple[str, ...]:
+def _run_cells(queue: Sequence[Queued], num_jobs: int, whole: Whole) -> tuple[str, ...]:
     """Bring every cell to its end; returns the labels of those that failed."""
     whole.stage("grid")
-    return run_cells(cells, min(jobs, len(cells)), whole, lambda cell: SAMPLE_S[cell.phase]).failed
+    return run_cells(queue, min(num_jobs, len(queue)), whole, lambda cell: SAMPLE_S[cell.phase]).failed
 
 
 def observations(config: ReproduceConfig) -> list[Measurement]:

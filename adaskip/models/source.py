@@ -1,0 +1,221 @@
+"""What `--model` and `--checkpoint` name: a model of `configs/models.yaml`, a Hub id, a folder, or a GGUF file.
+
+A `ModelSource` looks for the files at most once, and not before something asks for them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from adaskip.models import internlm
+from adaskip.models.checkpoints import (
+    HUB_ID,
+    ModelError,
+    check_weights,
+    find_folder,
+    has_weights,
+    read_config,
+    said_in_one_line,
+    weight_files_fingerprint,
+)
+from adaskip.models.gguf_file import is_gguf, read_gguf_config
+from adaskip.models.registry import ModelEntry, registry, unknown_model
+
+NOT_IN_NAMES = re.compile(r"[^\w.+-]+")
+"""What a run's name does not hold; `_` stands for it."""
+LOCAL_PREFIXES = ("/", "./", "../", "~")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The weights of one model, found when they are first asked for, and then kept.
+
+    name: what its runs are called by. entry: what `configs/models.yaml` says of it, None where it is not there.
+    checkpoint: folder, GGUF file or Hub id. revision: commit, branch or tag of a Hub id. offline: of a Hub id look in
+    the local cache only.
+    """
+
+    name: str
+    entry: ModelEntry | None
+    checkpoint: str
+    revision: str | None = None
+    offline: bool = True
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the checkpoint is a file or folder and not a Hub id."""
+        return Path(self.checkpoint).expanduser().exists() or not HUB_ID.fullmatch(self.checkpoint)
+
+    @cached_property
+    def here(self) -> Path | None:
+        """The folder or GGUF file on this machine, None where there is none; the network is not touched."""
+        try:
+            return find_folder(self.checkpoint, self.revision)
+        except ModelError:
+            return None
+
+    @cached_property
+    def path(self) -> Path:
+        """The folder or GGUF file; a Hub id is downloaded unless `offline`.
+
+        Raises:
+            ModelError: it is not there, or cannot be downloaded.
+        """
+        if (self.offline or self.is_local) and self.here is not None:
+            return self.here
+        return find_folder(self.checkpoint, self.revision, offline=self.offline)
+
+    @cached_property
+    def weight_files(self) -> str | None:
+        """The weight files' fingerprint; None where they are not on this machine."""
+        found = vars(self).get("path") or self.here
+        return weight_files_fingerprint(found) if found is not None and has_weights(found) else None
+
+    @cached_property
+    def own_config(self) -> PreTrainedConfig:
+        """The checkpoint's own architecture, for which it is downloaded unless it is here or `offline`."""
+        return read_architecture(self.path)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The architecture, no weights read: the checkpoint's own, or the published one of a registry's model whose
+        checkpoint was not named. Of a Hub id no more than config.json is downloaded."""
+        if self.is_local:
+            return self.own_config
+        entry = self.entry
+        if self.offline and entry is not None and entry.shape is not None and entry.checkpoint == self.checkpoint:
+            return _published(self.name, entry.shape)
+        return read_architecture(find_folder(self.checkpoint, self.revision, offline=self.offline, only_config=True))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.config.get_text_config().num_hidden_layers
+
+    @property
+    def chat(self) -> str:
+        """How prompts are wrapped unless the user says otherwise."""
+        return "none" if self.entry is None else self.entry.chat
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts at which an answer is cut off."""
+        return () if self.entry is None else self.entry.stop_strings
+
+    def check(self) -> None:
+        """Refuse what loading would refuse for its configuration or weight files; a Hub id is downloaded for that.
+
+        Raises:
+            ModelError: the checkpoint is not to be had, or is no causal language model, or its weights are damaged.
+        """
+        assert self.own_config is not None, "reads it"
+        check_weights(self.path)
+
+
+def find_source(
+    model: str | None = None, checkpoint: str | Path | None = None, *, offline: bool | None = None
+) -> ModelSource:
+    """What `model` and `checkpoint` name; nothing is read or downloaded yet.
+
+    Args:
+        model: a name of `configs/models.yaml`, or weights: a Hub id, a folder, or a .gguf file.
+        checkpoint: weights that stand for a model of that name; alone, the same as `model`.
+        offline: look for a Hub id in the local cache only; None: unless it was given here.
+
+    Raises:
+        ModelError: neither is given, the model is unknown, or both name weights.
+    """
+    if model is None and checkpoint is None:
+        raise ModelError(f"give a model ({', '.join(registry())}, a Hub id, a folder or a .gguf file) or a checkpoint")
+    if model is not None and (entry := registry().get(model)) is not None:
+        source = str(checkpoint or entry.checkpoint)
+        revision = entry.revision if source == entry.checkpoint else None
+        return ModelSource(model, entry, source, revision, checkpoint is None if offline is None else offline)
+    if model is not None and checkpoint is not None:
+        _check_unlisted(model)
+        raise ModelError(
+            f"--model {model} names its weights and --checkpoint {checkpoint} others: give one of them, or with "
+            f"--checkpoint one of the models {', '.join(registry())}"
+        )
+    source = str(model or checkpoint)
+    if checkpoint is None:
+        _check_unlisted(source)
+    listed = next((entry for entry in registry().values() if entry.checkpoint == source.partition("@")[0]), None)
+    revision = listed.revision if listed is not None else None
+    return ModelSource(name_of(source), listed, source, revision, bool(offline))
+
+
+def name_of(source: str) -> str:
+    """What the runs of unlisted weights are called by: the last part of a Hub id, the folder's or file's own name.
+
+    `Qwen2.5-7B-Instruct` for `Qwen/Qwen2.5-7B-Instruct@main`, for a folder of that name, and for a folder of the Hub's
+    cache (`models--Qwen--Qwen2.5-7B-Instruct`, or a snapshot in it).
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        path = path.resolve()
+        cached = [part for part in path.parts if part.startswith("models--")]
+        name = cached[-1].split("--")[-1] if cached and path.is_dir() else path.name
+        name = Path(name).stem if is_gguf(path) else name
+    else:
+        name = source.partition("@")[0].rpartition("/")[2]
+    return NOT_IN_NAMES.sub("_", name)
+
+
+def _check_unlisted(given: str) -> None:
+    """Refuse what cannot name weights, and what would take the name of a model of the registry."""
+    path = Path(given).expanduser()
+    if not path.exists():
+        if given.startswith(LOCAL_PREFIXES) or given.lower().endswith(".gguf"):
+            raise ModelError(f"model {given!r} does not exist: no such folder or .gguf file")
+        if not HUB_ID.fullmatch(given):
+            raise unknown_model(given)
+    elif path.is_file() and not is_gguf(path):
+        raise ModelError(f"model {given!r} is a file; a folder with config.json and weights, or a .gguf file is needed")
+    if (name := name_of(given)) in registry():
+        raise ModelError(
+            f"the runs of {given!r} would be called as those of {name}, which configs/models.yaml names: give --model "
+            f"{name} --checkpoint {given} to run it as that model, or give the folder another name"
+        )
+
+
+def read_architecture(path: Path) -> PreTrainedConfig:
+    """The configuration of a folder or GGUF file, if it is a causal language model that transformers has a class for.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if is_gguf(path):
+        config = read_gguf_config(path)
+        _check_causal(path, config.model_type, config.architectures or [])
+        return config
+    raw = read_config(path)
+    with said_in_one_line(f"{path / 'config.json'} is not usable"):
+        if raw["model_type"] == internlm.MODEL_TYPE:
+            return internlm.llama_config(raw)
+        _check_causal(path, raw["model_type"], raw.get("architectures") or [])
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _check_causal(path: Path, model_type: str, classes: list[str]) -> None:
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if expected is None or (classes and expected not in classes):
+        raise ModelError(
+            f"{path} holds {', '.join(classes) or 'no named class'} of type {model_type!r}, which is no causal "
+            f"language model of transformers {transformers.__version__} (remote code is never run)"
+        )
+
+
+def _published(name: str, shape: Any) -> PreTrainedConfig:
+    """The configuration that `configs/models.yaml` says of a model."""
+    with said_in_one_line(f"configs/models.yaml: the shape of {name} is not usable"):
+        fields = {field: value for field, value in shape.items() if field != "model_type"}
+        return internlm.llama_config(fields) if shape["model_type"] == internlm.MODEL_TYPE else LlamaConfig(**fields)
