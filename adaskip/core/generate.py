@@ -87,6 +87,8 @@ def generate(
     comes up: time a second generation of the same lengths. True is transformers' default, CUDA graphs where there is
     CUDA. Raises ValueError for a compiled generation on a cache that is not static.
     """
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode; answers are for inference: call model.eval()")
     caching = _cache_options(model, cache_implementation, compile)
     ids, mask = left_padded(input_ids, pad_token_id, execution_device(model))
     clock = _TokenClock()

@@ -75,6 +75,8 @@ def _loaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor) -> bytes:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"a weight of layout {tensor.layout} has no fingerprint; give strided (dense) weights")
     step = max(1, tensor.numel() // SAMPLES) | 1  # odd, so that samples walk through the columns of a matrix
     sample = tensor.reshape(-1)[::step].contiguous()
     return sample.view(torch.uint8).cpu().numpy().tobytes()

@@ -20,11 +20,11 @@ from adaskip.benchmarks.longbench import get_task
 from adaskip.calibration.divergence import OBJECTIVE
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
-from adaskip.common.files import remove_torn
+from adaskip.common.files import check_writable, remove_torn
 from adaskip.common.locks import exclusive
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
-from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.config import CalibrateConfig
@@ -139,11 +139,19 @@ def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]
             if others := _others_line(wanted, path):
                 logger.warning("%s", others)
             _make(wanted, path, show_progress).save(path)
+        profile = _kept(wanted, path)
         _progress_path(path).unlink(missing_ok=True)
-    kind = ImportanceProfile if wanted.phase is None else SelectionProfile
-    profile, loaded = kind.load(path), wanted.loaded
-    profile.check_fits(loaded.model, weights_fingerprint=loaded.weights_fingerprint)
     return profile, path
+
+
+def _kept(wanted: Wanted, path: Path) -> Profile:
+    kind = ImportanceProfile if wanted.phase is None else SelectionProfile
+    try:
+        profile = kind.load(path)
+        profile.check_fits(wanted.loaded.model, weights_fingerprint=wanted.loaded.weights_fingerprint)
+    except ProfileError as error:
+        raise ProfileError(f"{error}; delete {path} to make it again") from None
+    return profile
 
 
 def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
@@ -256,6 +264,8 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
     torch.manual_seed(config.seed)
     loading = find_loading(config, config.model, config.max_prompt_tokens)
     loading.check_limit()
+    if config.output is not None:
+        check_writable(Path(config.output))
     phase = None if config.select is None else check_phase(config.select)
     tasks = () if phase is None else config.tasks or config.setup.phases[phase].tasks
     wanted = Wanted(
