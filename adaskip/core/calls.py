@@ -14,10 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from adaskip.core.blocks import restore_attribute
+from adaskip.core.hf import NEXT_STEP
 from adaskip.core.patching import ModelPatches
-
-NEXT_STEP = "prepare_inputs_for_generation"
-"""The method of the model that `generate` calls before each forward."""
 
 
 class GenerateCalls:

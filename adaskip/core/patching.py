@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from adaskip.core import hf
 from adaskip.core.blocks import (
     OUTPUT_SCALAR,
     BlockStructure,
@@ -360,7 +361,7 @@ def patches_of(model: nn.Module) -> ModelPatches:
 def _refuse_compiled_in_place(model: nn.Module, decoder: nn.Module) -> None:
     """`module.compile()` keeps a graph that does not see what is changed afterwards."""
     parts = (model, decoder, *decoder_layers(model))
-    compiled = [type(part).__name__ for part in parts if getattr(part, "_compiled_call_impl", None) is not None]
+    compiled = [type(part).__name__ for part in parts if hf.is_compiled_in_place(part)]
     if compiled:
         raise ValueError(
             f"{compiled[0]} was compiled in place by .compile(), whose graph would not follow the plan; load the model "

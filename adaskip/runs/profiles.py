@@ -24,6 +24,7 @@ from adaskip.calibration.select import select
 from adaskip.common.files import remove_torn
 from adaskip.common.locks import exclusive
 from adaskip.core.blocks import decoder_layers
+from adaskip.core.hf import attn_implementation
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel, weights_fingerprint
 from adaskip.profiles.importance import ImportanceProfile
@@ -74,7 +75,7 @@ class Wanted:
             "weights": weights_fingerprint(loaded.model),
             "dtype": str(loaded.model.dtype),
             "device": loaded.model.device.type,
-            "attn_implementation": loaded.model.config._attn_implementation,
+            "attn_implementation": attn_implementation(loaded.model),
             "chat_template": loaded.spec.chat_template,
             "max_prompt_tokens": loaded.spec.max_prompt_tokens,
             "samples": fingerprint(calibration_samples(self.config, self.num_samples)),
@@ -214,7 +215,7 @@ def _told(wanted: Wanted) -> dict[str, Any]:
     return {
         "weights_fingerprint": weights_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": attn_implementation(model),
         "dataset": _dataset(wanted.samples),
         "data_ids": [sample["_id"] for _, sample in wanted.samples],
     }

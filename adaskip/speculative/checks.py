@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from adaskip.core.blocks import find_decoder
+from adaskip.core.hf import changes_arguments
 
 
 def check_request(
@@ -63,8 +64,7 @@ def _check_rope(model: PreTrainedModel, prompt_length: int, max_length: int) -> 
 
 def _check_arguments(model: PreTrainedModel) -> None:
     """Refuse models that change the arguments of a forward from token to token in a way of their own."""
-    name = "_update_model_kwargs_for_generation"  # private: where transformers renames it, no model has its own
-    if getattr(type(model), name, None) is not getattr(GenerationMixin, name, None):
+    if changes_arguments(model):
         raise ValueError(
             f"{type(model).__name__} changes its arguments after every token by a method of its own, which several "
             "tokens at once would miss; lossless takes models that leave it to transformers"
