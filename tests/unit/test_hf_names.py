@@ -223,6 +223,7 @@ def test_a_recording_cache_can_take_back_what_left_the_window():
 
 def test_what_stands_in_for_a_cache_layer_answers_all_that_one_can_be_asked():
     asked = {name for name, value in vars(CacheLayerMixin).items() if callable(value) and not name.startswith("__")}
+    asked -= {"get_max_cache_shape"}  # before 5.23; asks get_max_length
     assert asked <= vars(SkippedLayer).keys() | {"__init__"}
     assert CacheLayerMixin.__abstractmethods__ <= vars(SkippedLayer).keys()
 
