@@ -173,7 +173,7 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the divergences of a search depend on. measured: on the model itself, by which it is known."""
     told = str([list(eos_token_ids), *(torch.as_tensor(prompt).tolist() for prompt in prompts)])
-    config = {name: value for name, value in unwrapped(model).config.to_dict().items() if name != "_name_or_path"}
+    config = {name: value for name, value in unwrapped(model).config.to_dict().items() if not name.startswith("_")}
     return {
         "phase": phase,
         "objective": OBJECTIVE,

@@ -22,6 +22,7 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.files import check_writable, remove_torn
 from adaskip.common.locks import exclusive
+from adaskip.core.hf import attn_implementation
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
@@ -69,7 +70,7 @@ class Wanted:
             "weights": loaded.weights_fingerprint,
             "dtype": str(loaded.model.dtype),
             "device": loaded.model.device.type,
-            "attn_implementation": loaded.model.config._attn_implementation,
+            "attn_implementation": attn_implementation(loaded.model),
             "chat_template": loaded.spec.chat_template,
             "max_prompt_tokens": loaded.spec.max_prompt_tokens,
             "samples": fingerprint(self.calibration.samples),
@@ -209,7 +210,7 @@ def _told(wanted: Wanted) -> dict[str, Any]:
     return {
         "weights_fingerprint": wanted.loaded.weights_fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": attn_implementation(model),
         "dataset": _dataset(wanted.samples),
         "data_ids": [sample["_id"] for _, sample in wanted.samples],
     }
