@@ -13,9 +13,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -46,6 +47,14 @@ GRACE_S = 30.0
 Message = Progress | Done | Failed
 
 
+class Bar(Protocol):
+    """What shows progress; `disable`: it shows nothing, so that finished cells are told line by line."""
+
+    disable: bool
+
+    def update(self, n: float, /) -> object: ...
+
+
 @dataclass(frozen=True)
 class GridOutcome:
     """Labels of the cells that are complete and of those that failed, and how many samples this call made."""
@@ -69,7 +78,14 @@ def run_grid(config: GridConfig) -> GridOutcome:
         cells = [replace(cell, threads=1) for cell in cells]
     total = sum(find_job(cell).num_samples for cell in cells)
     with tqdm(total=total, unit="sample", desc="grid", smoothing=0.05, disable=None) as bar:
-        return Pool(jobs, bar).run(cells)
+        return run_cells(cells, jobs, bar)
+
+
+def run_cells(
+    cells: Sequence[RunConfig], jobs: int, bar: Bar, weight: Callable[[RunConfig], float] = lambda cell: 1
+) -> GridOutcome:
+    """Run cells in `jobs` processes. bar: is told of every sample. weight: what a sample of a cell counts there."""
+    return Pool(jobs, bar, weight).run(cells)
 
 
 def searches_first(cells: Sequence[RunConfig]) -> list[RunConfig]:
@@ -135,8 +151,8 @@ class Worker:
 class Pool:
     """A queue of cells and the workers that empty it."""
 
-    def __init__(self, jobs: int, bar: tqdm):
-        self.jobs, self.bar = jobs, bar
+    def __init__(self, jobs: int, bar: Bar, weight: Callable[[RunConfig], float]):
+        self.jobs, self.bar, self.weight = jobs, bar, weight
         self.workers: list[Worker] = []
         self.complete: list[str] = []
         self.failed: list[str] = []
@@ -164,7 +180,7 @@ class Pool:
         assert worker.config is not None, "only a worker with a cell has something to say"
         if isinstance(message, Progress):
             self.made += message.made
-            self.bar.update(message.found + message.made)
+            self.bar.update((message.found + message.made) * self.weight(worker.config))
             return
         label = find_cell(worker.config).label
         if isinstance(message, Done):

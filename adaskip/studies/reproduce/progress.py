@@ -1,0 +1,61 @@
+"""One bar for a whole list of unlike pieces of work, with the time that is left for all of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+TOLD_EVERY_S = 30.0
+"""Where standard error is no terminal, a line is written at most that often."""
+
+
+class Whole:
+    """Progress in estimated seconds of work; the time left is that of the pace so far.
+
+    It has what `runs.grid.Pool` needs of a bar: `update`, and `disable`, which says that nothing else shows progress.
+    """
+
+    disable = False
+
+    def __init__(self, total_s: float, label: str = "reproduce"):
+        self.total_s, self.label, self.done_s = total_s, label, 0.0
+        self.began = self.told = time.monotonic()
+        self.bar = tqdm(
+            total=total_s,
+            desc=label,
+            smoothing=0,
+            disable=None,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left {postfix}",
+        )
+
+    def __enter__(self) -> Whole:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.bar.close()
+
+    def update(self, seconds: float) -> None:
+        """So much of the estimated work has been done."""
+        self.done_s += seconds
+        self.bar.update(seconds)
+        if self.bar.disable and time.monotonic() - self.told > TOLD_EVERY_S:
+            self.told = time.monotonic()
+            print(self.line(), file=sys.stderr)
+
+    def stage(self, name: str) -> None:
+        """What is done now, beside the bar."""
+        self.bar.set_postfix_str(name)
+
+    def line(self) -> str:
+        """Share done, and the time so far and left, as one line of a log."""
+        passed = time.monotonic() - self.began
+        left = passed * (self.total_s - self.done_s) / self.done_s if self.done_s else 0.0
+        share = 100 * self.done_s / self.total_s
+        return f"{self.label}: {share:.0f} %, {_minutes(passed)} so far, about {_minutes(left)} left"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

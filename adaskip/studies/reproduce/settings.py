@@ -1,0 +1,103 @@
+"""What `make reproduce` may be told, how many samples it takes, and what those take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adaskip.common.configs import load_yaml
+from adaskip.common.options import option
+from adaskip.common.paths import TESTBED_RUNS, default_path, given_or_default
+from adaskip.runs.cells import MODELS, PHASES
+from adaskip.runs.config import GridConfig, RunConfig
+from adaskip.runs.job import find_cells
+from adaskip.strategies.names import GRID_STRATEGIES
+from adaskip.studies.observations.settings import ObserveConfig, Target, load_observations
+
+OUTPUT_DIR = "results/reproduced"
+SAMPLE_S = {"prefill": 0.3, "decode": 0.9, "e2e": 0.9}
+"""CPU seconds of a sample of a cell, on one core; only their ratios matter to the time left."""
+TARGET_S = {"prefill": 0.15, "decode": 0.4}
+"""CPU seconds of a sample of an observation."""
+CHECK_S = 4.0
+"""CPU seconds of a sample of the importance check, over all of its cells."""
+DRAW_S = 30.0
+"""Seconds that scoring and drawing take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """The options of `eval/reproduce.py`."""
+
+    strategies: tuple[str, ...] = option(f"of {', '.join(GRID_STRATEGIES)}", GRID_STRATEGIES)
+    limit: int | None = option("samples of each task; if not given, those of `quick` in configs/phases.yaml")
+    subset: int | None = option("instead, N samples of each task drawn at random by --seed, the same for every cell")
+    seed: int = option("seed of --subset", 0)
+    jobs: int | None = option("processes; if not given, one per core")
+    output_dir: str | None = option(f"where everything goes; if not given, {OUTPUT_DIR}")
+    dry_run: bool = option("print what would be done, and run nothing", False)
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "subset", "jobs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
+        committed = default_path(TESTBED_RUNS).parent
+        if self.out_dir.resolve() == committed.resolve():
+            raise ValueError(f"--output-dir {committed} holds the committed results; FULL=1 makes those anew")
+        self.cells()  # the grid's own mistakes
+
+    @property
+    def out_dir(self) -> Path:
+        return given_or_default(self.output_dir, OUTPUT_DIR)
+
+    @property
+    def num_jobs(self) -> int:
+        return self.jobs or os.cpu_count() or 1
+
+    def cells(self) -> list[RunConfig]:
+        """The paper's grid on the testbed, model by model, with the samples of each phase."""
+        quick = load_yaml("phases")["quick"]
+        cells = []
+        for phase in PHASES:
+            limit = None if self.subset else self.limit or quick[phase]
+            grid = GridConfig(
+                testbed=True,
+                device="cpu",
+                threads=1,
+                phases=(phase,),
+                strategies=self.strategies,
+                limit=limit,
+                subset=self.subset,
+                seed=self.seed,
+                output_dir=str(self.out_dir / "runs"),
+            )
+            cells += find_cells(grid)
+        return sorted(cells, key=lambda cell: MODELS.index(cell.model))
+
+    def observe(self, model: str | None = None, *, check: bool = False) -> ObserveConfig:
+        """The observations on one model, or all; check: the importance check, which runs many cells."""
+        quick = load_yaml("phases")["quick"]
+        return ObserveConfig(
+            testbed=True,
+            device="cpu",
+            threads=1,
+            models=MODELS if model is None else (model,),
+            limit=self.limit or quick["importance_check" if check else "observations"],
+            output_dir=str(self.out_dir / "observations"),
+        )
+
+    def drawn(self) -> ObserveConfig:
+        """The observations of all models, of what is saved."""
+        return replace(self.observe(), draw_only=True)
+
+
+def targets() -> list[Target]:
+    """All that the observations measure on a model of the testbed."""
+    setup = load_observations("testbed")
+    prefill = [task for name in ("ob1", "ob2", "ob3") for task in setup.tasks[name]]
+    prefill += [setup.stand_ins.get(task, task) for pair in setup.table1 for task in pair]
+    decode: Sequence[str] = [*setup.tasks["ob3"], *setup.table2]
+    found = [Target(task, "prefill") for task in prefill] + [Target(task, "decode") for task in decode]
+    return list(dict.fromkeys(found))
