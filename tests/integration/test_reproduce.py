@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+from tqdm import tqdm
 
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -17,7 +19,7 @@ from adaskip.runs.profiles import kept_path
 from adaskip.runs.sources import load
 from adaskip.studies.observations.command import OBSERVATIONS
 from adaskip.studies.observations.settings import Target
-from adaskip.studies.reproduce import progress
+from adaskip.studies.reproduce import command, progress
 from adaskip.studies.reproduce.committed import ProfilesError, keep_profiles, profile_of, read_profiles
 from adaskip.studies.reproduce.progress import Whole
 from adaskip.studies.reproduce.settings import ReproduceConfig, targets
@@ -58,8 +60,8 @@ def test_the_committed_profiles_are_those_that_a_run_would_make(kept, model):
 def test_fewer_samples_than_the_committed_results(kept):
     config = ReproduceConfig(output_dir=str(kept))
     for cell in config.cells():
-        assert cell.limit < (cell.setup.phases[cell.phase].limit or 0)
-    assert config.observe().limit < config.observe().observations.limit
+        assert 0 < (cell.limit or 0) < (cell.setup.phases[cell.phase].limit or 0)
+    assert 0 < (config.observe().limit or 0) < config.observe().observations.limit
     assert {cell.limit for cell in replace(config, limit=2).cells()} == {2}
     assert {(cell.limit, cell.subset) for cell in replace(config, subset=2).cells()} == {(None, 2)}
 
@@ -149,3 +151,18 @@ def test_tables_plots_and_observations_of_all_three_models(tmp_path):
     again = reproduce(*argv)
     assert again.returncode == 0
     assert again.stdout == ended.stdout
+
+
+def test_a_measuring_process_draws_no_bar_of_its_own_on_a_terminal(monkeypatch):
+    """And still says what has to be said."""
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert terminal.isatty()
+        command._quiet()
+        with tqdm(total=2, disable=None) as bar:
+            bar.update()
+        print("a warning", file=sys.stderr)
+        assert os.read(ours, 1000).split() == [b"a", b"warning"]
+        sys.stderr.detach()  # pyright: ignore[reportAttributeAccessIssue]
+    os.close(ours)

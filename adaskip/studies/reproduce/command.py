@@ -6,7 +6,8 @@ of its own. What was stopped continues.
 
 from __future__ import annotations
 
-import os
+import io
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -112,10 +113,17 @@ def _side_by_side(work: Sequence[Measurement], jobs: int, whole: Whole) -> None:
             raise
 
 
+class NoTerminal(io.TextIOWrapper):
+    """Standard error on which nobody draws a bar; warnings come through."""
+
+    def isatty(self) -> bool:
+        return False
+
+
 def _quiet() -> None:
     """In a process that measures: no bars but the whole's."""
     disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
+    sys.stderr = NoTerminal(sys.stderr.buffer, line_buffering=True)
 
 
 def _draw(config: ReproduceConfig) -> list[str]:
