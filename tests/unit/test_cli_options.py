@@ -226,6 +226,12 @@ def test_without_a_budget_a_run_skips_an_eighth(strategy):
     assert job.resolve(RunConfig(**CELL | {"strategy": strategy}, testbed=True)).cell.sublayers == 4
 
 
+@pytest.mark.parametrize(("strategy", "sublayers"), [("early_exit", 4), ("adaskip", 3), ("calibrated", 3)])
+@pytest.mark.parametrize("budget", [{"alpha": 1.05}, {"fraction": 0.05}])
+def test_a_ratio_is_rounded_to_the_unit_the_strategy_can_skip(strategy, sublayers, budget):
+    assert job.resolve(RunConfig(**CELL | {"strategy": strategy} | budget)).cell.sublayers == sublayers
+
+
 def test_a_grid_of_several_models_has_no_checkpoint():
     with pytest.raises(ValueError, match="exactly one of --models"):
         GridConfig(checkpoint="x")
