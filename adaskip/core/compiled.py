@@ -27,7 +27,8 @@ from torch import nn
 from transformers import CompileConfig
 
 from adaskip.core import hf
-from adaskip.core.patching import ModelPatches, Work
+from adaskip.core.layer_patch import Work
+from adaskip.core.patching import ModelPatches
 
 MAX_STEP_GRAPHS = 8
 StepKind = Literal["prefill", "decode"]

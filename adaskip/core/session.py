@@ -25,10 +25,12 @@ from transformers.cache_utils import Cache
 from adaskip.core.blocks import find_decoder
 from adaskip.core.calls import GenerateCalls, Place
 from adaskip.core.compiled import StepKind, compiled_steps
-from adaskip.core.hf import CANDIDATES, COMPILED_STEPS, CONTINUOUS_BATCHING, NEXT_STEP, PREFILL
+from adaskip.core.hf import COMPILED_STEPS, NEXT_STEP, PREFILL
 from adaskip.core.kv_cache import restore_emptied, skipped_layers
-from adaskip.core.patching import NOTHING, ModelPatches, StaysInPlace
+from adaskip.core.layer_patch import StaysInPlace
+from adaskip.core.patching import NOTHING, ModelPatches
 from adaskip.core.plan import SkipPlan
+from adaskip.core.refusals import check_cache, refusals, refuse_compiled_call
 from adaskip.core.request import LearningWindow, Request, RequestTrace
 from adaskip.core.strategy import Strategy
 
@@ -134,8 +136,7 @@ class SkippingSession(StaysInPlace):
             NEXT_STEP: self._wrapped_prepare(),
             COMPILED_STEPS: self.get_compiled_call,
         }
-        refused = {name: self._refused(name) for name in CONTINUOUS_BATCHING if hasattr(self.model, name)}
-        return {**own, **refused, CANDIDATES: self._checked_candidates(), PREFILL: self._marked_prefill()}
+        return {**own, **refusals(self.model, self.strategy), PREFILL: self._marked_prefill()}
 
     def end(self, replaced: list[Place]) -> None:
         """The context ends: wait for the forward that runs, put back what was `replaced`, refuse every further step."""
@@ -157,35 +158,6 @@ class SkippingSession(StaysInPlace):
                 )
 
         return check
-
-    def _refused(self, name: str) -> Callable[..., Any]:
-        def refuse(*args, **kwargs):
-            raise ValueError(
-                f"{name} (continuous batching, cache_implementation='paged') is not supported inside skipping(...): "
-                "its paged cache holds many requests at once, a plan belongs to one; use generate"
-            )
-
-        return refuse
-
-    def _checked_candidates(self) -> Callable[..., Any]:
-        stock = getattr(self.model, CANDIDATES)
-
-        @functools.wraps(stock)
-        def candidates(*args, **kwargs):
-            if getattr(kwargs.get("generation_config"), "assistant_early_exit", None) is not None:
-                raise ValueError(
-                    "assistant_early_exit drafts with this very model and is not supported inside skipping(...); "
-                    "lossless(model, EarlyExit(...)) drafts so"
-                )
-            if not self.strategy.one_plan:
-                raise ValueError(
-                    "assisted decoding reads prompt and drafted tokens in one forward, which takes one plan for all "
-                    f"of them; {self.strategy.name} in phase {self.strategy.phase!r} changes its plan on the way "
-                    "(allowed: phase prefill, or a fixed set without a learning window in phase e2e)"
-                )
-            return stock(*args, **kwargs)
-
-        return candidates
 
     def _marked_prefill(self) -> Callable[..., Any]:
         stock = getattr(self.model, PREFILL)
@@ -248,7 +220,7 @@ class SkippingSession(StaysInPlace):
         """The decoder's forward under the plan of its step. Arguments and result are those of the stock forward."""
         if torch.compiler.is_compiling():
             if not self.patches.in_compiled_step:
-                _refuse_compiled_call()
+                refuse_compiled_call()
             return self._stock_forward(*args, **kwargs)
         if self._here.compiled:  # a graph of single layers: the step has its turn already
             self._here.compiled = False
@@ -270,7 +242,7 @@ class SkippingSession(StaysInPlace):
             return self._stock_forward(*args, **kwargs)  # which says what is missing
         given = cache = options.get("past_key_values")
         if given is not None:
-            _check_cache(given)
+            check_cache(given)
         if cache is None and self._uses_cache(options):
             cache = DynamicCache(config=self.decoder.config)  # what the decoder would make itself, but too late for us
         if prepared is not None and prepared.is_for(tokens):
@@ -359,7 +331,7 @@ class SkippingSession(StaysInPlace):
     ) -> tuple[StepKind, Request]:
         """The request that a cache belongs to, a new one if it is empty or unknown, and what the forward is of it."""
         if cache is not None:
-            _check_cache(cache)
+            check_cache(cache)
         filled = cache is not None and int(cache.get_seq_length()) > 0
         if known is None and not began_here and (cache is None or filled):
             raise ValueError(
@@ -405,22 +377,6 @@ class SkippingSession(StaysInPlace):
     def _check_open(self) -> None:
         if self.calls.ended:
             raise ValueError("this skipping(...) context has ended; its model and its requests cannot go on with it")
-
-
-def _check_cache(cache: Any) -> None:
-    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
-        raise ValueError(
-            "skipping needs a transformers Cache made of layers (DynamicCache, StaticCache); got "
-            f"{type(cache).__name__}"
-        )
-
-
-@torch.compiler.disable()
-def _refuse_compiled_call() -> None:
-    raise ValueError(
-        "a compiled model was called directly inside skipping(...), where its graph would keep the plan of its first "
-        "call; call the model itself, or generate with a static cache, which compiles a graph for each plan"
-    )
 
 
 def _length_is_on_cuda(cache: Cache) -> bool:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from adaskip.core.blocks import UnsupportedModelError
 from adaskip.core.context import skipping
-from adaskip.core.patching import LayerPatch
+from adaskip.core.layer_patch import LayerPatch
 from adaskip.core.plan import Affine, Budget, SkipPlan, Sublayer
 from adaskip.core.strategy import Strategy
 from adaskip.speculative import lossless

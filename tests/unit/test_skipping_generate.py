@@ -13,7 +13,7 @@ from adaskip.calibration.measure import calibrate
 from adaskip.core.blocks import UnsupportedModelError, find_structure
 from adaskip.core.context import skipping
 from adaskip.core.kv_cache import SkippedLayer, kv_bytes
-from adaskip.core.patching import LayerPatch
+from adaskip.core.layer_patch import LayerPatch
 from adaskip.core.plan import Budget, SkipPlan, Sublayer
 from adaskip.core.token_ids import left_padded
 from adaskip.strategies import EarlyExit, FixedPlan, SkipDecode

@@ -1,0 +1,221 @@
+"""What one decoder layer does in the current step, in the place of its stock forward.
+
+A layer with nothing to skip and nothing to measure calls its stock forward, so an empty plan is the stock model. Scales
+and shifts are tensors that stay where they are and are written in place, so that a new scale is neither a new graph
+for `torch.compile` nor a stale address in a captured CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import get_ident
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adaskip.core import hf
+from adaskip.core.blocks import OUTPUT_SCALAR, Proved, execution_device, forward_attribute, restore_attribute
+from adaskip.core.plan import Affine, Compensation, SublayerKind
+
+FORWARDS = ("forward", hf.STOCK_FORWARD)
+"""Where a layer's computation may hang."""
+
+
+class SublayerProbe(Protocol):
+    """Takes part in a layer's forward to measure it."""
+
+    def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
+        """See input `a`, output `b` and, of a sublayer, `change` = b - a, all [B, S, D].
+
+        kind: "attention", "ffn", or "layer" for both together.
+        """
+        ...
+
+
+class Turn:
+    """Whose forward the patches work for. thread: its identity; None between forwards. compiled: the forward runs a
+    compiled graph, whose trace must not ask for the thread."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        self.compiled = False
+
+
+class StaysInPlace:
+    """Belongs to one model object: a copy or a pickle of the model made meanwhile would stay skipped for ever."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ValueError(
+            "the model is inside skipping(...) or a measurement, which belongs to this model object; copy or pickle "
+            "the model outside of it (save_pretrained and state_dict work inside, too)"
+        )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__reduce_ex__(None)
+
+
+LayerWork = tuple[str | None, str | None, bool]
+Work = tuple[LayerWork, ...]
+
+
+class LayerPatch(StaysInPlace):
+    """What one decoder layer does in the current step."""
+
+    def __init__(self, layer: nn.Module, index: int, proved: Proved, turn: Turn):
+        self.layer, self.index, self.structure, self.turn = layer, index, proved.structure, turn
+        self.width = proved.stream_width
+        self.finishes = hasattr(layer, OUTPUT_SCALAR)
+        self.skip_attention = self.skip_ffn = self.measure_ffn = False
+        self.idle = True
+        self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, of the kinds in `scales`
+        self.shifts: dict[SublayerKind, Tensor | None] = {}
+        self.probe: SublayerProbe | None = None
+        self.ffn_io: tuple[Tensor, Tensor] | None = None
+        self.stock: Any = None
+        self.own: Any = None  # the layer's own attribute before, if it had one
+        self.bound: Any = None  # what hangs on the layer while installed
+        self.name = "forward"
+        self.device, self.dtype = execution_device(layer), proved.stream_dtypes[index]  # where scales live
+        self._forget_scales()
+
+    def _forget_scales(self) -> None:
+        self.scales: dict[SublayerKind, Compensation] = {}
+        self.buffers: dict[tuple[str, str], Tensor] = {}  # the storage behind deltas and shifts
+
+    def install(self) -> None:
+        """Take over from the stock forward; what was stored for another device is forgotten."""
+        if (device := execution_device(self.layer)) != self.device:
+            self.device = device
+            self._forget_scales()
+        self.name = forward_attribute(self.layer)
+        self.own = self.layer.__dict__.get(self.name)
+        if isinstance(getattr(self.own, "__self__", None), LayerPatch):
+            raise ValueError(
+                f"layer {self.index} ({type(self.layer).__name__}) is also a layer of another model that is inside "
+                "skipping(...), a lossless generation or a measurement; leave that first"
+            )
+        self.stock = getattr(self.layer, self.name)
+        self.layer.__dict__[self.name] = self.bound = self.forward
+
+    def remove(self) -> None:
+        """Give the layer back what it had, wherever the patch hangs now; what others put there meanwhile stays."""
+        for name in FORWARDS:
+            if self.layer.__dict__.get(name) is self.bound and self.bound is not None:
+                restore_attribute(self.layer, name, self.own if name == self.name else self.stock)
+        self.bound = self.ffn_io = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a call of the layer still comes here, perhaps through accelerate's hook."""
+        return any(self.layer.__dict__.get(name) is self.bound for name in FORWARDS)
+
+    def set_work(self, *, skip_attention: bool, skip_ffn: bool, measure_ffn: bool) -> None:
+        """What the layer leaves out and keeps for measuring, from the next forward on."""
+        self.skip_attention, self.skip_ffn, self.measure_ffn = skip_attention, skip_ffn, measure_ffn
+        self._update_idle()
+
+    def set_probe(self, probe: SublayerProbe | None) -> None:
+        """Who sees the layer's sublayers, from the next forward on."""
+        self.probe = probe
+        self._update_idle()
+
+    def _update_idle(self) -> None:
+        self.idle = not (self.skip_attention or self.skip_ffn or self.measure_ffn) and self.probe is None
+
+    def set_scale(self, kind: SublayerKind, scale: Compensation) -> None:
+        """Compensate a skipped sublayer by `scale`, written in place; the device fills in a factor itself."""
+        if scale == self.scales.get(kind):
+            return
+        self.scales.pop(kind, None)  # should this be interrupted, the next call starts afresh
+        if isinstance(scale, Affine):
+            self.check_width(scale)
+            deltas = torch.tensor(scale.scale, dtype=torch.float64).sub_(1.0)
+            shifts = torch.tensor(scale.shift, dtype=torch.float64)
+            self.deltas[kind] = self._buffer(kind, "deltas", deltas.shape).copy_(deltas, non_blocking=True)
+            self.shifts[kind] = self._buffer(kind, "shifts", shifts.shape).copy_(shifts, non_blocking=True)
+        else:
+            self.deltas[kind] = None if scale == 1.0 else self._buffer(kind, "delta", ()).fill_(scale - 1.0)
+            self.shifts[kind] = None
+        self.scales[kind] = scale
+
+    def check_width(self, scale: Affine) -> None:
+        """Raise ValueError unless there is an entry for each channel of the stream."""
+        if len(scale.scale) != self.width:
+            raise ValueError(
+                f"an affine compensation of layer {self.index} has {len(scale.scale)} channels; the hidden states have "
+                f"{self.width}"
+            )
+
+    def _buffer(self, kind: SublayerKind, name: str, shape: Sequence[int]) -> Tensor:
+        if (kind, name) not in self.buffers:
+            with torch.inference_mode(False):  # else it could not be written outside of inference mode
+                self.buffers[kind, name] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self.buffers[kind, name]
+
+    def _follow(self, dtype: torch.dtype) -> None:
+        """The stream has another dtype than when it was probed (autocast): write the scales anew in that one."""
+        scales, self.dtype = self.scales, dtype
+        self._forget_scales()
+        for kind, scale in scales.items():
+            self.set_scale(kind, scale)
+
+    @property
+    def work(self) -> LayerWork:
+        """What a compiled graph of the layer depends on: how attention and FFN are skipped, what is measured."""
+        attention = self._skipped("attention") if self.skip_attention else None
+        return attention, self._skipped("ffn") if self.skip_ffn else None, self.measure_ffn
+
+    def _skipped(self, kind: SublayerKind) -> str:
+        scale = self.scales[kind]
+        return "affine" if isinstance(scale, Affine) else "plain" if scale == 1.0 else "scaled"
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """The layer without its skipped sublayers. hidden_states: [B, S, D], as is what is returned."""
+        if self.idle:
+            return self.stock(hidden_states, *args, **kwargs)
+        if not (self.turn.compiled and torch.compiler.is_compiling()):
+            if self.turn.thread != get_ident():
+                return self.stock(hidden_states, *args, **kwargs)
+            if hidden_states.dtype is not self.dtype:
+                self._follow(hidden_states.dtype)
+        if args and any(argument is not None for argument in args):
+            raise ValueError(
+                f"{type(self.layer).__name__} was called with {len(args)} further positional arguments; "
+                "skipping passes on keyword arguments only"
+            )
+        entry = hidden_states
+        if self.skip_attention:
+            hidden_states = _compensated(hidden_states, self.deltas["attention"], self.shifts["attention"])
+        else:
+            hidden_states = self._run("attention", hidden_states, kwargs)
+        middle = hidden_states
+        if self.skip_ffn:
+            hidden_states = _compensated(hidden_states, self.deltas["ffn"], self.shifts["ffn"])
+        else:
+            hidden_states = self._run("ffn", hidden_states, None)
+        if self.measure_ffn:
+            self.ffn_io = (middle, hidden_states)
+        if self.finishes:
+            hidden_states = self.structure.finish(self.layer, hidden_states)
+        if self.probe is not None:
+            self.probe.record("layer", self.index, entry, hidden_states, None)
+        return hidden_states
+
+    def _run(self, kind: SublayerKind, hidden_states: Tensor, kwargs: dict[str, Any] | None) -> Tensor:
+        sublayer = self.structure.attention if kind == "attention" else self.structure.ffn
+        change = sublayer.change(self.layer, hidden_states, kwargs)
+        output = hidden_states + change
+        if self.probe is not None:
+            self.probe.record(kind, self.index, hidden_states, output, change)
+        return output
+
+
+def _compensated(hidden_states: Tensor, delta: Tensor | None, shift: Tensor | None) -> Tensor:
+    """scale * h + shift as (h + shift) + h * (scale - 1): in half precision a scale near 1 would lose most digits.
+
+    Paper: Eq. (4), where there is no shift. delta: scale - 1, 0-dim or [D], or None for a scale of exactly 1.
+    shift: [D] or None.
+    """
+    shifted = hidden_states if shift is None else hidden_states + shift
+    return shifted if delta is None else torch.addcmul(shifted, hidden_states, delta)
