@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, MistralConfig
@@ -86,7 +87,7 @@ def test_a_fingerprint_that_is_no_text_is_refused(measured):
     ],
 )
 def test_what_changes_the_output_changes_the_fingerprint(change):
-    shape = {"hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 128}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 128}
     assert config_fingerprint(LlamaConfig(**shape)) != config_fingerprint(LlamaConfig(**{**shape, **change}))
 
 
@@ -119,7 +120,8 @@ def test_a_saved_configuration_has_the_fingerprint_of_the_model(family, tmp_path
 
 def test_notation_and_fields_that_nothing_depends_on_do_not_count():
     newer = LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0})
-    older = LlamaConfig(rope_theta=5000, rope_scaling={"type": "linear", "factor": 2}, attention_dropout=0.1)
+    older_fields: dict[str, Any] = {"rope_theta": 5000, "rope_scaling": {"type": "linear", "factor": 2}}
+    older = LlamaConfig(**older_fields, attention_dropout=0.1)
     assert config_fingerprint(older) == config_fingerprint(newer)
     windowless = MistralConfig(sliding_window=None)
     known = config_fingerprint(windowless)
