@@ -1,6 +1,6 @@
 # make test, make reproduce: each makes its own environment in .venv first.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
-PYTHON_COMPAT ?= python3.12
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+PYTHON_COMPAT ?= python3.13
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
 BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
@@ -45,12 +45,15 @@ test-gpu: setup
 test-compat:
 	$(PYTHON_COMPAT) -m venv .venv-compat
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 transformers==5.17.0
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[zh] \
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[all] \
 	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
 
-# The paper's tables, plots and observations on the testbed; continues where it was stopped. With MODEL=llama, internlm,
-# vicuna or all, the tables and plots of real checkpoints:
+# The paper's tables, plots and observations on the testbed's three models, into results/reproduced, in ten minutes on two cores: with
+# few samples a task and the committed profiles. What was stopped continues.
+#   make reproduce [DRY_RUN=1] [SUBSET=N [SEED=S]] [STRATEGIES="full adaskip"]
+#   make reproduce FULL=1           everything anew, with all samples and searches, into results/testbed
+# With MODEL=llama, internlm, vicuna or all, the tables and plots of real checkpoints:
 #   make reproduce MODEL=llama [CHECKPOINT=DIR] [DATA_DIR=DIR] [STRATEGIES="full adaskip"] [SUBSET=N [SEED=S]] [DRY_RUN=1]
 ifdef MODEL
 REAL_RUNS := results/$(if $(SUBSET),subset-$(SUBSET)-seed-$(or $(SEED),0)/)runs
@@ -64,8 +67,14 @@ reproduce: setup
 	if [ -n "$(DRY_RUN)" ] || [ $$status -gt 1 ]; then exit $$status; fi; \
 	$(BIN)/python eval/tables.py --results-dir $(REAL_RUNS) && $(BIN)/python eval/plots.py --results-dir $(REAL_RUNS) \
 	    && exit $$status
-else
+else ifdef FULL
+FULL_CPU_MINUTES := 130
+
 reproduce: setup
+	@echo "everything anew into results/testbed: about $(FULL_CPU_MINUTES) minutes of CPU time, $$(($(FULL_CPU_MINUTES) / $(JOBS))) minutes on $(JOBS) cores; the same command continues"
+	$(if $(DRY_RUN),$(BIN)/adaskip grid --testbed --dry-run,$(call reproduce_all))
+
+define reproduce_all
 	$(BIN)/adaskip grid --testbed --jobs $(JOBS)
 	$(BIN)/python eval/tables.py --testbed
 	$(BIN)/python eval/plots.py --testbed
@@ -75,6 +84,11 @@ reproduce: setup
 	    && $(BIN)/python observations/$$script.py --testbed --draw-only || exit 1; \
 	done
 	$(BIN)/python eval/online_ablation.py --testbed --jobs $(JOBS)
+endef
+else
+reproduce: setup
+	$(BIN)/python eval/reproduce.py --jobs $(JOBS) $(if $(STRATEGIES),--strategies $(STRATEGIES)) $(if $(SUBSET),--subset $(SUBSET)) \
+	    $(if $(SEED),--seed $(SEED)) $(if $(DRY_RUN),--dry-run)
 endif
 
 # The observations on real checkpoints: make observations MODEL=llama

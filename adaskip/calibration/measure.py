@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from adaskip.core import hf
 from adaskip.core.adapters import active_adapters
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.decoding import plain_generate
@@ -251,7 +252,7 @@ def _about(
         "adapter": active_adapters(model),
         "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": str(model.config._attn_implementation),
+        "attn_implementation": hf.attn_implementation(model),
         "dataset": str(dataset),
         "data_ids": tuple(str(i) for i in data_ids),
         "versions": {

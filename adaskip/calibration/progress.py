@@ -8,16 +8,17 @@ that was torn is passed over, and lines of another search stay for that. Who has
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from adaskip.calibration.search import Set
 from adaskip.common.locks import exclusive
-from adaskip.core.plan import Sublayer
+from adaskip.core.plan import Sublayer, SublayerKind
 
 Key = tuple[Set, int]
 
@@ -33,16 +34,23 @@ class Measured:
 class Progress:
     """The measure of a search: it runs each set on each prompt once, and keeps what came of it in the file at `path`.
 
-    run: divergence of a set on one prompt. identity: what the search depends on.
-    path: None keeps nothing beyond the process.
+    run: divergence of a set on one prompt. identity: what the search depends on. path: None keeps nothing beyond the
+    process. num_prompts: lines of further prompts are passed over.
     """
 
-    def __init__(self, run: Callable[[Set, int], float], path: Path | None, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        run: Callable[[Set, int], float],
+        path: Path | None,
+        identity: Mapping[str, Any],
+        num_prompts: int | None = None,
+    ):
         self.run, self.path = run, path
         self.known: dict[Key, Measured] = {}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.known = _continued(path, json.dumps({"search": identity}, sort_keys=True))
+            found = _continued(path, json.dumps({"search": identity}, sort_keys=True))
+            self.known = {key: value for key, value in found.items() if num_prompts is None or key[1] < num_prompts}
 
     def __call__(self, chosen: Set, which: Sequence[int]) -> list[float]:
         """Divergence of `chosen` on each of the prompts `which`."""
@@ -106,10 +114,16 @@ def _continued(path: Path, head: str) -> dict[Key, Measured]:
 
 
 def _entry(line: str) -> tuple[Key, Measured] | None:
-    """A line's set, prompt and measurement; None for one that was torn."""
+    """A line's set, prompt and measurement; None for one that was torn or damaged, which is measured again."""
     try:
         entry = json.loads(line)
         chosen = frozenset(Sublayer(kind, layer) for kind, layer in entry["set"])
-        return (chosen, entry["prompt"]), Measured(entry["divergence"], entry["seconds"])
-    except (ValueError, KeyError, TypeError):
+        prompt, divergence, seconds = entry["prompt"], float(entry["divergence"]), float(entry["seconds"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    whole = all(type(layer) is int and layer >= 0 and kind in get_args(SublayerKind) for kind, layer in chosen)
+    if not whole or type(prompt) is not int or prompt < 0:
+        return None
+    if not divergence >= 0 or not 0 <= seconds < math.inf:  # an infinite divergence is one that overflowed
+        return None
+    return (chosen, prompt), Measured(divergence, seconds)

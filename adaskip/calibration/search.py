@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import fmean, stdev
 
 from tqdm import tqdm
@@ -93,6 +94,8 @@ def search(
 
 def _beyond_chance(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """Whether `ours` are smaller than `theirs`, pair by pair; of a single pair, whatever it says."""
+    if not all(map(isfinite, (*ours, *theirs))):  # an output that overflowed is worse than any that did not
+        return sum(map(isfinite, ours)) > sum(map(isfinite, theirs))
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
     return fmean(gaps) < -STANDARD_ERRORS * error

@@ -19,6 +19,8 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress, held
 from adaskip.calibration.search import Choice, Set, most_measured, search
 from adaskip.core.plan import Budget, Phase, SkipPlan, Sublayer
+from adaskip.core.wrappers import unwrapped
+from adaskip.profiles.fingerprint import weights_fingerprint as fingerprint_of
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
@@ -44,12 +46,14 @@ def select(
     progress_path: Path | None = None,
     show_progress: bool = False,
     weights_fingerprint: str | None = None,
+    allow_other_weights: bool = False,
 ) -> SelectionProfile:
     """The sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
 
     prompts: token ids, 1-D; the closer to what the model will be asked, the better. importance: AdaSkip's profile, of
     candidates, scales and AdaSkip's own sets; if not given, it is measured on the same prompts. AdaSkip's sets are kept
-    wherever the search finds none that is better beyond chance.
+    wherever the search finds none that is better beyond chance. allow_other_weights: `importance` may be of other
+    weights of the same architecture, with a warning.
     progress_path: a file that keeps what is measured; after a stop the same call goes on there. It is left where it is,
     for what it took to measure is lost until the profile is saved: delete it then.
     show_progress: draw a progress bar if standard error is a terminal. weights_fingerprint: the model's, where it is
@@ -57,7 +61,12 @@ def select(
 
     Raises:
         LockedError: another process searches with the file at `progress_path`.
+        ProfileError: `importance` was measured on another model.
     """
+    if weights_fingerprint is None:
+        weights_fingerprint = fingerprint_of(model)
+    if importance is not None:
+        importance.check_fits(model, allow_other_weights=allow_other_weights, weights_fingerprint=weights_fingerprint)
     with held(progress_path):
         return _select(
             model,
@@ -100,7 +109,8 @@ def _select(
     progress = Progress(
         lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
         progress_path,
-        _identity(importance, prompts, phase, eos_token_ids, model.device),
+        _identity(model, measured, importance, prompts, phase, eos_token_ids),
+        num_prompts=len(divergence),
     )
     choices = search(
         progress,
@@ -155,22 +165,26 @@ def most_forwards(num_layers: int, num_prompts: int, up_to: int) -> int:
 
 
 def _identity(
+    model: PreTrainedModel,
+    measured: ImportanceProfile,
     importance: ImportanceProfile,
     prompts: Sequence[Tensor],
     phase: Phase,
     eos_token_ids: Sequence[int],
-    device: torch.device,
 ) -> dict[str, Any]:
-    """All that the divergences of a search depend on."""
+    """All that the divergences of a search depend on. measured: on the model itself, by which it is known."""
     told = str([list(eos_token_ids), *(torch.as_tensor(prompt).tolist() for prompt in prompts)])
+    config = {name: value for name, value in unwrapped(model).config.to_dict().items() if not name.startswith("_")}
     return {
         "phase": phase,
         "objective": OBJECTIVE,
-        "device": device.type,
+        "device": model.device.type,
         "versions": _versions(),
-        "weights": importance.weights_fingerprint,
-        "dtype": importance.dtype,
-        "attn_implementation": importance.attn_implementation,
+        "weights": measured.weights_fingerprint,
+        "adapter": measured.adapter,
+        "config": hashlib.sha256(str(sorted(config.items())).encode()).hexdigest(),
+        "dtype": measured.dtype,
+        "attn_implementation": measured.attn_implementation,
         "prompts": hashlib.sha256(told.encode()).hexdigest(),
         "scales": hashlib.sha256(str((importance.attention, importance.ffn)).encode()).hexdigest(),
     }

@@ -56,3 +56,15 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError unless a file can be written at `path`; its folder is made."""
+    if path.is_dir() or not path.name:
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaskip.core import hf
 from adaskip.core.decoder import (
     UnsupportedModelError,
     decoder_layers,
@@ -103,7 +104,7 @@ class BlockStructure:
 
 def _own_weights(layer: nn.Module) -> list[str]:
     """Names of parameters and buffers that belong to no part of the layer, those known aside."""
-    own = {**layer._parameters, **layer._buffers}
+    own = {**hf.own_parameters(layer), **hf.own_buffers(layer)}
     return sorted(name for name, tensor in own.items() if tensor is not None and name != OUTPUT_SCALAR)
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from adaskip.core.blocks import restore_attribute
+from adaskip.core.hf import NEXT_STEP
 from adaskip.core.patching import ModelPatches
 
-STEPS = ("prepare_inputs_for_generation", "forward")
+STEPS = (NEXT_STEP, "forward")
 """The methods that `generate` calls for each token: of the model before the forward, and the decoder's forward."""
 Place = tuple[Any, str, Any]
 """Whose attribute, its name, and what the object itself had there before, or None."""

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from transformers import CompileConfig
 
+from adaskip.core import hf
 from adaskip.core.patching import ModelPatches, Work
 
 MAX_STEP_GRAPHS = 8
@@ -64,7 +65,7 @@ def _pin_scales(patches: ModelPatches) -> None:
     """Tell the compiler that scales stay where they are, so that a captured graph reads them in place."""
     for patch in patches.patches:
         for buffer in patch.buffers.values():
-            torch._dynamo.mark_static_address(buffer)
+            hf.keep_address(buffer)
 
 
 def _step(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from adaskip.core.compiled import MAX_STEP_GRAPHS
+from adaskip.core.hf import NEXT_STEP
 from adaskip.core.patching import patches_of
 from adaskip.core.session import SkippingSession
 from adaskip.core.strategy import Strategy
@@ -53,7 +54,7 @@ def skipping(
     number of layers, the model is in training mode, or the context is nested.
     """
     model = unwrapped(model)
-    if not hasattr(model, "prepare_inputs_for_generation"):
+    if not hasattr(model, NEXT_STEP):
         raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language-model head")
     patches = patches_of(model)
     if strategy.num_layers != len(patches.patches):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaskip.core import hf
+
 INNER = ("language_model", "text_model", "decoder", "model", "transformer", "base_model")
 
 
@@ -75,7 +77,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
     Raises ValueError if it has neither weights nor buffers.
     """
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    hooks = (hook for part in module.modules() for hook in hf.device_hooks(part))
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((device for device in devices if device is not None), None)
     if device is not None:
@@ -87,8 +89,8 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def forward_attribute(layer: nn.Module) -> str:
-    """Where the layer's computation hangs: accelerate's hooks keep the stock forward in `_old_forward`."""
-    return "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+    """The attribute that holds the layer's own computation, also where accelerate's hooks wrap it."""
+    return hf.forward_name(layer)
 
 
 def restore_attribute(owner: Any, name: str, own: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, Stopp
 from adaskip.core.blocks import execution_device
 from adaskip.core.context import skipping
 from adaskip.core.decoding import plain_generate
+from adaskip.core.hf import on_any_device
 from adaskip.core.kv_cache import kv_bytes
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.core.strategy import Strategy
@@ -87,6 +87,8 @@ def generate(
     comes up: time a second generation of the same lengths. True is transformers' default, CUDA graphs where there is
     CUDA. Raises ValueError for a compiled generation on a cache that is not static.
     """
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode; answers are for inference: call model.eval()")
     caching = _cache_options(model, cache_implementation, compile)
     ids, mask = left_padded(input_ids, pad_token_id, execution_device(model))
     clock = _TokenClock()
@@ -143,13 +145,6 @@ def _cache_options(
         "cache_implementation": "static",
         "compile_config": on_any_device(CompileConfig() if compile is True else compile),
     }
-
-
-def on_any_device(config: CompileConfig) -> CompileConfig:
-    """The same for every device: transformers compiles on some only, unless it is told otherwise."""
-    config = copy.copy(config)
-    config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
-    return config
 
 
 def _until_end(token_ids: list[int], ends: list[int]) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from adaskip.core import hf
 from adaskip.core.plan import Compensation
 
 
@@ -106,12 +107,13 @@ def release_skipped(cache: Cache, skipped: Mapping[int, Compensation], slots: Se
             "an offloaded KV cache cannot go without layers; skip attention with a cache that is not offloaded"
         )
     while len(cache.layers) <= max(slots):  # a DynamicCache built without a config grows its layers lazily
-        if cache.layer_class_to_replicate is None:
+        layer = hf.new_cache_layer(cache)
+        if layer is None:
             raise ValueError(
                 f"this KV cache has {len(cache.layers)} layers, but the model's layers use slots up to {max(slots)} "
                 "(their layer_idx); give DynamicCache() without a config, which grows"
             )
-        cache.layers.append(cache.layer_class_to_replicate())
+        cache.layers.append(layer)
     layers: list[Any] = cache.layers
     live = [layers[i] for i in slots if i not in skipped]
     if not live:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from adaskip.core import hf
 from adaskip.core.blocks import (
     OUTPUT_SCALAR,
     Proved,
@@ -38,6 +39,8 @@ from adaskip.core.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan, Sublay
 from adaskip.core.wrappers import unwrapped
 
 NOTHING: frozenset[int] = frozenset()
+FORWARDS = ("forward", hf.STOCK_FORWARD)
+"""Where a layer's computation may hang."""
 
 
 class SublayerProbe(Protocol):
@@ -118,7 +121,7 @@ class LayerPatch(StaysInPlace):
 
     def remove(self) -> None:
         """Give the layer back what it had, wherever the patch hangs now; what others put there meanwhile stays."""
-        for name in ("forward", "_old_forward"):
+        for name in FORWARDS:
             if self.layer.__dict__.get(name) is self.bound and self.bound is not None:
                 restore_attribute(self.layer, name, self.own if name == self.name else self.stock)
         self.bound = self.ffn_io = None
@@ -126,7 +129,7 @@ class LayerPatch(StaysInPlace):
     @property
     def in_place(self) -> bool:
         """Whether a call of the layer still comes here, perhaps through accelerate's hook."""
-        return any(self.layer.__dict__.get(name) is self.bound for name in ("forward", "_old_forward"))
+        return any(self.layer.__dict__.get(name) is self.bound for name in FORWARDS)
 
     def set_work(self, *, skip_attention: bool, skip_ffn: bool, measure_ffn: bool) -> None:
         """What the layer leaves out and keeps for measuring, from the next forward on."""
@@ -385,9 +388,9 @@ def _description(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
     """All that a proof of the layers rests on, to be compared: parts, forwards, dtypes and places in the cache."""
     made_of = (
         (
-            *(layer.__dict__.get(name) for name in ("forward", "_old_forward")),
+            *(layer.__dict__.get(name) for name in FORWARDS),
             type(layer).forward,
-            tuple(layer._modules.items()),
+            tuple(layer.named_children()),
             hasattr(layer, OUTPUT_SCALAR),
             next((p.dtype for p in layer.parameters()), None),
         )
@@ -415,7 +418,7 @@ def patches_of(model: nn.Module) -> ModelPatches:
 def _refuse_compiled_in_place(model: nn.Module, decoder: nn.Module) -> None:
     """`module.compile()` keeps a graph that does not see what is changed afterwards."""
     parts = (model, decoder, *decoder_layers(model))
-    compiled = [type(part).__name__ for part in parts if getattr(part, "_compiled_call_impl", None) is not None]
+    compiled = [type(part).__name__ for part in parts if hf.is_compiled_in_place(part)]
     if compiled:
         raise ValueError(
             f"{compiled[0]} was compiled in place by .compile(), whose graph would not follow the plan; load the model "

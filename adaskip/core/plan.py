@@ -193,9 +193,12 @@ def _layer(layer: Any, *, of_text: bool = False) -> int:
 
 
 def _finite(value: Any) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
-        raise ValueError(f"a scale or shift must be a finite number; got {value!r}")
-    return float(value)
+    try:
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
+            raise ValueError(f"a scale or shift must be a finite number; got {value!r}")
+        return float(value)
+    except OverflowError:
+        raise ValueError("a scale or shift must be a finite number; got an integer beyond every float") from None
 
 
 def _checked(scale: Compensation) -> Compensation:

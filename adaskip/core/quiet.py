@@ -7,8 +7,7 @@ is, the module that defines its function says.
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from adaskip.core import hf
 
 # packages whose hooks move, split, dequantise or position what a model computes; `transformers_modules` is remote code
 COMPUTING = frozenset({
@@ -35,7 +36,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         for device in _device_types(model):
             stack.enter_context(torch.autocast(device, enabled=False))
-        if "torch._dynamo" in sys.modules:  # else nothing can be compiled
+        if hf.is_compiler_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_same_random_numbers(model))
         stack.enter_context(_same_attributes(model))
@@ -69,10 +70,8 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _same_attributes(model: nn.Module) -> Iterator[None]:
     """Attributes, buffers and children of modules without weights of their own are the same objects afterwards."""
-    owners = [module for module in model.modules() if not module._parameters]
-    holders: list[dict[str, Any]] = [
-        held for module in owners for held in (module.__dict__, module._buffers, module._modules)
-    ]
+    owners = [module for module in model.modules() if not hf.own_parameters(module)]
+    holders: list[dict[str, Any]] = [held for module in owners for held in hf.holders(module)]
     saved = [dict(held) for held in holders]
     try:
         yield
@@ -89,7 +88,7 @@ def without_user_hooks(model: nn.Module) -> Iterator[None]:
 
     The dictionaries of hooks stay the same objects, since handles refer to them.
     """
-    held = list(_hook_dictionaries(model.modules()))
+    held = list(hf.hook_dictionaries(model.modules()))
     saved = [dict(hooks) for hooks in held]
     try:
         for hooks in held:
@@ -101,14 +100,6 @@ def without_user_hooks(model: nn.Module) -> Iterator[None]:
             if list(hooks.items()) != list(before.items()):
                 hooks.clear()
                 hooks.update(before)
-
-
-def _hook_dictionaries(modules: Iterable[nn.Module]) -> Iterator[dict[int, Any]]:
-    yield nn.modules.module._global_forward_pre_hooks
-    yield nn.modules.module._global_forward_hooks
-    for module in modules:
-        yield module._forward_pre_hooks
-        yield module._forward_hooks
 
 
 def computes(hook: Any) -> bool:

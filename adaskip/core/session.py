@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from adaskip.core.blocks import find_decoder
 from adaskip.core.calls import GenerateCalls, Place
 from adaskip.core.compiled import StepKind, compiled_steps
+from adaskip.core.hf import CANDIDATES, COMPILED_STEPS, CONTINUOUS_BATCHING, NEXT_STEP, PREFILL
 from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.patching import NOTHING, ModelPatches, StaysInPlace
 from adaskip.core.plan import SkipPlan
@@ -130,8 +131,8 @@ class SkippingSession(StaysInPlace):
         stock_generate: Any = self.model.generate
         own = {
             "generate": self.calls.counted(stock_generate, self._check_call),
-            "prepare_inputs_for_generation": self._wrapped_prepare(),
-            "get_compiled_call": self.get_compiled_call,
+            NEXT_STEP: self._wrapped_prepare(),
+            COMPILED_STEPS: self.get_compiled_call,
         }
         refused = {name: self._refused(name) for name in CONTINUOUS_BATCHING if hasattr(self.model, name)}
         return {**own, **refused, CANDIDATES: self._checked_candidates(), PREFILL: self._marked_prefill()}
@@ -404,14 +405,6 @@ class SkippingSession(StaysInPlace):
     def _check_open(self) -> None:
         if self.calls.ended:
             raise ValueError("this skipping(...) context has ended; its model and its requests cannot go on with it")
-
-
-CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-"""Methods of transformers models that serve many requests from one paged cache."""
-CANDIDATES = "_get_candidate_generator"
-"""The method of transformers models that assisted decoding, and it alone, begins with."""
-PREFILL = "_prefill"
-"""The method of transformers models by which `generate` reads a prompt, whole or in chunks."""
 
 
 def _check_cache(cache: Any) -> None:

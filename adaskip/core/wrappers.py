@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from adaskip.core import hf
+
 
 def unwrapped(model: Any) -> Any:
     """The transformers model inside wrappers that leave it whole: `torch.compile`, PEFT, DistributedDataParallel.
@@ -25,8 +27,8 @@ def unwrapped(model: Any) -> Any:
                 f"{type(model).__name__} with {model.active_peft_config.peft_type} puts learnt tokens before the "
                 "prompt, which no plan knows of; adapters that change weights (LoRA and the like) can be skipped"
             )
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if (inside := hf.inside_compiled(model)) is not None:
+            model = inside
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):

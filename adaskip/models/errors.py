@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,6 @@ def said_in_one_line(what: str) -> Iterator[None]:
         raise
     except (
         *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, EOFError),
-        *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
+        *(IndexError, SafetensorError, StrictDataclassError, pickle.UnpicklingError, struct.error),
     ) as error:
         raise ModelError(f"{what}: {one_line(error)}") from error

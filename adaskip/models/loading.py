@@ -246,6 +246,10 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         else:
             named = gguf_options(folder)
             tokenizer = AutoTokenizer.from_pretrained(**named, local_files_only=True, trust_remote_code=False)
+    if not tokenizer("The 1st.", add_special_tokens=False).input_ids:
+        raise ModelError(
+            f"the tokenizer in {folder} makes no tokens of a text: {type(tokenizer).__name__} cannot read it"
+        )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -159,7 +159,7 @@ def find_source(
             f"--model {model} names its weights and --checkpoint {checkpoint} others: give one of them, or with "
             f"--checkpoint one of the models {', '.join(registry())}"
         )
-    source = str(model or checkpoint)
+    source = model if model is not None else str(checkpoint)
     if checkpoint is None:
         _check_unlisted(source)
     listed = next((entry for entry in registry().values() if entry.checkpoint == source.partition("@")[0]), None)
@@ -187,6 +187,8 @@ def name_of(source: str) -> str:
 def _check_unlisted(given: str) -> None:
     """Refuse what cannot name weights, and what would take the name of a model of the registry."""
     path = Path(given).expanduser()
+    if not given.strip():
+        raise unknown_model(given)
     if not path.exists():
         if given.startswith(LOCAL_PREFIXES) or given.lower().endswith(".gguf"):
             raise ModelError(f"model {given!r} does not exist: no such folder or .gguf file")

@@ -27,8 +27,11 @@ def number(what: str, value: Any, least: float = -math.inf, most: float = math.i
     """`value` as a float; ProfileError unless it is a number (not a bool) from `least` to `most` and not NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         limits = f" from {least:g} to {most:g}" if (least, most) != (-math.inf, math.inf) else ""
-        raise ProfileError(f"{what} must be a number{limits}; got {value!r}")
-    return float(value)
+        raise ProfileError(f"{what} must be a number{limits}; got {str(value)[:40]!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ProfileError(f"{what} is larger than any float") from None
 
 
 def finite(what: str, value: Any, least: float = -math.inf) -> float:
@@ -77,7 +80,7 @@ def read_record(path: str | Path, expected_format: str, what: str) -> dict[str, 
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
         raise ProfileError(f"{path} is not JSON: {error}") from error
     found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
     if found != expected_format:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from adaskip.core import hf
 from adaskip.core.wrappers import unwrapped
 from adaskip.profiles.config_identity import config_fingerprint
 from adaskip.profiles.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
@@ -47,14 +48,14 @@ def weights_fingerprint(model: nn.Module) -> str:
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         for name, tensor in _own_weights(module):
-            yield f"{prefix}.{name}".replace("_orig_mod.", "").lstrip("."), tensor
+            yield f"{prefix}.{name}".replace(f"{hf.ORIGINAL_MODULE}.", "").lstrip("."), tensor
 
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a module itself, as plain tensors."""
     special = is_bitsandbytes(module)
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if name in module._non_persistent_buffers_set or (special and name in ("weight", "bias")):
+        if name in hf.non_persistent_buffers(module) or (special and name in ("weight", "bias")):
             continue
         try:
             for part, plain in plain_tensors(_loaded(module, name, tensor.detach())):
@@ -69,15 +70,16 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _loaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """The tensor, or what accelerate keeps for it elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):
-        elsewhere = getattr(part, "weights_map", None)
+    for hook in hf.device_hooks(module):
+        elsewhere = getattr(hook, "weights_map", None)
         if tensor.is_meta and elsewhere is not None:
             return elsewhere[name]
     return tensor
 
 
 def _sample(tensor: Tensor) -> bytes:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"a weight of layout {tensor.layout} has no fingerprint; give strided (dense) weights")
     step = max(1, tensor.numel() // SAMPLES) | 1  # odd, so that samples walk through the columns of a matrix
     sample = tensor.reshape(-1)[::step].contiguous()
     return sample.view(torch.uint8).cpu().numpy().tobytes()

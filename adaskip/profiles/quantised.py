@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from adaskip.core import hf
 
 Content = Iterator[tuple[str, Tensor]]
 """Names and plain tensors."""
@@ -29,14 +30,14 @@ def plain_tensors(tensor: Tensor) -> Content:
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):  # DTensor
         yield from plain_tensors(tensor.full_tensor())  # pyright: ignore
-    elif is_traceable_wrapper_subclass(tensor):
+    elif hf.is_traceable_wrapper_subclass(tensor):
         yield from _of_subclass(tensor)
     elif tensor.is_quantized:
         yield f"({tensor.dtype})", tensor.dequantize()
     elif type(tensor) is Tensor:
         yield "", tensor
     else:  # a subclass with a storage of its own, such as the parameters of bitsandbytes
-        with torch._C.DisableTorchFunctionSubclass():
+        with hf.without_torch_function():
             yield "", tensor.as_subclass(Tensor)
 
 
@@ -107,12 +108,9 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 def further_tensors(module: nn.Module) -> Content:
     """What a module saves besides its parameters and buffers: packed weights, extra state."""
-    own_save = type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
-    own_state = type(module).get_extra_state is not nn.Module.get_extra_state
-    if not (own_save or own_state) or is_bitsandbytes(module):
+    if not hf.saves_more(module) or is_bitsandbytes(module):
         return
-    saved: dict[str, Any] = {}
-    module._save_to_state_dict(saved, "", keep_vars=False)
+    saved = hf.saved_state(module)
     known = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
     for name in saved.keys() - known:
         yield from _tensors_in(name, saved[name])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.benchmarks.longbench import TaskSpec, get_task
-from adaskip.core.plan import Budget, Phase, check_phase
+from adaskip.core.plan import Phase, check_phase
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
@@ -223,8 +223,3 @@ def find_cells(config: GridConfig) -> list[RunConfig]:
 
 def _budgets(config: WorkConfig, model: str) -> tuple[int, ...]:
     return config.setup.budgets_for(find_loading(config, model).num_layers)
-
-
-def budget_of(job: Job) -> Budget:
-    """The job's budget; nothing where it is not chosen yet."""
-    return Budget(sublayers=job.sublayers or 0)

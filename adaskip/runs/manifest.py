@@ -16,6 +16,7 @@ import torch
 from adaskip.common.paths import as_seen_from_root
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.blocks import decoder_layers
+from adaskip.core.hf import attn_implementation
 from adaskip.models.companion_files import FIELDS
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile
@@ -91,7 +92,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": loaded.spec.chat_template,
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": attn_implementation(model),
         "device_name": device_name(model.device),
         "threads": torch.get_num_threads(),
         "versions": {

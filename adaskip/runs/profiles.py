@@ -20,12 +20,13 @@ from adaskip.benchmarks.longbench import get_task
 from adaskip.calibration.divergence import OBJECTIVE
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
-from adaskip.common.files import remove_torn
+from adaskip.common.files import check_writable, remove_torn
 from adaskip.common.locks import exclusive
+from adaskip.core.hf import attn_implementation
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.fingerprint import config_fingerprint
-from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.config import CalibrateConfig
@@ -70,7 +71,7 @@ class Wanted:
             "weights": loaded.weights_fingerprint,
             "dtype": str(loaded.model.dtype),
             "device": loaded.model.device.type,
-            "attn_implementation": loaded.model.config._attn_implementation,
+            "attn_implementation": attn_implementation(loaded.model),
             "chat_template": loaded.spec.chat_template,
             "max_prompt_tokens": loaded.spec.max_prompt_tokens,
             "samples": fingerprint(self.calibration.samples),
@@ -152,24 +153,32 @@ def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]
     path = wanted.path
     with exclusive(path.with_suffix(".lock"), wait=True):  # whoever comes second finds the file
         remove_torn(path)
-        if is_ours := wanted.path == path:
-            _ensure(wanted, path, show_progress)
-    if not is_ours:  # while this process waited, the file was made with another configuration or tokenizer
+        profile = _ensured(wanted, path, show_progress) if wanted.path == path else None
+    if profile is None:  # while this process waited, that file was made with another configuration or tokenizer
         return keep(wanted, show_progress=show_progress)
-    kind = ImportanceProfile if wanted.phase is None else SelectionProfile
-    profile, loaded = kind.load(path), wanted.loaded
-    profile.check_fits(loaded.model, weights_fingerprint=loaded.weights_fingerprint)
     return profile, path
 
 
-def _ensure(wanted: Wanted, path: Path, show_progress: bool) -> None:
-    """Make the profile, whose lock is held, where there is none."""
+def _ensured(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
+    """The profile whose lock is held, made first where there is none."""
     if not path.is_file():
         if others := _others_line(wanted, path):
             logger.warning("%s", others)
         made = _make(wanted, path, show_progress)
         replace(made, tokenizer_files=wanted.loaded.spec.tokenizer_files).save(path)
+    profile = _kept(wanted, path)
     _progress_path(path).unlink(missing_ok=True)
+    return profile
+
+
+def _kept(wanted: Wanted, path: Path) -> Profile:
+    kind = ImportanceProfile if wanted.phase is None else SelectionProfile
+    try:
+        profile = kind.load(path)
+        profile.check_fits(wanted.loaded.model, weights_fingerprint=wanted.loaded.weights_fingerprint)
+    except ProfileError as error:
+        raise ProfileError(f"{error}; delete {path} to make it again") from None
+    return profile
 
 
 def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
@@ -228,7 +237,7 @@ def _told(wanted: Wanted) -> dict[str, Any]:
     return {
         "weights_fingerprint": wanted.loaded.weights_fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": attn_implementation(model),
         "dataset": _dataset(wanted.samples),
         "data_ids": [sample["_id"] for _, sample in wanted.samples],
     }
@@ -283,6 +292,8 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
     torch.manual_seed(config.seed)
     loading = find_loading(config, config.model, config.max_prompt_tokens)
     loading.check_limit()
+    if config.output is not None:
+        check_writable(Path(config.output))
     phase = None if config.select is None else check_phase(config.select)
     tasks = () if phase is None else config.tasks or config.setup.phases[phase].tasks
     wanted = Wanted(

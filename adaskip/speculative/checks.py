@@ -6,14 +6,12 @@ import sys
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from adaskip.core.blocks import find_decoder
-
-SLIDING_MASK = "create_sliding_window_causal_mask"
-"""The function of transformers that every decoder with windows imports to build its masks."""
+from adaskip.core.hf import SLIDING_MASK, changes_arguments
 
 
 def check_request(
@@ -78,8 +76,7 @@ def _check_rope(model: PreTrainedModel, prompt_length: int, max_length: int) -> 
 
 def _check_arguments(model: PreTrainedModel) -> None:
     """Refuse models that change the arguments of a forward from token to token in a way of their own."""
-    name = "_update_model_kwargs_for_generation"  # private: where transformers renames it, no model has its own
-    if getattr(type(model), name, None) is not getattr(GenerationMixin, name, None):
+    if changes_arguments(model):
         raise ValueError(
             f"{type(model).__name__} changes its arguments after every token by a method of its own, which several "
             "tokens at once would miss; lossless takes models that leave it to transformers"

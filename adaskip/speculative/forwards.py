@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from adaskip.core import hf
 from adaskip.core.patching import ModelPatches
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 
@@ -34,8 +35,8 @@ class Forwards:
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Run the prompt through the full model; logits of its last token, [1, V]."""
-        logits = self.model._prefill(input_ids, self.config, self.kwargs).logits[0, -1:]
-        self.cache.activate_past_recording()  # from here on sliding layers keep what a draft pushes out of the window
+        logits = hf.prefill(self.model, input_ids, self.config, self.kwargs).logits[0, -1:]
+        hf.keep_what_leaves_the_window(self.cache)  # a draft pushes tokens out that are taken back later
         self._grow(self.config.max_length - self.prompt_length)
         return logits.to(input_ids.device, torch.float32, copy=True)
 
@@ -103,9 +104,7 @@ class Forwards:
 
     def stop_recording(self) -> None:
         """Sliding layers behave as before: a cache may live on after the request."""
-        for layer in self.cache.layers:
-            if hasattr(layer, "record_past"):
-                layer.record_past = False  # pyright: ignore[reportAttributeAccessIssue]
+        hf.stop_keeping(self.cache)
 
 
 class _DraftSlidingLayer(DynamicSlidingWindowLayer):

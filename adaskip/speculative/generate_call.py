@@ -7,25 +7,15 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
-from types import FrameType
 from typing import Any
 
-from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+
+from adaskip.core.hf import GENERATE_LOCALS, generate_arguments
 
 TOKENIZER: ContextVar[Any] = ContextVar("TOKENIZER")
 """What the running `generate` was given as its tokenizer; set inside `with lossless(model, strategy)` alone."""
 LOST = object()
-
-
-def generate_arguments() -> dict[str, Any] | None:
-    """Arguments and variables of the innermost `GenerationMixin.generate` that is running; None outside of it."""
-    mixin: Any = GenerationMixin
-    code = inspect.unwrap(mixin.generate).__code__
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return None if frame is None else dict(frame.f_locals)
 
 
 def streamer_of_generate() -> BaseStreamer | None:
@@ -34,7 +24,7 @@ def streamer_of_generate() -> BaseStreamer | None:
     Raises ValueError where it cannot be told, and for arguments under which a custom decoding method cannot be right.
     """
     given = generate_arguments()
-    if given is None or not {"streamer", "assistant_model", "synced_gpus"} <= given.keys():
+    if given is None or not given.keys() >= GENERATE_LOCALS:
         raise ValueError(
             "lossless(...) is called by transformers' own generate, whose streamer it looks up; this call does not "
             "come from there"

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from adaskip.core.blocks import restore_attribute
+from adaskip.core.hf import HEALING, STOPPING
 from adaskip.speculative.generate_call import TOKENIZER
 
 
@@ -64,8 +65,7 @@ def lossless_generate(model: PreTrainedModel, decoder: Callable[..., Any]) -> It
         raise ValueError("the model is already inside `with lossless(...)`; contexts do not nest")
     overrides = {
         "generate": _Generate(model.generate, decoder),
-        "_get_stopping_criteria": _WithTokenizer(model._get_stopping_criteria),  # builds those of stop_strings
-        "heal_tokens": _WithTokenizer(model.heal_tokens),
+        **{name: _WithTokenizer(getattr(model, name)) for name in (STOPPING, HEALING)},
     }
     own = {name: model.__dict__.get(name) for name in overrides}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import LlamaForCausalLM
 from adaskip import cli
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
-from adaskip.runs import profiles
+from adaskip.runs import config, profiles
 from tests.tiny_runs import cell, error_of
 
 
@@ -38,6 +39,13 @@ def measured(monkeypatch) -> list[str]:
     monkeypatch.setattr(profiles, "select", noted("selection", select))
     monkeypatch.setattr(profiles, "calibrate", noted("importance", calibrate))
     return calls
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """A search takes as long as it has samples; six show what the setup's twenty would."""
+    setup = config.load_setup
+    monkeypatch.setattr(config, "load_setup", lambda name: replace(setup(name), calibration_samples=6))
 
 
 CALIBRATE = {"adaskip": [], "calibrated": ["--select", "decode"]}

@@ -94,7 +94,7 @@ def whole(options, tmp_path):
     return whole
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_several_processes_leave_the_bytes_of_one(launch, whole, options, tmp_path, size, batch_size):
     assert launch(size, [*ARGV, *options, "--batch-size", str(batch_size)]) == ([0] * size, [])
     folder = tmp_path / "runs" / LABEL

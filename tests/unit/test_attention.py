@@ -44,6 +44,7 @@ def step_code(model) -> str:
     return "\n".join(graph.code for graph in graphs)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_does_not_write_out_every_heads_keys():
     assert ".expand(1, 2, 2," in step_code(random_model("llama"))
     code = step_code(packed("llama"))

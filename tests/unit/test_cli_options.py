@@ -226,6 +226,12 @@ def test_without_a_budget_a_run_skips_an_eighth(strategy):
     assert job.resolve(RunConfig(**CELL | {"strategy": strategy}, testbed=True)).cell.sublayers == 4
 
 
+@pytest.mark.parametrize(("strategy", "sublayers"), [("early_exit", 4), ("adaskip", 3), ("calibrated", 3)])
+@pytest.mark.parametrize("budget", [{"alpha": 1.05}, {"fraction": 0.05}])
+def test_a_ratio_is_rounded_to_the_unit_the_strategy_can_skip(strategy, sublayers, budget):
+    assert job.resolve(RunConfig(**CELL | {"strategy": strategy} | budget)).cell.sublayers == sublayers
+
+
 def test_a_grid_of_several_models_has_no_checkpoint():
     with pytest.raises(ValueError, match="exactly one of --models"):
         GridConfig(checkpoint="x")
@@ -234,7 +240,8 @@ def test_a_grid_of_several_models_has_no_checkpoint():
 def test_a_reader_that_has_had_enough_of_a_dry_run_is_no_error():
     ours, theirs = os.pipe()
     os.close(ours)
-    command = [sys.executable, "-m", "adaskip", "grid", "--dry-run", "--testbed", "--models", "llama"]
+    few = ["--models", "llama", "--phases", "prefill", "--strategies", "full", "adaskip", "--limit", "1"]
+    command = [sys.executable, "-m", "adaskip", "grid", "--dry-run", "--testbed", *few]
     try:
         done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
     finally:

@@ -32,10 +32,10 @@ CASES = [  # and how many sets the decode steps go through
     (early_exit, "e2e", 1),
     (unified, "e2e", 1),
     (skip_decode, "e2e", 2),
-    (skip_decode, "decode", 2),
-    (ada_skip, "e2e", 2),
+    pytest.param(skip_decode, "decode", 2, marks=pytest.mark.slow),
+    pytest.param(ada_skip, "e2e", 2, marks=pytest.mark.slow),
     (ada_skip, "decode", 2),
-    (ada_skip, "prefill", 1),
+    pytest.param(ada_skip, "prefill", 1, marks=pytest.mark.slow),
     (scaled, "decode", 1),
     (affine_plan, "e2e", 1),
 ]
@@ -56,7 +56,7 @@ def test_compiled_decode_is_eager_decode_with_a_graph_for_each_set(make, phase, 
         assert len(graphs) == num_sets
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_sliding_windows_compile_too(family):
     model, graphs = random_model(family), CountedGraphs()
     prompts, config = random_prompts([9, 4, 7]), graphs.config()
@@ -150,8 +150,14 @@ def test_graphs_and_scales_do_not_keep_the_model_alive():
     assert gone() is None
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("compiled_before", [False, True])
+@pytest.mark.parametrize(
+    ("compiled_before", "fullgraph"),
+    [
+        (False, False),
+        (True, True),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((False, True), (True, False))),
+    ],
+)
 def test_a_direct_call_of_a_compiled_model_is_refused(compiled_before, fullgraph):
     torch.compiler.reset()  # the compiler remembers, for the whole process, a function in which an error came up
     model, ids = random_model("llama"), random_prompts([6])[0][None]
@@ -200,7 +206,7 @@ def answers(model, strategy, **options):
     return generate(model, strategy, prompts, max_new_tokens=6, eos_token_ids=[2], pad_token_id=0, **options)
 
 
-@pytest.mark.parametrize("make", [None, scaled])
+@pytest.mark.parametrize("make", [pytest.param(None, marks=pytest.mark.slow), scaled])
 def test_timed_generation_on_a_static_cache_compiles_on_demand(make):
     model, graphs = random_model("llama"), CountedGraphs()
     strategy = make and make("e2e", 1.1)

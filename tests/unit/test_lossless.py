@@ -71,7 +71,7 @@ def plans(draw):
     return SkipPlan.of_sublayers({sublayer: draw(scales) for sublayer in chosen})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     family=st.sampled_from(sorted(MODELS)),
     prompt=st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=14),

@@ -31,6 +31,9 @@ class RedrawFromTheFullModel(Sampling):
         return token if drafted is None or int(token) == drafted.token else super().verify(scores, None)
 
 
+BROKEN_RULE = pytest.param(AcceptAll, marks=pytest.mark.slow)
+
+
 def p_value(counts, probabilities):
     """Of the hypothesis that counts were drawn with these probabilities; outcomes expected under 5 times are pooled."""
     expected = torch.tensor(probabilities, dtype=torch.float64) * sum(counts)
@@ -114,7 +117,7 @@ def exact_probabilities(model, prompt, processor=None):
     return answers
 
 
-@pytest.mark.parametrize("chooser", [Sampling, AcceptAll], ids=["speculative sampling", "broken"])
+@pytest.mark.parametrize("chooser", [Sampling, BROKEN_RULE], ids=["speculative sampling", "broken"])
 def test_answers_are_drawn_as_the_full_model_draws_them(chooser, monkeypatch):
     monkeypatch.setattr("adaskip.speculative.rounds.Sampling", chooser)
     model = random_model("llama", num_layers=2, vocab_size=8)
@@ -137,7 +140,9 @@ def test_answers_are_drawn_as_the_full_model_draws_them(chooser, monkeypatch):
         assert 0 < decoder.statistics.accepted < decoder.statistics.judged
 
 
-@pytest.mark.parametrize("stateless", [(), (FrequencyPenalty,)], ids=["kept from drafts", "broken"])
+@pytest.mark.parametrize(
+    "stateless", [(), pytest.param((FrequencyPenalty,), marks=pytest.mark.slow)], ids=["kept from drafts", "broken"]
+)
 def test_answers_under_a_processor_with_state_are_drawn_as_the_full_model_draws_them(stateless):
     """Broken: the processor counts drafted tokens, rejected ones too."""
     model = random_model("llama", num_layers=2, vocab_size=8)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from adaskip.core.context import skipping
+from adaskip.core.hf import TorchDispatchMode
 from adaskip.strategies import Strategy
 
 STEPS = 8

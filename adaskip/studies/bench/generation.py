@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.context import skipping
 from adaskip.core.decoding import plain_generate
-from adaskip.core.generate import on_any_device
+from adaskip.core.hf import on_any_device
 from adaskip.core.kv_cache import kv_bytes, restore_emptied
 from adaskip.core.patching import patches_of
 from adaskip.core.request import RequestTrace

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from adaskip import testbed
 from adaskip.core.blocks import decoder_layers
+from adaskip.core.hf import attn_implementation
 from adaskip.core.packed_sdpa import register_packed
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel, architecture, load_model
@@ -69,7 +70,7 @@ class Subject:
             "num_layers": self.num_layers,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": model.config._attn_implementation,
+            "attn_implementation": attn_implementation(model),
             "profile": f"{self.profile.dataset} ({self.profile.tokens} tokens)"
             if self.profile.data_ids
             else self.profile.dataset,

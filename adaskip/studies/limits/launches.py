@@ -10,10 +10,10 @@ import copy
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from adaskip.core.context import skipping
+from adaskip.core.hf import TorchDispatchMode
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.strategies import FixedPlan
 

@@ -6,7 +6,8 @@ of its own. What was stopped continues.
 
 from __future__ import annotations
 
-import os
+import io
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -68,8 +69,8 @@ def _run(config: ReproduceConfig) -> int:
     jobs = [resolve(cell) for cell in cells]
     for job in jobs:
         check(job)
+    queue = [Queued(job.cell.label, cell) for job, cell in zip(jobs, cells, strict=True)]
     with Whole(total_s) as whole:
-        queue = [Queued(job.cell.label, cell) for job, cell in zip(jobs, cells, strict=True)]
         failed = _run_cells(queue, config.num_jobs, whole)
         whole.stage("observations")
         _side_by_side(measurements, config.num_jobs, whole)
@@ -113,10 +114,17 @@ def _side_by_side(work: Sequence[Measurement], jobs: int, whole: Whole) -> None:
             raise
 
 
+class NoTerminal(io.TextIOWrapper):
+    """Standard error on which nobody draws a bar; warnings come through."""
+
+    def isatty(self) -> bool:
+        return False
+
+
 def _quiet() -> None:
     """In a process that measures: no bars but the whole's."""
     disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
+    sys.stderr = NoTerminal(sys.stderr.buffer, line_buffering=True)
 
 
 def _draw(config: ReproduceConfig) -> list[str]:

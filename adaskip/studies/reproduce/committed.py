@@ -9,7 +9,7 @@ from pathlib import Path
 from adaskip.common.files import write_bytes_atomic
 from adaskip.common.paths import default_path
 from adaskip.runs.config import RunConfig
-from adaskip.strategies import CalibratedSkip, needs_profile
+from adaskip.strategies import needs_profile, needs_selection
 
 ARCHIVE = "results/testbed/runs.tar.xz"
 """Runs and profiles of the committed results."""
@@ -37,7 +37,8 @@ def read_profiles(archive: Path | None = None) -> dict[str, bytes]:
     except FileNotFoundError:
         raise ProfilesError(f"{path} is missing, which holds the committed profiles; {anew}") from None
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ProfilesError(f"{path} cannot be read ({error}); {anew}") from None
+        reason = str(error).split("\n")[0].rstrip(":")
+        raise ProfilesError(f"{path} cannot be read ({reason}); {anew}") from None
     if not profiles:
         raise ProfilesError(f"{path} holds no {FOLDER}; {anew}")
     return profiles
@@ -58,7 +59,7 @@ def profile_of(cell: RunConfig, folder: Path) -> str | None:
     """
     if not needs_profile(cell.strategy):
         return None
-    selected = f"selection-{cell.phase}-" if cell.strategy == CalibratedSkip.name else ""
+    selected = f"selection-{cell.phase}-" if needs_selection(cell.strategy) else ""
     found = sorted(folder.glob(f"{cell.model}-{selected}????????.json"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"

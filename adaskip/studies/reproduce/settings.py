@@ -17,7 +17,7 @@ from adaskip.strategies.names import GRID_STRATEGIES
 from adaskip.studies.observations.settings import ObserveConfig, Target, load_observations
 
 OUTPUT_DIR = "results/reproduced"
-SAMPLE_S = {"prefill": 0.25, "decode": 0.7, "e2e": 0.7}
+SAMPLE_S = {"prefill": 0.3, "decode": 0.9, "e2e": 0.9}
 """CPU seconds of a sample of a cell, on one core; only their ratios matter to the time left."""
 TARGET_S = {"prefill": 0.15, "decode": 0.4}
 """CPU seconds of a sample of an observation."""

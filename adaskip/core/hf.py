@@ -1,0 +1,202 @@
+"""Every private or half-private name of torch, accelerate and transformers that the library touches.
+
+Private names change without notice, so each stands here alone, as a constant or a small function, and
+`tests/unit/test_hf_names.py` fails when a release renames one or changes what it does. All of them are in torch 2.11 to
+2.13 and in transformers 5.17 to 5.23, the supported releases; "since" says where a name is known to come from.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from transformers import CompileConfig, GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+
+__all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass"]  # re-exported; both since torch 2.1 in this module
+
+# torch: modules
+
+ORIGINAL_MODULE = "_orig_mod"
+"""What `torch.compile(module)` wraps; also in the names of its parameters. Since torch 2.0."""
+COMPILED_CALL = "_compiled_call_impl"
+"""The graph that `module.compile()` leaves in the module, else None. Since torch 2.1."""
+
+
+def inside_compiled(model: Any) -> Any:
+    """The module that `torch.compile` wrapped; None if `model` is no such wrapper."""
+    return getattr(model, ORIGINAL_MODULE, None)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return getattr(module, COMPILED_CALL, None) is not None
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """`_parameters`: those registered in the module itself, also those that are None."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Any]:
+    """`_buffers`: those registered in the module itself, also those that are None."""
+    return module._buffers
+
+
+def holders(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The dictionaries of a module's attributes, buffers and children (`_modules`)."""
+    return module.__dict__, module._buffers, module._modules
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """`_non_persistent_buffers_set`: names of buffers that are not saved. Since torch 1.6."""
+    return module._non_persistent_buffers_set
+
+
+def hook_dictionaries(modules: Iterable[nn.Module]) -> Iterator[dict[int, Any]]:
+    """Forward hooks and pre-hooks: the global ones, then those of each module, by the ids of their handles."""
+    yield nn.modules.module._global_forward_pre_hooks
+    yield nn.modules.module._global_forward_hooks
+    for module in modules:
+        yield module._forward_pre_hooks
+        yield module._forward_hooks
+
+
+def saves_more(module: nn.Module) -> bool:
+    """Whether the module's class has its own `_save_to_state_dict` or `get_extra_state`."""
+    own_save = type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
+    return own_save or type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def saved_state(module: nn.Module) -> dict[str, Any]:
+    """What the module itself, without its children, puts into a state dict (`_save_to_state_dict`)."""
+    saved: dict[str, Any] = {}
+    module._save_to_state_dict(saved, "", keep_vars=False)
+    return saved
+
+
+# torch: tensors and compilation
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Inside, functions treat tensor subclasses as plain tensors (`torch._C`). Since torch 2.0."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def keep_address(tensor: Tensor) -> None:
+    """Tell the compiler that the tensor stays where it is, so that CUDA graphs read it in place. Since torch 2.1."""
+    torch._dynamo.mark_static_address(tensor)
+
+
+def is_compiler_loaded() -> bool:
+    """Whether anything can have been compiled in this process: `torch._dynamo` is imported at first use."""
+    return "torch._dynamo" in sys.modules
+
+
+# accelerate: what `dispatch_model` leaves on modules
+
+DEVICE_HOOK = "_hf_hook"
+"""The hook of a module that runs on another device than its weights lie on; it has `execution_device`."""
+STOCK_FORWARD = "_old_forward"
+"""The module's own forward, which the hook's forward calls."""
+
+
+def device_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """The module's hooks of accelerate, those of a `SequentialHook` one by one; none without accelerate's dispatch."""
+    hook = getattr(module, DEVICE_HOOK, None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def forward_name(module: nn.Module) -> str:
+    """The attribute that holds the module's own forward."""
+    return STOCK_FORWARD if hasattr(module, STOCK_FORWARD) else "forward"
+
+
+# transformers: models and caches
+
+
+def attn_implementation(model: Any) -> str:
+    """`config._attn_implementation`: the attention backend in use, as sdpa. Since transformers 4.36."""
+    return str(model.config._attn_implementation)
+
+
+def new_cache_layer(cache: Cache) -> Any:
+    """An empty layer of the kind that a cache grows by (`layer_class_to_replicate`); None for one that does not grow.
+
+    Since transformers 4.56.
+    """
+    kind: Any = cache.layer_class_to_replicate
+    return None if kind is None else kind()
+
+
+def keep_what_leaves_the_window(cache: Cache) -> None:
+    """From now on sliding layers keep what is pushed out of their window, so that tokens can be taken back."""
+    cache.activate_past_recording()
+
+
+def stop_keeping(cache: Cache) -> None:
+    """Undo `keep_what_leaves_the_window` (`record_past` of the layers, where they have it)."""
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):
+            layer.record_past = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+SLIDING_MASK = "create_sliding_window_causal_mask"
+"""The function that every decoder with sliding windows imports into its own module, to build its masks."""
+
+
+# transformers: generate
+
+NEXT_STEP = "prepare_inputs_for_generation"
+"""The method of a model that `generate` calls before each forward. By keyword it is given `past_key_values`,
+`is_first_iteration` and `next_sequence_length`, which is None where the whole input is read."""
+COMPILED_STEPS = "get_compiled_call"
+"""The method of a model that gives `generate` what it runs its compiled decode steps by. Since transformers 4.48."""
+PREFILL = "_prefill"
+"""The method of a model by which `generate` reads a prompt, whole or in chunks. Since transformers 5.0."""
+CANDIDATES = "_get_candidate_generator"
+"""The method of a model that assisted decoding, and it alone, begins with."""
+STOPPING = "_get_stopping_criteria"
+"""The method of a model that makes the stopping criteria; those of `stop_strings` need its argument `tokenizer`."""
+HEALING = "heal_tokens"
+"""The method of a model that `generate` calls for `token_healing`; it needs its argument `tokenizer`."""
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods of a model that serve many requests from one paged cache; not every release has all of them."""
+GENERATE_LOCALS = frozenset({"streamer", "assistant_model", "synced_gpus", "generation_config"})
+"""Local variables of `generate` that it does not hand on to a custom decoding method."""
+
+
+def generate_arguments() -> dict[str, Any] | None:
+    """Arguments and variables of the innermost `GenerationMixin.generate` that is running; None outside of it."""
+    mixin: Any = GenerationMixin
+    code = inspect.unwrap(mixin.generate).__code__
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else dict(frame.f_locals)
+
+
+def prefill(model: Any, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
+    """`model._prefill`: the forwards over a prompt, in chunks where the config says so. Since transformers 5.0."""
+    return model._prefill(input_ids, config, kwargs)
+
+
+def changes_arguments(model: Any) -> bool:
+    """Whether the model's class has its own `_update_model_kwargs_for_generation`, called after every token."""
+    mixin: Any = GenerationMixin
+    return type(model)._update_model_kwargs_for_generation is not mixin._update_model_kwargs_for_generation
+
+
+def on_any_device(config: CompileConfig) -> CompileConfig:
+    """A copy that makes `generate` compile on every device and not only on some (`_compile_all_devices`)."""
+    config = copy.copy(config)
+    config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    return config
