@@ -248,6 +248,7 @@ def _about(
     return {
         "model": str(model_name or getattr(model.config, "name_or_path", "") or type(model).__name__),
         "weights_fingerprint": weights,
+        "config_fingerprint": fingerprint.config_fingerprint(model.config),
         "adapter": active_adapters(model),
         "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -140,6 +140,7 @@ def _select(
         attn_implementation=measured.attn_implementation,
         hidden_size=measured.hidden_size,
         adapter=measured.adapter,
+        config_fingerprint=measured.config_fingerprint,
         prompts_begin_with_bos=measured.prompts_begin_with_bos,
         dataset=measured.dataset,
         data_ids=measured.data_ids,

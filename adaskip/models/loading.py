@@ -29,6 +29,7 @@ from adaskip.core.packed_sdpa import register_packed
 from adaskip.models import internlm
 from adaskip.models.chat import check_chat, wrapper
 from adaskip.models.checkpoints import check_weights, commit_of, read_config, weight_files_fingerprint
+from adaskip.models.companion_files import tokenizer_fingerprint
 from adaskip.models.errors import ModelError, one_line, said_in_one_line
 from adaskip.models.gguf_file import forget_quantisation, gguf_options, is_gguf
 from adaskip.models.registry import ModelEntry, registry
@@ -77,6 +78,8 @@ class ModelSpec:
     """Every token that ends an answer."""
     stop_strings: tuple[str, ...]
     """Texts at which an answer is cut off."""
+    tokenizer_files: str | None = None
+    """`companion_files.tokenizer_fingerprint` of the folder; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ def load_source(
         chat_template=chat_template,
         stop_token_ids=_stop_token_ids(() if entry is None else entry.stop_tokens, model, tokenizer),
         stop_strings=source.stop_strings,
+        tokenizer_files=tokenizer_fingerprint(folder),
     )
     # A run decodes greedily: of the checkpoint's own settings only the special tokens are kept.
     model.generation_config = GenerationConfig(

@@ -26,6 +26,7 @@ from adaskip.models.checkpoints import (
     said_in_one_line,
     weight_files_fingerprint,
 )
+from adaskip.models.companion_files import model_files
 from adaskip.models.gguf_file import is_gguf, read_gguf_config
 from adaskip.models.registry import ModelEntry, registry, unknown_model
 
@@ -78,6 +79,19 @@ class ModelSource:
         """The weight files' fingerprint; None where they are not on this machine."""
         found = vars(self).get("path") or self.here
         return weight_files_fingerprint(found) if found is not None and has_weights(found) else None
+
+    @property
+    def model_files(self) -> dict[str, Any]:
+        """What else than weights the checkpoint's files say (see `companion_files`); empty where they are not here.
+
+        Raises:
+            ModelError: its configuration, or the one of generation, is not usable.
+        """
+        found = vars(self).get("path") or self.here
+        if found is None or not has_weights(found):
+            return {}
+        config = vars(self).get("own_config") or (self.own_config if self.is_local else read_architecture(found))
+        return model_files(found, config)
 
     @cached_property
     def own_config(self) -> PreTrainedConfig:

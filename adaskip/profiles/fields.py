@@ -14,7 +14,7 @@ from torch import nn
 
 from adaskip.core.adapters import active_adapters
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.fingerprint import weights_fingerprint
+from adaskip.profiles.fingerprint import config_fingerprint, weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ def check_record(profile: Any) -> None:
         raise ProfileError(f"versions must be texts by name; got {profile.versions!r}")
     if profile.hidden_size is not None:
         whole("hidden_size", profile.hidden_size, 1)
-    for name, kind in (("adapter", str), ("prompts_begin_with_bos", bool)):
+    texts = dict.fromkeys(("adapter", "config_fingerprint", "tokenizer_files"), str)
+    for name, kind in {**texts, "prompts_begin_with_bos": bool}.items():
         if not isinstance(value := getattr(profile, name), kind | None):
             raise ProfileError(f"{name} must be {'a text' if kind is str else 'true or false'}, or null; got {value!r}")
 
@@ -107,8 +108,8 @@ def check_model(
     """Raise ProfileError unless `profile` was measured on `model`, or on another of its shape and that is allowed.
 
     What must agree: number of layers, hidden size if the profile knows it, and, unless other weights are allowed, the
-    fingerprint of the weights and the active adapter. again: what to do instead, for the message. fingerprint: the
-    model's, where it is known.
+    fingerprint of the weights, the active adapter, and the fingerprint of the configuration if the profile has it.
+    again: what to do instead, for the message. fingerprint: that of the model's weights, where it is known.
     """
     model = unwrapped(model)
     config: Any = model.config
@@ -118,7 +119,11 @@ def check_model(
         raise ProfileError(
             f"profile of {profile.model} has hidden size {profile.hidden_size}, the model has {shape.hidden_size}"
         )
-    differences = [*_other_weights(profile, fingerprint or weights_fingerprint(model)), *_other_adapter(profile, model)]
+    differences = [
+        *_other_weights(profile, fingerprint or weights_fingerprint(model)),
+        *_other_adapter(profile, model),
+        *_other_config(profile, model),
+    ]
     if not differences:
         return
     told = f"profile was measured on {profile.model}{', and '.join(differences)}"
@@ -141,3 +146,13 @@ def _other_adapter(profile: Any, model: nn.Module) -> list[str]:
     if profile.adapter in (None, adapter):  # None: not recorded
         return []
     return [f" with adapter {profile.adapter or 'none'!r} active, on this model it is {adapter or 'none'!r}"]
+
+
+def _other_config(profile: Any, model: Any) -> list[str]:
+    config = config_fingerprint(model.config)
+    if profile.config_fingerprint in (None, config):  # None: not recorded
+        return []
+    return [
+        f" with another configuration (such as rope, windows or norms: fingerprint {profile.config_fingerprint}, "
+        f"this model's is {config})"
+    ]

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from adaskip.core import hf
 from adaskip.core.wrappers import unwrapped
+from adaskip.profiles.config_identity import config_fingerprint
 from adaskip.profiles.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
+
+__all__ = ["config_fingerprint", "weights_fingerprint"]
 
 SAMPLES = 1024  # at most about this many elements of each tensor
 ALGORITHM = "v1"  # part of the hash: another way of sampling gives another fingerprint
@@ -25,7 +28,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     Detected are other names, shapes or dtypes, and any change that touches many elements: another checkpoint or
     revision, training, quantisation, a conversion to another dtype and back. Not detected is a change of a few elements
     that all lie between the sampled ones (tensors of up to 1024 elements are read whole), and anything that is not a
-    weight, such as the configuration.
+    weight, such as the configuration, which `config_fingerprint` is for.
 
     Of a model with adapters (PEFT) it covers the base model's weights and those of every adapter that is loaded, active
     or not. Which one is active, and how it is scaled, is no weight: see `adapters.active_adapters`.

@@ -57,7 +57,8 @@ class ImportanceProfile:
     over a KV cache ("decode"); neither depends on the model's generation config. The rest says what was measured on
     what, so that it can be trusted; None where it was not recorded. hidden_size: width of the residual stream.
     adapter: `adapters.active_adapters`, "" for none. prompts_begin_with_bos: whether each prompt began with the model's
-    BOS token; None also for a model that has none.
+    BOS token; None also for a model that has none. config_fingerprint: of the model's configuration. tokenizer_files:
+    digest of the checkpoint's tokenizer files, in profiles that a command kept beside its runs.
     """
 
     attention: SublayerMeans
@@ -75,6 +76,8 @@ class ImportanceProfile:
     hidden_size: int | None = None
     adapter: str | None = None
     prompts_begin_with_bos: bool | None = None
+    config_fingerprint: str | None = None
+    tokenizer_files: str | None = None
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -115,10 +118,11 @@ class ImportanceProfile:
     def check_fits(
         self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
     ) -> None:
-        """Raise ProfileError unless `model` has the very weights, and the adapter, the profile was measured on.
+        """Raise ProfileError unless `model` has the very weights, adapter and configuration it was measured on.
 
-        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) is
-        warned of and not refused. weights_fingerprint: the model's, where it is known; else it is computed.
+        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) or
+        configuration is warned of and not refused. weights_fingerprint: the model's, where it is known; else it is
+        computed.
         """
         known = weights_fingerprint
         check_model(

@@ -104,6 +104,8 @@ class SelectionProfile:
     hidden_size: int | None = None
     adapter: str | None = None
     prompts_begin_with_bos: bool | None = None
+    config_fingerprint: str | None = None
+    tokenizer_files: str | None = None
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -138,10 +140,11 @@ class SelectionProfile:
     def check_fits(
         self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
     ) -> None:
-        """Raise ProfileError unless `model` has the very weights, and the adapter, the selection was made for.
+        """Raise ProfileError unless `model` has the very weights, adapter and configuration it was made for.
 
-        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) is
-        warned of and not refused. weights_fingerprint: the model's, where it is known; else it is computed.
+        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) or
+        configuration is warned of and not refused. weights_fingerprint: the model's, where it is known; else it is
+        computed.
         """
         known = weights_fingerprint
         check_model(

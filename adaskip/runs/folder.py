@@ -21,12 +21,15 @@ from typing import Any
 
 from adaskip.common.files import remove_torn, write_bytes_atomic, write_text_atomic
 from adaskip.common.locks import exclusive
+from adaskip.models.companion_files import FIELDS
 
 MANIFEST = "manifest.json"
 JOURNAL = ("started", "finished", "resumed")
 """Manifest fields that tell when, not what."""
 ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint", "weight_files")
 """Manifest fields that may differ when a run is continued: they name places, not what is computed."""
+OPTIONAL = frozenset(FIELDS)
+"""Manifest fields that older runs do not have, and are not refused for."""
 TIMES = ("ttft_s", "tpot_ms")
 """Record fields that differ from run to run."""
 
@@ -66,7 +69,7 @@ class RunFolder:
         held = self.read_manifest()
         if held is None:
             return
-        free = {*JOURNAL, *ENVIRONMENT} | ({"versions"} if held.get("finished") else set())
+        free = {*JOURNAL, *ENVIRONMENT, *(OPTIONAL - held.keys())} | ({"versions"} if held.get("finished") else set())
         if changes := _changes(held, wanted, free):
             raise FolderError(
                 f"{self.path} holds a run with another configuration ({changes}): "

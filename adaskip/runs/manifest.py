@@ -17,6 +17,7 @@ from adaskip.common.paths import as_seen_from_root
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.hf import attn_implementation
+from adaskip.models.companion_files import FIELDS
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -26,7 +27,7 @@ from adaskip.runs.records import fingerprint
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
     *("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
-    *("weight_files",),
+    *("weight_files", *FIELDS),
 )
 """Fields that runs made before these existed do not have, and are not refused for."""
 
@@ -70,6 +71,7 @@ def describe_run(
         **describe_job(job),
         "budget": {"sublayers": sublayers, "layers": sublayers / 2, "fraction": sublayers / (2 * depth)},
         **describe_model(loaded),
+        **job.loading.source.model_files,
         "max_prompt_tokens": loaded.spec.max_prompt_tokens,
         "stop_token_ids": list(loaded.spec.stop_token_ids),
         "stop_strings": list(loaded.spec.stop_strings),
@@ -109,13 +111,14 @@ def is_done(job: Job) -> bool:
 def find_state(job: Job) -> str:
     """`done`, `unfinished`, `missing`, or what the run in the job's folder was made otherwise with; loads no model.
 
-    Weights are told apart by their files, where both the run's and the job's are known. A profile that is not given but
-    kept by the runs goes with the weights and the calibration data, and is not looked at.
+    Weights, configuration, end tokens and tokenizer are told apart by their files, where both the run's and the job's
+    are known. A profile that is not given but kept by the runs goes with these and the calibration data, and is not
+    looked at.
     """
     held = job.folder.read_manifest()
     if held is None:
         return MISSING
-    wanted = describe_job(job)
+    wanted = {**describe_job(job), **job.loading.source.model_files}
     if (files := job.loading.source.weight_files) is not None:
         wanted["weight_files"] = files
     if (profile := job.given_profile) is not None:

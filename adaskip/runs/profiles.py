@@ -25,6 +25,7 @@ from adaskip.common.locks import exclusive
 from adaskip.core.hf import attn_implementation
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
+from adaskip.profiles.fingerprint import config_fingerprint
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
@@ -89,11 +90,27 @@ class Wanted:
     def path(self) -> Path:
         """`<output_dir>/../profiles/<model>-<first 8 digits of a hash over its identity>.json`.
 
-        A selection's phase stands in its name: `<model>-selection-<phase>-<digits>.json`.
+        A selection's phase stands in its name: `<model>-selection-<phase>-<digits>.json`. Where the profile of that
+        name was made with another configuration or tokenizer of the same weights, the hash is over these, too.
         """
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        usual = self._named(self.identity)
+        return self._named(self.identity | self.files) if self._is_of_other_files(usual) else usual
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """What it depends on and its identity leaves out, for which profiles made earlier keep their names."""
+        config = config_fingerprint(self.loaded.model.config)
+        return {"config_fingerprint": config, "tokenizer_files": self.loaded.spec.tokenizer_files}
+
+    def _named(self, identity: dict[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         assert self.calibration.folder is not None, "of a command that keeps profiles"
         return self.calibration.folder / f"{self.stem}-{digest[:8]}.json"
+
+    def _is_of_other_files(self, path: Path) -> bool:
+        """Whether the profile kept there says that it was made with another configuration or tokenizer."""
+        held = _read(path) if path.is_file() else {}
+        return any(held.get(name) not in (None, value) for name, value in self.files.items())
 
     @property
     def stem(self) -> str:
@@ -136,13 +153,22 @@ def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]
     path = wanted.path
     with exclusive(path.with_suffix(".lock"), wait=True):  # whoever comes second finds the file
         remove_torn(path)
-        if not path.is_file():
-            if others := _others_line(wanted, path):
-                logger.warning("%s", others)
-            _make(wanted, path, show_progress).save(path)
-        profile = _kept(wanted, path)
-        _progress_path(path).unlink(missing_ok=True)
+        profile = _ensured(wanted, path, show_progress) if wanted.path == path else None
+    if profile is None:  # while this process waited, that file was made with another configuration or tokenizer
+        return keep(wanted, show_progress=show_progress)
     return profile, path
+
+
+def _ensured(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
+    """The profile whose lock is held, made first where there is none."""
+    if not path.is_file():
+        if others := _others_line(wanted, path):
+            logger.warning("%s", others)
+        made = _make(wanted, path, show_progress)
+        replace(made, tokenizer_files=wanted.loaded.spec.tokenizer_files).save(path)
+    profile = _kept(wanted, path)
+    _progress_path(path).unlink(missing_ok=True)
+    return profile
 
 
 def _kept(wanted: Wanted, path: Path) -> Profile:
@@ -184,6 +210,7 @@ def _others_line(wanted: Wanted, path: Path) -> str:
     for other in sorted(path.parent.glob(f"{wanted.stem}-????????.json")):
         held = _read(other)
         differing = {name: held.get(name) for name, value in _told(wanted).items() if held.get(name) != value}
+        differing |= {name: held[name] for name, value in wanted.files.items() if held.get(name) not in (None, value)}
         if wanted.phase is not None and (largest := len(held.get("selected", ()))) != wanted.up_to:
             differing["up_to"] = largest
         found.append((len(differing), other, differing))
@@ -191,7 +218,7 @@ def _others_line(wanted: Wanted, path: Path) -> str:
         return ""
     _, other, differing = min(found)
     what = ", ".join(name.replace("_", " ") for name in differing) or "device, prompts or stop tokens"
-    usable = "" if "weights_fingerprint" in differing else "; --profile takes it as it is"
+    usable = "" if {"weights_fingerprint", "config_fingerprint"} & differing.keys() else "; --profile takes it as it is"
     return f"{path} is made now: {other.name} beside it was made with other {what}{usable}"
 
 

@@ -160,7 +160,8 @@ def _is_complete(job: Job) -> bool:
 
     A finished run whose records were lost or cut is not complete.
     """
-    job.folder.check(comparable(describe_job(job), job.folder.read_manifest()))
+    wanted = {**describe_job(job), **job.loading.source.model_files}
+    job.folder.check(comparable(wanted, job.folder.read_manifest()))
     return is_done(job) and not _count(job, _merge(job))
 
 

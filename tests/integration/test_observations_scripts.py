@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from adaskip.runs.loading import Loading
 from adaskip.studies.observations import command, measuring, skip_check
 from dev.testbed_training.families import model_config
 from dev.testbed_training.tokenizer import build_tokenizer
@@ -67,7 +69,7 @@ def test_a_figure_is_measured_once_and_joins_all_models_saved(observe, tmp_path,
     assert saved["sources"]["vicuna"]["trec-prefill"]["samples"] == 3
     records = (out / "measurements/llama/trec-prefill/trec.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["layer"]["similarity"]) for line in records] == [3, 3, 3]
-    monkeypatch.setattr(measuring, "find_loading", refuse)  # ob2 finds what ob1 has measured
+    monkeypatch.setattr(Loading, "load", refuse)  # ob2 finds what ob1 has measured
     assert observe("ob2", "--tasks", "trec")[0] == 0
     assert observe("ob2", "--tasks", "trec", "--draw-only")[0] == 0
 
@@ -144,6 +146,18 @@ def test_other_measurements_in_the_folder_are_refused(observe):
     code, _, error = observe("ob1", "--tasks", "trec", "--limit", "2")
     assert code == 2
     assert "samples was 3, is 2" in error
+
+
+def test_measurements_of_another_configuration_of_the_same_weights_are_refused(observe, checkpoints, tmp_path):
+    (tmp_path / "own").mkdir()
+    shutil.copytree(checkpoints / "llama", tmp_path / "own" / "llama")
+    given = ("--tasks", "trec", "--checkpoint", str(tmp_path / "own" / "llama"))
+    assert observe("ob1", *given)[0] == 0
+    config = tmp_path / "own" / "llama" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    code, _, error = observe("ob1", *given)
+    assert code == 2
+    assert "another configuration (config_fingerprint was " in error
 
 
 def test_the_scripts_name_themselves_and_nothing_else():

@@ -11,6 +11,7 @@ from adaskip.core.plan import PHASES
 from adaskip.models.loading import LoadedModel, load_model
 from adaskip.profiles.importance import ProfileError
 from adaskip.runs.config import RunConfig
+from adaskip.runs.job import resolve
 from adaskip.runs.profiles import profile_for
 from adaskip.studies.bench.settings import BenchConfig
 from adaskip.studies.bench.subject import _named_profile, _named_selections
@@ -37,8 +38,8 @@ def test_a_run_takes_a_profile_of_other_weights_only_if_told_to(strategy, loaded
     profile, path = profiles[strategy]
     config = RunConfig(**CELL, strategy=strategy, profile=str(path))
     with pytest.raises(ProfileError, match="--allow-other-weights"):
-        profile_for(config, loaded)
-    assert profile_for(replace(config, allow_other_weights=True), loaded) == (profile, path)
+        profile_for(resolve(config), loaded)
+    assert profile_for(resolve(replace(config, allow_other_weights=True)), loaded) == (profile, path)
 
 
 def test_a_benchmark_takes_profiles_of_other_weights_only_if_told_to(loaded, profiles):

@@ -47,12 +47,13 @@ def _measure_target(config: ObserveConfig, model: str, target: Target) -> None:
     folder = RunFolder(config.out_dir / MEASUREMENTS / config.label(model) / target.folder_name)
     samples = find_records(config).scored(target.task, config.limit or config.observations.limit)
     description = _describe(config, model, target, samples)
+    loading = find_loading(config, model)
     with folder.lock():
-        folder.check(description)
+        folder.check({**description, **loading.source.model_files})
         if (held := folder.read_manifest()) is not None and held["finished"]:
             return
-        loaded = find_loading(config, model).load()
-        folder.start({**description, **describe_model(loaded)})
+        loaded = loading.load()
+        folder.start({**description, **describe_model(loaded), **loading.source.model_files})
         _fill(folder, target, samples, loaded, description)
         folder.finish()
 
