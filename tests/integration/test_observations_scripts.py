@@ -165,4 +165,4 @@ def test_the_scripts_name_themselves_and_nothing_else():
     for name in SCRIPTS:
         source = (ROOT / f"observations/{name}.py").read_text()
         assert f"python observations/{name}.py" in (ast.get_docstring(ast.parse(source)) or "")
-        assert source.rstrip().endswith(f'sys.exit(main("{name}", __doc__))')
+        assert source.rstrip().endswith(f'sys.exit(script("adaskip.studies.observations.command", "{name}", __doc__))')
