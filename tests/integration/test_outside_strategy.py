@@ -60,6 +60,7 @@ def test_the_command_line_runs_it_and_its_records_say_what_it_skipped(made):
     assert record["plan"]["decode"] == {"attention": [], "ffn": [2, 3, 4, 5]}
 
 
+@pytest.mark.slow
 def test_eval_and_plots_name_it_and_draw_it_in_its_colour(made, tmp_path):
     packages, runs = made
     here = {"packages": packages, "plugins": MODULE}

@@ -58,12 +58,17 @@ def test_the_library_works_with_the_base_dependencies_alone():
     ("command", "package"),
     [
         ("-m adaskip run --testbed --model llama --phase prefill --strategy full", "datasets"),
-        ("-m adaskip calibrate --testbed --model llama", "datasets"),
-        ("-m adaskip bench --figure overhead_testbed", "rich"),
-        ("eval/tables.py --testbed", "rich"),
         ("eval/eval.py --testbed --model llama-EE-PREFILL", "rich"),
-        ("observations/ob1.py --testbed", "rich"),
-        ("speed/roofline.py", "matplotlib"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("-m adaskip calibrate --testbed --model llama", "datasets"),
+                ("-m adaskip bench --figure overhead_testbed", "rich"),
+                ("eval/tables.py --testbed", "rich"),
+                ("observations/ob1.py --testbed", "rich"),
+                ("speed/roofline.py", "matplotlib"),
+            )
+        ),
     ],
 )
 def test_a_command_that_needs_a_missing_package_is_one_line(command, package, tmp_path):
