@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -29,50 +28,15 @@ from adaskip.core.hf import COMPILED_STEPS, NEXT_STEP, PREFILL
 from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.layer_patch import StaysInPlace
 from adaskip.core.patching import NOTHING, ModelPatches
-from adaskip.core.plan import SkipPlan
 from adaskip.core.refusals import check_cache, refusals, refuse_compiled_call
-from adaskip.core.request import LearningWindow, Request, RequestTrace
+from adaskip.core.request import Request, RequestTrace
+from adaskip.core.step import Here, Step
 from adaskip.core.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
 PROMPTS_WITHOUT_ANSWER = 8
 """After so many prompts without a decoded token, phase decode warns that it has skipped nothing."""
-
-
-@dataclass(slots=True)
-class Step:
-    """One forward of one request. window: what measures FFNs in it. tokens: weakly, the ids or embeddings it is for."""
-
-    kind: StepKind
-    request: Request
-    cache: Cache | None
-    plan: SkipPlan
-    window: LearningWindow | None
-    tokens: Callable[[], Tensor | None] = lambda: None
-
-    def is_for(self, tokens: Tensor) -> bool:
-        """Whether `tokens`, which reach the decoder, are those that `generate` prepared the step for."""
-        prepared = self.tokens()
-        if prepared is None:
-            return False
-        moved = prepared.device != tokens.device and prepared.shape == tokens.shape  # by a device hook
-        embedded = tokens.dim() == 3 and prepared.dim() == 2 and prepared.shape == tokens.shape[:2]  # by a wrapper
-        return prepared is tokens or moved or embedded
-
-
-class _Here(threading.local):
-    """What belongs to the calling thread."""
-
-    prepared: Step | None = None
-    """The step that `generate` is about to run."""
-    kind: StepKind | None = None
-    """What direct calls are declared to be."""
-    prefilling: bool = False
-    """Whether `generate` is reading the prompt, perhaps in chunks."""
-    num_forwards: int = 0
-    compiled: bool = False
-    """Whether a compiled call of `generate`, which has its turn already, is about to enter the decoder."""
 
 
 class SkippingSession(StaysInPlace):
@@ -92,7 +56,7 @@ class SkippingSession(StaysInPlace):
         self.calls = GenerateCalls(patches)
         self._requests: WeakKeyDictionary[Cache, Request] = WeakKeyDictionary()
         self._last: Request | None = None
-        self._here = _Here()
+        self._here = Here()
         self._turn = threading.RLock()
         self._running: Step | None = None
         self._stock_forward: Any = self.decoder.forward

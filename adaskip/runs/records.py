@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Records:
+class Records(ABC):
     """Samples of tasks. seed: of the samples that are drawn at random."""
 
     is_testbed: ClassVar[bool]
@@ -75,23 +76,23 @@ class Records:
             columns.append([(task, sample) for sample in found])
         return [pair for row in zip(*columns, strict=True) for pair in row][:limit]
 
+    @abstractmethod
     def calibration(self, task: str, limit: int) -> tuple[Sample, ...]:
         """The first `limit` samples of a calibration task, with a warning where there are fewer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_name(self, task: str) -> str | None:
         """The set of LongBench that a task's samples are of, `trec` or `trec_e`; None on the testbed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
         """What a manifest says of the choice among records."""
-        raise NotImplementedError
 
-    def _scored(self, task: str, limit: int | None) -> Dataset:
-        raise NotImplementedError
+    @abstractmethod
+    def _scored(self, task: str, limit: int | None) -> Dataset: ...
 
-    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]: ...
 
 
 @dataclass(frozen=True)
