@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -17,7 +18,9 @@ ORDER = (
 )
 """What lies directly below adaskip/, the lowest first: each imports from itself and from those before it."""
 RANK = {name: place for place, name in enumerate(ORDER)}
-ROOT = {"adaskip", "adaskip.__main__"}
+OLD_PATHS = {"adaskip.blocks", "adaskip.kv_cache"}
+"""Where modules were in 0.1; they import the new place and warn, and nothing here imports them."""
+ROOT = {"adaskip", "adaskip.__main__", *OLD_PATHS}
 KNOWN_UPWARD: set[tuple[str, str]] = set()
 """Imports against the order that still exist: (importing module, imported module)."""
 
@@ -80,6 +83,15 @@ def test_imports_run_down_the_list_of_packages():
         if not {name, target} & ROOT and RANK[folder(target)] > RANK[folder(name)]
     }
     assert upward == KNOWN_UPWARD
+
+
+@pytest.mark.parametrize(("module", "name"), [("blocks", "UnsupportedModelError"), ("kv_cache", "SkippedLayer")])
+def test_an_old_path_warns_and_gives_the_new_names(module, name):
+    assert not any(OLD_PATHS & set(targets) for targets in ALL_IMPORTS.values())
+    sys.modules.pop(f"adaskip.{module}", None)
+    with pytest.warns(DeprecationWarning, match=rf"adaskip\.{module} is adaskip\.core\.{module} now"):
+        old = importlib.import_module(f"adaskip.{module}")
+    assert getattr(old, name) is getattr(importlib.import_module(f"adaskip.core.{module}"), name)
 
 
 def test_only_the_command_line_imports_the_root_package():

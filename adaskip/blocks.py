@@ -1,0 +1,8 @@
+"""Old path of `adaskip.core.blocks`, for code written for 0.1; it goes with 0.3."""
+
+import warnings
+
+from adaskip.core.blocks import *  # noqa: F403
+from adaskip.core.blocks import UnsupportedModelError as UnsupportedModelError
+
+warnings.warn("adaskip.blocks is adaskip.core.blocks now", DeprecationWarning, stacklevel=2)
