@@ -6,15 +6,16 @@ The names are the paper's artifact's (`llama-EE-PREFILL`); what a phase runs is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from adaskip.benchmarks.protocol import Benchmark, Task
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
+from adaskip.common.plugins import PLUGINS
 from adaskip.core.plan import PHASES
 from adaskip.models.registry import registry
 from adaskip.strategies.names import SHORT_NAMES
-from adaskip.strategies.registry import PLUGINS
 
 MODELS = ("llama", "internlm", "vicuna")
 """The paper's. Any other model is called by its entry in `configs/models.yaml`, or by what its weights are called."""
@@ -95,10 +96,14 @@ class PhaseSpec:
     max_new_tokens: int
     limit: int | None
 
+    def cap(self, task: Task) -> int:
+        """Most new tokens of an answer."""
+        return min(self.max_new_tokens, task.max_new_tokens)
+
 
 @dataclass(frozen=True)
 class Setup:
-    """One block of `configs/phases.yaml`: the experiments on real checkpoints, or on the testbed."""
+    """What a benchmark's runs are when the command line does not say otherwise."""
 
     num_layers: int
     budgets: tuple[int, ...]
@@ -115,8 +120,19 @@ class Setup:
         return tuple(dict.fromkeys(2 * max(1, count) for count in layers))
 
 
+def find_setup(benchmark: Benchmark) -> Setup:
+    """The benchmark's block of `configs/phases.yaml`; where there is none, the paper's budgets, and all of its tasks in
+    every phase, each with its own cap."""
+    if benchmark.name in load_yaml("phases"):
+        return load_setup(benchmark.name)
+    longest = max(task.max_new_tokens for task in benchmark.tasks)
+    spec = PhaseSpec(tuple(task.name for task in benchmark.tasks), longest, limit=None)
+    papers = load_setup("longbench")
+    return replace(papers, calibration_task=benchmark.tasks[0].name, phases=dict.fromkeys(PHASES, spec))
+
+
 def load_setup(name: str) -> Setup:
-    """The block `real` or `testbed` of `configs/phases.yaml`."""
+    """A benchmark's block of `configs/phases.yaml`."""
     block = load_yaml("phases")[name]
     phases = {
         phase: PhaseSpec(tuple(spec["tasks"]), spec["max_new_tokens"], spec["limit"])

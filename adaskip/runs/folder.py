@@ -28,7 +28,7 @@ JOURNAL = ("started", "finished", "resumed")
 """Manifest fields that tell when, not what."""
 ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint", "weight_files")
 """Manifest fields that may differ when a run is continued: they name places, not what is computed."""
-OPTIONAL = frozenset(FIELDS)
+OPTIONAL = frozenset({"benchmark", *FIELDS})
 """Manifest fields that older runs do not have, and are not refused for."""
 TIMES = ("ttft_s", "tpot_ms")
 """Record fields that differ from run to run."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from adaskip import testbed
 from adaskip.models.loading import (
     LoadedModel,
     ModelSource,
@@ -100,11 +99,12 @@ def find_loading(config: SharedConfig, model: str, max_prompt_tokens: int | None
     Raises:
         ModelError: there is no such model.
     """
-    own = str(testbed.checkpoint_dir(model)) if config.testbed and config.checkpoint is None else None
+    benchmark = config.find_benchmark()
+    own = benchmark.checkpoint(model) if config.checkpoint is None else None
     source = find_source(model, config.checkpoint or own)
     limit = max_prompt_tokens
-    if config.testbed and limit is None:
-        # The testbed's prompts were made for its models, so that a limit below the registry's is nothing to warn of.
+    if benchmark.models and limit is None:
+        # Its prompts were made for its models, so that a limit below the registry's is nothing to warn of.
         limit = prompt_limit(source.config, source.entry)
     return Loading(
         source,
@@ -112,6 +112,6 @@ def find_loading(config: SharedConfig, model: str, max_prompt_tokens: int | None
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         device_map=config.device_map,
-        chat=config.chat or ("none" if config.testbed else source.chat),  # the testbed's models saw bare prompts only
+        chat=config.chat or ("none" if benchmark.models else source.chat),
         limit=limit,
     )

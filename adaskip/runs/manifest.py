@@ -26,7 +26,16 @@ from adaskip.runs.records import fingerprint
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
-    *("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
+    *(
+        "benchmark",
+        "benchmark_options",
+        "sets",
+        "min_length",
+        "max_prompt_tokens",
+        "stop_token_ids",
+        "stop_strings",
+        "templates_fingerprint",
+    ),
     *("weight_files", *FIELDS),
 )
 """Fields that runs made before these existed do not have, and are not refused for."""
@@ -34,12 +43,13 @@ NEWER = (
 
 def describe_job(job: Job) -> dict[str, Any]:
     """The part of the manifest that is known before the model is loaded."""
-    loading, records = job.loading, job.records
+    loading, benchmark = job.loading, job.benchmark
     chat, limit = loading.chat, loading.limit
     return {
         "run_name": job.cell.run_name,
         "model": job.cell.model,
-        "testbed": records.is_testbed,
+        "benchmark": benchmark.name,
+        "benchmark_options": benchmark.options or None,
         "strategy": job.strategy,
         "strategy_options": job.strategy_options or None,
         "phase": job.phase,
@@ -54,10 +64,10 @@ def describe_job(job: Job) -> dict[str, Any]:
         "attn_implementation": loading.attn_implementation,
         **({} if chat == "template" else {"chat_template": None if chat == "none" else chat}),
         "max_prompt_tokens": loading.max_prompt_tokens,
-        **({} if limit is None or records.is_testbed else {"given_max_prompt_tokens": limit}),
+        **({} if limit is None or benchmark.models else {"given_max_prompt_tokens": limit}),
         "stop_strings": list(loading.source.stop_strings),
-        "templates_fingerprint": _digest({part.name: part.task.template for part in job.parts}),
-        **records.describe([part.name for part in job.parts]),
+        "templates_fingerprint": _digest({part.name: part.template for part in job.parts}),
+        **benchmark.describe([part.name for part in job.parts]),
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import TaskSpec
+from adaskip.benchmarks.protocol import Task
 from adaskip.common.errors import RunError
 from adaskip.common.processes import Processes, one_line
 from adaskip.core.generate import Generation, generate
@@ -30,7 +30,7 @@ from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.records import Sample, prompt_ids
+from adaskip.runs.records import Sample
 from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
 
@@ -231,7 +231,7 @@ def make_records(
 ) -> list[Record]:
     """Generate for a batch of samples, the first of which is number `start` of its task."""
     tokenizer: Any = loaded.tokenizer
-    prompts = prompt_ids(batch, part.task, loaded)
+    prompts = part.prompt_ids(batch, loaded)
     generations = generate(
         loaded.model,
         strategy,
@@ -256,8 +256,7 @@ def _record(
         "index": index,
         "prediction": decode(generation.token_ids, loaded),
         "references": sample["answers"],
-        "all_classes": sample["all_classes"],
-        "length": sample["length"],
+        **{name: sample[name] for name in part.benchmark.kept},
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(generation.token_ids),
         "ttft_s": generation.ttft_s,
@@ -268,7 +267,7 @@ def _record(
     }
 
 
-def stop_token_ids(task: TaskSpec, loaded: LoadedModel) -> list[int]:
+def stop_token_ids(task: Task, loaded: LoadedModel) -> list[int]:
     """The tokens that end an answer: the model's, and a newline where the task says so."""
     stops = list(loaded.spec.stop_token_ids)
     if task.stop_at_newline:

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 from adaskip import cli
+from adaskip.benchmarks import longbench
 from adaskip.models import checkpoints, loading, source
 from adaskip.profiles import fields, fingerprint
 from adaskip.runs import loading as held
-from adaskip.runs import records
 from tests.tiny_runs import cell
 
 WATCHED = {
@@ -18,7 +18,7 @@ WATCHED = {
     "architecture": [(source, "read_architecture")],
     "weights": [(module, "weights_fingerprint") for module in (fingerprint, fields, loading)],
     "weight files": [(module, "weight_files_fingerprint") for module in (source, loading)],
-    "calibration": [(records.LongBenchRecords, "calibration")],
+    "calibration": [(longbench.LongBench, "calibration_records")],
 }
 
 

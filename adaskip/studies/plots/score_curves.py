@@ -141,7 +141,7 @@ _PAPER_HANDLE = Line2D(
 
 
 def _metric(table: PhaseEntries, task: str) -> str:
-    return labels.METRICS[table.board.paper.tables[table.phase].metrics[task]]
+    return labels.METRICS[table.paper.metrics[task]]
 
 
 def _x(board: Scoreboard, row: Row) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adaskip.common.configs import load_yaml
 from adaskip.common.options import option
-from adaskip.common.paths import TESTBED_RUNS, default_path, given_or_default
+from adaskip.common.paths import default_path, given_or_default
 from adaskip.runs.cells import MODELS, PHASES
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cells
@@ -43,7 +43,7 @@ class ReproduceConfig:
         for name in ("limit", "subset", "jobs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
-        committed = default_path(TESTBED_RUNS).parent
+        committed = default_path("results/testbed")
         if self.out_dir.resolve() == committed.resolve():
             raise ValueError(f"--output-dir {committed} holds the committed results; FULL=1 makes those anew")
         self.cells()  # the grid's own mistakes
@@ -58,7 +58,7 @@ class ReproduceConfig:
 
     def cells(self) -> list[RunConfig]:
         """The paper's grid on the testbed, model by model, with the samples of each phase."""
-        quick = load_yaml("phases")["quick"]
+        quick = load_yaml("phases")["testbed"]["quick"]
         cells = []
         for phase in PHASES:
             limit = None if self.subset else self.limit or quick[phase]
@@ -78,7 +78,7 @@ class ReproduceConfig:
 
     def observe(self, model: str | None = None, *, check: bool = False) -> ObserveConfig:
         """The observations on one model, or all; check: the importance check, which runs many cells."""
-        quick = load_yaml("phases")["quick"]
+        quick = load_yaml("phases")["testbed"]["quick"]
         return ObserveConfig(
             testbed=True,
             device="cpu",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from adaskip.common.intervals import Estimate
+from adaskip.studies.tables.paper import PaperTable
 from adaskip.studies.tables.scoreboard import COMPARED, Row, Scoreboard
 from adaskip.studies.tables.scores import ScoredTask
 
@@ -56,6 +57,11 @@ class PhaseEntries:
     phase: str
 
     @property
+    def paper(self) -> PaperTable:
+        """What the paper has published of it."""
+        return self.board.paper.tables[self.phase]
+
+    @property
     def tasks(self) -> list[str]:
         return self.board.tasks(self.phase)
 
@@ -99,7 +105,7 @@ class PhaseEntries:
         return list(self.group(entry.row.model, entry.row.fraction, entry.task).values())
 
     def _entry(self, row: Row, task: str) -> Entry:
-        paper = self.board.paper.tables[self.phase]
+        paper = self.paper
         cell = (row.model, row.strategy, row.fraction, task)
         return Entry(
             row=row,

@@ -9,8 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from adaskip.benchmarks import scoring
-from adaskip.benchmarks.scoring import BucketScore
+from adaskip.benchmarks.scores import BucketScore
 from adaskip.studies.tables import labels
 from adaskip.studies.tables.runs import find_run
 from adaskip.studies.tables.scores import SCORES_FILE, SampleScores, ScoredRun, ScoredTask, score_run
@@ -22,12 +21,13 @@ def evaluate(name: str, runs_dir: str | Path) -> list[ScoredRun]:
 
 
 def print_scores(runs: Sequence[ScoredRun], console: Console) -> None:
-    """One table over all budgets and tasks, one of LongBench-E's buckets, what is wrong, and where the scores are."""
+    """One table over all budgets and tasks, one by lengths, what is wrong, and where the scores are."""
     table = _table(runs[0].run.cell.run_name, "per cent, 95 % bootstrap intervals in brackets")
     for name in ("score", "rouge_score", "samples", "empty", "errors"):
         table.add_column(name, justify="right")
-    buckets = _table("LongBench-E", "per cent and number of samples, by words of the record")
-    for name in scoring.BUCKETS:
+    buckets = _table("by length", "per cent and number of samples, by words of the record")
+    by_length = [task.buckets for scored in runs for task in scored.tasks.values() if task.buckets is not None]
+    for name in dict.fromkeys(name for each in by_length for name in each):
         buckets.add_column(name, justify="right")
     for scored in runs:
         for task, scores in scored.tasks.items():
@@ -65,7 +65,7 @@ def _cells(scores: ScoredTask) -> Iterator[str]:
 
 
 def _score(scores: SampleScores) -> str:
-    """LongBench's number and our interval."""
+    """The benchmark's number and our interval."""
     if scores.mean is None:
         return "no samples"
     return f"{scores.as_printed:.2f}{labels.interval(scores.mean)}"

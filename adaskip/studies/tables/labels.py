@@ -5,16 +5,25 @@ from __future__ import annotations
 from adaskip.common.intervals import Estimate
 from adaskip.strategies.names import LABELS
 
+
+class Spelled(dict[str, str]):
+    """How names are written; any other name is written as it is."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
 STRATEGIES = LABELS
 """What each strategy declares."""
-TASKS = {
-    "multifieldqa_en": "MultiFieldQA",
-    "triviaqa": "TriviaQA",
-    "trec": "TREC",
-    "gov_report": "GovReport",
-    "multi_news": "MultiNews",
-}
-METRICS = {"f1": "F1", "acc": "accuracy", "rouge_l": "Rouge-L"}
+TASKS = Spelled(
+    multifieldqa_en="MultiFieldQA",
+    triviaqa="TriviaQA",
+    trec="TREC",
+    gov_report="GovReport",
+    multi_news="MultiNews",
+)
+METRICS = Spelled(f1="F1", acc="accuracy", rouge_l="Rouge-L")
+"""As the paper names them."""
 PHASES = {"prefill": "prefill", "decode": "decode", "e2e": "end to end"}
 MISSING = "-"
 UNPUBLISHED = "n/p"

@@ -11,13 +11,14 @@ from adaskip.studies.tables.markdown import PARTIAL, row_labels
 from adaskip.studies.tables.scoreboard import Row
 
 MISSING = "--"
-COLUMNS_PER_TASK = ("Ours", "Paper", "Kept", "Paper kept")
+OURS, PAPERS = ("Ours", "Kept"), ("Ours", "Paper", "Kept", "Paper kept")
+"""Columns of a task, without the paper's and with them."""
 
 
 def to_latex(table: PhaseEntries) -> str:
     """One phase's table, a block of rows per model."""
     speeds = _speed_header(table)
-    columns = "ll" + "rrrr" * len(table.tasks) + "r" * len(speeds)
+    columns = "ll" + "r" * len(_columns(table)) * len(table.tasks) + "r" * len(speeds)
     lines = [
         r"% needs \usepackage{booktabs,graphicx}",
         r"\begin{table*}",
@@ -36,27 +37,33 @@ def to_latex(table: PhaseEntries) -> str:
 
 
 def _caption(table: PhaseEntries) -> str:
-    source = table.board.paper.tables[table.phase].source
+    beside = ", ours beside the paper's" if table.paper.is_published else ""
     return (
-        f"{source}, ours beside the paper's. Scores in per cent with 95\\,\\% bootstrap intervals; kept: score / full "
+        f"{table.paper.source}{beside}. Scores in per cent with 95\\,\\% bootstrap intervals; kept: score / full "
         "model's score, per cent; bold: the best of the four strategies; "
         f"{MISSING}: not run; {labels.UNPUBLISHED}: not published; {PARTIAL}: unfinished run."
     ) + (f" {table.subsets}" if table.subsets else "")
 
 
+def _columns(table: PhaseEntries) -> tuple[str, ...]:
+    return PAPERS if table.paper.is_published else OURS
+
+
 def _header(table: PhaseEntries, speeds: list[str]) -> list[str]:
-    groups = [(labels.TASKS[task], len(COLUMNS_PER_TASK)) for task in table.tasks] + [("Speedup", 1)] * len(speeds)
+    groups = [(_escape(labels.TASKS[task]), len(_columns(table))) for task in table.tasks] + [("Speedup", 1)] * len(
+        speeds
+    )
     cells, rules, first = ["", ""], "", 3
     for name, width in groups:
         cells.append(rf"\multicolumn{{{width}}}{{c}}{{{name}}}")
         rules += rf"\cmidrule(lr){{{first}-{first + width - 1}}}"
         first += width
-    return [_line(cells), rules, _line(["Skipped", "Strategy", *COLUMNS_PER_TASK * len(table.tasks), *speeds])]
+    return [_line(cells), rules, _line(["Skipped", "Strategy", *_columns(table) * len(table.tasks), *speeds])]
 
 
 def _speed_header(table: PhaseEntries) -> list[str]:
     """The paper's alone: the times of our runs are of different moments."""
-    return ["Paper"] if table.board.paper.tables[table.phase].has_speedup else []
+    return ["Paper"] if table.paper.has_speedup else []
 
 
 def _rows(table: PhaseEntries, model: str) -> Iterator[str]:
@@ -80,10 +87,13 @@ def _row_cells(table: PhaseEntries, row: Row) -> Iterator[str]:
 
 def _task_cells(table: PhaseEntries, entry: Entry) -> Iterator[str]:
     mark = PARTIAL if entry.partial else ""
-    yield _estimate(entry.score, mark, bold=table.best(entry))
-    yield _published(entry.paper_score, bold=table.paper_best(entry))
-    yield _estimate(entry.retention, mark)
-    yield _published(None if entry.paper_retention is None else 100 * entry.paper_retention)
+    cells = {
+        "Ours": _estimate(entry.score, mark, bold=table.best(entry)),
+        "Paper": _published(entry.paper_score, bold=table.paper_best(entry)),
+        "Kept": _estimate(entry.retention, mark),
+        "Paper kept": _published(None if entry.paper_retention is None else 100 * entry.paper_retention),
+    }
+    yield from (cells[name] for name in _columns(table))
 
 
 def _estimate(estimate: Estimate | None, mark: str = "", *, bold: bool = False) -> str:

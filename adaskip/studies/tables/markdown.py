@@ -16,8 +16,8 @@ PARTIAL = "*"
 
 def to_markdown(table: PhaseEntries) -> str:
     """One phase's table as a Markdown document."""
-    title = table.board.paper.tables[table.phase].source
-    parts = [f"# {title}: ours beside the paper's", *notes(table)]
+    title = table.paper.source + (": ours beside the paper's" if table.paper.is_published else "")
+    parts = [f"# {title}", *notes(table)]
     for model in table.board.models:
         parts += [f"## {model}", describe_model(table.board, table.phase, model), "### Scores"]
         parts += [
@@ -30,11 +30,10 @@ def to_markdown(table: PhaseEntries) -> str:
 
 def notes(table: PhaseEntries) -> list[str]:
     """What a reader must know to read the numbers."""
-    source = table.board.paper.source
+    paper = f"Paper: {table.board.paper.source}. Where models and data differ from the paper's, compare retention, not "
     lines = [
         f"Scores are per cent with 95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples, "
-        f"paired with the full model's for retention). Paper: {source}. Where models and data differ from the paper's, "
-        "compare retention, not scores.",
+        "paired with the full model's for retention)." + (f" {paper}scores." if table.paper.is_published else ""),
         f"`{labels.MISSING}` not run; `{labels.UNPUBLISHED}` not published; `{PARTIAL}` unfinished run, scored over "
         "the samples it has; **bold** the best of the four strategies.",
         "No speedup of ours stands here: the times of runs are of different moments. `adaskip bench` times the full "
@@ -60,7 +59,10 @@ def _ours(board: Scoreboard, phase: str, model: str) -> str:
     if not runs:
         return "Ours: not run."
     manifests = [run.manifest for run in runs]
-    name = _listed("the testbed's small model" if each["testbed"] else f"`{each['checkpoint']}`" for each in manifests)
+    name = _listed(
+        f"the {run.benchmark.name}'s small model" if run.benchmark.models else f"`{run.manifest['checkpoint']}`"
+        for run in runs
+    )
     made = _listed(f"{each['dtype']} on {each['device']}" for each in manifests)
     samples = _listed(str(number) for each in manifests for number in each["tasks"].values())
     budgets = _listed(str(number) for number in sorted(run.cell.sublayers for run in runs) if number)
@@ -85,7 +87,7 @@ def _score_header(table: PhaseEntries) -> list[str]:
     header = ["Skipped", "Strategy"]
     for task in table.tasks:
         entry = next(entry for (_, name), entry in table.cells.items() if name == task)
-        header += [f"{labels.TASKS[task]} {labels.METRICS[entry.metric]}", "paper"]
+        header += [f"{labels.TASKS[task]} {labels.METRICS[entry.metric]}", *_if_published(table, "paper")]
         header += ["rouge_score"] if _is_rouge(entry) else []
     return [*header, *(["paper's speedup"] if _has_speedup(table) else [])]
 
@@ -95,13 +97,17 @@ def _score_lines(table: PhaseEntries, model: str) -> Iterator[list[str]]:
         line = row_labels(row)
         for task in table.tasks:
             entry = table.cells[row, task]
-            line += [score_text(table, entry), paper_text(table, entry)]
+            line += [score_text(table, entry), *_if_published(table, paper_text(table, entry))]
             line += [labels.percent(entry.rouge_score)] if _is_rouge(entry) else []
         yield line + ([paper_speedup(table, row)] if _has_speedup(table) else [])
 
 
 def _retention_header(table: PhaseEntries) -> list[str]:
-    return ["Skipped", "Strategy", *(text for task in table.tasks for text in (labels.TASKS[task], "paper"))]
+    return [
+        "Skipped",
+        "Strategy",
+        *(text for task in table.tasks for text in (labels.TASKS[task], *_if_published(table, "paper"))),
+    ]
 
 
 def _retention_lines(table: PhaseEntries, model: str) -> Iterator[list[str]]:
@@ -113,7 +119,7 @@ def _retention_lines(table: PhaseEntries, model: str) -> Iterator[list[str]]:
             entry = table.cells[row, task]
             paper = entry.paper_retention
             line.append(labels.percent(entry.retention) + (PARTIAL if entry.partial and entry.retention else ""))
-            line.append(labels.UNPUBLISHED if paper is None else f"{100 * paper:.1f}")
+            line += _if_published(table, labels.UNPUBLISHED if paper is None else f"{100 * paper:.1f}")
         yield line
 
 
@@ -141,7 +147,12 @@ def paper_speedup(table: PhaseEntries, row: Row) -> str:
 
 
 def _has_speedup(table: PhaseEntries) -> bool:
-    return table.board.paper.tables[table.phase].has_speedup
+    return table.paper.has_speedup
+
+
+def _if_published(table: PhaseEntries, text: str) -> list[str]:
+    """A column of the paper's, where it has published anything."""
+    return [text] if table.paper.is_published else []
 
 
 def _is_rouge(entry: Entry) -> bool:

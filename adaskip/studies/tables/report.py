@@ -22,6 +22,7 @@ from adaskip.studies.tables.summary_text import headline, to_text
 from adaskip.studies.tables.tradeoff import Tradeoff
 
 TABLE_NAMES = {"prefill": "table3_prefill", "decode": "table3_decode", "e2e": "table4_e2e"}
+"""The paper's; of other benchmarks a table is called by its phase."""
 
 
 def write_report(runs_dir: str | Path, out_dir: str | Path, *, jobs: int = 1, progress: bool = False) -> list[Path]:
@@ -51,8 +52,9 @@ def write_tables(tables: list[PhaseEntries], out_dir: Path) -> list[Path]:
     """Tables 3 and 4 as Markdown, CSV and LaTeX, the summary as Markdown and JSON, and calibrated's matches."""
     written = []
     for table in tables:
+        name = TABLE_NAMES[table.phase] if table.paper.is_published else f"table_{table.phase}"
         for suffix, render in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
-            written.append(write_text_atomic(out_dir / f"{TABLE_NAMES[table.phase]}.{suffix}", render(table)))
+            written.append(write_text_atomic(out_dir / f"{name}.{suffix}", render(table)))
     summary = summarise(tables)
     written.append(write_text_atomic(out_dir / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n"))
     written.append(write_text_atomic(out_dir / "summary.md", to_text(summary)))

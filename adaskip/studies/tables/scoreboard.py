@@ -15,8 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from adaskip.common.intervals import Estimate, ratio_estimate
+from adaskip.core.plan import PHASES
 from adaskip.strategies.names import GRID_STRATEGIES, PAPER_STRATEGIES, SHORT_NAMES
-from adaskip.studies.tables.paper import load_paper
+from adaskip.studies.tables.paper import Paper, load_paper, unpublished
 from adaskip.studies.tables.runs import load_runs
 from adaskip.studies.tables.scores import ScoredRun, ScoredTask, score_run
 
@@ -45,11 +46,22 @@ class Scoreboard:
     """Scored runs beside the paper's numbers."""
 
     def __init__(self, runs: Iterable[ScoredRun]):
-        self.paper = load_paper()
         self.runs = {
             Row(scored.run.cell.phase, scored.run.cell.model, scored.run.cell.strategy, scored.run.fraction): scored
             for scored in runs
         }
+        self.paper = self._papers()
+
+    def _papers(self) -> Paper:
+        """The paper's tables; if all runs are of a benchmark that it does not speak of, empty ones of their tasks."""
+        benchmarks = {scored.run.benchmark.name: scored.run.benchmark for scored in self.runs.values()}
+        if not benchmarks or any(benchmark.in_paper for benchmark in benchmarks.values()):
+            return load_paper()
+        metrics: dict[str, dict[str, str]] = {}
+        for row, scored in self.runs.items():
+            metrics.setdefault(row.phase, {}).update({name: task.main.metric for name, task in scored.tasks.items()})
+        ordered = {phase: metrics[phase] for phase in PHASES if phase in metrics}
+        return unpublished(" and ".join(benchmarks), ordered)
 
     @cached_property
     def models(self) -> list[str]:

@@ -6,17 +6,13 @@ fractions of 1, as the metrics return them; per cent is for printing.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks import metrics, scoring
-from adaskip.benchmarks.scoring import BucketScore
+from adaskip.benchmarks.scores import BucketScore, TaskScore
 from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import Estimate, mean_estimate
 from adaskip.studies.tables.runs import Run, TaskRecords
@@ -30,7 +26,7 @@ class SampleScores:
 
     metric: str
     as_printed: float | None
-    """Their mean as LongBench's eval.py prints it: per cent, two decimals; None if there are no samples."""
+    """Their mean: per cent, two decimals, rounded as LongBench's eval.py does; None if there are no samples."""
     by_id: dict[str, float]
     num_empty: int
     """Predictions of which nothing but white space was scored."""
@@ -49,11 +45,11 @@ class ScoredTask:
 
     records: TaskRecords
     main: SampleScores
-    """By the task's own metric, LongBench's."""
+    """By the task's own metric."""
     rouge_score: SampleScores | None
-    """By Google's `rouge_score` too; None for a task that is not scored by Rouge-L."""
+    """By a second metric, too, of LongBench Google's `rouge_score`; None for a task that has none."""
     buckets: dict[str, BucketScore] | None
-    """Of `main`, by LongBench-E's buckets of length; None for a set that is not LongBench-E's."""
+    """Of `main`, by buckets of length; None for a set that has none."""
 
 
 @dataclass(frozen=True)
@@ -72,52 +68,32 @@ def score_run(run: Run, *, fresh: bool = False) -> ScoredRun:
     saved = None if fresh else _read_saved(path, made_from)
     if saved is not None:
         return ScoredRun(run, {name: _from_saved(records, saved[name]) for name, records in run.tasks.items()})
-    tasks = {name: score_task(records, run.is_extended(name)) for name, records in run.tasks.items()}
+    tasks = {name: _score_task(run, records) for name, records in run.tasks.items()}
     scored = ScoredRun(run, tasks)
     write_text_atomic(path, _as_json(scored, made_from))
     return scored
 
 
-def score_task(records: TaskRecords, is_extended: bool = False) -> ScoredTask:
-    """Score one task's records by its own metric, and by `rouge_score` too where that is Rouge-L.
-
-    is_extended: they are of a LongBench-E set, whose buckets are scored, too.
-    """
-    main = _score(records, None)
-    return ScoredTask(
-        records,
-        main,
-        _score(records, beside) if (beside := scoring.STANDARD_ROUGE.get(main.metric)) else None,
-        _score_buckets(records, main) if is_extended else None,
-    )
+def _score_task(run: Run, records: TaskRecords) -> ScoredTask:
+    made = run.benchmark.evaluate(records.task, records.records, run.manifest)
+    return ScoredTask(records, _by_id(records, made.main), made.beside and _by_id(records, made.beside), made.buckets)
 
 
-def _score_buckets(records: TaskRecords, main: SampleScores) -> dict[str, BucketScore]:
-    if any("length" not in record for record in records.records):
-        raise scoring.MetricError(f"a record of {records.task} has no 'length', so that it belongs to no bucket")
-    return scoring.score_buckets(list(main.by_id.values()), [record["length"] for record in records.records])
-
-
-def _score(records: TaskRecords, metric: str | None) -> SampleScores:
-    score = scoring.score_samples(records.task, records.records, metric)
+def _by_id(records: TaskRecords, score: TaskScore) -> SampleScores:
     by_id = dict(zip(records.by_id, score.per_sample, strict=True))
     return SampleScores(score.metric, score.score, by_id, score.num_empty, dict(score.errors))
 
 
 def _made_from(run: Run) -> dict[str, Any]:
     """What the scores depend on: the records' bytes and the metrics' code."""
-    return {"records": {name: records.sha256 for name, records in run.tasks.items()}, "metrics": _metrics_fingerprint()}
-
-
-@cache
-def _metrics_fingerprint() -> str:
-    code = "".join(inspect.getsource(module) for module in (scoring, metrics))
-    versions = [f"{package} {version(package)}" for package in ("rouge", "rouge_score")]
-    return f"{hashlib.sha256(code.encode()).hexdigest()}, {', '.join(versions)}"
+    records = {name: records.sha256 for name, records in run.tasks.items()}
+    return {"records": records, "metrics": run.benchmark.score_version()}
 
 
 def _read_saved(path: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """The saved tasks; None where there are none of these records by these metrics."""
+    """The saved tasks; None where there are none of these records by these metrics, or nobody knows whether."""
+    if made_from["metrics"] is None:
+        return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

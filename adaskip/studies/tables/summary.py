@@ -74,7 +74,8 @@ def mean_retention(tables: Sequence[PhaseEntries]) -> list[dict[str, Any]]:
                 entries = [
                     entry
                     for (row, _), entry in table.cells.items()
-                    if (row.strategy, row.fraction) == (strategy, fraction) and row.model in table.board.paper.models
+                    if (row.strategy, row.fraction) == (strategy, fraction)
+                    and row.model in (table.board.paper.models or table.board.models)
                 ]
                 ours = [entry.final_retention for entry in entries]
                 paper = [entry.paper_retention for entry in entries]

@@ -51,7 +51,8 @@ def headline(summary: dict[str, Any]) -> list[str]:
             f" Its lead over every other strategy is beyond chance (paired bootstrap) in {ours['paired_better']} "
             f"cells, and it is beyond chance behind another in {ours['paired_worse']}."
         )
-    lines.append(f"In the paper's own tables AdaSkip {_claim(paper)}")
+    if paper["compared"]:
+        lines.append(f"In the paper's own tables AdaSkip {_claim(paper)}")
     if online["requests"]:
         lines.append(
             f"The online window added FFN sublayers in {online['fired']} of {online['requests']} requests "
