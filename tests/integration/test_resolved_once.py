@@ -11,6 +11,7 @@ from adaskip.benchmarks import longbench
 from adaskip.models import checkpoints, loading, source
 from adaskip.profiles import fields, fingerprint
 from adaskip.runs import loading as held
+from adaskip.runs import records
 from tests.tiny_runs import cell
 
 WATCHED = {
@@ -27,6 +28,7 @@ def counted(monkeypatch) -> Counter:
     """How often each thing was worked out."""
     calls: Counter = Counter()
     monkeypatch.setattr(held, "_held", {})
+    records._read.cache_clear()
 
     def watch(what, place, name):
         original = getattr(place, name)
