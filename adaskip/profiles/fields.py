@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -66,21 +64,6 @@ def check_record(profile: Any) -> None:
     for name, kind in {**texts, "prompts_begin_with_bos": bool}.items():
         if not isinstance(value := getattr(profile, name), kind | None):
             raise ProfileError(f"{name} must be {'a text' if kind is str else 'true or false'}, or null; got {value!r}")
-
-
-def read_record(path: str | Path, expected_format: str, what: str) -> dict[str, Any]:
-    """The fields of a profile's file, but for its format.
-
-    Raises FileNotFoundError if there is no file and ProfileError if it is not `what`, a profile of that format.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
-        raise ProfileError(f"{path} is not JSON: {error}") from error
-    found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
-    if found != expected_format:
-        raise ProfileError(f"{path} is not {what}: format is {found!r}, expected {expected_format!r}")
-    return record
 
 
 def built(kind: type, what: str, record: Any) -> Any:

@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from adaskip.common.files import write_text_atomic
+from adaskip.common.named_files import find_file, read_record
 from adaskip.core.plan import Sublayer
-from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, number, read_record, whole
+from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, number, whole
 
 __all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
 
@@ -60,6 +61,9 @@ class ImportanceProfile:
     BOS token; None also for a model that has none. config_fingerprint: of the model's configuration. tokenizer_files:
     digest of the checkpoint's tokenizer files, in profiles that a command kept beside its runs.
     """
+
+    FILE: ClassVar[str] = "adaskip_profile.json"
+    """In a folder, or a repository of the Hub."""
 
     attention: SublayerMeans
     ffn: SublayerMeans
@@ -140,9 +144,12 @@ class ImportanceProfile:
     ) -> ImportanceProfile:
         """Read a saved profile; with `model`, refuse one that was not measured on it, as `check_fits` does.
 
+        path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
+
         Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
         """
-        record = read_record(path, FORMAT, "an importance profile")
+        path = find_file(path, cls.FILE)
+        record = read_record(path, FORMAT, "an importance profile", ProfileError)
         try:
             means = {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}
             profile: ImportanceProfile = built(cls, "it", {**record, **means})
