@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
 from adaskip.common.files import write_text_atomic
@@ -46,7 +47,8 @@ def find_file(given: str | Path, file_name: str, *, revision: str | None = None)
     if (named := published().get(str(given))) is not None:
         return named
     if REPOSITORY.fullmatch(str(given)) and path.suffix != ".json":
-        return _download(str(given), file_name, revision)
+        with _hub_errors(str(given), file_name):
+            return Path(hf_hub_download(str(given), file_name, revision=revision))
     close = get_close_matches(str(given), published(), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     names = ", ".join(published()) or "none"
@@ -56,15 +58,25 @@ def find_file(given: str | Path, file_name: str, *, revision: str | None = None)
     )
 
 
-def _download(repo: str, file_name: str, revision: str | None) -> Path:
+def download_folder(repo: str) -> Path:
+    """All files of a repository of the Hub. Raises ValueError, in one line, as `find_file` does."""
+    if not REPOSITORY.fullmatch(repo):
+        raise ValueError(f"{repo!r} is neither a folder here nor org/name on the Hub")
+    with _hub_errors(repo, "any file"):
+        return Path(snapshot_download(repo))
+
+
+@contextmanager
+def _hub_errors(repo: str, wanted: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into a ValueError of one line."""
     try:
-        return Path(hf_hub_download(repo, file_name, revision=revision))
+        yield
     except GatedRepoError:
         raise ValueError(f"{repo} is gated: accept its licence at its page and run `hf auth login`") from None
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        what = "no repository of the Hub" if isinstance(error, RepositoryNotFoundError) else f"without {file_name}"
+        what = "no such repository" if isinstance(error, RepositoryNotFoundError) else f"it has no {wanted}"
         raise ValueError(f"{repo!r} is neither a file or folder here nor usable from the Hub: {what}") from None
-    except Exception as error:  # the Hub's client passes on errors of the HTTP library it happens to use
+    except Exception as error:  # the client passes on errors of the HTTP library it happens to use
         told = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{repo!r} is neither a file or folder here nor to be had from the Hub: {told}") from error
 
@@ -103,11 +115,21 @@ def read_record(
 
     Raises FileNotFoundError if there is no file and `error` if it is not `what`.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as wrong:  # also numbers of more digits than Python reads
-        raise error(f"{path} is not JSON: {wrong}") from wrong
+    record = _read_json(path, error)
     found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
     if found != expected_format:
         raise error(f"{path} is not {what}: format is {found!r}, expected {expected_format!r}")
     return record
+
+
+def read_format(path: str | Path) -> str | None:
+    """The `format` of a JSON file; None without one. Raises ValueError for what is not JSON."""
+    record = _read_json(path, ValueError)
+    return record.get("format") if isinstance(record, dict) else None
+
+
+def _read_json(path: str | Path, error: type[ValueError]) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as wrong:  # also numbers of more digits than Python reads
+        raise error(f"{path} is not JSON: {wrong}") from wrong

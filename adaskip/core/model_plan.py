@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
 from adaskip.core.decoder import decoder_layers
+from adaskip.core.fingerprint import portable_fingerprint
 from adaskip.core.plan import PlanOrigin, SkipPlan
 from adaskip.core.same_model import check_same_model, identity
 from adaskip.core.strategy import FixedPlan, Strategy
@@ -41,12 +43,10 @@ def make_plan(
     if strategy.num_layers != depth:
         raise ValueError(f"strategy {strategy.name} was made for {strategy.num_layers} layers, the model has {depth}")
     profile: Any = getattr(strategy, "profile", None)
-    known = identity(model, base_model)
     if profile is not None:
-        weights = known["weights_fingerprint"]
-        profile.check_fits(model, allow_other_weights=allow_other_weights, weights_fingerprint=weights)
+        profile.check_fits(model, allow_other_weights=allow_other_weights)
     origin = PlanOrigin(
-        **known,
+        **identity(model, base_model, portable_fingerprint(model)),
         num_layers=depth,
         phase=strategy.phase,
         strategy=strategy.name,
@@ -68,10 +68,16 @@ def strategy_of(given: Strategy | SkipPlan, model: nn.Module, *, allow_other_wei
         return given
     if given.origin is None:
         return FixedPlan(num_layers=len(decoder_layers(model)), plan=given)
-    check_same_model(
-        given.origin, model, what="plan", again="make one for this model", allow_other_weights=allow_other_weights
+    check_plan(
+        given.origin,
+        identity(model, fingerprint=portable_fingerprint(model)),
+        len(decoder_layers(model)),
+        allow_other_weights=allow_other_weights,
     )
     return FixedPlan(num_layers=given.origin.num_layers, phase=given.origin.phase, plan=given)
+
+
+check_plan = partial(check_same_model, what="plan", again="make one for this model")
 
 
 def _provenance(profile: Any) -> dict[str, Any]:

@@ -21,9 +21,10 @@ def check_phase(phase: str) -> Phase:
 class PlanOrigin:
     """The model that a plan was made for, by the fields of `same_model.identity`, and how it was chosen.
 
-    model: Hub id or folder of the base model. phase: where the set is skipped; in phase decode a prompt runs through
-    the full model. strategy, budget, options: what chose the set, its budget by unit and its own options. profile: what
-    the strategy chose by, without the measurements; None where it chose by nothing measured. versions: of packages.
+    model: Hub id or folder of the base model. weights_fingerprint: its `portable_fingerprint`. phase: where the set is
+    skipped; in phase decode a prompt runs through the full model. strategy, budget, options: what chose the set, its
+    budget by unit and its own options. profile: what the strategy chose by, without the measurements; None where it
+    chose by nothing measured. versions: of packages.
     """
 
     model: str

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from adaskip.core.same_model import check_same_model
+from adaskip.core.same_model import check_same_model, identity
+from adaskip.core.wrappers import unwrapped
 
 
 class ProfileError(ValueError):
@@ -83,13 +84,14 @@ def built(kind: type, what: str, record: Any) -> Any:
 def check_model(
     profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str, fingerprint: str | None = None
 ) -> None:
-    """`check_same_model` of a profile; raises ProfileError."""
+    """`check_same_model` of a profile; raises ProfileError. fingerprint: that of the model's weights, if known."""
+    config: Any = unwrapped(model).config
     check_same_model(
         profile,
-        model,
+        identity(model, fingerprint=fingerprint),
+        config.get_text_config(decoder=True).num_hidden_layers,
         what="profile",
         again=again,
         allow_other_weights=allow_other_weights,
-        fingerprint=fingerprint,
         error=ProfileError,
     )

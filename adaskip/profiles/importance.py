@@ -22,7 +22,6 @@ from adaskip.profiles.fields import ProfileError, built, check_model, check_reco
 
 __all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
 
-FORMAT = "adaskip-importance-profile/1"
 UNITS = ("attention", "ffn", "layer")
 ROUNDING = 1e-6  # by so much a mean of cosines may leave [-1, 1]
 
@@ -62,6 +61,7 @@ class ImportanceProfile:
     digest of the checkpoint's tokenizer files, in profiles that a command kept beside its runs.
     """
 
+    FORMAT: ClassVar[str] = "adaskip-importance-profile/1"
     FILE: ClassVar[str] = "adaskip_profile.json"
     """In a folder, or a repository of the Hub."""
 
@@ -135,7 +135,7 @@ class ImportanceProfile:
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, whole or not at all."""
-        record = {"format": FORMAT, **asdict(self)}
+        record = {"format": self.FORMAT, **asdict(self)}
         return write_text_atomic(path, json.dumps(record, indent=2) + "\n")
 
     @classmethod
@@ -149,7 +149,7 @@ class ImportanceProfile:
         Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
         """
         path = find_file(path, cls.FILE)
-        record = read_record(path, FORMAT, "an importance profile", ProfileError)
+        record = read_record(path, cls.FORMAT, "an importance profile", ProfileError)
         try:
             means = {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}
             profile: ImportanceProfile = built(cls, "it", {**record, **means})

@@ -16,7 +16,6 @@ from adaskip.common.named_files import find_file, read_record
 from adaskip.core.plan import PHASES, Phase, SkipPlan, Sublayer, SublayerKind
 from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, whole
 
-FORMAT = "adaskip-selection-profile/1"
 ROUNDING = 1e-6  # nats; by so much the sum that is a divergence may fall below zero
 KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 
@@ -91,6 +90,7 @@ class SelectionProfile:
     Other fields say what was measured on what, as in an `ImportanceProfile`.
     """
 
+    FORMAT: ClassVar[str] = "adaskip-selection-profile/1"
     FILE: ClassVar[str] = "adaskip_selection.json"
     """In a folder, or a repository of the Hub."""
 
@@ -157,7 +157,7 @@ class SelectionProfile:
 
     def save(self, path: str | Path) -> Path:
         """Write the selection as JSON, whole or not at all."""
-        return write_text_atomic(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        return write_text_atomic(path, json.dumps({"format": self.FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def load(
@@ -170,7 +170,7 @@ class SelectionProfile:
         Raises FileNotFoundError if there is no file and ProfileError if it is not a selection or does not fit.
         """
         path = find_file(path, cls.FILE)
-        record = read_record(path, FORMAT, "a selection profile", ProfileError)
+        record = read_record(path, cls.FORMAT, "a selection profile", ProfileError)
         try:
             selection: SelectionProfile = built(cls, "it", {**record, **_parts(record)})
         except ProfileError as error:
