@@ -24,6 +24,7 @@ from adaskip.engines.export import export_to
 from adaskip.engines.registry import ENGINES, Export
 from adaskip.models.checkpoints import check_weights
 from adaskip.models.loading import load_source
+from adaskip.models.registry import registry
 from adaskip.models.source import ModelSource, find_source
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -185,7 +186,8 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
 def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
     if config.model is None and plan.origin is None:
         raise ValueError(f"{config.plan} names no model: give --model")
-    return find_source(config.model if plan.origin is None else config.model or plan.origin.model)
+    name = config.model or (None if plan.origin is None else plan.origin.model)
+    return find_source(name) if name in registry() else find_source(checkpoint=name)
 
 
 def _check(plan: SkipPlan, known: Mapping[str, Any], num_layers: int, config: ExportConfig) -> None:
