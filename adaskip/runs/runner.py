@@ -30,7 +30,7 @@ from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.records import Sample, prompt_ids
+from adaskip.runs.records import Sample, prompt_ids, reference_ids
 from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
 
@@ -232,6 +232,7 @@ def make_records(
     """Generate for a batch of samples, the first of which is number `start` of its task."""
     tokenizer: Any = loaded.tokenizer
     prompts = prompt_ids(batch, part.task, loaded)
+    references = reference_ids(batch, prompts, part.max_new_tokens, loaded)
     generations = generate(
         loaded.model,
         strategy,
@@ -240,10 +241,17 @@ def make_records(
         eos_token_ids=stop_token_ids(part.task, loaded),
         pad_token_id=tokenizer.pad_token_id,
         min_new_tokens=part.task.min_new_tokens,
+        references=references,
     )
     return [
-        _record(part, start + offset, sample, len(prompt), generation, loaded)
-        for offset, (sample, prompt, generation) in enumerate(zip(batch, prompts, generations, strict=True))
+        {
+            **_record(part, start + offset, sample, len(prompt), generation, loaded),
+            "reference_loss": generation.reference_loss,
+            "reference_tokens": 0 if reference is None else len(reference),
+        }
+        for offset, (sample, prompt, reference, generation) in enumerate(
+            zip(batch, prompts, references, generations, strict=True)
+        )
     ]
 
 
