@@ -92,7 +92,7 @@ def rewound(cache: Any, prompt_tokens: int, strategy: Strategy | None, num_token
     plain = type(cache) is DynamicCache and all(type(layer) in (DynamicLayer, SkippedLayer) for layer in cache.layers)
     if not plain or getattr(cache, "offloading", False):
         return False
-    steps = () if strategy is None else [strategy.decode_plan(step).attention for step in range(1, num_tokens + 1)]
+    steps = [] if strategy is None else [strategy.decode_plan(step).attention for step in range(1, num_tokens + 1)]
     if any(attention != steps[0] for attention in steps):
         return False
     if extra := int(cache.get_seq_length()) - prompt_tokens:
