@@ -28,7 +28,7 @@ from adaskip.runs.checks import build_strategies, check
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
-from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
+from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done, without_growth
 from adaskip.runs.profiles import profile_for
 from adaskip.runs.records import Sample, prompt_ids, reference_ids
 from adaskip.runs.speedup import Target, attain, find_target
@@ -160,8 +160,9 @@ def _is_complete(job: Job) -> bool:
 
     A finished run whose records were lost or cut is not complete.
     """
-    wanted = {**describe_job(job), **job.loading.source.model_files}
-    job.folder.check(comparable(wanted, job.folder.read_manifest()))
+    held = job.folder.read_manifest()
+    wanted = without_growth({**describe_job(job), **job.loading.source.model_files}, job, held)
+    job.folder.check(comparable(wanted, held))
     return is_done(job) and not _count(job, _merge(job))
 
 
@@ -175,7 +176,10 @@ def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple
 def _begin(job: Job, manifests: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Write the manifest and return the batches to be made, of each part."""
     check_alike(manifests)
-    job.folder.start(comparable(manifests[0], job.folder.read_manifest()))
+    held = job.folder.read_manifest()
+    manifest = comparable(manifests[0], held)
+    same = without_growth(manifest, job, held)
+    job.folder.start(same, {name: manifest[name] for name in manifest.keys() - same.keys()} or None)
     return _merge(job)
 
 
