@@ -67,7 +67,7 @@ def test_cache_slots_follow_layers_that_are_numbered_anew():
     model.model.layers = nn.ModuleList([layer for i, layer in enumerate(model.model.layers) if i != 2])
     model.config.num_hidden_layers = 5
     strategy = FixedPlan(num_layers=5, plan=SkipPlan(attention={4}))
-    with skipping(model, strategy), pytest.raises(ValueError, match="slots up to 5"):
+    with skipping(model, strategy), pytest.raises(ValueError, match="indices up to 5"):
         greedy(model)
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = i
@@ -135,7 +135,7 @@ def test_an_affine_of_another_width_is_refused_and_leaves_no_trace(width):
     model = random_model("llama")
     wrong = SkipPlan.of_sublayers({Sublayer("ffn", 2): Affine([1.5] * width, [0.5] * width)})
     right = SkipPlan.of_sublayers({Sublayer("ffn", 2): Affine([1.5] * WIDTH, [0.5] * WIDTH)})
-    with pytest.raises(ValueError, match=rf"has {width} channels; the hidden states have {WIDTH}"):
+    with pytest.raises(ValueError, match=rf"has {width} channels, but the hidden states have {WIDTH}"):
         logits(model, wrong)
     expected = ReferenceDecoder(model).run(IDS[0].tolist(), right)
     assert (logits(model, right)[0] - expected).abs().max() < 1e-5

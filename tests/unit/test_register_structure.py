@@ -119,7 +119,7 @@ def test_an_equal_structure_may_be_registered_again():
     ("structure", "message"),
     [
         ("pre-norm", "takes a BlockStructure; got 'pre-norm'"),
-        (BlockStructure("pre-norm", MIXING.attention, MIXING.ffn), "named 'pre-norm' is registered already"),
+        (BlockStructure("pre-norm", MIXING.attention, MIXING.ffn), "named 'pre-norm' is already registered"),
         (BlockStructure("", MIXING.attention, MIXING.ffn), "needs a name; got ''"),
         (BlockStructure("x", cast(Any, ("mixer",)), MIXING.ffn), "must be Sublayers; got"),
         (BlockStructure("x", Sublayers("", None, None), MIXING.ffn), "names a part ''"),
