@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, get_task
+from adaskip.benchmarks.longbench import get_task
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.config import DataConfig, SharedConfig
 from adaskip.runs.records import Records, Sample, find_records, prompt_ids
@@ -18,15 +18,17 @@ from adaskip.runs.records import Records, Sample, find_records, prompt_ids
 class Calibration:
     """Samples to calibrate on; they are read once, when first asked for.
 
-    task: what importance is measured on. tasks: what a selection is searched on, samples of at most `max_length` words
-    that no run is scored on. num_samples: of either. folder: where profiles are kept, None where they are not.
+    task: what importance is measured on. tasks: what a selection is searched on, `num_searched` samples that no run is
+    scored on, their prompts cut to `search_prompt_tokens` (None: to the model's limit). folder: where profiles are
+    kept, None where they are not.
     """
 
     records: Records
     task: str
     tasks: tuple[str, ...]
     num_samples: int
-    max_length: int
+    num_searched: int
+    search_prompt_tokens: int | None = None
     folder: Path | None = None
 
     @cached_property
@@ -37,7 +39,7 @@ class Calibration:
     @cached_property
     def searched(self) -> list[tuple[str, Sample]]:
         """(task, sample): what a selection is searched on."""
-        return self.records.unscored(self.tasks, self.num_samples, self.max_length)
+        return self.records.unscored(self.tasks, self.num_searched)
 
     def data(self, loaded: LoadedModel) -> Mapping[str, Any]:
         """The samples as prompts, and what they are, by the names that `calibrate` takes."""
@@ -57,12 +59,13 @@ def find_calibration(
     num_samples: int | None = None,
 ) -> Calibration:
     """What a configuration calibrates on; its profiles are kept beside its runs if it has any."""
-    is_data = isinstance(config, DataConfig)
+    setup = config.setup
     return Calibration(
         records or find_records(config),
-        task=config.setup.calibration_task,
+        task=setup.calibration_task,
         tasks=tuple(tasks),
-        num_samples=num_samples or config.setup.calibration_samples,
-        max_length=config.min_length if is_data else PAPER_MIN_LENGTH,
-        folder=config.runs_dir.parent / "profiles" if is_data else None,
+        num_samples=num_samples or setup.calibration_samples,
+        num_searched=num_samples or setup.search_samples,
+        search_prompt_tokens=setup.search_prompt_tokens,
+        folder=config.runs_dir.parent / "profiles" if isinstance(config, DataConfig) else None,
     )

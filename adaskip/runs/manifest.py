@@ -26,7 +26,7 @@ from adaskip.runs.records import fingerprint
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
-    *("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
+    *("protocol", "sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
     *("weight_files", *FIELDS),
 )
 """Fields that runs made before these existed do not have, and are not refused for."""
@@ -42,6 +42,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "run_name": job.cell.run_name,
         "model": job.cell.model,
         "testbed": records.is_testbed,
+        "protocol": job.protocol,
         "strategy": job.strategy,
         "strategy_options": job.strategy_options or None,
         "phase": job.phase,
