@@ -161,8 +161,8 @@ class Given(Strategy):
         (SkipPlan(ffn={9}), "layers .9., but the model has layers 0..3"),
         (SkipPlan(attention={9}), "layers .9., but the model has layers 0..3"),
         (SkipPlan(attention={0, 1, 2, 3}), "at least one must stay live"),
-        (None, "strategy given gave NoneType instead of a SkipPlan"),
-        ({"ffn": [1]}, "strategy given gave dict instead of a SkipPlan"),
+        (None, "strategy given returned NoneType instead of a SkipPlan"),
+        ({"ffn": [1]}, "strategy given returned dict instead of a SkipPlan"),
     ],
     ids=str,
 )
