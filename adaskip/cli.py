@@ -131,8 +131,8 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
     "run": (
         RunConfig,
         _run,
-        "Run one cell: a model with a strategy in a phase at a budget. `accelerate launch --multi_gpu --num_processes N "
-        "-m adaskip run` splits the samples over N processes, which must share a file system.",
+        "Run one cell: a model with a strategy in a phase at a budget. `accelerate launch --multi_gpu --num_processes "
+        "N -m adaskip run` splits the samples over N processes, which must share a file system.",
     ),
     "grid": (
         GridConfig,

@@ -100,7 +100,7 @@ def test_profile_of_another_model_is_refused(tmp_path):
         ("{", "is not JSON"),
         ("[]", "not an importance profile"),
         ('{"format": "other"}', "format is 'other'"),
-        ('{"format": "adaskip-importance-profile/1"}', "not a whole importance profile"),
+        ('{"format": "adaskip-importance-profile/1"}', "not a valid importance profile"),
     ],
 )
 def test_broken_file_is_one_clear_error(tmp_path, text, message):

@@ -181,8 +181,8 @@ def test_a_selection_is_saved_loaded_and_refused_on_another_model(selection, mod
     ("change", "message"),
     [
         ({"format": "other"}, "is not a selection profile"),
-        ({"cost": {}}, "is not a whole selection profile"),
-        ({"selected": {"2": {"attention": {}, "ffn": {"1": 1.0}, "divergence": 1, "found_by": "x"}}}, "from 1 on"),
+        ({"cost": {}}, "is not a valid selection profile"),
+        ({"selected": {"2": {"attention": {}, "ffn": {"1": 1.0}, "divergence": 1, "found_by": "x"}}}, "from 1 up"),
         ({"selected": {"1": {"attention": {}, "ffn": {}, "divergence": 1, "found_by": "x"}}}, "for 1 sublayers has 0"),
     ],
 )
