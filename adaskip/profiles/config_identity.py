@@ -1,4 +1,4 @@
-"""A fingerprint of the configuration fields that affect a model's output: rotary positions, windows, norms, scalings."""
+"""A fingerprint of the configuration fields that affect a model's output: rope, windows, norms, scalings."""
 
 from __future__ import annotations
 

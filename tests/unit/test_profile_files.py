@@ -155,7 +155,7 @@ def measured():
 
 def test_a_profile_of_other_weights_can_be_used_knowingly(measured, tmp_path, caplog):
     path, other = measured.save(tmp_path / "p.json"), random_model("llama", seed=1)
-    with pytest.raises(ProfileError, match="allow_other_weights=True \(command line: --allow-other-weights\)"):
+    with pytest.raises(ProfileError, match=r"allow_other_weights=True \(command line: --allow-other-weights\)"):
         ImportanceProfile.load(path, other)
     with caplog.at_level(logging.WARNING):
         assert ImportanceProfile.load(path, other, allow_other_weights=True) == measured
@@ -183,12 +183,12 @@ def test_a_selection_of_other_weights_can_be_used_knowingly(tmp_path, caplog):
 
 def test_depth_and_width_must_agree_even_then(measured, tmp_path):
     path = measured.save(tmp_path / "p.json")
-    with pytest.raises(ProfileError, match="has 4 layers, the model has 2"):
+    with pytest.raises(ProfileError, match="has 4 layers, but the model has 2"):
         ImportanceProfile.load(path, random_model("llama", num_layers=2), allow_other_weights=True)
     with pytest.raises(ProfileError, match="has hidden size 16, the model has 32"):
         ImportanceProfile.load(path, random_model("llama", hidden_size=32), allow_other_weights=True)
     selection = selection_of(2, "decode").save(tmp_path / "s.json")
-    with pytest.raises(ProfileError, match="has 2 layers, the model has 4"):
+    with pytest.raises(ProfileError, match="has 2 layers, but the model has 4"):
         SelectionProfile.load(selection, random_model("llama"), allow_other_weights=True)
 
 

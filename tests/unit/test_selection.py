@@ -208,11 +208,11 @@ def test_a_selection_for_something_else_is_refused(selection, model, prompts):
         build("calibrated", **{**options, "phase": other})
     with pytest.raises(ValueError, match="up to 4 sublayers; budget sublayers=5 asks for 5"):
         build("calibrated", **{**options, "budget": Budget(sublayers=5)})
-    with pytest.raises(ValueError, match="is for 4 layers, the model has 6"):
+    with pytest.raises(ValueError, match="has 4 layers, but the model has 6"):
         build("calibrated", **{**options, "num_layers": 6})
-    with pytest.raises(ValueError, match="adaskip needs ImportanceProfile, not SelectionProfile"):
+    with pytest.raises(ValueError, match="of type ImportanceProfile; got SelectionProfile"):
         build("adaskip", **options)
-    with pytest.raises(ValueError, match="calibrated needs SelectionProfile, not ImportanceProfile"):
+    with pytest.raises(ValueError, match="of type SelectionProfile; got ImportanceProfile"):
         build("calibrated", **{**options, "profile": calibrate(model, prompts)})
 
 
