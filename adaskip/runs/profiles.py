@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adaskip.benchmarks.longbench import get_task
-from adaskip.calibration.divergence import OBJECTIVE
+from adaskip.calibration.divergence import OBJECTIVE_VERSION
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.files import check_writable, remove_torn
@@ -79,7 +79,7 @@ class Wanted:
         }
         if self.phase is not None:
             depends_on |= {
-                "objective": OBJECTIVE,
+                "objective": OBJECTIVE_VERSION,
                 "up_to": self.up_to,
                 "stop_token_ids": list(loaded.spec.stop_token_ids),
                 "selection_samples": fingerprint([{"task": task, **sample} for task, sample in self.samples]),

@@ -308,6 +308,6 @@ def test_in_decode_prompts_without_an_answer_are_left_out(model, prompts, monkey
     monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [next(coming)])
     assert len(OutputDivergence(model, prompts, "decode", **ENDS)) == 3
     monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [silent[1]])
-    with pytest.raises(ValueError, match="ends each of the 5 prompts without one"):
+    with pytest.raises(ValueError, match="gives none to any of the 5 prompts"):
         OutputDivergence(model, prompts, "decode", **ENDS)
     assert len(OutputDivergence(model, prompts, "e2e", **ENDS)) == 5
