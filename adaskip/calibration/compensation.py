@@ -49,7 +49,7 @@ class StreamMoments:
         return Affine(tuple((1.0 + slope).tolist()), tuple((change - slope * a).tolist()))
 
     def shift(self, scale: float) -> Affine:
-        """The given scale for every channel, with fitted shifts: `affine` with an infinitely strong ridge to `scale`."""
+        """The same `scale` for every channel, with fitted shifts: the limit of `affine` under a ridge to `scale`."""
         a, change, _, _ = self._means()
         return Affine((scale,) * len(a), tuple((change - (scale - 1.0) * a).tolist()))
 

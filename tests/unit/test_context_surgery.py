@@ -227,7 +227,7 @@ def test_loops_by_hand_decode_as_generate_does(phase, slices, outside):
 def test_lossless_refuses_a_sliding_cache_under_masks_without_a_window(family):
     model = random_model(family)
     model.config.sliding_window = 5
-    with pytest.raises(ValueError, match="names a sliding_window"):
+    with pytest.raises(ValueError, match="has a sliding_window"):
         greedy(model, custom_generate=lossless(model, fixed()))
 
 
