@@ -1,4 +1,4 @@
-"""What the profiles of a model are made on, and where they are kept."""
+"""The calibration data of a model's profiles, and the folder where profiles are kept."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from adaskip.runs.records import Records, Sample, find_records, prompt_ids
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples to calibrate on; they are read once, when first asked for.
+    """Samples for calibration; they are read once, at first use.
 
-    task: what importance is measured on. tasks: what a selection is searched on, samples of at most `max_length` words
-    that no run is scored on. num_samples: of either. folder: where profiles are kept, None where they are not.
+    task: the task for measuring importance. tasks: the tasks for searching a selection, with samples of at most
+    `max_length` words, which no run is scored on. num_samples: number of samples for either. folder: where profiles are
+    kept; None to keep none.
     """
 
     records: Records
@@ -31,16 +32,16 @@ class Calibration:
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        """What importance is measured on."""
+        """The samples for measuring importance."""
         return self.records.calibration(self.task, self.num_samples)
 
     @cached_property
     def searched(self) -> list[tuple[str, Sample]]:
-        """(task, sample): what a selection is searched on."""
+        """The samples for searching a selection, as (task, sample)."""
         return self.records.unscored(self.tasks, self.num_samples, self.max_length)
 
     def data(self, loaded: LoadedModel) -> Mapping[str, Any]:
-        """The samples as prompts, and what they are, by the names that `calibrate` takes."""
+        """Keyword arguments for `calibrate`: the samples as prompts, and their description."""
         task = get_task(self.task)
         return {
             "prompts": prompt_ids(self.samples, task, loaded),
@@ -56,7 +57,7 @@ def find_calibration(
     tasks: Sequence[str] = (),
     num_samples: int | None = None,
 ) -> Calibration:
-    """What a configuration calibrates on; its profiles are kept beside its runs if it has any."""
+    """The calibration data of a configuration; profiles are kept beside its runs if it has runs."""
     is_data = isinstance(config, DataConfig)
     return Calibration(
         records or find_records(config),

@@ -186,7 +186,7 @@ def test_a_device_map_and_several_processes_are_refused(launch, options):
     assert codes == [2, 2]
     assert len(errors) == 1, errors
     assert errors[0].startswith(
-        "error: --device-map auto spreads one model over the devices and 2 processes load one each"
+        "error: --device-map auto spreads one model over all devices, but 2 processes would each load a model"
     )
 
 
