@@ -31,6 +31,7 @@ __all__ = [
     "TaskSpec",
     "as_dataset",
     "build_prompt_ids",
+    "build_reference_ids",
     "find_set",
     "get_task",
     "load_records",
@@ -228,6 +229,29 @@ def build_prompt_ids(
     if task.chat and chat_template is not None:
         prompt = _wrap(prompt, chat_template)
     return _tokenise(prompt, tokenizer)
+
+
+SEAM_TOKENS = 8
+"""Last tokens of a prompt that a reference answer is tokenised after."""
+
+
+def build_reference_ids(
+    record: Mapping[str, Any], prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[int]:
+    """Token ids of a record's first answer as it would follow the prompt, at most `max_tokens`; none if it is empty.
+
+    A space stands between them unless the prompt ends in white space. The answer is tokenised together with the end of
+    the prompt, since some tokenizers put a space before whatever they begin with.
+    """
+    answer = record["answers"][0].strip()
+    if not answer:
+        return []
+    seam = str(tokenizer.decode(list(prompt_ids[-SEAM_TOKENS:])))
+    follows = answer if seam[-1:].isspace() else f" {answer}"
+    before, both = (tokenizer(text, add_special_tokens=False).input_ids for text in (seam, seam + follows))
+    if both[: len(before)] != before:  # the seam became another token
+        return list(tokenizer(follows, add_special_tokens=False).input_ids)[:max_tokens]
+    return list(both[len(before) :])[:max_tokens]
 
 
 def _fill_template(record: Mapping[str, Any], task: TaskSpec) -> str:

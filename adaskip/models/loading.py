@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -218,7 +219,11 @@ def _load_weights(
     model_class: Any = LlamaForCausalLM if config.model_type == "llama" else AutoModelForCausalLM
     kind = check_weights(folder)
     options = {**where, **gguf_options(folder), "local_files_only": True}
-    if kind != "gguf":
+    if kind == "gguf":
+        options["quantization_config"] = GgufConfig(
+            dequantize=True
+        )  # also where kernels for packed weights are at hand
+    else:
         options["use_safetensors"] = kind == "safetensors"
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

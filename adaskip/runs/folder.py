@@ -61,31 +61,39 @@ class RunFolder:
             raise FolderError(f"{self.path / MANIFEST} is not a manifest; delete {self.path} to start again")
         return manifest
 
-    def check(self, wanted: Mapping[str, Any]) -> None:
+    def check(self, wanted: Mapping[str, Any], *, continues: bool = False) -> None:
         """Refuse to mix runs: every field of `wanted` must equal the manifest's, if there is one.
 
-        A finished run may have been made with other versions; an unfinished one must be continued with its own.
+        A finished run may have been made with other versions; an unfinished one, and one that continues with more
+        samples, must be continued with its own.
         """
         held = self.read_manifest()
         if held is None:
             return
-        free = {*JOURNAL, *ENVIRONMENT, *(OPTIONAL - held.keys())} | ({"versions"} if held.get("finished") else set())
+        free = {*JOURNAL, *ENVIRONMENT, *(OPTIONAL - held.keys())} | (
+            {"versions"} if held.get("finished") and not continues else set()
+        )
         if changes := _changes(held, wanted, free):
             raise FolderError(
                 f"{self.path} holds a run with another configuration ({changes}): "
                 "choose another --output-dir, or delete that folder"
             )
 
-    def start(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, or record in the existing one that the run is continued."""
-        self.check(manifest)
+    def start(self, manifest: Mapping[str, Any], size: Mapping[str, Any] | None = None) -> None:
+        """Write the manifest, or record in the existing one that the run is continued.
+
+        size: the fields that change if the run continues with more samples; None if it does not.
+        """
+        grows = size is not None
+        self.check(manifest, continues=grows)
         remove_torn(self.path / MANIFEST)
         held = self.read_manifest()
         if held is None:
-            self._write_manifest({**manifest, "started": _now(), "finished": None, "resumed": []})
-        elif not held["finished"]:
+            self._write_manifest({**manifest, **(size or {}), "started": _now(), "finished": None, "resumed": []})
+        elif grows or not held["finished"]:
             resumed = {"at": _now(), **{name: manifest.get(name) for name in ("git_commit", "processes")}}
-            self._write_manifest({**held, "resumed": [*held["resumed"], resumed]})
+            changed = {**(size or {}), "finished": None, "resumed": [*held["resumed"], resumed]}
+            self._write_manifest({**held, **changed})
 
     def finish(self) -> None:
         """Mark the run as finished, if it is not yet."""

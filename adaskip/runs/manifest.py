@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ NEWER = (
     *("weight_files", *FIELDS),
 )
 """Fields that older runs may lack."""
+SIZE = ("tasks", "limit", "subset", "data_fingerprint")
+"""Fields that change if a run continues with more samples of each task."""
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def find_state(job: Job) -> str:
     held = job.folder.read_manifest()
     if held is None:
         return MISSING
-    wanted = {**describe_job(job), **job.loading.source.model_files}
+    wanted = without_growth({**describe_job(job), **job.loading.source.model_files}, job, held)
     if (files := job.loading.source.weight_files) is not None:
         wanted["weight_files"] = files
     if (profile := job.given_profile) is not None:
@@ -125,7 +127,28 @@ def find_state(job: Job) -> str:
     for name, value in comparable(wanted, held).items():
         if held.get(name) != value:
             return f"other {name.replace('_', ' ')}: {json.dumps(held.get(name))}, here {json.dumps(value)}"
-    return DONE if held.get("finished") else UNFINISHED
+    return DONE if held.get("finished") and SIZE[0] in wanted else UNFINISHED
+
+
+def without_growth(wanted: Mapping[str, Any], job: Job, held: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of `wanted`, without those of size where the job goes on with more samples than the run `held`."""
+    grows = held is not None and _goes_on_from(job, held)
+    return {name: value for name, value in wanted.items() if not (grows and name in SIZE)}
+
+
+def _goes_on_from(job: Job, held: Mapping[str, Any]) -> bool:
+    """Whether the run `held` has the first samples of each of the job's tasks, fewer of some, in the same batches."""
+    asked, before = job.num_wanted, held.get("subset") or held.get("limit")
+    same_kind = bool(job.subset) == bool(held.get("subset"))
+    if not same_kind or not before or (asked is not None and asked <= before):
+        return False
+    smaller = replace(job, limit=held.get("limit"), subset=held.get("subset"))
+    cut = any(
+        len(few.samples) < len(many.samples) and len(few.samples) % job.batch_size
+        for few, many in zip(smaller.parts, job.parts, strict=True)
+    )
+    described = describe_job(smaller)
+    return not cut and all(described[name] == held.get(name) for name in SIZE)
 
 
 def comparable(wanted: Mapping[str, Any], held: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from adaskip.benchmarks.longbench import (
     TaskSpec,
     as_dataset,
     build_prompt_ids,
+    build_reference_ids,
     find_set,
     load_records,
     set_meant,
@@ -261,6 +262,17 @@ def prompt_ids(samples: Sequence[Sample], task: TaskSpec, loaded: LoadedModel) -
         torch.tensor(build_prompt_ids(sample, task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
         for sample in samples
     ]
+
+
+def reference_ids(
+    samples: Sequence[Sample], prompts: Sequence[Tensor], max_tokens: int, loaded: LoadedModel
+) -> list[Tensor | None]:
+    """The samples' reference answers as they would follow their prompts, 1-D token ids; None for an empty one."""
+    made = (
+        build_reference_ids(sample, prompt.tolist(), loaded.tokenizer, max_tokens)
+        for sample, prompt in zip(samples, prompts, strict=True)
+    )
+    return [torch.tensor(ids) if ids else None for ids in made]
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -28,9 +28,9 @@ from adaskip.runs.checks import build_strategies, check
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
-from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
+from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done, without_growth
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.records import Sample, prompt_ids
+from adaskip.runs.records import Sample, prompt_ids, reference_ids
 from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
 
@@ -160,8 +160,9 @@ def _is_complete(job: Job) -> bool:
 
     A finished run with missing or truncated records is not complete.
     """
-    wanted = {**describe_job(job), **job.loading.source.model_files}
-    job.folder.check(comparable(wanted, job.folder.read_manifest()))
+    held = job.folder.read_manifest()
+    wanted = without_growth({**describe_job(job), **job.loading.source.model_files}, job, held)
+    job.folder.check(comparable(wanted, held))
     return is_done(job) and not _count(job, _merge(job))
 
 
@@ -175,7 +176,10 @@ def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple
 def _begin(job: Job, manifests: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Write the manifest and return the missing batches of each part."""
     check_alike(manifests)
-    job.folder.start(comparable(manifests[0], job.folder.read_manifest()))
+    held = job.folder.read_manifest()
+    manifest = comparable(manifests[0], held)
+    same = without_growth(manifest, job, held)
+    job.folder.start(same, {name: manifest[name] for name in manifest.keys() - same.keys()} or None)
     return _merge(job)
 
 
@@ -232,6 +236,7 @@ def make_records(
     """Generate answers for a batch of samples; `start` is the index of the first one in its task."""
     tokenizer: Any = loaded.tokenizer
     prompts = prompt_ids(batch, part.task, loaded)
+    references = reference_ids(batch, prompts, part.max_new_tokens, loaded)
     generations = generate(
         loaded.model,
         strategy,
@@ -240,10 +245,17 @@ def make_records(
         eos_token_ids=stop_token_ids(part.task, loaded),
         pad_token_id=tokenizer.pad_token_id,
         min_new_tokens=part.task.min_new_tokens,
+        references=references,
     )
     return [
-        _record(part, start + offset, sample, len(prompt), generation, loaded)
-        for offset, (sample, prompt, generation) in enumerate(zip(batch, prompts, generations, strict=True))
+        {
+            **_record(part, start + offset, sample, len(prompt), generation, loaded),
+            "reference_loss": generation.reference_loss,
+            "reference_tokens": 0 if reference is None else len(reference),
+        }
+        for offset, (sample, prompt, reference, generation) in enumerate(
+            zip(batch, prompts, references, generations, strict=True)
+        )
     ]
 
 

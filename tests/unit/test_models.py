@@ -292,7 +292,10 @@ def test_unknown_model_name(name, hint):
 
 
 def test_nothing_to_load_is_refused():
-    assert "give a model (llama, internlm, vicuna, a Hub id, a folder or a .gguf file) or a checkpoint" in refused()
+    assert (
+        "give a model (llama, internlm, vicuna, smollm2, a Hub id, a folder or a .gguf file) or a checkpoint"
+        in refused()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
