@@ -1,4 +1,4 @@
-"""What the profiles of a model are made on, and where they are kept."""
+"""The calibration data of a model's profiles, and the folder where profiles are kept."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from adaskip.runs.records import Records, Sample, find_records, prompt_ids
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples to calibrate on; they are read once, when first asked for.
+    """Samples for calibration; they are read once, at first use.
 
-    task: what importance is measured on. tasks: what a selection is searched on, `num_searched` samples that no run is
-    scored on, their prompts cut to `search_prompt_tokens` (None: to the model's limit). folder: where profiles are
-    kept, None where they are not.
+    task: the task for measuring importance. tasks: the tasks for searching a selection, with `num_searched` samples
+    that no run is scored on, prompts cut to `search_prompt_tokens` (None: to the model's limit). folder: where profiles
+    are kept; None to keep none.
     """
 
     records: Records
@@ -33,16 +33,16 @@ class Calibration:
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        """What importance is measured on."""
+        """The samples for measuring importance."""
         return self.records.calibration(self.task, self.num_samples)
 
     @cached_property
     def searched(self) -> list[tuple[str, Sample]]:
-        """(task, sample): what a selection is searched on."""
+        """The samples for searching a selection, as (task, sample)."""
         return self.records.unscored(self.tasks, self.num_searched)
 
     def data(self, loaded: LoadedModel) -> Mapping[str, Any]:
-        """The samples as prompts, and what they are, by the names that `calibrate` takes."""
+        """Keyword arguments for `calibrate`: the samples as prompts, and their description."""
         task = get_task(self.task)
         return {
             "prompts": prompt_ids(self.samples, task, loaded),
@@ -58,7 +58,7 @@ def find_calibration(
     tasks: Sequence[str] = (),
     num_samples: int | None = None,
 ) -> Calibration:
-    """What a configuration calibrates on; its profiles are kept beside its runs if it has any."""
+    """The calibration data of a configuration; profiles are kept beside its runs if it has runs."""
     setup = config.setup
     return Calibration(
         records or find_records(config),

@@ -1,4 +1,4 @@
-"""The manifest of a run: what was run, on what and with which code, so that it can be trusted and continued."""
+"""The manifest of a run: configuration, model, machine and code version, for checking and continuing the run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ NEWER = (
     *("protocol", "sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
     *("weight_files", *FIELDS),
 )
-"""Fields that runs made before these existed do not have, and are not refused for."""
+"""Fields that older runs may lack."""
 SIZE = ("tasks", "limit", "subset", "data_fingerprint")
-"""Fields that change where a run goes on with more samples of each task."""
+"""Fields that change if a run continues with more samples of each task."""
 
 
 def describe_job(job: Job) -> dict[str, Any]:
-    """The part of the manifest that is known before the model is loaded."""
+    """The fields of the manifest that are known before the model is loaded."""
     loading, records = job.loading, job.records
     chat, limit = loading.chat, loading.limit
     return {
@@ -68,7 +68,7 @@ def describe_job(job: Job) -> dict[str, Any]:
 def describe_run(
     job: Job, loaded: LoadedModel, profile: ImportanceProfile | SelectionProfile | None, profile_path: Path | None
 ) -> dict[str, Any]:
-    """The whole manifest but for its times."""
+    """All fields of the manifest except its times."""
     sublayers, depth = job.cell.sublayers, len(decoder_layers(loaded.model))
     return {
         **describe_job(job),
@@ -84,7 +84,7 @@ def describe_run(
 
 
 def describe_model(loaded: LoadedModel) -> dict[str, Any]:
-    """Which weights on which machine under which code."""
+    """The fields of the manifest that describe the weights, the machine and the code."""
     model = loaded.model
     return {
         "num_layers": len(decoder_layers(model)),
@@ -107,16 +107,15 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def is_done(job: Job) -> bool:
-    """Whether the folder's manifest says that this very job is finished."""
+    """Whether the manifest in the job's folder says that exactly this job is finished."""
     return find_state(job) == DONE
 
 
 def find_state(job: Job) -> str:
-    """`done`, `unfinished`, `missing`, or what the run in the job's folder was made otherwise with; loads no model.
+    """`done`, `unfinished`, `missing`, or the first field in which the run in the job's folder differs from the job.
 
-    Weights, configuration, end tokens and tokenizer are told apart by their files, where both the run's and the job's
-    are known. A profile that is not given but kept by the runs goes with these and the calibration data, and is not
-    looked at.
+    Loads no model. Weights, configuration, end tokens and tokenizer are compared by their files, if those of both the
+    run and the job are known. A kept profile depends only on these and on the calibration data, so it is not compared.
     """
     held = job.folder.read_manifest()
     if held is None:
@@ -154,12 +153,12 @@ def _goes_on_from(job: Job, held: Mapping[str, Any]) -> bool:
 
 
 def comparable(wanted: Mapping[str, Any], held: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The fields of `wanted` that the manifest `held` must agree with: all but the newer ones that it does not have."""
+    """The fields of `wanted` in which the manifest `held` must agree: all except newer ones that `held` lacks."""
     return {name: value for name, value in wanted.items() if held is None or name in held or name not in NEWER}
 
 
 def _profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:
-    """SHA-256 over the measured numbers, or over the sets chosen."""
+    """SHA-256 over the measured numbers of a profile, or over the sets of a selection."""
     units = ("selected",) if isinstance(profile, SelectionProfile) else ("attention", "ffn", "layer")
     return _digest({unit: asdict(profile)[unit] for unit in units})
 

@@ -1,4 +1,4 @@
-"""FixedPlan: skip exactly what a given plan says."""
+"""FixedPlan: skips exactly the sublayers of a given plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaskip.core.strategy import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPlan(Strategy):
-    """A set chosen elsewhere: by hand, by a search, or read from a file."""
+    """Skip the sublayers of `plan`, which was chosen by hand or by a search, or read from a file."""
 
     name = "fixed"
 

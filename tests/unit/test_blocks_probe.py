@@ -120,7 +120,7 @@ def test_a_sublayer_that_fails_only_by_itself_is_refused():
 
     layer.self_attn.forward, layer.forward = picky, forward
     assert_refused(
-        model, r"layer 1\) has the parts of a pre-norm block, which but they cannot run one by one: .*position_ids"
+        model, r"layer 1\) has the parts of a pre-norm block, but they cannot run one by one: .*position_ids"
     )
 
 

@@ -161,8 +161,8 @@ class Given(Strategy):
         (SkipPlan(ffn={9}), "layers .9., but the model has layers 0..3"),
         (SkipPlan(attention={9}), "layers .9., but the model has layers 0..3"),
         (SkipPlan(attention={0, 1, 2, 3}), "at least one must stay live"),
-        (None, "strategy given gave NoneType instead of a SkipPlan"),
-        ({"ffn": [1]}, "strategy given gave dict instead of a SkipPlan"),
+        (None, "strategy given returned NoneType instead of a SkipPlan"),
+        ({"ffn": [1]}, "strategy given returned dict instead of a SkipPlan"),
     ],
     ids=str,
 )
@@ -227,7 +227,7 @@ def test_loops_by_hand_decode_as_generate_does(phase, slices, outside):
 def test_lossless_refuses_a_sliding_cache_under_masks_without_a_window(family):
     model = random_model(family)
     model.config.sliding_window = 5
-    with pytest.raises(ValueError, match="names a sliding_window"):
+    with pytest.raises(ValueError, match="has a sliding_window"):
         greedy(model, custom_generate=lossless(model, fixed()))
 
 

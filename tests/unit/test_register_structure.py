@@ -132,7 +132,7 @@ def test_an_equal_structure_may_be_registered_again():
                 Sublayers("mlp", pre_norm="input_layernorm", post_norm=None),
                 Sublayers("self_attn", pre_norm="post_attention_layernorm", post_norm=None),
             ),
-            "'x' has the parts of 'pre-norm'",
+            "'x' has the same parts as 'pre-norm'",
         ),
     ],
 )

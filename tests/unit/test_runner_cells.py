@@ -25,7 +25,7 @@ def test_run_name_is_the_artifacts_and_reads_back():
 
 @pytest.mark.parametrize("name", ["llama", "llama-EE", "llama-XX-PREFILL", "llama-EE-NIGHT", "-EE-DECODE", ""])
 def test_other_names_are_refused_with_the_form(name):
-    with pytest.raises(ValueError, match="is no run name: expected <model>-<FULL"):
+    with pytest.raises(ValueError, match="is not a run name: expected <model>-<FULL"):
         parse_run_name(name)
 
 
