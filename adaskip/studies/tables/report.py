@@ -53,11 +53,11 @@ def write_tables(results: Results, out_dir: Path) -> list[Path]:
     texts = {}
     for phase, name in TABLE_NAMES.items():
         texts[f"{name}.md"] = scores_document(results, phase)
-        texts[f"{name}.csv"] = _csv(results, phase, SCORE_COLUMNS)
+        texts[f"{name}.csv"] = scores_csv(results, phase)
         texts[f"{name}.tex"] = scores_latex(results, phase)
     for phase in TABLE_NAMES:
         texts[f"measures_{phase}.md"] = measures_document(results, phase)
-        texts[f"measures_{phase}.csv"] = _csv(results, phase, MEASURE_COLUMNS)
+        texts[f"measures_{phase}.csv"] = measures_csv(results, phase)
         texts[f"measures_{phase}.tex"] = measures_latex(results, phase)
     summary = summarise(results)
     texts["summary.json"] = json.dumps(summary, indent=1, allow_nan=False) + "\n"
@@ -92,6 +92,14 @@ def write_tradeoffs(tradeoffs: Sequence[Tradeoff], out_dir: Path) -> list[Path]:
 def headline_of(results: Results) -> list[str]:
     """The summary's answers in plain sentences."""
     return headline(summarise(results))
+
+
+def scores_csv(results: Results, phase: str) -> str:
+    return _csv(results, phase, SCORE_COLUMNS)
+
+
+def measures_csv(results: Results, phase: str) -> str:
+    return _csv(results, phase, MEASURE_COLUMNS)
 
 
 def _csv(results: Results, phase: str, columns: dict[str, float]) -> str:
