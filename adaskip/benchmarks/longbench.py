@@ -92,6 +92,40 @@ def load_records(
         raise LongBenchError(f"{file} holds what no table can: {error}") from None
 
 
+def load_both_sets(
+    task: str, source: str | Path | None = None, min_length: int | None = PAPER_MIN_LENGTH, limit: int | None = None
+) -> Dataset:
+    """`load_records` of LongBench-E's set and, behind them, of the plain one those that are not among them, by id or by
+    input and context. Of a task that is named as LongBench-E's (`trec_e`), or of which there is one set, that one."""
+    names = sets_of(task, source)
+    records: list[dict[str, Any]] = []
+    for name in names:
+        found = load_records(name, source, None, extended=name.endswith(EXTENDED_SUFFIX)).to_list()
+        ids, texts = ({record["_id"] for record in records}, {_text_of(record) for record in records})
+        records += [each for each in found if each["_id"] not in ids and _text_of(each) not in texts]
+    kept = [record for record in records if record["length"] > (min_length or 0)][:limit]
+    if not kept:
+        raise LongBenchError(
+            f"{source or HUB} holds no record of {' and '.join(names)} of more than {min_length} words"
+        )
+    return as_dataset(kept)
+
+
+def sets_of(task: str, source: str | Path | None = None) -> tuple[str, ...]:
+    """The sets of a task that `source` has, LongBench-E's first; of `trec_e` that one.
+
+    Raises:
+        LongBenchError: unknown task, a missing or broken source, or no such set in it.
+    """
+    sets = list_sets(source)
+    found = [name for name in dict.fromkeys((set_meant(task), task)) if name in sets]
+    return tuple(found) or (find_set(task, source).set_name,)
+
+
+def _text_of(record: Mapping[str, Any]) -> tuple[str, str]:
+    return record["input"], record["context"]
+
+
 def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
     """Records in LongBench's format as a table in memory; texts stay as they are, to the last byte."""
     with optional_import():
@@ -117,13 +151,15 @@ def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, An
     return {column: record.get(column) for column in COLUMNS}
 
 
-SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True}
-"""Choices of `longbench_set`, and what they are to `load_records`."""
+BOTH = "both"
+SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True, BOTH: None}
+"""Choices of `longbench_set`, and what they are to `load_records`; `both` to `load_both_sets`."""
 
 
 class LongBenchTasks(Benchmark):
     """What LongBench and the testbed share: prompts, caps and scores."""
 
+    label = "LongBench"
     tasks = tuple(TASKS.values())
     kept = ("all_classes", "length")
     in_paper = True
@@ -138,11 +174,26 @@ class LongBenchTasks(Benchmark):
     ) -> SampleScore:
         return scoring.sample_score(task, prediction, references, all_classes)
 
+    def fidelity(
+        self,
+        task: str,
+        prediction: str,
+        full_answer: str,
+        all_classes: Sequence[str] | None = None,
+        length: int | None = None,
+    ) -> float:
+        """Of what the metric reads of both, for some tasks the first line; of answers that are classes, the classes
+        that both name / those that either names."""
+        ours, full = (scoring.scored_text(task, text).strip() for text in (prediction, full_answer))
+        if all_classes and ours and full and ours != full:
+            return scoring.same_classes(task, ours, full, tuple(all_classes))
+        return super().fidelity(task, ours, full, all_classes=all_classes)
+
     def evaluate(self, task: str, records: Sequence[Record], manifest: Mapping[str, Any]) -> Evaluation:
         """By Google's `rouge_score`, too, where the metric is Rouge-L, and a set of LongBench-E by its buckets."""
         main = super().evaluate(task, records, manifest).main
         beside = scoring.STANDARD_ROUGE.get(main.metric)
-        is_extended = (manifest.get("sets") or {}).get(task, task).endswith(EXTENDED_SUFFIX)  # older runs: by the name
+        is_extended = set_of(task, manifest).endswith(EXTENDED_SUFFIX)
         if is_extended and any("length" not in record for record in records):
             raise scoring.MetricError(f"a record of {task} has no 'length', so that it belongs to no bucket")
         return Evaluation(
@@ -155,24 +206,27 @@ class LongBenchTasks(Benchmark):
         return scoring.fingerprint()
 
 
+def set_of(task: str, manifest: Mapping[str, Any]) -> str:
+    """The set that a run's samples are of, `trec`, `trec_e` or both, `trec_e+trec`; of older runs the task's name."""
+    return (manifest.get("sets") or {}).get(task, task)
+
+
 @register_benchmark
 @dataclass(frozen=True, kw_only=True)
 class LongBench(LongBenchTasks):
     """LongBench's records of more than `min_length` and at most `max_length` words.
 
     data_dir: see `longbench_files.list_sets`. longbench_set: which set a task's name means, of `SETS`.
+    calibration_min_length: importance is measured on records of more words.
     """
 
     name = "longbench"
-    unread = (
-        f"LongBench-E's of more than {PAPER_MIN_LENGTH} words (configs/longbench.yaml; "
-        f"{load_yaml('longbench')['hub']['bytes'] / 1e6:.0f} MB to download)"
-    )
 
     data_dir: str | None = None
     longbench_set: str = "auto"
     min_length: int = PAPER_MIN_LENGTH
     max_length: int | None = None
+    calibration_min_length: int = PAPER_MIN_LENGTH
 
     def __post_init__(self) -> None:
         check_choice("--longbench-set", self.longbench_set, SETS)
@@ -184,11 +238,6 @@ class LongBench(LongBenchTasks):
                 "more words: give a larger --max-length or a smaller --min-length"
             )
 
-    @property
-    def extended(self) -> bool | None:
-        """Which set a task's name means, as `load_records` takes it."""
-        return SETS[self.longbench_set]
-
     @classmethod
     def results_dir(cls) -> str:
         return "results"
@@ -199,27 +248,35 @@ class LongBench(LongBenchTasks):
     def check_tasks(self, names: Sequence[str]) -> None:
         super().check_tasks(names)
         for task in names:
-            if task in TASKS and (meant := set_meant(task, self.extended)) != task and meant in names:
+            meant = set_meant(task, SETS[self.longbench_set])
+            if task in TASKS and meant != task and meant in names:
                 raise ValueError(
                     f"--tasks {task} and {meant} are one set with --longbench-set {self.longbench_set}: give one of "
                     f"them, or --longbench-set plain, by which {task} is LongBench's own"
                 )
 
+    def num_records(self, task: str) -> int | None:
+        is_papers = (self.min_length, self.max_length, SETS[self.longbench_set]) == (PAPER_MIN_LENGTH, None, None)
+        return super().num_records(task) if is_papers and self.longbench_set != BOTH else None
+
     def records(self, task: str, limit: int | None = None) -> Sequence[Record]:
-        return self._load(task, limit, self.min_length, self.extended)
+        return self._load(task, limit, self.min_length, self.longbench_set)
 
     def unscored_records(self, task: str) -> Sequence[Record]:
         """Those that are too short to be scored."""
-        records = load_records(task, self.data_dir, min_length=None, extended=self.extended).to_list()
-        return [record for record in records if record["length"] <= self.min_length]
+        return [each for each in self._load_all(task, None, 0, self.longbench_set) if each["length"] <= self.min_length]
 
     @property
     def unscored_words(self) -> int:
         return self.min_length
 
+    @property
+    def download_bytes(self) -> int:
+        return load_yaml("longbench")["hub"]["bytes"]
+
     def calibration_records(self, task: str, limit: int) -> Sequence[Record]:
-        """The first ones of a calibration task, filtered as in the paper, but of at most `max_length` words (below the
-        paper's least length: of more than `min_length`).
+        """The first ones of a calibration task, of more than `calibration_min_length` words, or, where `max_length`
+        leaves none of these, of more than `min_length`.
 
         They are of the kind of set that the scored samples are of, plain or LongBench-E's, or, where the data has none
         of that, of the other kind, which is warned of once in a process.
@@ -227,20 +284,27 @@ class LongBench(LongBenchTasks):
         Raises:
             LongBenchError: the data has neither set, or no such samples in it.
         """
-        extended = self.extended
-        if extended is not None:
-            extended = _kind_at_hand(task, self.data_dir, extended)
-        is_short = self.max_length is not None and self.max_length <= PAPER_MIN_LENGTH
+        kind = self.longbench_set
+        if SETS[kind] is not None:
+            kind = _kind_at_hand(task, self.data_dir, kind)
+        is_short = self.max_length is not None and self.max_length <= self.calibration_min_length
         try:
-            return self._load(task, limit, self.min_length if is_short else PAPER_MIN_LENGTH, extended)
+            return self._load(task, limit, self.min_length if is_short else self.calibration_min_length, kind)
         except LongBenchError as error:
             raise LongBenchError(f"to calibrate on {task}: {error}; --profile takes a profile made elsewhere") from None
 
-    def _load(self, task: str, limit: int | None, min_length: int, extended: bool | None) -> list[Record]:
+    def contexts(self, task: str, manifest: Mapping[str, Any]) -> Mapping[str, str] | None:
+        """None without a `data_dir`: the local Hub cache is not searched for them."""
+        if self.data_dir is None:
+            return None
+        sets = [_load_set(name, self.data_dir) for name in reversed(set_of(task, manifest).split("+"))]
+        return {record["_id"]: record["context"] for records in sets for record in records}
+
+    def _load(self, task: str, limit: int | None, min_length: int, kind: str) -> Sequence[Record]:
         most = self.max_length
         if most is None:
-            return load_records(task, self.data_dir, min_length or None, limit, extended).to_list()
-        records = load_records(task, self.data_dir, min_length or None, None, extended).to_list()
+            return self._load_all(task, limit, min_length, kind)
+        records = self._load_all(task, None, min_length, kind)
         if not (kept := [record for record in records if record["length"] <= most]):
             shortest = min(record["length"] for record in records)
             raise LongBenchError(
@@ -249,22 +313,36 @@ class LongBench(LongBenchTasks):
             )
         return kept[:limit]
 
+    def _load_all(self, task: str, limit: int | None, min_length: int, kind: str) -> Sequence[Record]:
+        if kind == BOTH:
+            return load_both_sets(task, self.data_dir, min_length or None, limit).to_list()
+        return load_records(task, self.data_dir, min_length or None, limit, SETS[kind]).to_list()
+
     @property
     def options(self) -> dict[str, Any]:
         return {}  # `describe` says what came of them
 
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
-        sets = {task: find_set(task, self.data_dir, self.extended).set_name for task in tasks}
         limit = {} if self.max_length is None else {"max_length": self.max_length}
-        return {"sets": sets, "min_length": self.min_length, **limit}
+        return {"sets": {task: self._set_name(task) for task in tasks}, "min_length": self.min_length, **limit}
+
+    def _set_name(self, task: str) -> str:
+        if self.longbench_set == BOTH:
+            return "+".join(sets_of(task, self.data_dir))
+        return find_set(task, self.data_dir, SETS[self.longbench_set]).set_name
+
+
+@lru_cache(maxsize=16)
+def _load_set(name: str, data_dir: str) -> Sequence[Record]:
+    return load_records(name, data_dir, None, extended=name.endswith(EXTENDED_SUFFIX)).to_list()
 
 
 @lru_cache
-def _kind_at_hand(task: str, data_dir: str | None, extended: bool) -> bool:
-    """`extended` if the data has such a set of `task`, or has none at all; else the other kind."""
+def _kind_at_hand(task: str, data_dir: str | None, kind: str) -> str:
+    """`plain` or `extended`: `kind` if the data has such a set of `task`, or has none at all; else the other one."""
     sets = list_sets(data_dir)
-    wanted, other = set_meant(task, extended), set_meant(task, not extended)
+    wanted, other = (set_meant(task, extended) for extended in (SETS[kind], not SETS[kind]))
     if wanted in sets or other not in sets:
-        return extended
+        return kind
     logger.warning("calibration on %s: %s has no %s", other, data_dir or HUB, wanted)
-    return not extended
+    return "plain" if kind == "extended" else "extended"

@@ -1,11 +1,16 @@
-"""How the text of a prompt becomes token ids: cut in the middle, wrapped and tokenised, exactly as LongBench does."""
+"""Token ids of prompts, cut in the middle, wrapped and tokenised as LongBench does, and of the answers that follow."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SEAM_TOKENS = 8
+"""Last tokens of a prompt that a reference answer is tokenised after."""
 
 
 def build_prompt_ids(
@@ -31,6 +36,30 @@ def build_prompt_ids(
         raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}, it must be at least 2")
     prompt = _cut_middle(prompt, tokenizer, max_prompt_tokens)
     return _tokenise(prompt if chat_template is None else _wrap(prompt, chat_template), tokenizer)
+
+
+def build_reference_ids(
+    answer: str, prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[int]:
+    """Token ids of an answer as it would follow the prompt, at most `max_tokens`; none if it is empty.
+
+    A space stands between them unless the prompt ends in white space. The answer is tokenised together with the end of
+    the prompt, since some tokenizers put a space before whatever they begin with.
+    """
+    answer = answer.strip()
+    if not answer:
+        return []
+    seam = str(tokenizer.decode(list(prompt_ids[-SEAM_TOKENS:])))
+    follows = answer if seam[-1:].isspace() else f" {answer}"
+    before, both = (tokenizer(text, add_special_tokens=False).input_ids for text in (seam, seam + follows))
+    if both[: len(before)] != before:  # the seam became another token
+        return list(tokenizer(follows, add_special_tokens=False).input_ids)[:max_tokens]
+    return list(both[len(before) :])[:max_tokens]
+
+
+def count_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a prompt before it is cut and wrapped: what `max_prompt_tokens` limits."""
+    return len(_tokenise(prompt, tokenizer))
 
 
 def _cut_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:

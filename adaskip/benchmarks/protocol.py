@@ -78,20 +78,19 @@ class Benchmark(ABC):
 
     Class attributes:
 
-    name: as in `--benchmark longbench`. tasks: the first one calibrates, all are run in every phase (other benchmarks
-    than LongBench and the testbed say otherwise by `--tasks`).
+    name: as in `--benchmark longbench`. label: as in texts, if it is written otherwise.
+    tasks: the first one calibrates, and all are run in every phase, unless `configs/phases.yaml` has a protocol of it.
     kept: fields of a record that are saved beside its answer because `score` takes them.
     models: the names of the models that it brings along, all that `--model` takes then; they read bare prompts.
     in_paper: whether the paper publishes scores of it, which tables show beside ours.
-    unread: how many samples are assumed where its data is missing, as the dry run says it.
     """
 
     name: ClassVar[str]
+    label: ClassVar[str] = ""
     tasks: ClassVar[tuple[Task, ...]]
     kept: ClassVar[tuple[str, ...]] = ()
     models: ClassVar[tuple[str, ...]] = ()
     in_paper: ClassVar[bool] = False
-    unread: ClassVar[str] = "as many as its tasks say"
 
     @abstractmethod
     def records(self, task: str, limit: int | None = None) -> Sequence[Record]:
@@ -115,10 +114,19 @@ class Benchmark(ABC):
         """What importance is measured on."""
         return self.unscored_records(task)[:limit]
 
+    def num_records(self, task: str) -> int | None:
+        """How many records of a task are scored, as known without the data."""
+        return self.task(task).num_records
+
     @property
     def unscored_words(self) -> int | None:
         """Most words of a record that no run is scored on; None where that is not known."""
         return None
+
+    @property
+    def download_bytes(self) -> int:
+        """Size of the data that `data_dir=hub` downloads, for estimates."""
+        return 0
 
     def prompt(self, task: str, record: Record) -> str:
         """The text that a model is given, before it is cut and wrapped."""
@@ -139,16 +147,35 @@ class Benchmark(ABC):
         """
         samples = []
         for record in records:
-            kept = {name: record[name] for name in self.kept if name in record}
-            score = self.score(task, record["prediction"], record["references"], **kept)
+            score = self.score(task, record["prediction"], record["references"], **self.kept_of(record))
             if not isinstance(score, SampleScore):
                 score = SampleScore(score, not record["prediction"].strip())
             samples.append(score)
         return Evaluation(TaskScore.of(task, self.task(task).metric, samples))
 
+    def fidelity(self, task: str, prediction: str, full_answer: str, **kept: Any) -> float:
+        """How alike an answer and the full model's answer to the same record are, in [0, 1]: its score with the full
+        model's answer as the reference; 1 for equal answers, 0 for an empty answer and one that is not."""
+        ours, full = prediction.strip(), full_answer.strip()
+        if ours == full or not ours or not full:
+            return float(ours == full)
+        score = self.score(task, ours, [full], **kept)
+        return score.score if isinstance(score, SampleScore) else score
+
+    def contexts(self, task: str, manifest: Mapping[str, Any]) -> Mapping[str, str] | None:
+        """The texts that the records of a run are about, by `_id`; None where there are none, or none at hand.
+
+        The first sentence of each is a trivial answer, whose score is a floor.
+        """
+        return None
+
     def score_version(self) -> str | None:
         """What scores depend on besides the records; None: saved scores are never used again."""
         return None
+
+    def kept_of(self, record: Record) -> dict[str, Any]:
+        """The fields of a record that `kept` names; of an older record those that it has."""
+        return {name: record[name] for name in self.kept if name in record}
 
     def task(self, name: str) -> Task:
         """The task called `name`; ValueError with the nearest and all names if there is none."""

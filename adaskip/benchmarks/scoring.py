@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -60,7 +60,7 @@ def sample_score(
     compute = _metric(metric or spec.metric)
     if not references:
         raise MetricError(f"a sample of {task} has no references")
-    scored = prediction.lstrip("\n").split("\n")[0] if spec.first_line_only else prediction
+    scored = scored_text(task, prediction)
     best, error = 0.0, None
     for reference in references:
         try:
@@ -68,6 +68,11 @@ def sample_score(
         except ScoredZero as failure:
             error = str(failure)
     return SampleScore(best, not scored.strip(), error)
+
+
+def scored_text(task: str, prediction: str) -> str:
+    """What a task's metric reads of a prediction: all, or the first line."""
+    return prediction.lstrip("\n").split("\n")[0] if get_task(task).first_line_only else prediction
 
 
 def score_sample(
@@ -99,6 +104,22 @@ def score_buckets(per_sample: Sequence[float], lengths: Sequence[int]) -> dict[s
         # NumPy's mean and rounding, as in the original: they differ from Python's in rare last digits
         buckets[name] = BucketScore(len(scores), float(round(100 * np.mean(scores), 2)) if scores else None)
     return buckets
+
+
+def same_classes(task: str, ours: str, full: str, classes: tuple[str, ...]) -> float:
+    """Classes that both answers name / classes that either names.
+
+    The full model's answer is seldom a bare class name, as the metric demands of a reference. Where it names one class,
+    this is what the metric gives for that class as the reference. An answer that names no class has 0.
+    """
+    mine, theirs = (_named(task, answer, classes) for answer in (ours, full))
+    return len(mine & theirs) / len(mine | theirs) if mine | theirs else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _named(task: str, answer: str, classes: tuple[str, ...]) -> frozenset[str]:
+    """The classes that an answer names, as the metric finds them."""
+    return frozenset(name for name in classes if score_sample(task, answer, [name], classes) > 0)
 
 
 def _metric(name: str) -> Metric:

@@ -1,4 +1,4 @@
-"""What the profiles of a model are made on, and where they are kept."""
+"""The calibration data of a model's profiles, and the folder where profiles are kept."""
 
 from __future__ import annotations
 
@@ -8,52 +8,63 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.protocol import Benchmark
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.config import DataConfig, SharedConfig
-from adaskip.runs.records import Sample, calibration_samples, prompt_ids, searched_samples
+from adaskip.runs.records import Records, Sample, find_records, prompt_ids
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples to calibrate on; they are read once, when first asked for.
+    """Samples for calibration; they are read once, at first use.
 
-    task: what importance is measured on. tasks: what a selection is searched on, samples that no run is scored on.
-    num_samples: of either. folder: where profiles are kept, None where they are not.
+    task: the task for measuring importance. tasks: the tasks for searching a selection, with `num_searched` samples
+    that no run is scored on, prompts cut to `search_prompt_tokens` (None: to the model's limit). folder: where profiles
+    are kept; None to keep none.
     """
 
-    benchmark: Benchmark
+    records: Records
     task: str
     tasks: tuple[str, ...]
     num_samples: int
+    num_searched: int
+    search_prompt_tokens: int | None = None
     folder: Path | None = None
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        """What importance is measured on."""
-        return calibration_samples(self.benchmark, self.task, self.num_samples)
+        """The samples for measuring importance."""
+        return self.records.calibration(self.task, self.num_samples)
 
     @cached_property
     def searched(self) -> list[tuple[str, Sample]]:
-        """(task, sample): what a selection is searched on."""
-        return searched_samples(self.benchmark, self.tasks, self.num_samples)
+        """The samples for searching a selection, as (task, sample)."""
+        return self.records.unscored(self.tasks, self.num_searched)
 
     def data(self, loaded: LoadedModel) -> Mapping[str, Any]:
-        """The samples as prompts, and what they are, by the names that `calibrate` takes."""
+        """Keyword arguments for `calibrate`: the samples as prompts, and their description."""
+        benchmark = self.records.benchmark
         return {
-            "prompts": prompt_ids(self.benchmark, self.task, self.samples, loaded),
+            "prompts": prompt_ids(benchmark, self.task, self.samples, loaded),
             "model_name": loaded.spec.name,
-            "dataset": self.benchmark.task(self.task).name,
+            "dataset": benchmark.task(self.task).name,
             "data_ids": [sample["_id"] for sample in self.samples],
         }
 
 
-def find_calibration(config: SharedConfig, tasks: Sequence[str] = (), num_samples: int | None = None) -> Calibration:
-    """What a configuration calibrates on; its profiles are kept beside its runs if it has any."""
+def find_calibration(
+    config: SharedConfig,
+    records: Records | None = None,
+    tasks: Sequence[str] = (),
+    num_samples: int | None = None,
+) -> Calibration:
+    """The calibration data of a configuration; profiles are kept beside its runs if it has runs."""
+    setup = config.setup
     return Calibration(
-        config.find_benchmark(),
-        task=config.setup.calibration_task,
+        records or find_records(config),
+        task=setup.calibration_task,
         tasks=tuple(tasks),
-        num_samples=num_samples or config.setup.calibration_samples,
+        num_samples=num_samples or setup.calibration_samples,
+        num_searched=num_samples or setup.search_samples,
+        search_prompt_tokens=setup.search_prompt_tokens,
         folder=config.runs_dir.parent / "profiles" if isinstance(config, DataConfig) else None,
     )

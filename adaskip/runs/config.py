@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.benchmarks.longbench import SETS, LongBench
+from adaskip.benchmarks.longbench import LongBench
 from adaskip.benchmarks.protocol import BENCHMARKS, Benchmark, build_benchmark
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
 from adaskip.common.own_options import options_help, parse_options
 from adaskip.common.paths import given_or_default
 from adaskip.core.plan import Budget
-from adaskip.models.registry import registry
+from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.source import find_source
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import MODELS, PHASES, Setup, find_setup
+from adaskip.runs.cells import MODELS, PHASES, Setup, find_setup, protocols
 from adaskip.strategies import (
     GRID_STRATEGIES,
     NAMES,
@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
     f"{', '.join(registry())} (configs/models.yaml), or weights: a Hub id org/name[@revision], a folder, a .gguf file"
 )
-SPELLED = ("data_dir", "longbench_set", "min_length", "max_length")
+FLAGS = ("data_dir", "longbench_set", "min_length", "max_length")
 """Options of benchmarks that have a flag of their own."""
 
 
@@ -41,20 +41,26 @@ class SharedConfig:
 
     benchmark: str | None = option(
         lambda: (
-            f"where tasks, records and scores come from: {', '.join(BENCHMARKS.all())}, or package.module:Class; "
-            "if not given, longbench"
+            f"tasks, records and scores: {', '.join(BENCHMARKS.all())}, or package.module:Class; if not given, "
+            f"{LongBench.name}"
         )
     )
     testbed: bool = option(
-        "the same as --benchmark testbed: the embedded small models and their generated tasks", False
+        "--benchmark testbed: the embedded small models and their generated tasks instead of real checkpoints", False
     )
     benchmark_option: tuple[str, ...] | None = option(
         lambda: f"NAME=VALUE, options of the benchmark itself: {options_help(BENCHMARKS.all()) or 'none so far'}"
     )
+    protocol: str | None = option(
+        lambda: (
+            f"which records are scored and how much of them: {', '.join(protocols())} (configs/phases.yaml); if not "
+            "given, the model's own (configs/models.yaml)"
+        )
+    )
     checkpoint: str | None = option("folder, .gguf file or Hub id of the weights instead of the named model's own")
     data_dir: str | None = option(
-        "where the benchmark's data is: of LongBench a folder of its jsonl files, its data.zip, or hub to download it; "
-        "if not given, the local Hub cache"
+        "the benchmark's data: of LongBench a folder of its jsonl files, its data.zip, or hub to download it; if not "
+        "given, the local Hub cache"
     )
     device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
     dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
@@ -76,33 +82,41 @@ class SharedConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
     def _check_benchmark(self) -> None:
+        """Refuse a benchmark, options of it, a protocol or tasks that do not go together."""
         given = self.benchmark and BENCHMARKS.name_of(self.benchmark)
         if self.testbed and given not in (None, Testbed.name):
-            raise ValueError(
-                f"--testbed is --benchmark {Testbed.name}, and --benchmark {given} is given: leave one out"
-            )
+            raise ValueError(f"--testbed is --benchmark {Testbed.name} and --benchmark {given} is given: leave one out")
         name = Testbed.name if self.testbed else given or LongBench.name
         object.__setattr__(self, "benchmark", name)
-        self.find_benchmark().check_tasks(getattr(self, "tasks", None) or ())
+        BENCHMARKS.find(name)
+        if self.protocol is not None:
+            check_choice(f"--protocol of benchmark {name}", self.protocol, protocols(name))
+        models = getattr(self, "models", ()) if isinstance(self, GridConfig) else ()
+        for setup in [self.setup_of(find_source(model, self.checkpoint).entry) for model in models] or [self.setup]:
+            self.find_benchmark(setup).check_tasks(getattr(self, "tasks", None) or ())
 
-    def find_benchmark(self) -> Benchmark:
-        """Where tasks, records and scores come from.
+    def find_benchmark(self, setup: Setup | None = None) -> Benchmark:
+        """The benchmark with its options, those that are given and else those of the setup.
 
         Raises:
-            ValueError: there is no such benchmark, or it does not take the options.
+            ValueError: an option is not one of the benchmark's, or its value is not allowed.
         """
-        assert self.benchmark is not None, "set when it was checked"
-        flags = {name: value for name in SPELLED if (value := getattr(self, name, None)) is not None}
-        cls = BENCHMARKS.find(self.benchmark)
+        cls = BENCHMARKS.find(str(self.benchmark))
+        flags = {name: value for name in FLAGS if (value := getattr(self, name, None)) is not None}
         own = parse_options(f"benchmark {cls.name}", cls, self.benchmark_option or (), "--benchmark-option")
         if twice := sorted(flags.keys() & own.keys()):
             raise ValueError(f"given by a flag of its own and by --benchmark-option: {', '.join(twice)}; give it once")
-        return build_benchmark(cls.name, **flags, **own)
+        return build_benchmark(cls.name, **{**(setup or self.setup).records, **flags, **own})
+
+    def setup_of(self, entry: ModelEntry | None) -> Setup:
+        """The protocol that holds for a model; entry: what `configs/models.yaml` says of it."""
+        return find_setup(str(self.benchmark), self.protocol or (None if entry is None else entry.protocol))
 
     @property
     def setup(self) -> Setup:
-        """The defaults that hold here, of `configs/phases.yaml` where it speaks of the benchmark."""
-        return find_setup(self.find_benchmark())
+        """Those for the one model that is given, or for models whose protocol is the paper's."""
+        model: str | None = getattr(self, "model", None)
+        return self.setup_of(None if model is None else find_source(model, self.checkpoint).entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +125,24 @@ class DataConfig(SharedConfig):
 
     tasks: tuple[str, ...] | None = option("the benchmark's tasks; if not given, the phase's")
     longbench_set: str | None = option(
-        f"what a task's name means, of {', '.join(SETS)}: plain (LongBench's own set), extended (LongBench-E's) or "
-        "auto, if not given (LongBench-E's where there is one); a name that ends in _e is LongBench-E's"
+        "what a task's name means: plain (LongBench's own set), extended (LongBench-E's), auto (LongBench-E's where "
+        "there is one) or both (LongBench-E's, and of the plain one what is not in it); a name that ends in _e is "
+        "LongBench-E's; if not given, the protocol's, in the paper's auto"
     )
     min_length: int | None = option(
         "only records of more than N words, 0 for all; importance is measured on the paper's, the sets of calibrated "
-        f"are searched on those that are left out; if not given, of LongBench {LongBench.min_length}"
+        "are searched on those that are left out; if not given, the protocol's, in the paper's 4000"
     )
     max_length: int | None = option(
         "only records of at most N words; importance is measured on such records, too; if not given, no limit"
     )
     max_prompt_tokens: int | None = option(
-        "longest prompt before wrapping, longer ones lose their middle; if not given, the model's own limit"
+        "longest prompt before wrapping; longer ones lose their middle or, in a protocol with longest_prompt_tokens, "
+        "are left out; if not given, the protocol's or the model's own limit"
     )
     output_dir: str | None = option(
-        "where runs go, with the folder of their profiles beside it; if not given, results/runs, or of other "
-        "benchmarks results/BENCHMARK/runs, in the checkout, or from a wheel in the current folder"
+        "where runs go, with the folder of their profiles beside it; if not given, results/runs, or of another "
+        "benchmark results/BENCHMARK/runs, in the checkout, or from a wheel in the current folder"
     )
 
     def __post_init__(self) -> None:
@@ -137,7 +153,7 @@ class DataConfig(SharedConfig):
 
     @property
     def runs_dir(self) -> Path:
-        return given_or_default(self.output_dir, f"{self.find_benchmark().results_dir()}/runs")
+        return given_or_default(self.output_dir, f"{BENCHMARKS.find(str(self.benchmark)).results_dir()}/runs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +172,8 @@ class WorkConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(WorkConfig):
-    """One cell: a model under a strategy in a phase at a budget."""
+class StrategyConfig(DataConfig):
+    """A model under a strategy in a phase at a budget."""
 
     model: str = option(MODEL_HELP, required=True)
     phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
@@ -261,6 +277,11 @@ class RunConfig(WorkConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunConfig(StrategyConfig, WorkConfig):
+    """One cell: a strategy, and how much of each task it runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(DataConfig):
     """One profile: of importance, or of the sets selected for a phase; a run of the same settings finds it."""
 
@@ -302,7 +323,7 @@ class GridConfig(WorkConfig):
     )
     budgets: tuple[int, ...] | None = option("sublayers; if not given, the setup's three")
     jobs: int | None = option(
-        "cells run at the same time; if not given, of the testbed's models on a CPU one per core, else one"
+        "cells run at the same time; if not given, of the testbed on a CPU one per core, else one"
     )
     dry_run: bool = option("print the cells, done or missing, and what they would cost; load and run nothing", False)
     estimate_for: str = option(f"GPU whose time the dry run estimates: {', '.join(known_devices())}", "L20")
@@ -325,7 +346,7 @@ class GridConfig(WorkConfig):
 
 def check_model(config: SharedConfig, model: str) -> None:
     """ValueError unless `model` is one that `--model` takes with the other options; nothing is read or downloaded."""
-    if models := config.find_benchmark().models:
+    if models := BENCHMARKS.find(str(config.benchmark)).models:
         check_choice(f"model of {config.benchmark}", model, models)
     find_source(model, config.checkpoint)
 

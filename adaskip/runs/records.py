@@ -6,90 +6,172 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adaskip.benchmarks.prompts import build_prompt_ids
+from adaskip.benchmarks.prompts import build_prompt_ids, build_reference_ids, count_tokens
 from adaskip.benchmarks.protocol import Benchmark, BenchmarkError
-from adaskip.models.loading import LoadedModel
+from adaskip.models.loading import LoadedModel, ModelSource, load_tokenizer
+from adaskip.runs.config import SharedConfig
+from adaskip.runs.loading import Loading
 
 logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 
 
-def scored_samples(
-    benchmark: Benchmark, task: str, limit: int | None = None, subset: int | None = None, seed: int = 0
-) -> tuple[Sample, ...]:
-    """The samples a run is scored on.
+@dataclass(frozen=True)
+class PromptLimit:
+    """Prompts of more than `tokens` tokens, before they are wrapped, are left out. source: whose tokenizer counts."""
 
-    Args:
-        limit: only the first so many.
-        subset: only so many drawn by the seed, or all where there are fewer. The draw depends on nothing but the task's
-            records and the seed, and a larger subset begins with the smaller one.
-    """
-    if subset is None:
-        return _read(benchmark, "records", task, limit)[:limit]
-    samples = _read(benchmark, "records", task, None)
-    drawn = np.random.default_rng(seed).permutation(len(samples))[:subset]
-    return tuple(samples[place] for place in drawn)
+    tokens: int
+    source: ModelSource
 
 
-def calibration_samples(benchmark: Benchmark, task: str, limit: int) -> tuple[Sample, ...]:
-    """The first `limit` samples of a calibration task; warns, once in a process, where there are fewer."""
-    samples = _read(benchmark, "calibration_records", task, limit)[:limit]
-    if len(samples) < limit:
-        _warn_of_few(task, len(samples), limit)
-    return samples
+@dataclass(frozen=True)
+class Records:
+    """A benchmark's samples within a `prompt_limit`. seed: of the samples that are drawn at random."""
+
+    benchmark: Benchmark
+    seed: int = 0
+    prompt_limit: PromptLimit | None = None
+
+    def scored(self, task: str, limit: int | None = None, subset: int | None = None) -> tuple[Sample, ...]:
+        """The samples a run is scored on.
+
+        Args:
+            limit: only the first so many.
+            subset: only so many drawn by the seed, or all where there are fewer. The draw depends on nothing but the
+                task's records and the seed, and a larger subset begins with the smaller one.
+        """
+        if subset is None:
+            return self._fitting(task, limit)
+        samples = self._fitting(task, None)
+        drawn = np.random.default_rng(self.seed).permutation(len(samples))[:subset]
+        return tuple(samples[place] for place in drawn)
+
+    def unscored(self, tasks: Sequence[str], limit: int) -> list[tuple[str, Sample]]:
+        """(task, sample) of `limit` samples that no run is scored on, the tasks in turns: of each the first that the
+        benchmark names, or with a `prompt_limit` that are beyond it.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        each = -(-limit // len(tasks))
+        columns = []
+        for task in tasks:
+            found = self._left_out(task)[:each]
+            if len(found) < each:
+                raise ValueError(
+                    f"strategy calibrated searches on {each} samples of {task} that no run is scored on"
+                    f"{self._left_out_kind}, and there are {len(found)}; --profile takes a selection made elsewhere"
+                )
+            columns.append([(task, sample) for sample in found])
+        return [pair for row in zip(*columns, strict=True) for pair in row][:limit]
+
+    def calibration(self, task: str, limit: int) -> tuple[Sample, ...]:
+        """The first `limit` samples of a calibration task; warns, once in a process, where there are fewer."""
+        samples = _read(self.benchmark, "calibration_records", task, limit)[:limit]
+        if len(samples) < limit:
+            _warn_of_few(task, len(samples), limit)
+        return samples
+
+    def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """The fields of a run's manifest that tell which records these are."""
+        limit = {} if self.prompt_limit is None else {"longest_prompt_tokens": self.prompt_limit.tokens}
+        options = self.benchmark.options or None
+        return {
+            **{"benchmark": self.benchmark.name, "benchmark_options": options},
+            **self.benchmark.describe(tasks),
+            **limit,
+        }
+
+    @property
+    def unscored_words(self) -> int | None:
+        """The most words of a sample that no run is scored on; None where that is not known."""
+        return self.benchmark.unscored_words if self.prompt_limit is None else None
+
+    @property
+    def _left_out_kind(self) -> str:
+        if self.prompt_limit is not None:
+            return f", with prompts of over {self.prompt_limit.tokens} tokens"
+        return "" if (words := self.unscored_words) is None else f", of at most {words} words"
+
+    def _fitting(self, task: str, limit: int | None) -> tuple[Sample, ...]:
+        """The first `limit` samples within the `prompt_limit`."""
+        if self.prompt_limit is None:
+            return _read(self.benchmark, "records", task, limit)[:limit]
+        most, counts = self.prompt_limit.tokens, self._prompt_tokens(task)
+        kept = tuple(sample for sample, count in counts if count <= most)
+        if not kept:
+            raise BenchmarkError(
+                f"{self.benchmark.name} has no record of {task} whose prompt has at most {most} tokens; the shortest "
+                f"has {min(count for _, count in counts)}"
+            )
+        return kept[:limit]
+
+    def _left_out(self, task: str) -> Sequence[Sample]:
+        if self.prompt_limit is None:
+            return _read(self.benchmark, "unscored_records", task)
+        return [sample for sample, count in self._prompt_tokens(task) if count > self.prompt_limit.tokens]
+
+    def _prompt_tokens(self, task: str) -> tuple[tuple[Sample, int], ...]:
+        """Each sample with the tokens of its prompt."""
+        assert self.prompt_limit is not None, "there is a tokenizer to count with"
+        return _prompt_tokens(self.benchmark, task, self.prompt_limit.source.path)
 
 
-def searched_samples(benchmark: Benchmark, tasks: Sequence[str], limit: int) -> list[tuple[str, Sample]]:
-    """(task, sample) of `limit` samples that no run is scored on, the first ones, the tasks in turns.
+def find_records(config: SharedConfig, loading: Loading | None = None) -> Records:
+    """The records that a configuration speaks of. loading: the model that they are for.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: the protocol counts tokens of prompts, and it is not known of which model.
     """
-    each = -(-limit // len(tasks))
-    columns = []
-    for task in tasks:
-        found = _read(benchmark, "unscored_records", task)[:each]
-        if len(found) < each:
-            words = "" if benchmark.unscored_words is None else f", of at most {benchmark.unscored_words} words,"
-            raise ValueError(
-                f"strategy calibrated searches on {each} samples of {task} that no run is scored on{words} and there "
-                f"are {len(found)}; --profile takes a selection made elsewhere"
-            )
-        columns.append([(task, sample) for sample in found])
-    return [pair for row in zip(*columns, strict=True) for pair in row][:limit]
+    setup = config.setup if loading is None else config.setup_of(loading.source.entry)
+    limit = None
+    if setup.longest_prompt_tokens is not None:
+        if loading is None:
+            raise ValueError(f"protocol {setup.name} counts tokens of prompts, which this command cannot: leave it out")
+        limit = PromptLimit(loading.max_prompt_tokens, loading.source)
+    return Records(config.find_benchmark(setup), config.seed, limit)
 
 
 @lru_cache(maxsize=32)
 def _read(benchmark: Benchmark, method: str, task: str, *limit: int | None) -> tuple[Sample, ...]:
     """What a method of the benchmark returns, checked."""
-    records = tuple(dict(record) for record in getattr(benchmark, method)(task, *limit))
-    for number, record in enumerate(records):
-        if problem := _problem(benchmark, record):
+    samples = tuple(dict(record) for record in getattr(benchmark, method)(task, *limit))
+    for number, sample in enumerate(samples):
+        if problem := _problem(benchmark, sample):
             raise BenchmarkError(f"record {number} of task {task} of benchmark {benchmark.name} {problem}")
-    if len({record["_id"] for record in records}) < len(records):
+    if len({sample["_id"] for sample in samples}) < len(samples):
         raise BenchmarkError(f"two records of task {task} of benchmark {benchmark.name} have the same '_id'")
-    return records
+    return samples
 
 
-def _problem(benchmark: Benchmark, record: Sample) -> str:
+@lru_cache(maxsize=32)
+def _prompt_tokens(benchmark: Benchmark, task: str, folder: Path) -> tuple[tuple[Sample, int], ...]:
+    tokenizer = load_tokenizer(folder)
+    samples = _read(benchmark, "records", task, None)
+    return tuple((sample, count_tokens(benchmark.prompt(task, sample), tokenizer)) for sample in samples)
+
+
+def _problem(benchmark: Benchmark, sample: Sample) -> str:
     """What is wrong with a record; empty if nothing is."""
-    if missing := [name for name in ("_id", "answers", *benchmark.kept) if name not in record]:
-        return f"has no {', '.join(map(repr, missing))}; it has: {', '.join(record)}"
-    if not isinstance(record["_id"], str):
-        return f"has the '_id' {record['_id']!r}, which must be a text"
-    answers = record["answers"]
+    if missing := [name for name in ("_id", "answers", *benchmark.kept) if name not in sample]:
+        return f"has no {', '.join(map(repr, missing))}; it has: {', '.join(sample)}"
+    if not isinstance(sample["_id"], str):
+        return f"has the '_id' {sample['_id']!r}, which must be a text"
+    answers = sample["answers"]
     if not isinstance(answers, list | tuple) or not answers or not all(isinstance(text, str) for text in answers):
-        return "has 'answers' that are no list of at least one text"
+        return "has 'answers' that are not a list of at least one text"
     try:
-        json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        json.dumps(sample, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:
         return f"holds what JSON cannot: {error}"
     return ""
@@ -101,19 +183,30 @@ def _warn_of_few(task: str, found: int, asked: int) -> None:
 
 
 def prompt_ids(
+    benchmark: Benchmark, task: str, samples: Sequence[Sample], loaded: LoadedModel, most: int | None = None
+) -> list[Tensor]:
+    """The samples' prompts as the model is given them, 1-D token ids; `most` tokens, or the model's limit, are kept of
+    a longer one before it is wrapped."""
+    limit = min(loaded.spec.max_prompt_tokens, most or loaded.spec.max_prompt_tokens)
+    wrapper = loaded.spec.chat_template if benchmark.task(task).chat else None
+    texts = (benchmark.prompt(task, sample) for sample in samples)
+    return [torch.tensor(build_prompt_ids(text, loaded.tokenizer, limit, wrapper)) for text in texts]
+
+
+def reference_ids(
     benchmark: Benchmark,
     task: str,
     samples: Sequence[Sample],
+    prompts: Sequence[Tensor],
+    max_tokens: int,
     loaded: LoadedModel,
-    max_prompt_tokens: int | None = None,
-) -> list[Tensor]:
-    """The samples' prompts as the model is given them, 1-D token ids. max_prompt_tokens: another limit than its own."""
-    tokenizer: Any = loaded.tokenizer
-    limit = max_prompt_tokens or loaded.spec.max_prompt_tokens
-    wrapper = loaded.spec.chat_template if benchmark.task(task).chat else None
-    return [
-        torch.tensor(build_prompt_ids(benchmark.prompt(task, sample), tokenizer, limit, wrapper)) for sample in samples
-    ]
+) -> list[Tensor | None]:
+    """The samples' reference answers as they would follow their prompts, 1-D token ids; None for an empty one."""
+    made = (
+        build_reference_ids(benchmark.reference(task, sample), prompt.tolist(), loaded.tokenizer, max_tokens)
+        for sample, prompt in zip(samples, prompts, strict=True)
+    )
+    return [torch.tensor(ids) if ids else None for ids in made]
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adaskip import testbed
 from adaskip.benchmarks.longbench import LongBenchTasks
@@ -30,6 +31,9 @@ class Testbed(LongBenchTasks):
 
     def calibration_records(self, task: str, limit: int) -> Sequence[Record]:
         return testbed.records(task, split="calibration", limit=limit)
+
+    def contexts(self, task: str, manifest: Mapping[str, Any]) -> Mapping[str, str]:
+        return {record["_id"]: record["context"] for record in testbed.records(task)}
 
     @classmethod
     def checkpoint(cls, model: str) -> Path:

@@ -70,7 +70,7 @@ def test_saved_scores_are_read_and_not_made_again(tmp_path, monkeypatch):
     folder = write_run(tmp_path, ADA, 0.6)
     first = score_run(load_run(folder))
     written = (folder / "scores.json").stat()
-    monkeypatch.setattr(scores, "_score_task", None)
+    monkeypatch.setattr(scores, "score_task", None)
     assert score_run(load_run(folder)) == first
     assert (folder / "scores.json").stat() == written
 
@@ -78,7 +78,7 @@ def test_saved_scores_are_read_and_not_made_again(tmp_path, monkeypatch):
 def test_fresh_scores_are_made_again(tmp_path, monkeypatch):
     folder = write_run(tmp_path, ADA, 0.6)
     score_run(load_run(folder))
-    monkeypatch.setattr(scores, "_score_task", None)
+    monkeypatch.setattr(scores, "score_task", None)
     with pytest.raises(TypeError):
         score_run(load_run(folder), fresh=True)
 
@@ -97,7 +97,7 @@ def test_changed_metrics_score_again(tmp_path, monkeypatch):
     folder = write_run(tmp_path, EE, 1.0)
     score_run(load_run(folder))
     monkeypatch.setattr(scoring, "fingerprint", lambda: "other code")
-    monkeypatch.setattr(scores, "_score_task", None)
+    monkeypatch.setattr(scores, "score_task", None)
     with pytest.raises(TypeError):
         score_run(load_run(folder))
 

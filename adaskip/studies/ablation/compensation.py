@@ -37,7 +37,7 @@ from adaskip.runs.cells import MODELS
 from adaskip.runs.config import SharedConfig
 from adaskip.runs.loading import find_loading
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import prompt_ids, searched_samples
+from adaskip.runs.records import find_records, prompt_ids
 from adaskip.strategies import AdaSkip
 from adaskip.studies.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
 from adaskip.studies.ablation.selection import PROMPT_TOKENS
@@ -209,10 +209,10 @@ def _of_task(config: CompensationConfig, name: str) -> Subject:
 
 def _unscored(config: CompensationConfig, loaded: LoadedModel, phase: Phase) -> list[Tensor]:
     """Prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
-    searched, tasks = config.setup.calibration_samples, config.setup.phases[phase].tasks
-    benchmark = config.find_benchmark()
-    samples = searched_samples(benchmark, tasks, searched + config.held_out)
-    return [prompt_ids(benchmark, task, [sample], loaded)[0] for task, sample in samples[searched:]]
+    searched, tasks = config.setup.search_samples, config.setup.phases[phase].tasks
+    records = find_records(config)
+    samples = records.unscored(tasks, searched + config.held_out)
+    return [prompt_ids(records.benchmark, task, [sample], loaded)[0] for task, sample in samples[searched:]]
 
 
 def _of_stories(held_out: int) -> Subject:

@@ -41,7 +41,7 @@ from adaskip.runs.cells import MODELS
 from adaskip.runs.config import SharedConfig
 from adaskip.runs.loading import find_loading
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import prompt_ids, scored_samples, searched_samples
+from adaskip.runs.records import find_records, prompt_ids
 from adaskip.speculative import LosslessDecoder, lossless
 from adaskip.strategies import Strategy, build, needs_selection
 from adaskip.studies.bench.lossless_table import FULL_MODEL, render
@@ -206,13 +206,13 @@ def measure(config: LosslessConfig, name: str) -> Path:
 
 def _of_tasks(config: LosslessConfig, name: str) -> Subject:
     """A model of the paper or the testbed; the tasks take turns."""
-    loaded, benchmark, tasks = find_loading(config, name).load(), config.find_benchmark(), config.all_tasks
+    loaded, records, tasks = find_loading(config, name).load(), find_records(config), config.all_tasks
     each = -(-config.prompts // len(tasks))
-    columns = [prompt_ids(benchmark, task, scored_samples(benchmark, task, each), loaded) for task in tasks]
+    columns = [prompt_ids(records.benchmark, task, records.scored(task, each), loaded) for task in tasks]
     prompts = [ids for row in zip_longest(*columns) for ids in row if ids is not None]
     calibration = find_calibration(config).data(loaded)["prompts"]
-    unscored = searched_samples(benchmark, tasks, config.setup.calibration_samples)
-    searched = [prompt_ids(benchmark, task, [sample], loaded)[0] for task, sample in unscored]
+    unscored = records.unscored(tasks, config.setup.search_samples)
+    searched = [prompt_ids(records.benchmark, task, [sample], loaded)[0] for task, sample in unscored]
     return Subject(loaded, prompts[: config.prompts], calibration, searched)
 
 

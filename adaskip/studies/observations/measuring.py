@@ -18,7 +18,7 @@ from adaskip.models.loading import LoadedModel
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.loading import find_loading
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import Sample, fingerprint, prompt_ids, scored_samples
+from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids
 from adaskip.runs.runner import stop_token_ids
 from adaskip.studies.observations.settings import MEASUREMENTS, ObserveConfig, Target
 
@@ -45,8 +45,8 @@ def measure_targets(config: ObserveConfig, targets: Iterable[Target]) -> None:
 
 def _measure_target(config: ObserveConfig, model: str, target: Target) -> None:
     folder = RunFolder(config.out_dir / MEASUREMENTS / config.label(model) / target.folder_name)
-    benchmark = config.find_benchmark()
-    samples = scored_samples(benchmark, target.task, config.limit or config.observations.limit)
+    records = find_records(config)
+    samples = records.scored(target.task, config.limit or config.observations.limit)
     description = _describe(config, model, target, samples)
     loading = find_loading(config, model)
     with folder.lock():
@@ -55,7 +55,7 @@ def _measure_target(config: ObserveConfig, model: str, target: Target) -> None:
             return
         loaded = loading.load()
         folder.start({**description, **describe_model(loaded), **loading.source.model_files})
-        _fill(folder, benchmark, target, samples, loaded, description)
+        _fill(folder, records.benchmark, target, samples, loaded, description)
         folder.finish()
 
 

@@ -58,7 +58,7 @@ class ReproduceConfig:
 
     def cells(self) -> list[RunConfig]:
         """The paper's grid on the testbed, model by model, with the samples of each phase."""
-        quick = load_yaml("phases")["testbed"]["quick"]
+        quick = load_yaml("phases")["quick"]
         cells = []
         for phase in PHASES:
             limit = None if self.subset else self.limit or quick[phase]
@@ -78,7 +78,7 @@ class ReproduceConfig:
 
     def observe(self, model: str | None = None, *, check: bool = False) -> ObserveConfig:
         """The observations on one model, or all; check: the importance check, which runs many cells."""
-        quick = load_yaml("phases")["testbed"]["quick"]
+        quick = load_yaml("phases")["quick"]
         return ObserveConfig(
             testbed=True,
             device="cpu",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,11 +19,6 @@ class PaperTable:
     has_speedup: bool
     by_fraction: dict[float, dict[str, dict[str, list[float]]]]
     """Fraction of sublayers skipped -> model -> strategy -> a number per task, then the speedup."""
-
-    @property
-    def is_published(self) -> bool:
-        """False of the tables of a benchmark that the paper does not speak of."""
-        return bool(self.by_fraction)
 
     @property
     def tasks(self) -> list[str]:
@@ -62,18 +56,15 @@ class Paper:
 
 
 @cache
-def load_paper() -> Paper:
-    """The paper's numbers, from `configs/paper.yaml`."""
+def load_paper(*, publishes: bool = True) -> Paper:
+    """The paper's numbers, from `configs/paper.yaml`. publishes: whether it has any of the benchmark that was run."""
     content = load_yaml("paper")
     num_sublayers = 2 * content["num_layers"]
+    if not publishes:
+        tables = {phase: PaperTable("", {}, False, {}) for phase in content["scores"]}
+        return Paper(content["source"], {}, num_sublayers, tables)
     tables = {phase: _table(block, num_sublayers) for phase, block in content["scores"].items()}
     return Paper(content["source"], content["models"], num_sublayers, tables)
-
-
-def unpublished(title: str, metrics: Mapping[str, Mapping[str, str]]) -> Paper:
-    """What stands in the paper's place for a benchmark that it does not speak of. metrics: by phase and task."""
-    tables = {phase: PaperTable(f"{title}, {phase}", dict(tasks), False, {}) for phase, tasks in metrics.items()}
-    return Paper("", {}, 0, tables)
 
 
 def _table(block: dict[str, Any], num_sublayers: int) -> PaperTable:

@@ -30,6 +30,21 @@ ANY = "*"
 """Stands for every run's name in a pattern."""
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
 REQUIRED_FIELDS = ("id", "index", "prediction", "references")
+
+PROTOCOL = (
+    *(
+        "benchmark",
+        "benchmark_options",
+        "weights_fingerprint",
+        "dtype",
+        "chat_template",
+        "max_prompt_tokens",
+        "templates_fingerprint",
+        "stop_token_ids",
+    ),
+    *("stop_strings", "min_length", "sets", "max_new_tokens"),
+)
+"""Manifest fields in which two runs must agree for their answers to be compared; older manifests lack some."""
 REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "dtype", "device")
 
 Record = dict[str, Any]
@@ -49,8 +64,8 @@ class TaskRecords:
     """How many records the finished run has, by its manifest."""
     problems: tuple[str, ...]
     """One line per thing wrong with its files."""
-    sha256: str
-    """Of the bytes of the records' files; of nothing where there is none."""
+    kept: tuple[str, ...] = ()
+    """Fields that its benchmark scores by, beside the references."""
 
     @property
     def complete(self) -> bool:
@@ -59,6 +74,21 @@ class TaskRecords:
     @cached_property
     def by_id(self) -> dict[str, Record]:
         return {record["id"]: record for record in self.records}
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the references were left out (null), as in records that are published without their data set."""
+        return any(record["references"] is None for record in self.records)
+
+    @cached_property
+    def answers_sha256(self) -> str:
+        """Of what the model answered to which samples."""
+        return _digest([[record["id"], record["prediction"]] for record in self.records])
+
+    @cached_property
+    def references_sha256(self) -> str:
+        """Of what the data set holds of the samples."""
+        return _digest([[record.get(name) for name in ("references", *self.kept)] for record in self.records])
 
 
 @dataclass(frozen=True)
@@ -76,6 +106,16 @@ class Run:
     def fraction(self) -> float:
         """Skipped sublayers / all sublayers."""
         return self.cell.sublayers / (2 * self.num_layers)
+
+    def other_protocol(self, other: Run) -> str | None:
+        """The first field of the protocol in which `other` differs, with both values; None if they can be compared."""
+        for name in PROTOCOL:
+            mine, theirs = (run.manifest.get(name) for run in (self, other))
+            if isinstance(mine, dict) and isinstance(theirs, dict):  # by task
+                mine, theirs = ({task: each[task] for task in mine if task in theirs} for each in (mine, theirs))
+            if mine != theirs and name in self.manifest and name in other.manifest:
+                return f"{name.replace('_', ' ')} {theirs!r} and not {mine!r}"
+        return None
 
 
 def load_runs(runs_dir: str | Path) -> list[Run]:
@@ -119,7 +159,7 @@ def load_run(folder: Path) -> Run:
     manifest = _read_manifest(folder / "manifest.json")
     cell = Cell(*parse_run_name(folder.parent.name), sublayers=int(match[1]))
     benchmark = _benchmark_of(folder, manifest)
-    tasks = {task: read_task(folder, task, expected) for task, expected in manifest["tasks"].items()}
+    tasks = {task: read_task(folder, task, expected, benchmark.kept) for task, expected in manifest["tasks"].items()}
     return Run(folder, cell, benchmark, int(manifest["num_layers"]), manifest, tasks)
 
 
@@ -132,7 +172,7 @@ def _benchmark_of(folder: Path, manifest: dict[str, Any]) -> Benchmark:
         raise ResultsError(f"{folder}: {error}; {PLUGINS} names modules with benchmarks of other packages") from None
 
 
-def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
+def read_task(folder: Path, task: str, expected: int, kept: tuple[str, ...] = ()) -> TaskRecords:
     """Read a task's records and their times, merged or still in parts.
 
     The first whole record of each sample is kept and everything else is named.
@@ -144,14 +184,15 @@ def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
     times_content = times_path.read_bytes() if times_path.exists() else b""
     times = _read_lines(f"times/{times_path.name}", times_content, ("id",), problems)
     records: dict[str, Record] = {}
-    digest = hashlib.sha256()
     for file in files:
-        content = file.read_bytes()
-        digest.update(content)
-        records = {**_read_lines(file.name, content, REQUIRED_FIELDS, problems), **records}
+        records = {**_read_lines(file.name, file.read_bytes(), REQUIRED_FIELDS, problems), **records}
     timed = [{**times.get(name, {}), **record} for name, record in records.items()]
     ordered = sorted(timed, key=lambda record: record["index"])
-    return TaskRecords(task, tuple(ordered), expected, tuple(problems), digest.hexdigest())
+    return TaskRecords(task, tuple(ordered), expected, tuple(problems), kept)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _read_lines(name: str, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
