@@ -45,7 +45,9 @@ def measured(monkeypatch) -> list[str]:
 def few_samples(monkeypatch):
     """A search takes as long as it has samples; six show what the setup's twenty would."""
     setup = config.find_setup
-    monkeypatch.setattr(config, "find_setup", lambda benchmark: replace(setup(benchmark), calibration_samples=6))
+    monkeypatch.setattr(
+        config, "find_setup", lambda *given: replace(setup(*given), calibration_samples=6, search_samples=6)
+    )
 
 
 CALIBRATE = {"adaskip": [], "calibrated": ["--select", "decode"]}

@@ -52,7 +52,7 @@ def plot_scores(results: Results, phase: str, out_dir: Path) -> list[Path]:
 
 def plot_retention(results: Results, out_dir: Path) -> list[Path]:
     """Write `retention.png` and `.svg`: retention averaged over a phase's tasks, ours solid and the paper's faint."""
-    cells, phases = results.cells, list(results.paper.tables)
+    cells, phases = results.cells, results.phases
     models = _models_run(cells)
     if not models:
         return []

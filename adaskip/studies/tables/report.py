@@ -24,6 +24,7 @@ from adaskip.studies.tables.summary_text import headline, to_text
 from adaskip.studies.tables.tradeoff import KEPT, Tradeoff
 
 TABLE_NAMES = {"prefill": "table3_prefill", "decode": "table3_decode", "e2e": "table4_e2e"}
+"""The paper's. Of a benchmark that it does not publish, `scores_<phase>`."""
 COUNTS = [
     "phase",
     "model",
@@ -51,11 +52,12 @@ def write_tables(results: Results, out_dir: Path) -> list[Path]:
     """Tables 3 and 4, and those of fidelity and loss, as Markdown, CSV and LaTeX; the summary as Markdown and JSON; the
     claim by every measure; and calibrated's matches, if there are any."""
     texts = {}
-    for phase, name in TABLE_NAMES.items():
+    for phase in results.phases:
+        name = TABLE_NAMES[phase] if results.paper.models else f"scores_{phase}"
         texts[f"{name}.md"] = scores_document(results, phase)
         texts[f"{name}.csv"] = scores_csv(results, phase)
         texts[f"{name}.tex"] = scores_latex(results, phase)
-    for phase in TABLE_NAMES:
+    for phase in results.phases:
         texts[f"measures_{phase}.md"] = measures_document(results, phase)
         texts[f"measures_{phase}.csv"] = measures_csv(results, phase)
         texts[f"measures_{phase}.tex"] = measures_latex(results, phase)
@@ -71,7 +73,7 @@ def write_tables(results: Results, out_dir: Path) -> list[Path]:
 
 def write_plots(results: Results, out_dir: Path) -> list[Path]:
     """Scores against the budget per phase, retention over all phases, and a skip map per model."""
-    written = [path for phase in results.paper.tables for path in plot_scores(results, phase, out_dir)]
+    written = [path for phase in results.phases for path in plot_scores(results, phase, out_dir)]
     written += plot_retention(results, out_dir)
     return written + [path for model in results.models for path in plot_skip_map(results, model, out_dir)]
 

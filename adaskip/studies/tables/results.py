@@ -121,6 +121,11 @@ class Results:
         shown = papers if self.paper_models or not run else [task for task in papers if task in run]
         return [*shown, *(task for task in run if task not in papers)]
 
+    @cached_property
+    def phases(self) -> list[str]:
+        """Those with columns in the tables: all, or those that were run of a benchmark that the paper does not have."""
+        return [phase for phase in self.paper.tables if self.tasks(phase)]
+
     def rows(self, phase: str, model: str) -> Iterator[Row]:
         """The full model, then every strategy at every budget."""
         yield phase, model, FULL, 0.0
@@ -172,7 +177,12 @@ class Results:
             for model in self.models
             for row in self.rows(phase, model)
             for task in self.tasks(phase)
-        ).astype(dict.fromkeys(("skipped_sublayers", "num_sublayers", "n", "n_expected"), "Int64"))
+        ).astype(
+            {
+                **dict.fromkeys(("skipped_sublayers", "num_sublayers", "n", "n_expected"), "Int64"),
+                **dict.fromkeys(("paper_score", "paper_retention", "paper_speedup"), float),
+            }
+        )
         place = ["phase", "model", "task"]
         floor = self.floors.groupby(place)["score"].max().rename("floor")
         full_low = cells[cells["strategy"] == FULL].set_index(place)["score_low"].rename("full_low")

@@ -56,7 +56,8 @@ def headline(summary: dict[str, Any]) -> list[str]:
             f"{each['model']} {labels.PHASES[each['phase']]} {labels.task(each['task'])}" for each in places
         )
         lines.append(f"At their floor, where scores do not count: {named}.")
-    lines.append(f"In the paper's own tables AdaSkip {_claim(paper)}")
+    if paper["compared"]:
+        lines.append(f"In the paper's own tables AdaSkip {_claim(paper)}")
     if online["requests"]:
         lines.append(
             f"The online window added FFN sublayers in {online['fired']} of {online['requests']} requests "
