@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, get_task
+from adaskip.benchmarks.longbench import get_task
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.config import DataConfig, SharedConfig
 from adaskip.runs.records import Records, Sample, find_records, prompt_ids
@@ -18,16 +18,17 @@ from adaskip.runs.records import Records, Sample, find_records, prompt_ids
 class Calibration:
     """Samples for calibration; they are read once, at first use.
 
-    task: the task for measuring importance. tasks: the tasks for searching a selection, with samples of at most
-    `max_length` words, which no run is scored on. num_samples: number of samples for either. folder: where profiles are
-    kept; None to keep none.
+    task: the task for measuring importance. tasks: the tasks for searching a selection, with `num_searched` samples
+    that no run is scored on, prompts cut to `search_prompt_tokens` (None: to the model's limit). folder: where profiles
+    are kept; None to keep none.
     """
 
     records: Records
     task: str
     tasks: tuple[str, ...]
     num_samples: int
-    max_length: int
+    num_searched: int
+    search_prompt_tokens: int | None = None
     folder: Path | None = None
 
     @cached_property
@@ -38,7 +39,7 @@ class Calibration:
     @cached_property
     def searched(self) -> list[tuple[str, Sample]]:
         """The samples for searching a selection, as (task, sample)."""
-        return self.records.unscored(self.tasks, self.num_samples, self.max_length)
+        return self.records.unscored(self.tasks, self.num_searched)
 
     def data(self, loaded: LoadedModel) -> Mapping[str, Any]:
         """Keyword arguments for `calibrate`: the samples as prompts, and their description."""
@@ -58,12 +59,13 @@ def find_calibration(
     num_samples: int | None = None,
 ) -> Calibration:
     """The calibration data of a configuration; profiles are kept beside its runs if it has runs."""
-    is_data = isinstance(config, DataConfig)
+    setup = config.setup
     return Calibration(
         records or find_records(config),
-        task=config.setup.calibration_task,
+        task=setup.calibration_task,
         tasks=tuple(tasks),
-        num_samples=num_samples or config.setup.calibration_samples,
-        max_length=config.min_length if is_data else PAPER_MIN_LENGTH,
-        folder=config.runs_dir.parent / "profiles" if is_data else None,
+        num_samples=num_samples or setup.calibration_samples,
+        num_searched=num_samples or setup.search_samples,
+        search_prompt_tokens=setup.search_prompt_tokens,
+        folder=config.runs_dir.parent / "profiles" if isinstance(config, DataConfig) else None,
     )

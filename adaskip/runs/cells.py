@@ -19,6 +19,9 @@ from adaskip.strategies.registry import PLUGINS
 MODELS = ("llama", "internlm", "vicuna")
 """The models of the paper. Any other model is named after its entry in `configs/models.yaml`, or after its weights."""
 
+PAPER, TESTBED = "paper", "testbed"
+"""The protocol of a model for which `configs/models.yaml` names none, and the block of the embedded models."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -99,14 +102,21 @@ class PhaseSpec:
 
 @dataclass(frozen=True)
 class Setup:
-    """One block of `configs/phases.yaml`: the experiments on real checkpoints, or on the testbed."""
+    """One block of `configs/phases.yaml`, which explains the fields: a protocol of real models, or the testbed."""
 
+    name: str
     num_layers: int
     budgets: tuple[int, ...]
     batch_size: int
     calibration_task: str
     calibration_samples: int
+    search_samples: int
+    search_prompt_tokens: int | None
     phases: dict[str, PhaseSpec]
+    longbench_set: str
+    min_length: int
+    longest_prompt_tokens: int | None
+    dtype: str | None
 
     def budgets_for(self, num_layers: int) -> tuple[int, ...]:
         """The budgets, in sublayers, for a model of `num_layers` layers, scaled and rounded to whole layers."""
@@ -116,18 +126,32 @@ class Setup:
         return tuple(dict.fromkeys(2 * max(1, count) for count in layers))
 
 
+def protocols() -> tuple[str, ...]:
+    """The protocols of `configs/phases.yaml` for real checkpoints."""
+    return tuple(name for name, block in load_yaml("phases").items() if "phases" in block and name != TESTBED)
+
+
 def load_setup(name: str) -> Setup:
-    """Read the block `real` or `testbed` of `configs/phases.yaml`."""
+    """Read a protocol of `configs/phases.yaml`, or its block `testbed`; ValueError for an unknown name."""
+    check_choice("protocol", name, (*protocols(), TESTBED))
     block = load_yaml("phases")[name]
+    calibration, search = block["calibration"], block.get("search", {})
     phases = {
         phase: PhaseSpec(tuple(spec["tasks"]), spec["max_new_tokens"], spec["limit"])
         for phase, spec in block["phases"].items()
     }
     return Setup(
+        name=name,
         num_layers=block["num_layers"],
         budgets=tuple(block["budgets"]),
         batch_size=block["batch_size"],
-        calibration_task=block["calibration"]["task"],
-        calibration_samples=block["calibration"]["samples"],
+        calibration_task=calibration["task"],
+        calibration_samples=calibration["samples"],
+        search_samples=search.get("samples", calibration["samples"]),
+        search_prompt_tokens=search.get("prompt_tokens"),
         phases=phases,
+        longbench_set=block.get("longbench_set", "auto"),
+        min_length=block.get("min_length", 0),
+        longest_prompt_tokens=block.get("longest_prompt_tokens"),
+        dtype=block.get("dtype"),
     )

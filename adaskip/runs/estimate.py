@@ -18,6 +18,7 @@ from adaskip.calibration.select import most_forwards
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan
 from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
 from adaskip.roofline.predict import DecodePlan
+from adaskip.runs.cells import PAPER
 from adaskip.runs.config import GridConfig
 from adaskip.runs.job import Job, find_cells, resolve
 from adaskip.runs.manifest import DONE, MISSING, find_state
@@ -91,7 +92,7 @@ def _size(samples: Sequence[dict]) -> TaskSize:
 
 
 def _published_size(job: Job, name: str) -> TaskSize:
-    number = get_task(name).num_long
+    number = get_task(name).num_long if job.protocol == PAPER else None
     if number is None:
         raise MissingDataError(f"the number of samples of {name} is unknown without its data; give --data-dir")
     return TaskSize(min(number, job.num_wanted or number))
@@ -149,9 +150,10 @@ def search_seconds(job: Job, ceilings: Ceilings) -> float:
     """
     if job.calibration is None or job.selection_phase is None or job.profile_path is not None:
         return 0.0
-    shape, count, answer = job.loading.shape, job.calibration.num_samples, _searched_answer(job)
-    words = TaskSize(count, (max(1, job.calibration.max_length),) * count)
-    (prompt,) = words.prompts(job.loading.max_prompt_tokens)
+    shape, count, answer = job.loading.shape, job.calibration.num_searched, _searched_answer(job)
+    words = job.records.unscored_words
+    size = TaskSize(count, None if words is None else (max(1, words),) * count)
+    (prompt,) = size.prompts(job.calibration.search_prompt_tokens or job.loading.max_prompt_tokens)
     full = {"prefill_plan": EMPTY_PLAN, "decode_plan": EMPTY_PLAN, "ceilings": ceilings}
     answered = predict(shape, prompt_tokens=prompt, new_tokens=answer, **full)
     searched = prompt + answer if job.phase != "decode" else answer

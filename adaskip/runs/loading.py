@@ -103,14 +103,15 @@ def find_loading(config: SharedConfig, model: str, max_prompt_tokens: int | None
     """
     own = str(testbed.checkpoint_dir(model)) if config.testbed and config.checkpoint is None else None
     source = find_source(model, config.checkpoint or own)
-    limit = max_prompt_tokens
+    setup = config.setup_of(source.entry)
+    limit = max_prompt_tokens or setup.longest_prompt_tokens
     if config.testbed and limit is None:
         # The testbed's prompts were made for its models, so a limit below the registry's needs no warning.
         limit = prompt_limit(source.config, source.entry)
     return Loading(
         source,
         device=config.device,
-        dtype=config.dtype,
+        dtype=config.dtype or setup.dtype,
         attn_implementation=config.attn_implementation,
         device_map=config.device_map,
         chat=config.chat or ("none" if config.testbed else source.chat),  # testbed models were trained on bare prompts

@@ -27,7 +27,7 @@ from adaskip.runs.records import fingerprint
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
-    *("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
+    *("protocol", "sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
     *("weight_files", *FIELDS),
 )
 """Fields that older runs may lack."""
@@ -43,6 +43,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "run_name": job.cell.run_name,
         "model": job.cell.model,
         "testbed": records.is_testbed,
+        "protocol": job.protocol,
         "strategy": job.strategy,
         "strategy_options": job.strategy_options or None,
         "phase": job.phase,

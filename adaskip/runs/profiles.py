@@ -32,7 +32,7 @@ from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.config import CalibrateConfig
 from adaskip.runs.job import Job, Profile
 from adaskip.runs.loading import find_loading
-from adaskip.runs.records import Sample, fingerprint, prompt_ids
+from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Wanted:
             depends_on |= {
                 "objective": OBJECTIVE_VERSION,
                 "up_to": self.up_to,
+                **({} if (cut := self.calibration.search_prompt_tokens) is None else {"search_prompt_tokens": cut}),
                 "stop_token_ids": list(loaded.spec.stop_token_ids),
                 "selection_samples": fingerprint([{"task": task, **sample} for task, sample in self.samples]),
             }
@@ -196,6 +197,7 @@ def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
         up_to=wanted.up_to,
         progress_path=_progress_path(path),
         show_progress=show_progress,
+        prompt_tokens=wanted.calibration.search_prompt_tokens,
     )
 
 
@@ -258,12 +260,17 @@ def search(
     up_to: int,
     progress_path: Path,
     show_progress: bool = False,
+    prompt_tokens: int | None = None,
 ) -> SelectionProfile:
-    """Choose the sets of strategy calibrated. samples: (task, sample), none of which is scored."""
+    """Choose the sets of strategy calibrated.
+
+    samples: (task, sample), none of which is scored. prompt_tokens: longer prompts lose their middle; None: the model's
+    limit.
+    """
     tokenizer: Any = loaded.tokenizer
     return select(
         loaded.model,
-        [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in samples],
+        [prompt_ids([sample], get_task(task), loaded, prompt_tokens)[0] for task, sample in samples],
         phase,
         up_to=up_to,
         eos_token_ids=loaded.spec.stop_token_ids,
@@ -290,17 +297,17 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    loading = find_loading(config, config.model, config.max_prompt_tokens)
+    loading, setup = find_loading(config, config.model, config.max_prompt_tokens), config.setup
     loading.check_limit()
     if config.output is not None:
         check_writable(Path(config.output))
     phase = None if config.select is None else check_phase(config.select)
-    tasks = () if phase is None else config.tasks or config.setup.phases[phase].tasks
+    tasks = () if phase is None else config.tasks or setup.phases[phase].tasks
     wanted = Wanted(
         loading.load(),
-        find_calibration(config, tasks=tasks, num_samples=config.samples),
+        find_calibration(config, find_records(config, loading), tasks, config.samples),
         phase,
-        up_to=config.up_to or max(config.setup.budgets_for(loading.num_layers)),
+        up_to=config.up_to or max(setup.budgets_for(loading.num_layers)),
         batch_size=config.batch_size,
     )
     profile, path = keep(wanted, show_progress=True)
