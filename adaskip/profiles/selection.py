@@ -12,12 +12,11 @@ from typing import Any
 from torch import nn
 
 from adaskip.common.files import write_text_atomic
-from adaskip.core.plan import PHASES, Phase, SkipPlan, Sublayer, SublayerKind
+from adaskip.core.plan import KINDS, PHASES, Phase, SkipPlan, Sublayer
 from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, read_record, whole
 
 FORMAT = "adaskip-selection-profile/1"
 ROUNDING = 1e-6  # nats; rounding may make a divergence negative by this much
-KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 
 
 @dataclass(frozen=True)
