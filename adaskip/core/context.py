@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from adaskip.core.compiled import MAX_STEP_GRAPHS
 from adaskip.core.hf import NEXT_STEP
+from adaskip.core.model_plan import strategy_of
 from adaskip.core.patching import ModelPatches, patches_of
+from adaskip.core.plan import SkipPlan
 from adaskip.core.session import SkippingSession
 from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import end_token_ids
@@ -19,12 +21,13 @@ from adaskip.core.wrappers import unwrapped
 @contextmanager
 def skipping(
     model: PreTrainedModel,
-    strategy: Strategy,
+    strategy: Strategy | SkipPlan,
     *,
+    allow_other_weights: bool = False,
     eos_token_id: int | list[int] | None = None,
     max_step_graphs: int = MAX_STEP_GRAPHS,
 ) -> Iterator[SkippingSession]:
-    """Skip sublayers of `model` according to `strategy` while the context lasts.
+    """Skip sublayers of `model` according to a strategy or plan while the context lasts.
 
     Works with `generate` (greedy, sampling, beams, chunked prefill, dynamic and static caches, left-padded batches) and
     with direct calls. State belongs to a request, which lives as long as its KV cache; the model is restored exactly on
@@ -33,6 +36,8 @@ def skipping(
 
     model: may be wrapped by `torch.compile`, PEFT (LoRA and similar) or DistributedDataParallel; the transformers model
     inside the wrapper is patched. Copying or pickling a model inside the context is refused.
+    strategy: a strategy, or a plan, which is used in the phase it was made for (e2e if it does not say).
+    allow_other_weights: accept a plan that was made for other weights, another adapter or configuration of this shape.
     eos_token_id: tokens that end a row, used by the learning window of a batch; default: those of the model's
     generation config. Give it here, too, if you pass a different one to `generate`.
     max_step_graphs: if `generate` compiles, this many sets of sublayers of the model get a graph of the whole step;
@@ -52,9 +57,10 @@ def skipping(
     compiles a graph per plan.
 
     Raises UnsupportedModelError for layers that cannot be skipped, and ValueError if the strategy was made for another
-    number of layers, the model is in training mode, or the context is nested.
+    number of layers or the plan for another model, the model is in training mode, or the context is nested.
     """
     model = unwrapped(model)
+    strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     patches = patches_for(model, strategy)
     patches.check(strategy.skipped)
     session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id), max_step_graphs)

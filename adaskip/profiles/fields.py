@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from adaskip.core.adapters import active_adapters
+from adaskip.core.same_model import check_same_model, identity
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.fingerprint import config_fingerprint, weights_fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 class ProfileError(ValueError):
@@ -75,22 +69,6 @@ def check_record(profile: Any) -> None:
             )
 
 
-def read_record(path: str | Path, expected_format: str, what: str) -> dict[str, Any]:
-    """The fields of a profile file, without the field `format`.
-
-    Raises FileNotFoundError if there is no file, and ProfileError if its format is not `expected_format`. what: the
-    name of that format in the error.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # including numbers with more digits than Python parses
-        raise ProfileError(f"{path} is not JSON: {error}") from error
-    found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
-    if found != expected_format:
-        raise ProfileError(f"{path} is not {what}: format is {found!r}, expected {expected_format!r}")
-    return record
-
-
 def built(kind: type, what: str, record: Any) -> Any:
     """`kind(**record)` for a dataclass `kind`; ProfileError if a field is missing or unknown. what: for the error."""
     if not isinstance(record, dict):
@@ -115,49 +93,13 @@ def check_model(
     these are only warned about. again: what to do instead, for the message. fingerprint: of the model's weights; None
     to compute it.
     """
-    model = unwrapped(model)
-    config: Any = model.config
-    shape = config.get_text_config(decoder=True)
-    profile.check_num_layers(shape.num_hidden_layers)
-    if profile.hidden_size not in (None, shape.hidden_size):
-        raise ProfileError(
-            f"profile of {profile.model} has hidden size {profile.hidden_size}, but the model has {shape.hidden_size}"
-        )
-    differences = [
-        *_other_weights(profile, fingerprint or weights_fingerprint(model)),
-        *_other_adapter(profile, model),
-        *_other_config(profile, model),
-    ]
-    if not differences:
-        return
-    told = f"profile was measured on {profile.model}{', and '.join(differences)}"
-    if not allow_other_weights:
-        raise ProfileError(
-            f"{told}; {again}, or accept the difference with allow_other_weights=True (command line: "
-            "--allow-other-weights)"
-        )
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    logger.warning("%s (%s); it is used anyway, because other weights are allowed", told, name)
-
-
-def _other_weights(profile: Any, fingerprint: str) -> list[str]:
-    if fingerprint == profile.weights_fingerprint:
-        return []
-    return [f" with weights {profile.weights_fingerprint}, but this model's weights are {fingerprint}"]
-
-
-def _other_adapter(profile: Any, model: nn.Module) -> list[str]:
-    adapter = active_adapters(model)
-    if profile.adapter in (None, adapter):  # None: not recorded
-        return []
-    return [f" with active adapter {profile.adapter or 'none'!r}, but this model has {adapter or 'none'!r}"]
-
-
-def _other_config(profile: Any, model: Any) -> list[str]:
-    config = config_fingerprint(model.config)
-    if profile.config_fingerprint in (None, config):  # None: not recorded
-        return []
-    return [
-        f" with another configuration (such as rope, windows or norms: its fingerprint is "
-        f"{profile.config_fingerprint}, this model's is {config})"
-    ]
+    config: Any = unwrapped(model).config
+    check_same_model(
+        profile,
+        identity(model, fingerprint=fingerprint),
+        config.get_text_config(decoder=True).num_hidden_layers,
+        what="profile",
+        again=again,
+        allow_other_weights=allow_other_weights,
+        error=ProfileError,
+    )

@@ -133,7 +133,7 @@ def prefill_seconds(shape: ModelShape, plan: SkipPlan, prompts: Counter[int], ce
 
 def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
     """Minimum time of reading the calibration prompts of a job; 0 if no profile has to be measured."""
-    if job.calibration is None or job.profile_path is not None:
+    if job.calibration is None or job.profile_name is not None:
         return 0.0
     try:
         size = _size(job.calibration.samples)
@@ -148,7 +148,7 @@ def search_seconds(job: Job, ceilings: Ceilings) -> float:
 
     Every forward is estimated as one of the full model on the longest prompt that no run is scored on.
     """
-    if job.calibration is None or job.selection_phase is None or job.profile_path is not None:
+    if job.calibration is None or job.selection_phase is None or job.profile_name is not None:
         return 0.0
     shape, count, answer = job.loading.shape, job.calibration.num_searched, _searched_answer(job)
     words = job.records.unscored_words

@@ -12,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaskip.core.context import patches_for
+from adaskip.core.model_plan import strategy_of
+from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 from adaskip.core.wrappers import unwrapped
 from adaskip.speculative.checks import check_request
@@ -26,7 +28,7 @@ from adaskip.speculative.statistics import DraftStatistics
 
 def lossless(
     model: Any,
-    strategy: Strategy,
+    strategy: Strategy | SkipPlan,
     *,
     gamma: int | None = None,
     draft_cost: float | None = None,
@@ -51,6 +53,7 @@ def lossless(
 
     model: may be a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
     strategy: its `decode_plan` drafts. Online learning is off, since verification corrects a wrong draft.
+    A plan drafts with its set; if it was made for other weights of this shape, a warning is logged.
     gamma: number of tokens of every draft; default: adapted to the acceptance so far (`AdaptiveDraftLength`).
     draft_cost: time of one drafted token, in decode steps of the full model; default: the share of sublayers that still
     run, which assumes that all sublayers cost the same and that verifying a few tokens costs as much as decoding one.
@@ -68,6 +71,7 @@ def lossless(
 
     Raises UnsupportedModelError and ValueError like `skipping`.
     """
+    strategy = strategy_of(strategy, unwrapped(model), allow_other_weights=True)
     return LosslessDecoder(
         model, strategy, gamma=gamma, draft_cost=draft_cost, streamer=streamer, stateless=check_stateless(stateless)
     )

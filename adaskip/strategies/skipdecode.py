@@ -62,6 +62,6 @@ class SkipDecode(Strategy):
         return self._schedule[min(n, -(-step * (n - 1) // self.max_decode_steps) + 1)]
 
     @property
-    def one_plan(self) -> bool:
-        """True in the prefill phase, and in phase e2e if the schedule has a single entry."""
-        return self.phase == "prefill" or (self.phase == "e2e" and self._num_whole_layers <= 1)
+    def is_steady(self) -> bool:
+        """True in the prefill phase, and if the schedule has a single entry."""
+        return self.phase == "prefill" or self._num_whole_layers <= 1
