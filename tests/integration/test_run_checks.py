@@ -23,6 +23,12 @@ NEWER = ("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_stri
 
 
 @pytest.fixture
+def options(options):
+    """Short answers: none of these tests looks at them."""
+    return [*options, "--max-new-tokens", "4"]
+
+
+@pytest.fixture
 def no_model(monkeypatch):
     """From here on a model that is loaded fails the test."""
 
