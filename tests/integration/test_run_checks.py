@@ -311,6 +311,6 @@ def test_warnings_are_shown_on_standard_error(own, tmp_path):
         check=True,
     )
     assert sorted(ended.stderr.splitlines()) == [
-        f"{checkpoint} was made for fewer tokens than llama: prompts are cut at 256, not at 31500",
+        f"{checkpoint} has fewer positions than llama: prompts are cut to 256 tokens instead of 31500",
         "calibration on 5 samples of qasper instead of 20: the data has no more of over 4000 words",
     ]

@@ -127,7 +127,7 @@ def test_a_warning_is_told_by_the_main_process_alone(launch, options, checkpoint
     (own / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     codes, errors = launch(2, [*ARGV, *options, "--checkpoint", str(own), *FEW])
     assert codes == [0, 0]
-    assert errors == [f"{own} was made for fewer tokens than llama: prompts are cut at 256, not at 31500"]
+    assert errors == [f"{own} has fewer positions than llama: prompts are cut to 256 tokens instead of 31500"]
 
 
 @pytest.mark.slow

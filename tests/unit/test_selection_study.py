@@ -45,7 +45,7 @@ def test_calibrated_is_compared_with_the_best_of_the_others_story_by_story(gap, 
 
 def test_without_the_model_the_line_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(ValueError, match=f"{STORIES} is not at hand: {VARIABLE} must name the folder that holds it"):
+    with pytest.raises(ValueError, match=f"{STORIES} is not available: {VARIABLE} must name the folder"):
         measure(SelectionStudyConfig(output_dir=str(tmp_path)))
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".json"]
 
