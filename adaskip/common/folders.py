@@ -34,7 +34,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
             yield folder
             folder.chmod(0o755)
             for path in folder.rglob("*"):
-                _sync(path)
+                _finish(path)
             os.replace(folder, output)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -56,9 +56,11 @@ def check_new(output: Path) -> None:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from None
 
 
-def _sync(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Bring a file or folder to disk; every user may read a file, as usual."""
     if path.is_dir():
         sync_folder(path)
         return
+    path.chmod(0o644)
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
