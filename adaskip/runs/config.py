@@ -6,41 +6,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.benchmarks.longbench import TASKS, get_task, set_meant
+from adaskip.benchmarks.longbench import LongBench
+from adaskip.benchmarks.protocol import BENCHMARKS, Benchmark, build_benchmark
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
-from adaskip.common.paths import RUNS, TESTBED_RUNS, given_or_default
+from adaskip.common.own_options import options_help, parse_options
+from adaskip.common.paths import given_or_default
 from adaskip.core.plan import Budget
 from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.source import find_source
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import MODELS, PAPER, PHASES, TESTBED, Setup, load_setup, protocols
+from adaskip.runs.cells import MODELS, PHASES, Setup, find_setup, protocols
 from adaskip.strategies import (
     GRID_STRATEGIES,
     NAMES,
     SHORT_NAMES,
+    STRATEGIES,
     needs_selection,
-    options_help,
-    parse_options,
     strategy_name,
 )
-from adaskip.testbed import FAMILIES
+from adaskip.testbed.benchmark import Testbed
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
     f"{', '.join(registry())} (configs/models.yaml), or weights: a Hub id org/name[@revision], a folder, a .gguf file"
 )
-BOTH = "both"
-LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True, BOTH: None}
-"""Choices of `--longbench-set` and their argument of `longbench.load_records`; `both` uses `longbench.load_both_sets`.
-"""
+FLAGS = ("data_dir", "longbench_set", "min_length", "max_length")
+"""Benchmark options that also have their own flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig:
     """Options of every command that loads a model."""
 
-    testbed: bool = option("use the embedded small models and their generated tasks instead of real checkpoints", False)
+    benchmark: str | None = option(
+        lambda: (
+            f"benchmark (tasks, records, scores): {', '.join(BENCHMARKS.all())}, or package.module:Class; default: "
+            f"{LongBench.name}"
+        )
+    )
+    testbed: bool = option("use the embedded small models and their generated tasks, like --benchmark testbed", False)
+    benchmark_option: tuple[str, ...] | None = option(
+        lambda: f"NAME=VALUE, options of the benchmark: {options_help(BENCHMARKS.all()) or 'none so far'}"
+    )
     protocol: str | None = option(
         lambda: (
             f"records to score and answer caps: {', '.join(protocols())} (configs/phases.yaml); default: that of the "
@@ -49,7 +57,8 @@ class SharedConfig:
     )
     checkpoint: str | None = option("folder, .gguf file or Hub id of weights to use instead of the named model's own")
     data_dir: str | None = option(
-        "folder with LongBench's jsonl files, its data.zip, or hub to download it; default: the local Hub cache"
+        "data of the benchmark; for LongBench a folder with its jsonl files, its data.zip, or hub to download it; "
+        "default: the local Hub cache"
     )
     device: str | None = option("torch device; default: cuda if available, else cpu")
     dtype: str | None = option(f"dtype of the weights: {', '.join(DTYPES)}; default: bfloat16 on cuda, else float32")
@@ -60,14 +69,9 @@ class SharedConfig:
     threads: int | None = option("CPU threads of torch; default: torch's choice")
 
     def __post_init__(self) -> None:
-        if self.protocol is not None:
-            check_choice("--protocol", self.protocol, protocols())
-            if self.testbed:
-                raise ValueError(f"--protocol {self.protocol} is for real checkpoints, not for --testbed: leave it out")
+        self._check_benchmark()
         if self.dtype is not None:
             check_choice("--dtype", self.dtype, DTYPES)
-        if self.testbed and self.data_dir is not None:
-            raise ValueError("--data-dir is LongBench data and --testbed generates its own: give only one of them")
         if self.device is not None and self.device_map is not None:
             raise ValueError("--device and --device-map both place the model: give only one of them")
         for name in ("threads", "limit", "subset", "batch_size", "max_new_tokens", "jobs", "max_length"):
@@ -75,10 +79,38 @@ class SharedConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
+    def _check_benchmark(self) -> None:
+        """Raise ValueError if benchmark, its options, protocol and tasks do not fit together."""
+        given = self.benchmark and BENCHMARKS.name_of(self.benchmark)
+        if self.testbed and given not in (None, Testbed.name):
+            raise ValueError(f"--testbed means --benchmark {Testbed.name}, but --benchmark is {given}: leave one out")
+        name = Testbed.name if self.testbed else given or LongBench.name
+        object.__setattr__(self, "benchmark", name)
+        BENCHMARKS.find(name)
+        if self.protocol is not None:
+            check_choice(f"--protocol of benchmark {name}", self.protocol, protocols(name))
+        models = getattr(self, "models", ()) if isinstance(self, GridConfig) else ()
+        for setup in [self.setup_of(find_source(model, self.checkpoint).entry) for model in models] or [self.setup]:
+            self.find_benchmark(setup).check_tasks(getattr(self, "tasks", None) or ())
+
+    def find_benchmark(self, setup: Setup | None = None) -> Benchmark:
+        """The benchmark with the given options; defaults are those of the setup.
+
+        Raises:
+            ValueError: an unknown option of the benchmark, or a value that is not allowed.
+        """
+        cls = BENCHMARKS.find(str(self.benchmark))
+        flags = {name: value for name in FLAGS if (value := getattr(self, name, None)) is not None}
+        own = parse_options(f"benchmark {cls.name}", cls, self.benchmark_option or (), "--benchmark-option")
+        if twice := sorted(flags.keys() & own.keys()):
+            raise ValueError(
+                f"{', '.join(twice)} is given by its own flag and by --benchmark-option: give it only once"
+            )
+        return build_benchmark(cls.name, **{**(setup or self.setup).records, **flags, **own})
+
     def setup_of(self, entry: ModelEntry | None) -> Setup:
-        """The defaults of `configs/phases.yaml` for a model; entry: its entry in `configs/models.yaml`."""
-        own = None if entry is None else entry.protocol
-        return load_setup(TESTBED if self.testbed else self.protocol or own or PAPER)
+        """The protocol of a model. entry: the model's entry in `configs/models.yaml`."""
+        return find_setup(str(self.benchmark), self.protocol or (None if entry is None else entry.protocol))
 
     @property
     def setup(self) -> Setup:
@@ -91,7 +123,7 @@ class SharedConfig:
 class DataConfig(SharedConfig):
     """Options of `run`, `grid` and `calibrate`: the data, and the folder of results."""
 
-    tasks: tuple[str, ...] | None = option("LongBench tasks; default: those of the phase")
+    tasks: tuple[str, ...] | None = option("tasks of the benchmark; default: those of the phase")
     longbench_set: str | None = option(
         "the set that a task name means: plain (LongBench), extended (LongBench-E), auto (LongBench-E if it has the "
         "task) or both (LongBench-E and the records only in LongBench); a name that ends in _e always means "
@@ -109,54 +141,19 @@ class DataConfig(SharedConfig):
         "with longest_prompt_tokens, are left out; default: the limit of the protocol or the model"
     )
     output_dir: str | None = option(
-        "folder of runs; profiles are kept beside it; default: results/runs (with --testbed results/testbed/runs) in "
-        "the checkout, or in the current folder if adaskip was installed from a wheel"
+        "where runs go, with the folder of their profiles beside it; if not given, results/runs, or of another "
+        "benchmark results/BENCHMARK/runs, in the checkout, or from a wheel in the current folder"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for task in self.tasks or ():
-            get_task(task)
         _refuse_repeats("task", self.tasks or ())
-        self._check_sets()
-
-    def _check_sets(self) -> None:
-        if self.longbench_set is not None:
-            check_choice("--longbench-set", self.longbench_set, LONGBENCH_SETS)
-        self._check_lengths()
-        chosen = {"longbench-set": self.longbench_set, "min-length": self.min_length, "max-length": self.max_length}
-        given = [f"--{name} {value}" for name, value in chosen.items() if value is not None]
-        if self.testbed and given:
-            raise ValueError(
-                "--longbench-set, --min-length and --max-length select LongBench records, but --testbed generates its "
-                f"own: leave them out; given: {', '.join(given)}"
-            )
-        meaning = self.longbench_set or self.setup.longbench_set
-        for task in self.tasks or ():
-            meant = set_meant(task, LONGBENCH_SETS[meaning])
-            if task in TASKS and meant != task and meant in (self.tasks or ()):
-                raise ValueError(
-                    f"--tasks {task} and {meant} mean the same set with --longbench-set {meaning}: give only one of "
-                    f"them, or --longbench-set plain, with which {task} means the set of LongBench"
-                )
-
-    def _check_lengths(self) -> None:
-        least = self.min_length
-        if least is not None and least < 0:
-            raise ValueError(f"--min-length must be at least 0 words, not {least}")
-        if least is None and hasattr(self, "model"):  # with several models, each has its own
-            least = self.setup.min_length
-        if self.max_length is not None and least is not None and self.max_length <= least:
-            raise ValueError(
-                f"--max-length {self.max_length} leaves no records, since --min-length {least} keeps only longer ones: "
-                "give a larger --max-length or a smaller --min-length"
-            )
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
             raise ValueError(f"--max-prompt-tokens must be at least 2, not {self.max_prompt_tokens}")
 
     @property
     def runs_dir(self) -> Path:
-        return given_or_default(self.output_dir, TESTBED_RUNS if self.testbed else RUNS)
+        return given_or_default(self.output_dir, f"{BENCHMARKS.find(str(self.benchmark)).results_dir()}/runs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +202,8 @@ class StrategyConfig(DataConfig):
         "model; depth and width must be equal",
         False,
     )
-    strategy_option: tuple[str, ...] | None = option(lambda: f"NAME=VALUE, options of the strategy: {options_help()}")
-    learning_window: int | None = option("adaskip: length of its learning window, 0 for none; default: 20")
-    beta_quantile: float | None = option(
-        "adaskip: beta as a quantile of the FFNs' similarities; default: the paper's threshold"
+    strategy_option: tuple[str, ...] | None = option(
+        lambda: f"NAME=VALUE, options of the strategy itself: {options_help(STRATEGIES)}"
     )
 
     def __post_init__(self) -> None:
@@ -271,7 +266,8 @@ class StrategyConfig(DataConfig):
         """The options of the strategy that were given, by field name."""
         spelled = {"learning_window": self.learning_window, "beta_quantile": self.beta_quantile}
         given = {name: value for name, value in spelled.items() if value is not None}
-        options = parse_options(self.strategy, self.strategy_option or ())
+        cls = STRATEGIES.get(self.strategy)
+        options = parse_options(self.strategy, cls, self.strategy_option or (), "--strategy-option")
         if twice := sorted(given.keys() & options.keys()):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
             raise ValueError(f"{', '.join(twice)} is given by {flags} and by --strategy-option: give it only once")
@@ -323,10 +319,12 @@ class GridConfig(WorkConfig):
     strategies: tuple[str, ...] = option(
         lambda: f"of {', '.join(SHORT_NAMES)}, or package.module:Class", lambda: tuple(GRID_STRATEGIES)
     )
-    budgets: tuple[int, ...] | None = option("budgets in sublayers; default: the three of the protocol")
-    jobs: int | None = option("number of parallel cells; default: with --testbed on a CPU one per core, else one")
-    dry_run: bool = option("print the state and estimated cost of all cells, without loading or running any", False)
-    estimate_for: str = option(f"GPU for which the dry run estimates times: {', '.join(known_devices())}", "L20")
+    budgets: tuple[int, ...] | None = option("sublayers; if not given, the setup's three")
+    jobs: int | None = option(
+        "cells run at the same time; if not given, of the testbed on a CPU one per core, else one"
+    )
+    dry_run: bool = option("print the cells, done or missing, and what they would cost; load and run nothing", False)
+    estimate_for: str = option(f"GPU whose time the dry run estimates: {', '.join(known_devices())}", "L20")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -345,9 +343,9 @@ class GridConfig(WorkConfig):
 
 
 def check_model(config: SharedConfig, model: str) -> None:
-    """Raise ValueError if `--model` cannot be `model` with the other options; reads and downloads nothing."""
-    if config.testbed:
-        check_choice("model of --testbed", model, FAMILIES)
+    """ValueError unless `model` is one that `--model` takes with the other options; nothing is read or downloaded."""
+    if models := BENCHMARKS.find(str(config.benchmark)).models:
+        check_choice(f"model of {config.benchmark}", model, models)
     find_source(model, config.checkpoint)
 
 
