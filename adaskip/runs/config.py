@@ -203,7 +203,11 @@ class StrategyConfig(DataConfig):
         False,
     )
     strategy_option: tuple[str, ...] | None = option(
-        lambda: f"NAME=VALUE, options of the strategy itself: {options_help(STRATEGIES)}"
+        lambda: f"NAME=VALUE, options of the strategy: {options_help(STRATEGIES)}"
+    )
+    learning_window: int | None = option("adaskip: length of its learning window, 0 for none; default: 20")
+    beta_quantile: float | None = option(
+        "adaskip: beta as a quantile of the FFNs' similarities; default: the paper's threshold"
     )
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ def ended(tmp_path_factory):
 
 
 def test_the_library_works_with_the_base_dependencies_alone(ended):
-    assert ended.returncode == 2, ended.stderr  # of the run
+    assert ended.returncode == 2, ended.stderr  # that of the run, which fails
     assert ended.stdout.startswith("loaded:\n")
 
 
