@@ -93,7 +93,7 @@ def nothing(checkpoint: Path, data: Path) -> None: ...
 @pytest.mark.parametrize(
     ("damage", "run", "more", "says"),
     [
-        (break_weights, cell(), [], "model.safetensors is truncated or no safetensors file"),
+        (break_weights, cell(), [], "model.safetensors is truncated or not a safetensors file"),
         (remove_weights, cell(), [], "has no weights"),
         (break_data, cell(), [], "multi_news_e.jsonl:16: not valid JSON"),
         (break_calibration, cell("adaskip"), [], "qasper_e.jsonl:1: not valid JSON"),

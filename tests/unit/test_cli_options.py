@@ -143,11 +143,11 @@ def test_the_full_model_has_no_budget():
         ({"budget": 4, "tasks": ("trec", "trec")}, "task given more than once: trec"),
         (
             {"budget": 4, "tasks": ("trec", "trec_e")},
-            "trec and trec_e mean the same set with --longbench-set auto: give only one",
+            "trec and trec_e are one set with --longbench-set auto: give one",
         ),
         (
             {"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"},
-            "lcc and lcc_e mean the same set with .* extended: give",
+            "lcc and lcc_e are one set with .* extended: give",
         ),
         ({"budget": 4, "longbench_set": "e"}, "unknown --longbench-set 'e'.* Allowed: auto, plain, extended"),
         ({"budget": 4, "min_length": -1}, "--min-length must be at least 0 words, not -1"),

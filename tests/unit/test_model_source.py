@@ -111,7 +111,7 @@ def test_two_models_of_a_grid_whose_runs_would_be_called_alike_are_refused():
 
 
 def test_the_testbed_has_its_own_models_only(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown model of --testbed 'org/name'\. Allowed: llama, internlm, vicuna"):
+    with pytest.raises(ValueError, match=r"unknown model of testbed 'org/name'\. Allowed: llama, internlm, vicuna"):
         run_config(model="org/name", testbed=True)
 
 

@@ -399,7 +399,7 @@ def test_truncated_safetensors(damaged):
 
 def test_git_lfs_pointer_instead_of_weights(damaged):
     first_weights(damaged).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "truncated or no safetensors file" in refused("llama", damaged)
+    assert "truncated or not a safetensors file" in refused("llama", damaged)
 
 
 def test_missing_shard(damaged):
@@ -487,7 +487,7 @@ def test_models_go_to_the_gpu_in_bfloat16(snapshots, family):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there(snapshots):
-    assert "sees no CUDA device" in refused("llama", snapshots["llama"], device="cuda")
+    assert "finds no CUDA device" in refused("llama", snapshots["llama"], device="cuda")
 
 
 def test_errors_in_the_registry_name_the_field(monkeypatch):
