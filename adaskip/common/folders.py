@@ -1,4 +1,4 @@
-"""Whole-folder writes: a folder appears with all of its files or not at all."""
+"""Atomic folder writes: a folder appears with all of its files or not at all."""
 
 from __future__ import annotations
 
