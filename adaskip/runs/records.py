@@ -285,6 +285,8 @@ def _records(
 
 
 def _range(min_length: int, max_length: int | None) -> str:
+    if min_length == 0 and max_length is None:
+        return "of any length"
     return (
         f"of over {min_length} words" if max_length is None else f"of over {min_length} and at most {max_length} words"
     )
