@@ -82,7 +82,7 @@ def compare(
 
 def _differences(found: Tensor, expected: Tensor) -> dict[str, float]:
     centred = expected - expected.mean(-1, keepdim=True)
-    p, q = expected.log_softmax(-1), found.log_softmax(-1)
+    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return {
         "distance": float((found - expected).norm() / centred.norm()),
         "kl": float((p.exp() * (p - q)).sum(-1).mean()),
