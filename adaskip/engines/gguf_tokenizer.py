@@ -118,7 +118,8 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     tokens = {token: text for text, token in model["vocab"].items()}
     types = _added(spec["added_tokens"], tokens)
     if model.get("byte_fallback"):
-        return _of_spaced(spec, tokens, types, merges)
+        unknown = {} if tokenizer.unk_token_id is None else {tokenizer.unk_token_id: TokenType.UNKNOWN}
+        return _of_spaced(spec, tokens, types | unknown, merges)
     return _of_bytes(spec, tokens, types, merges)
 
 
@@ -158,8 +159,6 @@ def _of_spaced(spec: Any, tokens: dict[int, str], types: dict[int, TokenType], m
     if len(byte_tokens) < 256:
         raise ExportError(f"the tokenizer has {len(byte_tokens)} of 256 byte tokens, which llama.cpp needs")
     types |= dict.fromkeys(byte_tokens, TokenType.BYTE)
-    if (unknown := ids.get(spec["model"].get("unk_token"))) is not None:
-        types[unknown] = TokenType.UNKNOWN
     scores = _scores(merges, ids, {tokens[token] for token in types})
     return Vocabulary("llama", tokens, types, scores=scores, space_prefix=prefix)
 

@@ -79,5 +79,5 @@ def test_plain_weights_are_converted_in_chunks_as_gguf_quantises_them(kind, targ
 
 
 def test_every_type_of_the_guides_list_is_known():
-    named = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+    named = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
     assert {gguf.GGMLQuantizationType[name] for name in named} <= set(SCALES)
