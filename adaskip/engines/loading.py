@@ -16,9 +16,9 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.context import skipping
 from adaskip.core.plan import KINDS, SkipPlan
+from adaskip.core.strategy import FixedPlan
 from adaskip.engines.errors import ExportError
 from adaskip.engines.families import family_of
-from adaskip.strategies.fixed import FixedPlan
 
 MARK = "adaskip"
 """The field of `config.json` that holds the plan, without scales, and the stock model type."""
