@@ -1,4 +1,4 @@
-"""Whole-folder writes: a folder appears with all of its files or not at all."""
+"""Folders that appear with all of their files or not at all, and single files too large to be written at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaskip.common.files import TEMPORARY, sync_folder
+from adaskip.common.files import TEMPORARY, check_writable, remove_torn, sync_folder
 from adaskip.common.locks import exclusive
 
 
@@ -40,6 +40,33 @@ def new_folder(output: str | Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         sync_folder(output.parent)
+
+
+@contextmanager
+def new_file(output: str | Path) -> Iterator[Path]:
+    """As `new_folder`, for one file: a temporary file beside `output` that takes its name at the end."""
+    output = Path(os.path.abspath(output))
+    check_new_file(output)
+    with exclusive(output.parent / f".{output.name}.lock", of=output):
+        remove_torn(output)
+        descriptor, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=TEMPORARY)
+        os.close(descriptor)
+        try:
+            yield Path(name)
+            os.chmod(name, 0o644)
+            _sync(Path(name))
+            os.replace(name, output)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync_folder(output.parent)
+
+
+def check_new_file(output: Path) -> None:
+    """Raise ValueError unless nothing is at `output` and a file can be written there."""
+    if output.exists():
+        raise ValueError(f"{output} exists; give the name of a new file or delete it first")
+    check_writable(output)
 
 
 def check_new(output: Path) -> None:

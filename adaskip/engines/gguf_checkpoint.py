@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_checkpoint(source: Checkpoint, tokenizer: PreTrainedTokenizerBase | Non
     """
     target, file_type = TYPES[check_choice("GGUF type", type_name, TYPES)]
     check_config(source.config)
-    fields = _fields(source.config, tokenizer, target, file_type)
+    fields = _fields(source, tokenizer, target, file_type)
     weights = dict(_weights(source, target))
     if (factors := _rope_factors(source.config)) is not None:
         weights["rope_freqs.weight"] = Weight(Kind.F32, Kind.F32, factors.shape, lambda: _bytes(factors))
@@ -80,8 +81,9 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def _fields(
-    config: Any, tokenizer: PreTrainedTokenizerBase | None, target: Kind, file_type: LlamaFileType
+    source: Checkpoint, tokenizer: PreTrainedTokenizerBase | None, target: Kind, file_type: LlamaFileType
 ) -> dict[str, GGUFValue]:
+    config: Any = source.config
     writer = GGUFWriter(None, LLAMA)  # type: ignore[arg-type]  # it is asked for its fields only
     writer.add_type("model")
     writer.add_block_count(config.num_hidden_layers)
@@ -100,8 +102,16 @@ def _fields(
     if target in SCALES:
         writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_rope(writer, config)
-    add_tokenizer(writer, tokenizer, config.vocab_size)
+    add_tokenizer(writer, tokenizer, config.vocab_size, _ends(source))
     return {key: value for key, value in writer.kv_data[0].items() if key != "general.architecture"}
+
+
+def _ends(source: Checkpoint) -> list[int]:
+    """The tokens that end an answer, of generation_config.json or else of the configuration."""
+    file = source.folder / "generation_config.json"
+    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ends = given.get("eos_token_id", source.config.eos_token_id)
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _add_rope(writer: GGUFWriter, config: Any) -> None:

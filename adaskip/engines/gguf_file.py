@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +63,12 @@ def write_file(model: GGUFModel, path: Path) -> None:
         writer.write_ti_data_to_file()
         for name, weight in model.weights.items():
             writer.write_tensor_data(_stored(name, weight))
-    finally:
         writer.close()
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    except OSError as error:  # numpy says how many numbers it wrote, not why it stopped
+        raise OSError(f"{path.name} cannot be written, the disk may be full: {error}") from error
+    finally:
+        with suppress(OSError):  # after an error; without one it is closed
+            writer.close()
 
 
 def compare_file(model: GGUFModel, path: Path) -> float:

@@ -20,7 +20,7 @@ from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import quant_shape_to_byte_shape
 
-from adaskip.core.plan import Sublayer
+from adaskip.core.plan import Sublayer, SublayerKind
 from adaskip.engines.errors import ExportError
 from adaskip.engines.fold import Folded, sublayers
 from adaskip.engines.gguf_blocks import Kind
@@ -134,7 +134,7 @@ def check_llama(model: GGUFModel, num_layers: int) -> None:
             raise ExportError(f"the GGUF file has a tensor {name}, which is not of a plain llama")
 
 
-def _half(model: GGUFModel, folded: Folded, index: int, kind: str, layer: int | None) -> dict[str, Weight]:
+def _half(model: GGUFModel, folded: Folded, index: int, kind: SublayerKind, layer: int | None) -> dict[str, Weight]:
     """The tensors of a live sublayer under their new names, its output divided."""
     if layer is None:
         return {}

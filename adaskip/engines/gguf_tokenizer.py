@@ -8,7 +8,8 @@ score. A tokenizer.json of the second kind holds merges instead of scores; the r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from adaskip.engines.errors import ExportError
+
+logger = logging.getLogger(__name__)
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -76,8 +79,12 @@ class Vocabulary:
     space_prefix: bool = False
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, ends: Sequence[int] = ()
+) -> None:
     """Add a tokenizer's fields; without one, the file takes and gives token ids.
+
+    ends: tokens that end an answer beside the tokenizer's end of text.
 
     Raises:
         ExportError: llama.cpp has no tokenizer that makes the same tokens.
@@ -100,6 +107,13 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None,
         writer.add_token_merges(vocabulary.merges)
     writer.add_add_space_prefix(vocabulary.space_prefix)
     _add_special(writer, tokenizer)
+    further = [token for token in dict.fromkeys(ends) if token != tokenizer.eos_token_id]
+    if len(further) > 2:
+        logger.warning(
+            "%d tokens end an answer, of which llama.cpp knows three; left out: %s", 1 + len(further), further[2:]
+        )
+    for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), further, strict=False):
+        add(token)
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:

@@ -18,7 +18,7 @@ from adaskip.engines.fold import Folded, fold_plan
 from adaskip.engines.gguf_checkpoint import read_checkpoint
 from adaskip.engines.gguf_file import compare_file, read_file, write_file
 from adaskip.engines.gguf_layers import GGUFModel, Layer, packed, smaller
-from adaskip.strategies.fixed import FixedPlan
+from adaskip.strategies import FixedPlan
 from tests.families import VOCAB, random_model
 from tests.gguf_decoder import GGUFDecoder
 
