@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.common.folders import check_new, check_new_file, new_file, new_folder
+from adaskip.core.plan import PLAN_FILE
 from adaskip.engines.registry import Export, engine
 
 REPORT = "adaskip_export.json"
-"""What is told of an export in its folder."""
+"""What an export says of itself in its folder, beside the plan."""
 
 
 def export_to(name: str, export: Export, output: str | Path, *, verify: bool = True) -> dict[str, Any]:
-    """Export to an engine of `registry.ENGINES`, into the folder `output`, which is new or empty, or a new file.
+    """Export to an engine of `registry.ENGINES`, into the folder `output`, which is new or empty; for an engine that
+    takes a single file (`SUFFIX`), into the new file `output`.
 
     verify: load both models afterwards, one after the other, and compare their logits on a prompt.
 
@@ -33,10 +35,12 @@ def export_to(name: str, export: Export, output: str | Path, *, verify: bool = T
             "engine": name,
             "model_type": export.source.model_type,
             "num_layers": export.folded.num_layers,
+            "num_skipped": len(export.strategy.skipped),
             "skipped": export.strategy.skipped.to_dict(),
             "scales_in_weights": export.folded.is_scaled,
             "verified": chosen.verify(export, target) if verify else None,
         }
         if not one_file:
+            export.strategy.skipped.save(target / PLAN_FILE)
             (target / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

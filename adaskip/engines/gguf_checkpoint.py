@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from adaskip.common.choices import check_choice
 from adaskip.engines.checkpoint import Checkpoint
 from adaskip.engines.errors import ExportError
 from adaskip.engines.gguf_blocks import SCALES, Kind
@@ -27,13 +26,13 @@ from adaskip.engines.gguf_tokenizer import add_tokenizer
 
 logger = logging.getLogger(__name__)
 
-TYPES: dict[str, tuple[Kind, LlamaFileType]] = {
-    "f32": (Kind.F32, LlamaFileType.ALL_F32),
-    "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+FILE_TYPES = {
+    Kind.F32: LlamaFileType.ALL_F32,
+    Kind.F16: LlamaFileType.MOSTLY_F16,
+    Kind.BF16: LlamaFileType.MOSTLY_BF16,
+    Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
-"""What weights are written as; norms and biases always as F32."""
+"""What a file with such matrices calls itself; norms and biases are always F32."""
 STORED = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
 """The names that safetensors has for types."""
 FAMILIES = ("llama", "mistral")
@@ -46,14 +45,14 @@ def read_checkpoint(source: Checkpoint, tokenizer: PreTrainedTokenizerBase | Non
 
     Args:
         tokenizer: None for a file without tokenizer, which takes and gives token ids only.
-        type_name: one of `TYPES`.
+        type_name: one of `registry.WEIGHTS`.
 
     Raises:
         ExportError: a model that is no Llama, or has what llama.cpp cannot express.
     """
-    target, file_type = TYPES[check_choice("GGUF type", type_name, TYPES)]
+    target = Kind[type_name.upper()]
     check_config(source.config)
-    fields = _fields(source, tokenizer, target, file_type)
+    fields = _fields(source, tokenizer, target)
     weights = dict(_weights(source, target))
     if (factors := _rope_factors(source.config)) is not None:
         weights["rope_freqs.weight"] = Weight(Kind.F32, Kind.F32, factors.shape, lambda: _bytes(factors))
@@ -80,9 +79,7 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ExportError(f"llama.cpp's Llama rotates whole heads, this model a part of {part:g} of each")
 
 
-def _fields(
-    source: Checkpoint, tokenizer: PreTrainedTokenizerBase | None, target: Kind, file_type: LlamaFileType
-) -> dict[str, GGUFValue]:
+def _fields(source: Checkpoint, tokenizer: PreTrainedTokenizerBase | None, target: Kind) -> dict[str, GGUFValue]:
     config: Any = source.config
     writer = GGUFWriter(None, LLAMA)  # type: ignore[arg-type]  # it is asked for its fields only
     writer.add_type("model")
@@ -98,7 +95,7 @@ def _fields(
     writer.add_rope_dimension_count(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(file_type)
+    writer.add_file_type(FILE_TYPES[target])
     if target in SCALES:
         writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_rope(writer, config)
@@ -140,17 +137,21 @@ def _rope_factors(config: Any) -> np.ndarray | None:
 def _weights(source: Checkpoint, target: Kind) -> Iterator[tuple[str, Weight]]:
     config: Any = source.config
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, file in source.tensor_files.items():
         if name.endswith(UNUSED) or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
         if (new := names.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
             raise ExportError(f"the checkpoint has a tensor {name}, which is not of a plain Llama")
-        rotated = next((count for part, count in heads.items() if f".{part}." in name), None)
-        yield new, _weight(file, name, target, rotated)
+        yield new, _weight(file, name, target, rotated_heads(name, config))
 
 
-def _weight(file: Path, name: str, target: Kind, rotated_heads: int | None) -> Weight:
+def rotated_heads(name: str, config: Any) -> int | None:
+    """How many heads a tensor of transformers' name has whose rows are in another order here; None if none."""
+    heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
+    return next((count for part, count in heads.items() if part in name), None)
+
+
+def _weight(file: Path, name: str, target: Kind, heads: int | None) -> Weight:
     with safe_open(file, framework="pt") as shard:
         part = shard.get_slice(name)
         shape, dtype = tuple(part.get_shape()), part.get_dtype()
@@ -163,7 +164,7 @@ def _weight(file: Path, name: str, target: Kind, rotated_heads: int | None) -> W
     def load() -> np.ndarray:
         with safe_open(file, framework="pt") as shard:
             tensor = shard.get_tensor(name)
-        return _bytes(tensor if rotated_heads is None else neighbours(tensor, rotated_heads))
+        return _bytes(tensor if heads is None else neighbours(tensor, heads))
 
     return Weight(kind, target if len(shape) > 1 else Kind.F32, shape, load)
 

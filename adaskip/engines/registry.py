@@ -20,6 +20,8 @@ ENGINES = {
     "gguf": "adaskip.engines.gguf_export",
 }
 """What `adaskip export --to` takes, and the module with the functions of `Engine`."""
+WEIGHTS = ("f32", "f16", "bf16", "q8_0")
+"""What the weights of a GGUF file can be written as."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class Export:
     """What is exported: a model under a strategy that is one plan.
 
     source: its checkpoint. gguf_file: the GGUF file that the checkpoint was made of, if it was. tokenizer: for a GGUF
-    file made of a checkpoint; None leaves it out. weights_type: of `gguf_checkpoint.TYPES`; None: the source's own.
+    file made of a checkpoint; None leaves it out. weights_type: of `WEIGHTS`; None: the source's own.
     """
 
     strategy: Strategy

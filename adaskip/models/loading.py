@@ -164,7 +164,7 @@ def load_source(
             *(source.checkpoint, source.name, limit, entry.max_prompt_tokens),
         )
     register_packed()
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     chat_template = wrapper(chat or source.chat, tokenizer)
     model = _load_weights(folder, config, attn_implementation, where)
     spec = ModelSpec(
@@ -235,8 +235,12 @@ def _load_weights(
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, padding in front; where it has no pad token the end of text serves."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or GGUF file, padding in front; where it has no pad token the end of text serves.
+
+    Raises:
+        ModelError: there is none, or it makes no tokens of a text.
+    """
     is_internlm = not is_gguf(folder) and read_config(folder)["model_type"] == internlm.MODEL_TYPE
     if is_internlm and not (folder / "tokenizer.model").is_file():
         raise ModelError(f"{folder} has no tokenizer.model, the SentencePiece model of InternLM's tokenizer")

@@ -145,10 +145,6 @@ REFUSED = {
         lambda export: Export(FixedPlan(num_layers=3, plan=EMPTY_PLAN), export.source),
         "has 4 layers, the plan is for 3",
     ),
-    "an unknown type": (
-        lambda export: Export(export.strategy, export.source, weights_type="q4_0"),
-        "unknown GGUF type 'q4_0'.*f32, f16, bf16, q8_0",
-    ),
     "a GGUF file that is to be requantised": (
         lambda export: Export(export.strategy, export.source, gguf_file=Path("a.gguf"), weights_type="f16"),
         "keep their types; f16 takes a checkpoint folder",
