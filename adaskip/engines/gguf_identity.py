@@ -26,7 +26,7 @@ INNER = (
 OUTER = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
-def identity(file: Path, config: PreTrainedConfig) -> dict[str, Any]:
+def gguf_identity(file: Path, config: PreTrainedConfig) -> dict[str, Any]:
     """What `same_model.identity` says of the model that transformers loads of a llama file."""
     return {
         "model": str(file),

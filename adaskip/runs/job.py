@@ -56,11 +56,13 @@ class SpeedupAsked:
 class Job:
     """A cell, and all that is needed to fill its folder. What is read from files is read once, when first asked for.
 
-    sublayers: the budget; None while a speedup is asked for and not yet chosen for. answer_caps: most new tokens of
-    each task's answers. calibration: what the profile is made on, None if the strategy uses none. up_to: the largest
-    set of a selection that is searched. profile_name: the profile that is given and that the strategy uses.
+    protocol: its name in `configs/phases.yaml`. sublayers: the budget; None while a speedup is asked for and not yet
+    chosen for. answer_caps: most new tokens of each task's answers. calibration: what the profile is made on, None if
+    the strategy uses none. up_to: the largest set of a selection that is searched. profile_name: the profile that is
+    given and that the strategy uses.
     """
 
+    protocol: str
     strategy: str
     phase: Phase
     sublayers: int | None
@@ -156,14 +158,16 @@ def resolve(config: RunConfig) -> Job:
     """
     loading = find_loading(config, config.model, config.max_prompt_tokens)
     loading.check_limit()
-    budgets = config.setup.budgets_for(loading.num_layers)
+    setup = config.setup
+    budgets = setup.budgets_for(loading.num_layers)
     sublayers = None if config.target_speedup is not None else _sublayers(config, loading.num_layers, budgets)
     wants_profile = needs_profile(config.strategy)
-    phase, spec = check_phase(config.phase), config.setup.phases[config.phase]
-    records = find_records(config)
+    phase, spec = check_phase(config.phase), setup.phases[config.phase]
+    records = find_records(config, loading)
     tasks = config.tasks or spec.tasks
     caps = {task: config.max_new_tokens or min(spec.max_new_tokens, get_task(task).max_new_tokens) for task in tasks}
     return Job(
+        protocol=setup.name,
         strategy=config.strategy,
         phase=phase,
         sublayers=sublayers,
@@ -174,7 +178,7 @@ def resolve(config: RunConfig) -> Job:
         answer_caps=caps,
         limit=None if config.subset else config.limit or spec.limit,
         subset=config.subset,
-        batch_size=config.batch_size or config.setup.batch_size,
+        batch_size=config.batch_size or setup.batch_size,
         seed=config.seed,
         runs_dir=config.runs_dir,
         calibration=find_calibration(config, records, tasks) if wants_profile else None,
@@ -229,4 +233,5 @@ def find_cells(config: GridConfig) -> list[RunConfig]:
 
 
 def _budgets(config: WorkConfig, model: str) -> tuple[int, ...]:
-    return config.setup.budgets_for(find_loading(config, model).num_layers)
+    loading = find_loading(config, model)
+    return config.setup_of(loading.source.entry).budgets_for(loading.num_layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +27,7 @@ from adaskip.engines.registry import ENGINES, WEIGHTS, Export
 from adaskip.models.checkpoints import check_weights
 from adaskip.models.companion_files import TOKENIZER_FILES
 from adaskip.models.loading import load_source, load_tokenizer
+from adaskip.models.registry import registry
 from adaskip.models.source import ModelSource, find_source
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -177,22 +178,22 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
         raise ExportError(f"{source.path} holds .bin weights; allowed: safetensors, or a .gguf file")
     if kind == "safetensors":
         checkpoint = Checkpoint(source.path, source.own_config)
-        _check(plan, checkpoint.identity, strategy.num_layers, config)
+        _check(plan, lambda: checkpoint.identity, strategy.num_layers, config)
         yield Export(strategy, checkpoint, tokenizer=_tokenizer(source.path, config), weights_type=config.weights)
         return
     if config.to == "gguf":
-        from adaskip.engines import gguf_identity  # which needs the package gguf
+        from adaskip.engines.gguf_identity import gguf_identity  # the package gguf is of an extra
 
         checkpoint = Checkpoint(source.path.parent, source.own_config)
-        _check(plan, gguf_identity.identity(source.path, source.own_config), strategy.num_layers, config)
+        _check(plan, lambda: gguf_identity(source.path, source.own_config), strategy.num_layers, config)
         yield Export(strategy, checkpoint, gguf_file=source.path, weights_type=config.weights)
         return
     loaded = load_source(source, device="cpu", dtype="float32")
-    known = identity(loaded.model, fingerprint=portable_fingerprint(loaded.model))
-    _check(plan, known, strategy.num_layers, config)
+    model = loaded.model
+    _check(plan, lambda: identity(model, fingerprint=portable_fingerprint(model)), strategy.num_layers, config)
     with tempfile.TemporaryDirectory(dir=_parent(config), prefix=".export-", suffix=".tmp") as folder:
-        checkpoint = save_in_memory(loaded.model, loaded.tokenizer, Path(folder))
-        del loaded
+        checkpoint = save_in_memory(model, loaded.tokenizer, Path(folder))
+        del loaded, model
         yield Export(strategy, checkpoint, gguf_file=source.path)
 
 
@@ -207,13 +208,14 @@ def _tokenizer(folder: Path, config: ExportConfig) -> PreTrainedTokenizerBase | 
 def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
     if config.model is None and plan.origin is None:
         raise ValueError(f"{config.plan} names no model: give --model")
-    return find_source(config.model if plan.origin is None else config.model or plan.origin.model)
+    name = config.model or (None if plan.origin is None else plan.origin.model)
+    return find_source(name) if name in registry() else find_source(checkpoint=name)
 
 
-def _check(plan: SkipPlan, known: Mapping[str, Any], num_layers: int, config: ExportConfig) -> None:
-    """Refuse a plan that was made for another model."""
+def _check(plan: SkipPlan, known: Callable[[], Mapping[str, Any]], num_layers: int, config: ExportConfig) -> None:
+    """Refuse a plan that was made for another model; all weights are read for that."""
     if plan.origin is not None:
-        check_plan(plan.origin, known, num_layers, allow_other_weights=config.allow_other_weights)
+        check_plan(plan.origin, known(), num_layers, allow_other_weights=config.allow_other_weights)
 
 
 def _parent(config: ExportConfig) -> Path:

@@ -11,7 +11,13 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adaskip.benchmarks.longbench import TASKS, LongBenchError, build_prompt_ids, load_records
+from adaskip.benchmarks.longbench import (
+    TASKS,
+    LongBenchError,
+    build_prompt_ids,
+    build_reference_ids,
+    load_records,
+)
 from adaskip.models.internlm import InternLMTokenizer
 from tests.internlm_reference import clean_up, train_tokenizer
 
@@ -181,3 +187,26 @@ def test_what_cannot_be_built_is_said_in_one_line(changes, limit, chat, says):
     with pytest.raises(LongBenchError) as caught:
         build_prompt_ids(sample, TASKS["qasper"], byte_level(), limit, chat)
     assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("ending", ["Answer:", "Bot:\n"])
+def test_a_reference_follows_its_prompt_as_one_text_would_be_tokenised(tokenizer, ending):
+    prompt = f"the context of a question. {ending}"
+    ids = tokenizer(prompt).input_ids
+    sample = {**record("x"), "answers": ["  a town, quite far ", "another"]}
+    between = "" if ending[-1].isspace() and str(tokenizer.decode(ids))[-1].isspace() else " "
+    expected = tokenizer(f"{prompt}{between}a town, quite far").input_ids
+    made = build_reference_ids(sample, ids, tokenizer, 99)
+    assert [*ids, *made] == expected
+    assert build_reference_ids(sample, ids, tokenizer, 3) == made[:3]
+
+
+def test_a_reference_after_a_space_brings_no_second_one():
+    tokenizer = byte_level()
+    ids = tokenizer("the context of a question. answer: ").input_ids
+    made = build_reference_ids({**record("x"), "answers": ["a town"]}, ids, tokenizer, 99)
+    assert str(tokenizer.decode([*ids, *made], skip_special_tokens=True)).endswith("answer: a town")
+
+
+def test_an_empty_reference_has_no_tokens(tokenizer):
+    assert build_reference_ids({**record("x"), "answers": [" "]}, tokenizer("Answer:").input_ids, tokenizer, 9) == []

@@ -37,8 +37,7 @@ from adaskip.studies.bench.settings import BenchConfig
 from adaskip.studies.plots.score_curves import plot_retention, plot_scores
 from adaskip.studies.plots.skip_maps import plot_skip_map
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.entries import PhaseEntries
-from adaskip.studies.tables.scoreboard import load_scoreboard
+from adaskip.studies.tables.results import load_results
 from tests.outside_strategy import COLOR, LABEL, MODULE, NAME, SHORT_NAME, install, write_module
 from tests.saved_runs import write_run
 
@@ -99,7 +98,7 @@ def test_the_kind_of_profile_is_what_the_class_declares():
     cls = register_strategy(toy(profile_type=ImportanceProfile, fields={"profile": ImportanceProfile}))
     assert needs_profile(cls.name)
     assert not needs_selection(cls.name)
-    with pytest.raises(ValueError, match="toy chooses by measurement"):
+    with pytest.raises(ValueError, match="toy needs a profile"):
         build("toy", phase="e2e", budget=Budget(sublayers=2), num_layers=8)
 
 
@@ -235,15 +234,14 @@ def test_tables_and_plots_show_a_strategy_from_outside_where_it_was_run(tmp_path
     runs_dir = tmp_path / "runs"
     for strategy, sublayers in (("full", 0), ("adaskip", 4), (NAME, 4)):
         write_run(runs_dir, Cell("llama", "e2e", strategy, sublayers), 0.8, num_samples=2)
-    board = load_scoreboard(runs_dir)
-    assert board.skipping == (*GRID_STRATEGIES[1:], NAME)
-    tables = [PhaseEntries(board, phase) for phase in ("prefill", "decode", "e2e")]
-    written = [*plot_scores(tables[2], tmp_path), *plot_retention(tables, tmp_path)]
+    results = load_results(runs_dir)
+    assert results.skipping == (*GRID_STRATEGIES[1:], NAME)
+    written = [*plot_scores(results, "e2e", tmp_path), *plot_retention(results, tmp_path)]
     for path in written[1::2]:
         svg = path.read_text(encoding="utf-8")
         assert COLOR in svg
         assert f"<!-- {LABEL} -->" in svg
-    skip_map = plot_skip_map(board, "llama", tmp_path)[1].read_text(encoding="utf-8")
+    skip_map = plot_skip_map(results, "llama", tmp_path)[1].read_text(encoding="utf-8")
     assert all(f"<!-- {word} -->" in skip_map for word in LABEL.split())
     assert SHORT_NAME in {path.name.split("-")[1] for path in runs_dir.iterdir()}
 
@@ -251,4 +249,4 @@ def test_tables_and_plots_show_a_strategy_from_outside_where_it_was_run(tmp_path
 def test_a_strategy_that_was_not_run_and_is_not_of_the_grid_has_no_rows(tmp_path):
     register_strategy(toy())
     write_run(tmp_path, Cell("llama", "e2e", "adaskip", 4), 0.8, num_samples=2)
-    assert load_scoreboard(tmp_path).skipping == GRID_STRATEGIES[1:]
+    assert load_results(tmp_path).skipping == GRID_STRATEGIES[1:]

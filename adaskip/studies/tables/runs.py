@@ -30,6 +30,11 @@ ANY = "*"
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
 REQUIRED_FIELDS = ("id", "index", "prediction", "references", "all_classes")
 
+PROTOCOL = (
+    *("weights_fingerprint", "dtype", "chat_template", "max_prompt_tokens", "templates_fingerprint", "stop_token_ids"),
+    *("stop_strings", "min_length", "sets", "max_new_tokens"),
+)
+"""Manifest fields in which two runs must agree for their answers to be compared; older manifests lack some."""
 REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "testbed", "dtype", "device")
 
 Record = dict[str, Any]
@@ -49,8 +54,6 @@ class TaskRecords:
     """How many records the finished run has, by its manifest."""
     problems: tuple[str, ...]
     """One line per thing wrong with its files."""
-    sha256: str
-    """Of the bytes of the records' files; of nothing where there is none."""
 
     @property
     def complete(self) -> bool:
@@ -59,6 +62,22 @@ class TaskRecords:
     @cached_property
     def by_id(self) -> dict[str, Record]:
         return {record["id"]: record for record in self.records}
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the references were left out (null), as in records that are published without their data set."""
+        return any(record["references"] is None for record in self.records)
+
+    @cached_property
+    def answers_sha256(self) -> str:
+        """Of what the model answered to which samples."""
+        return _digest([[record["id"], record["prediction"]] for record in self.records])
+
+    @cached_property
+    def references_sha256(self) -> str:
+        """Of what the data set holds of the samples."""
+        fields = ("references", "all_classes", "length")
+        return _digest([[record.get(name) for name in fields] for record in self.records])
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,16 @@ class Run:
     def fraction(self) -> float:
         """Skipped sublayers / all sublayers."""
         return self.cell.sublayers / (2 * self.num_layers)
+
+    def other_protocol(self, other: Run) -> str | None:
+        """The first field of the protocol in which `other` differs, with both values; None if they can be compared."""
+        for name in PROTOCOL:
+            mine, theirs = (run.manifest.get(name) for run in (self, other))
+            if isinstance(mine, dict) and isinstance(theirs, dict):  # by task
+                mine, theirs = ({task: each[task] for task in mine if task in theirs} for each in (mine, theirs))
+            if mine != theirs and name in self.manifest and name in other.manifest:
+                return f"{name.replace('_', ' ')} {theirs!r} and not {mine!r}"
+        return None
 
 
 def load_runs(runs_dir: str | Path) -> list[Run]:
@@ -137,14 +166,15 @@ def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
     times_content = times_path.read_bytes() if times_path.exists() else b""
     times = _read_lines(f"times/{times_path.name}", times_content, ("id",), problems)
     records: dict[str, Record] = {}
-    digest = hashlib.sha256()
     for file in files:
-        content = file.read_bytes()
-        digest.update(content)
-        records = {**_read_lines(file.name, content, REQUIRED_FIELDS, problems), **records}
+        records = {**_read_lines(file.name, file.read_bytes(), REQUIRED_FIELDS, problems), **records}
     timed = [{**times.get(name, {}), **record} for name, record in records.items()]
     ordered = sorted(timed, key=lambda record: record["index"])
-    return TaskRecords(task, tuple(ordered), expected, tuple(problems), digest.hexdigest())
+    return TaskRecords(task, tuple(ordered), expected, tuple(problems))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _read_lines(name: str, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:

@@ -1,7 +1,7 @@
-"""Scores a run once and keeps every sample's score beside its records, so that tables and plots never score again.
+"""Scores a run once and keeps every sample's scores beside its records, so that tables and plots never score again.
 
-`scores.json` names the records and the metrics it was made from; when either has changed it is made anew. Scores are
-fractions of 1, as the metrics return them; per cent is for printing.
+`scores.json` names what it was made from: the run's answers and references, the full model's answers, and the metrics.
+When any has changed it is made anew. Scores are fractions of 1, as the metrics return them; per cent is for printing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -19,7 +20,12 @@ from adaskip.benchmarks import metrics, scoring
 from adaskip.benchmarks.scoring import BucketScore
 from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import Estimate, mean_estimate
-from adaskip.studies.tables.runs import Run, TaskRecords
+from adaskip.strategies.registry import FULL
+from adaskip.studies.tables import fidelity as fidelity_code
+from adaskip.studies.tables import floors as floors_code
+from adaskip.studies.tables.fidelity import fidelity
+from adaskip.studies.tables.floors import FIRST_SENTENCE, floors, knows_contexts
+from adaskip.studies.tables.runs import ResultsError, Run, TaskRecords
 
 SCORES_FILE = "scores.json"
 
@@ -54,41 +60,64 @@ class ScoredTask:
     """By Google's `rouge_score` too; None for a task that is not scored by Rouge-L."""
     buckets: dict[str, BucketScore] | None
     """Of `main`, by LongBench-E's buckets of length; None for a set that is not LongBench-E's."""
+    fidelity: dict[str, float]
+    """By record id, against the full model's answer; without those that the full model's run lacks."""
+    floors: dict[str, float | None]
+    """Of the full model's run, mean scores of trivial answers; else empty."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
+    """full: the full model's run that it is compared with, by the same protocol; None if there is none."""
+
     run: Run
+    full: Run | None
     tasks: dict[str, ScoredTask]
+    notes: tuple[str, ...] = ()
+    """What could not be compared or made anew, a line each."""
 
 
-def score_run(run: Run, *, fresh: bool = False) -> ScoredRun:
+def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None, fresh: bool = False) -> ScoredRun:
     """Score every task of `run` and write `scores.json` into its folder.
 
     Args:
+        full: the full model's run of the same model and phase, `run` itself if it is that; None if there is none.
+        data_dir: LongBench's data, for floors that need contexts.
         fresh: score again even where the saved scores are of these records by these metrics.
+
+    Raises:
+        ResultsError: the records hold no references, and the saved scores are not of these records.
     """
-    path, made_from = run.folder / SCORES_FILE, _made_from(run)
-    saved = None if fresh else _read_saved(path, made_from)
-    if saved is not None:
-        return ScoredRun(run, {name: _from_saved(records, saved[name]) for name, records in run.tasks.items()})
-    tasks = {name: score_task(records, run.is_extended(name)) for name, records in run.tasks.items()}
-    scored = ScoredRun(run, tasks)
-    write_text_atomic(path, _as_json(scored, made_from))
-    return scored
+    notes = []
+    if full is not None and (other := run.other_protocol(full)):
+        notes.append(f"{run.cell.label}: not compared with {full.cell.label}, which has {other}")
+        full = None
+    path, made_from = run.folder / SCORES_FILE, _made_from(run, full)
+    saved = _read_saved(path)
+    if any(records.withheld for records in run.tasks.values()):
+        notes += _check_withheld(run, saved, made_from)
+    elif fresh or saved is None or saved["made_from"] != made_from or _lacks_floors(run, saved, data_dir):
+        tasks = {name: score_task(run, name, full, data_dir) for name in run.tasks}
+        write_text_atomic(path, _as_json(run, tasks, made_from))
+        saved = _read_saved(path)
+    assert saved is not None, "made or checked above"
+    tasks = {name: _from_saved(records, saved["tasks"][name]) for name, records in run.tasks.items()}
+    return ScoredRun(run, full, tasks, (*notes, *_lacking(run, full, tasks)))
 
 
-def score_task(records: TaskRecords, is_extended: bool = False) -> ScoredTask:
-    """Score one task's records by its own metric, and by `rouge_score` too where that is Rouge-L.
-
-    is_extended: they are of a LongBench-E set, whose buckets are scored, too.
-    """
+def score_task(run: Run, task: str, full: Run | None = None, data_dir: str | None = None) -> ScoredTask:
+    """Score one task's records by its own metric, by `rouge_score` too where that is Rouge-L, and against `full`."""
+    records = run.tasks[task]
     main = _score(records, None)
+    theirs = full.tasks.get(task) if full else None
+    answers = {record["id"]: record["prediction"] for record in theirs.records} if theirs else {}
     return ScoredTask(
         records,
         main,
         _score(records, beside) if (beside := scoring.STANDARD_ROUGE.get(main.metric)) else None,
-        _score_buckets(records, main) if is_extended else None,
+        _score_buckets(records, main) if run.is_extended(task) else None,
+        fidelity(task, records.records, answers),
+        floors(run, task, data_dir) if run.cell.strategy == FULL else {},
     )
 
 
@@ -104,25 +133,61 @@ def _score(records: TaskRecords, metric: str | None) -> SampleScores:
     return SampleScores(score.metric, score.score, by_id, score.num_empty, dict(score.errors))
 
 
-def _made_from(run: Run) -> dict[str, Any]:
-    """What the scores depend on: the records' bytes and the metrics' code."""
-    return {"records": {name: records.sha256 for name, records in run.tasks.items()}, "metrics": _metrics_fingerprint()}
+def _lacking(run: Run, full: Run | None, tasks: dict[str, ScoredTask]) -> Iterator[str]:
+    """A line for each task of which the full model's run lacks records."""
+    for name, task in tasks.items():
+        if full is not None and len(task.fidelity) < (have := len(task.records.records)):
+            yield (
+                f"{run.cell.label}/{name}: compared with the full model over {len(task.fidelity)} of {have} "
+                f"records; {full.cell.label} lacks the others"
+            )
+
+
+def _made_from(run: Run, full: Run | None) -> dict[str, Any]:
+    """What the scores depend on."""
+    return {
+        "answers": {name: records.answers_sha256 for name, records in run.tasks.items()},
+        "references": {name: records.references_sha256 for name, records in run.tasks.items()},
+        "full": full and {name: task.answers_sha256 for name, task in full.tasks.items() if name in run.tasks},
+        "metrics": _metrics_fingerprint(),
+    }
 
 
 @cache
 def _metrics_fingerprint() -> str:
-    code = "".join(inspect.getsource(module) for module in (scoring, metrics))
+    code = "".join(inspect.getsource(module) for module in (scoring, metrics, fidelity_code, floors_code))
     versions = [f"{package} {version(package)}" for package in ("rouge", "rouge_score")]
     return f"{hashlib.sha256(code.encode()).hexdigest()}, {', '.join(versions)}"
 
 
-def _read_saved(path: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """The saved tasks; None where there are none of these records by these metrics."""
+def _read_saved(path: Path) -> dict[str, Any] | None:
+    """The saved scores; None where there are none, or torn ones."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return saved["tasks"] if isinstance(saved, dict) and saved.get("made_from") == made_from else None
+    return saved if isinstance(saved, dict) and isinstance(saved.get("made_from"), dict) else None
+
+
+def _check_withheld(run: Run, saved: dict[str, Any] | None, made_from: dict[str, Any]) -> list[str]:
+    """Records without references cannot be scored: only scores of these very answers will do."""
+    held = saved["made_from"] if saved else {}
+    for name in ("answers", "full"):
+        if held.get(name) != made_from[name]:
+            raise ResultsError(
+                f"{run.folder}: the records hold no references, and {SCORES_FILE} is not of these answers; "
+                f"put the {SCORES_FILE} there that was made with the references"
+            )
+    if held["metrics"] != made_from["metrics"]:
+        return [f"{run.cell.label}: scores of another version of the metrics; its records hold no references"]
+    return []
+
+
+def _lacks_floors(run: Run, saved: dict[str, Any], data_dir: str | None) -> bool:
+    """Whether a floor is missing that can be computed now."""
+    if run.cell.strategy != FULL or not knows_contexts(run, data_dir):
+        return False
+    return any(FIRST_SENTENCE not in task["floors"] for task in saved["tasks"].values() if task["n"])
 
 
 def _from_saved(records: TaskRecords, saved: dict[str, Any]) -> ScoredTask:
@@ -134,16 +199,16 @@ def _from_saved(records: TaskRecords, saved: dict[str, Any]) -> ScoredTask:
     )
     assert main is not None, "every scored task has a score by its own metric"
     buckets = saved["buckets"] and {name: BucketScore(**bucket) for name, bucket in saved["buckets"].items()}
-    return ScoredTask(records, main, beside, buckets)
+    return ScoredTask(records, main, beside, buckets, saved["fidelity"], saved["floors"])
 
 
-def _as_json(scored: ScoredRun, made_from: dict[str, Any]) -> str:
+def _as_json(run: Run, tasks: dict[str, ScoredTask], made_from: dict[str, Any]) -> str:
     content = {
-        "run": scored.run.cell.run_name,
-        "sublayers": scored.run.cell.sublayers,
+        "run": run.cell.run_name,
+        "sublayers": run.cell.sublayers,
         "unit": "fraction of 1",
         "made_from": made_from,
-        "tasks": {name: _task_as_dict(task) for name, task in scored.tasks.items()},
+        "tasks": {name: _task_as_dict(task) for name, task in tasks.items()},
     }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -157,6 +222,8 @@ def _task_as_dict(task: ScoredTask) -> dict[str, Any]:
         "main": _scores_as_dict(task.main),
         "rouge_score": _scores_as_dict(task.rouge_score) if task.rouge_score else None,
         "buckets": task.buckets and {name: asdict(bucket) for name, bucket in task.buckets.items()},
+        "fidelity": task.fidelity,
+        "floors": task.floors,
     }
 
 
