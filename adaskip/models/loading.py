@@ -244,10 +244,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or GGUF file, padding in front; where it has no pad token the end of text serves.
 
     Raises:
-<<<<<<< HEAD
-        ModelError: there is none, or it makes no tokens of a text.
-    """
-=======
         ModelError: it cannot be read.
     """
     return deepcopy(_read_tokenizer(folder, tokenizer_fingerprint(folder)))
@@ -256,7 +252,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 @lru_cache(maxsize=2)
 def _read_tokenizer(folder: Path, fingerprint: str) -> PreTrainedTokenizerBase:
     """Reading a GGUF file's takes seconds, and records are counted with it before the model is loaded."""
->>>>>>> main
     is_internlm = not is_gguf(folder) and read_config(folder)["model_type"] == internlm.MODEL_TYPE
     if is_internlm and not (folder / "tokenizer.model").is_file():
         raise ModelError(f"{folder} has no tokenizer.model, the SentencePiece model of InternLM's tokenizer")

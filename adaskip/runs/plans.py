@@ -189,11 +189,11 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
         yield Export(strategy, checkpoint, gguf_file=source.path, weights_type=config.weights)
         return
     loaded = load_source(source, device="cpu", dtype="float32")
-    model = loaded.model
-    _check(plan, lambda: identity(model, fingerprint=portable_fingerprint(model)), strategy.num_layers, config)
+    known = identity(loaded.model, fingerprint=portable_fingerprint(loaded.model))
+    _check(plan, lambda: known, strategy.num_layers, config)
     with tempfile.TemporaryDirectory(dir=_parent(config), prefix=".export-", suffix=".tmp") as folder:
-        checkpoint = save_in_memory(model, loaded.tokenizer, Path(folder))
-        del loaded, model
+        checkpoint = save_in_memory(loaded.model, loaded.tokenizer, Path(folder))
+        del loaded
         yield Export(strategy, checkpoint, gguf_file=source.path)
 
 
