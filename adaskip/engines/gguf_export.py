@@ -77,11 +77,12 @@ def smaller_model(export: Export) -> GGUFModel:
 
 
 def llama_cpp_logits(file: Path, ids: Tensor) -> Tensor:
-    """Logits [T, V] of a prompt [T] as llama.cpp computes them on the CPU, keys and values in float32."""
+    """Logits [T, V] of a prompt [T] as llama.cpp computes them on the CPU, with flash attention (without it, llama.cpp
+    pads the values of skipped layers) and keys and values in float32."""
     from llama_cpp import GGML_TYPE_F32, Llama  # pyright: ignore[reportMissingImports]  # of no extra: it is compiled
 
     options = {"n_ctx": len(ids), "n_batch": len(ids), "type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}
-    llama = Llama(str(file), logits_all=True, n_gpu_layers=0, verbose=False, **options)
+    llama = Llama(str(file), logits_all=True, flash_attn=True, n_gpu_layers=0, verbose=False, **options)
     try:
         llama.eval(ids.tolist())
         return torch.from_numpy(llama.scores[: len(ids)].copy())

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from adaskip.cli import main
 from adaskip.core.context import skipping
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.engines import gguf_export
@@ -22,6 +23,7 @@ from adaskip.engines.checkpoint import Checkpoint
 from adaskip.engines.errors import ExportError
 from adaskip.engines.export import export_to
 from adaskip.engines.gguf_file import compare_file, read_file
+from adaskip.engines.gguf_identity import gguf_identity
 from adaskip.engines.gguf_layers import smaller
 from adaskip.engines.registry import Export
 from adaskip.models.source import read_architecture
@@ -111,6 +113,40 @@ def test_tokenizer_and_other_fields_go_along(tmp_path):
     assert {key: first.fields[key] for key in kept} == {key: second.fields[key] for key in kept}
     assert second.fields["tokenizer.ggml.pre"].value == "gpt-2"
     assert second.fields["tokenizer.ggml.eot_token_id"].value == tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+
+
+def test_a_file_is_known_by_the_weights_that_transformers_loads_of_it(tmp_path):
+    for name, options in (("tied", {"tie_word_embeddings": True}), ("biased", {"attention_bias": True})):
+        random_model("llama", **options).save_pretrained(tmp_path / name)
+        config = read_architecture(tmp_path / name)
+        export = Export(FixedPlan(num_layers=4, plan=EMPTY_PLAN), Checkpoint(tmp_path / name, config))
+        file = tmp_path / f"{name}.gguf"
+        export_to("gguf", export, file)
+        assert gguf_identity(file, config)["weights_fingerprint"] == export.source.identity["weights_fingerprint"]
+
+
+def test_the_command_writes_a_file_of_a_folder_and_of_a_file(tmp_path, capsys):
+    folder = write_family("vicuna", tmp_path / "vicuna")
+    for file in folder.glob("pytorch_model*"):
+        file.unlink()
+    LlamaForCausalLM(read_architecture(folder)).save_pretrained(folder)
+    plan = str(SkipPlan(attention=frozenset({1})).save(tmp_path / "plan.json"))
+    whole, small = tmp_path / "vicuna.gguf", tmp_path / "again.gguf"
+    nothing = str(EMPTY_PLAN.save(tmp_path / "nothing.json"))
+    to = ["--to", "gguf", "--output"]
+    assert main(["export", nothing, *to, str(whole), "--model", str(folder), "--weights", "f16"]) == 0
+    assert main(["export", plan, *to, str(small), "--model", str(whole)]) == 0
+    assert "1 sublayers left out; in" in capsys.readouterr().out
+    found = read_file(small)
+    assert (found.architecture, found.fields["tokenizer.ggml.model"].value) == ("deci", "llama")
+    assert found.number("rope.scaling.factor") == 4.0
+    assert main(["export", plan, *to, str(tmp_path / "c.gguf"), "--model", str(folder), "--no-tokenizer"]) == 0
+    assert read_file(tmp_path / "c.gguf").fields["tokenizer.ggml.model"].value == "none"
+    capsys.readouterr()
+    assert main(["export", plan, *to, str(tmp_path / "d.gguf"), "--model", str(whole), "--weights", "f16"]) == 2
+    assert "keep their types; f16 takes a checkpoint folder" in capsys.readouterr().err
+    assert main(["export", plan, "--to", "hf", "--output", "x", "--model", str(folder), "--weights", "f16"]) == 2
+    assert "--weights and --no-tokenizer are of GGUF files; the export is to hf" in capsys.readouterr().err
 
 
 def test_internlms_and_vicunas_folders_are_llamas(tmp_path):
