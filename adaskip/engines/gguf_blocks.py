@@ -32,7 +32,7 @@ SCALES: dict[Kind, Scales] = {
     Kind.Q6_K: Scales(208),
 }
 PLAIN = (Kind.F32, Kind.F16, Kind.BF16)
-CHUNK_WEIGHTS = 1 << 24
+CHUNK_WEIGHTS = 1 << 22
 """Weights that are dequantised at once, at most, unless a row has more."""
 
 

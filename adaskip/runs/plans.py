@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from adaskip.common.choices import check_choice
+from adaskip.common.folders import scratch_folder
 from adaskip.common.named_files import find_file, published, read_format
 from adaskip.common.options import option
 from adaskip.core.fingerprint import portable_fingerprint
@@ -171,28 +171,28 @@ def export_plan(config: ExportConfig) -> dict[str, Any]:
 def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
     """The export of a plan; a checkpoint without safetensors is written as one beside the output meanwhile."""
     source = _source(plan, config)
-    phase = "e2e" if plan.origin is None else plan.origin.phase
-    strategy = FixedPlan(num_layers=source.num_layers, phase=phase, plan=plan)
+    depth, phase = (source.num_layers, "e2e") if plan.origin is None else (plan.origin.num_layers, plan.origin.phase)
+    strategy = FixedPlan(num_layers=depth, phase=phase, plan=plan)
     kind = check_weights(source.path)
     if kind == "bin":
         raise ExportError(f"{source.path} holds .bin weights; allowed: safetensors, or a .gguf file")
     if kind == "safetensors":
         checkpoint = Checkpoint(source.path, source.own_config)
-        _check(plan, lambda: checkpoint.identity, strategy.num_layers, config)
+        _check(plan, lambda: checkpoint.identity, source.num_layers, config)
         yield Export(strategy, checkpoint, tokenizer=_tokenizer(source.path, config), weights_type=config.weights)
         return
     if config.to == "gguf":
         from adaskip.engines.gguf_identity import gguf_identity  # the package gguf is of an extra
 
         checkpoint = Checkpoint(source.path.parent, source.own_config)
-        _check(plan, lambda: gguf_identity(source.path, source.own_config), strategy.num_layers, config)
+        _check(plan, lambda: gguf_identity(source.path, source.own_config), source.num_layers, config)
         yield Export(strategy, checkpoint, gguf_file=source.path, weights_type=config.weights)
         return
     loaded = load_source(source, device="cpu", dtype="float32")
     known = identity(loaded.model, fingerprint=portable_fingerprint(loaded.model))
-    _check(plan, lambda: known, strategy.num_layers, config)
-    with tempfile.TemporaryDirectory(dir=_parent(config), prefix=".export-", suffix=".tmp") as folder:
-        checkpoint = save_in_memory(loaded.model, loaded.tokenizer, Path(folder))
+    _check(plan, lambda: known, source.num_layers, config)
+    with scratch_folder(Path(str(config.output)).absolute(), "-source") as folder:
+        checkpoint = save_in_memory(loaded.model, loaded.tokenizer, folder)
         del loaded
         yield Export(strategy, checkpoint, gguf_file=source.path)
 
@@ -216,10 +216,3 @@ def _check(plan: SkipPlan, known: Callable[[], Mapping[str, Any]], num_layers: i
     """Refuse a plan that was made for another model; all weights are read for that."""
     if plan.origin is not None:
         check_plan(plan.origin, known(), num_layers, allow_other_weights=config.allow_other_weights)
-
-
-def _parent(config: ExportConfig) -> Path:
-    """The folder of the output, made if need be: what is written there for a while is on the same file system."""
-    parent = Path(str(config.output)).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent

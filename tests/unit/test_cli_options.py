@@ -145,12 +145,18 @@ def test_the_full_model_has_no_budget():
         ({"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"}, "lcc and lcc_e are one set with .* extended: give"),
         ({"budget": 4, "longbench_set": "e"}, "unknown --longbench-set 'e'.* Allowed: auto, plain, extended"),
         ({"budget": 4, "min_length": -1}, "--min-length must be at least 0 words, not -1"),
+        ({"budget": 4, "testbed": True, "min_length": 0}, "benchmark testbed has no option min_length; allowed: none"),
         (
-            {"budget": 4, "testbed": True, "min_length": 0},
-            "--testbed generates its own: leave them out; given: --min-length 0",
+            {"budget": 4, "testbed": True, "longbench_set": "plain", "max_length": 9},
+            "no option longbench_set, max_length",
         ),
-        ({"budget": 4, "testbed": True, "longbench_set": "plain"}, "--testbed generates its own: leave them out"),
-        ({"budget": 4, "testbed": True, "data_dir": "x"}, "give one of them"),
+        ({"budget": 4, "testbed": True, "data_dir": "x"}, "benchmark testbed has no option data_dir"),
+        ({"budget": 4, "testbed": True, "tasks": ("narrativeqa",)}, "unknown task of testbed 'narrativeqa'"),
+        (
+            {"budget": 4, "testbed": True, "benchmark": "longbench"},
+            "--testbed is --benchmark testbed and --benchmark l",
+        ),
+        ({"budget": 4, "benchmark": "longbensh"}, "unknown benchmark 'longbensh'. Did you mean 'longbench'"),
         ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give one of them"),
     ],
 )
@@ -167,6 +173,7 @@ def test_a_task_and_its_longbench_e_set_are_two_where_the_plain_name_means_the_p
 def test_the_output_directory_follows_the_testbed():
     assert str(RunConfig(**CELL, budget=8).runs_dir) == "results/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True).runs_dir) == "results/testbed/runs"
+    assert str(RunConfig(**CELL, budget=8, benchmark="testbed").runs_dir) == "results/testbed/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True, output_dir="x").runs_dir) == "x"
 
 

@@ -274,7 +274,7 @@ def test_a_killed_export_leaves_no_file_of_that_name_and_the_next_one_cleans_up(
         export_to("gguf", export, target)
         os._exit(0)
     deadline = time.monotonic() + 30
-    while not any(path.stat().st_size > 40_000 for path in tmp_path.glob("out/.small.gguf.*.tmp")):
+    while not any(path.stat().st_size > 40_000 for path in tmp_path.glob("out/.small.gguf.*.tmp/small.gguf")):
         assert time.monotonic() < deadline, "nothing is written"
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)

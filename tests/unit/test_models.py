@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from huggingface_hub import constants
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adaskip.benchmarks.longbench import TASKS, build_prompt_ids
+from adaskip.benchmarks.longbench import TASKS
+from adaskip.benchmarks.prompts import build_prompt_ids
 from adaskip.core.blocks import UnsupportedModelError, decoder_layers
 from adaskip.models import checkpoints
 from adaskip.models import registry as registry_file
@@ -228,8 +228,8 @@ def test_tokenizers_own_chat_template(snapshots):
         "<|start_header_id|>user<|end_header_id|>\n\n{prompt|trim}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    record = {"context": "She jumps.", "input": "who?", "_id": "0"}
-    ids = build_prompt_ids(record, TASKS["multifieldqa_en"], loaded.tokenizer, 500, loaded.spec.chat_template)
+    prompt = TASKS["multifieldqa_en"].template.format(context="She jumps.", input="who?")
+    ids = build_prompt_ids(prompt, loaded.tokenizer, 500, loaded.spec.chat_template)
     begin = loaded.tokenizer.bos_token_id
     assert ids[0] == begin
     assert begin not in ids[1:]
@@ -247,9 +247,9 @@ def test_wrapping_equals_the_tokenizers_own_whatever_white_space_is_around_a_pro
     loaded = load_model("llama", damaged, device="cpu", chat="template")
     tokenizer, spec = loaded.tokenizer, loaded.spec
     for template in ("{context}", TASKS["passage_count"].template):
-        task = replace(TASKS["passage_count"], template=template)
-        ids = build_prompt_ids({"context": context, "_id": "0"}, task, tokenizer, 5000, spec.chat_template)
-        messages = [{"role": "user", "content": template.format(context=context)}]
+        prompt = template.format(context=context)
+        ids = build_prompt_ids(prompt, tokenizer, 5000, spec.chat_template)
+        messages = [{"role": "user", "content": prompt}]
         assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 

@@ -183,12 +183,13 @@ def _legend(known: bool) -> str:
 
 def _measure_notes(results: Results, cells: pd.DataFrame) -> list[str]:
     phase = cells["phase"].iloc[0]
+    whose = (f"{each.label or each.name}'s" for each in results.benchmarks)
     return [
         f"95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples). Fidelity: the task's metric of "
         "an answer against the full model's own answer to the same sample, per cent; 100 where they are equal. Loss: "
         "of the reference answer given the prompt, teacher-forced, the mean over samples of nats per token; `above "
-        "full`: the mean of paired differences to the full model. Score: LongBench's, per cent, above the scores of "
-        "trivial answers to the same samples: nothing, always the most frequent class, the first sentence of the "
+        f"full`: the mean of paired differences to the full model. Score: {_listed(whose)}, per cent, above the scores "
+        "of trivial answers to the same samples: nothing, always the most frequent class, the first sentence of the "
         "context.",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
         f"`{labels.UNKNOWN}` no such measure in these records; {_legend(known=False)}",
@@ -211,7 +212,10 @@ def describe_model(results: Results, phase: str, model: str) -> str:
     ours = "Ours: not run."
     if runs:
         manifests = [run.manifest for run in runs]
-        names = ("the testbed's small model" if each["testbed"] else f"`{each['checkpoint']}`" for each in manifests)
+        names = (
+            f"the {run.benchmark.name}'s small model" if run.benchmark.models else f"`{run.manifest['checkpoint']}`"
+            for run in runs
+        )
         made = _listed(f"{each['dtype']} on {each['device']}" for each in manifests)
         samples = _listed(str(number) for each in manifests for number in each["tasks"].values())
         budgets = _listed(str(number) for number in sorted(run.cell.sublayers for run in runs) if number)

@@ -12,18 +12,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks import metrics, scoring
-from adaskip.benchmarks.scoring import BucketScore
+from adaskip.benchmarks.scores import BucketScore, TaskScore
 from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import Estimate, mean_estimate
 from adaskip.strategies.registry import FULL
-from adaskip.studies.tables import fidelity as fidelity_code
 from adaskip.studies.tables import floors as floors_code
-from adaskip.studies.tables.fidelity import fidelity
 from adaskip.studies.tables.floors import FIRST_SENTENCE, floors, knows_contexts
 from adaskip.studies.tables.runs import ResultsError, Run, TaskRecords
 
@@ -36,7 +32,7 @@ class SampleScores:
 
     metric: str
     as_printed: float | None
-    """Their mean as LongBench's eval.py prints it: per cent, two decimals; None if there are no samples."""
+    """Their mean: per cent, two decimals, rounded as LongBench's eval.py does; None if there are no samples."""
     by_id: dict[str, float]
     num_empty: int
     """Predictions of which nothing but white space was scored."""
@@ -55,11 +51,11 @@ class ScoredTask:
 
     records: TaskRecords
     main: SampleScores
-    """By the task's own metric, LongBench's."""
+    """By the task's own metric."""
     rouge_score: SampleScores | None
-    """By Google's `rouge_score` too; None for a task that is not scored by Rouge-L."""
+    """By a second metric, too, of LongBench Google's `rouge_score`; None for a task that has none."""
     buckets: dict[str, BucketScore] | None
-    """Of `main`, by LongBench-E's buckets of length; None for a set that is not LongBench-E's."""
+    """Of `main`, by buckets of length; None for a set that has none."""
     fidelity: dict[str, float]
     """By record id, against the full model's answer; without those that the full model's run lacks."""
     floors: dict[str, float | None]
@@ -82,7 +78,7 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
 
     Args:
         full: the full model's run of the same model and phase, `run` itself if it is that; None if there is none.
-        data_dir: LongBench's data, for floors that need contexts.
+        data_dir: the benchmark's data, for floors that need contexts.
         fresh: score again even where the saved scores are of these records by these metrics.
 
     Raises:
@@ -96,7 +92,7 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
     saved = _read_saved(path)
     if any(records.withheld for records in run.tasks.values()):
         notes += _check_withheld(run, saved, made_from)
-    elif fresh or saved is None or saved["made_from"] != made_from or _lacks_floors(run, saved, data_dir):
+    elif fresh or not _is_of(saved, made_from) or _lacks_floors(run, saved, data_dir):
         tasks = {name: score_task(run, name, full, data_dir) for name in run.tasks}
         write_text_atomic(path, _as_json(run, tasks, made_from))
         saved = _read_saved(path)
@@ -106,29 +102,29 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
 
 
 def score_task(run: Run, task: str, full: Run | None = None, data_dir: str | None = None) -> ScoredTask:
-    """Score one task's records by its own metric, by `rouge_score` too where that is Rouge-L, and against `full`."""
+    """Score one task's records as their benchmark does, and against the answers of `full`."""
     records = run.tasks[task]
-    main = _score(records, None)
+    made = run.benchmark.evaluate(task, records.records, run.manifest)
     theirs = full.tasks.get(task) if full else None
     answers = {record["id"]: record["prediction"] for record in theirs.records} if theirs else {}
+    fidelity = {
+        record["id"]: run.benchmark.fidelity(
+            task, record["prediction"], answers[record["id"]], **run.benchmark.kept_of(record)
+        )
+        for record in records.records
+        if record["id"] in answers
+    }
     return ScoredTask(
         records,
-        main,
-        _score(records, beside) if (beside := scoring.STANDARD_ROUGE.get(main.metric)) else None,
-        _score_buckets(records, main) if run.is_extended(task) else None,
-        fidelity(task, records.records, answers),
+        _by_id(records, made.main),
+        made.beside and _by_id(records, made.beside),
+        made.buckets,
+        fidelity,
         floors(run, task, data_dir) if run.cell.strategy == FULL else {},
     )
 
 
-def _score_buckets(records: TaskRecords, main: SampleScores) -> dict[str, BucketScore]:
-    if any("length" not in record for record in records.records):
-        raise scoring.MetricError(f"a record of {records.task} has no 'length', so that it belongs to no bucket")
-    return scoring.score_buckets(list(main.by_id.values()), [record["length"] for record in records.records])
-
-
-def _score(records: TaskRecords, metric: str | None) -> SampleScores:
-    score = scoring.score_samples(records.task, records.records, metric)
+def _by_id(records: TaskRecords, score: TaskScore) -> SampleScores:
     by_id = dict(zip(records.by_id, score.per_sample, strict=True))
     return SampleScores(score.metric, score.score, by_id, score.num_empty, dict(score.errors))
 
@@ -144,20 +140,19 @@ def _lacking(run: Run, full: Run | None, tasks: dict[str, ScoredTask]) -> Iterat
 
 
 def _made_from(run: Run, full: Run | None) -> dict[str, Any]:
-    """What the scores depend on."""
+    """What the scores depend on; `metrics` is None where that is not known."""
+    version = run.benchmark.score_version()
     return {
         "answers": {name: records.answers_sha256 for name, records in run.tasks.items()},
         "references": {name: records.references_sha256 for name, records in run.tasks.items()},
         "full": full and {name: task.answers_sha256 for name, task in full.tasks.items() if name in run.tasks},
-        "metrics": _metrics_fingerprint(),
+        "metrics": version and f"{_floors_fingerprint()}, {version}",
     }
 
 
 @cache
-def _metrics_fingerprint() -> str:
-    code = "".join(inspect.getsource(module) for module in (scoring, metrics, fidelity_code, floors_code))
-    versions = [f"{package} {version(package)}" for package in ("rouge", "rouge_score")]
-    return f"{hashlib.sha256(code.encode()).hexdigest()}, {', '.join(versions)}"
+def _floors_fingerprint() -> str:
+    return hashlib.sha256(inspect.getsource(floors_code).encode()).hexdigest()
 
 
 def _read_saved(path: Path) -> dict[str, Any] | None:
@@ -167,6 +162,10 @@ def _read_saved(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return saved if isinstance(saved, dict) and isinstance(saved.get("made_from"), dict) else None
+
+
+def _is_of(saved: dict[str, Any] | None, made_from: dict[str, Any]) -> bool:
+    return saved is not None and saved["made_from"] == made_from and made_from["metrics"] is not None
 
 
 def _check_withheld(run: Run, saved: dict[str, Any] | None, made_from: dict[str, Any]) -> list[str]:
