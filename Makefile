@@ -48,6 +48,14 @@ test-all: setup lint type
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
+# llama.cpp for Python, compiled in about 20 minutes on two cores, into the environments that are there; what `adaskip export --to gguf`
+# compares its files with, and tests/engines/test_llama_cpp.py runs.
+.PHONY: setup-llama-cpp
+setup-llama-cpp: setup
+	for folder in .venv .venv-engines; do \
+	    [ ! -d $$folder ] || $$folder/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 || exit 1; \
+	done
+
 # The tests with the oldest supported torch and transformers on the newest supported Python.
 test-compat:
 	$(PYTHON_COMPAT) -m venv .venv-compat
