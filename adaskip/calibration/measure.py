@@ -16,14 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adaskip.core import hf
-from adaskip.core.adapters import active_adapters
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.decoding import plain_generate
 from adaskip.core.patching import ModelPatches, patches_of
+from adaskip.core.same_model import identity
 from adaskip.core.similarity import RecentNorms, cosine_and_ratio
 from adaskip.core.token_ids import end_token_ids, is_end, left_padded, right_padded
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles import fingerprint
 from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
 
 UNITS = ("attention", "ffn", "layer")
@@ -217,8 +216,7 @@ def calibrate(
     anything is measured if the weights have no fingerprint.
     Paper: Eq. (2), (3).
     """
-    weights = weights_fingerprint or fingerprint.weights_fingerprint(model)
-    about = _about(model, weights, model_name, dataset, data_ids)
+    about = _about(model, weights_fingerprint, model_name, dataset, data_ids)
     begins = _Beginnings(unwrapped(model), prompts)
     options = {"max_new_tokens": max_new_tokens, "eos_token_ids": eos_token_ids}
     measured = list(measure(model, begins, phase=phase, batch_size=batch_size, **options))
@@ -241,16 +239,12 @@ def calibrate(
 
 
 def _about(
-    model: PreTrainedModel, weights: str, model_name: str | None, dataset: str, data_ids: Iterable[str]
+    model: PreTrainedModel, weights: str | None, model_name: str | None, dataset: str, data_ids: Iterable[str]
 ) -> dict[str, Any]:
     """What a profile says of the model and the data, known before anything is measured."""
     model = unwrapped(model)
     return {
-        "model": str(model_name or getattr(model.config, "name_or_path", "") or type(model).__name__),
-        "weights_fingerprint": weights,
-        "config_fingerprint": fingerprint.config_fingerprint(model.config),
-        "adapter": active_adapters(model),
-        "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
+        **identity(model, model_name, weights),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": hf.attn_implementation(model),
         "dataset": str(dataset),

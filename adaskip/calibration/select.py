@@ -18,9 +18,9 @@ from adaskip.calibration.divergence import OBJECTIVE, OutputDivergence
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress, held
 from adaskip.calibration.search import Choice, Set, most_measured, search
+from adaskip.core.fingerprint import weights_fingerprint as fingerprint_of
 from adaskip.core.plan import Budget, Phase, SkipPlan, Sublayer
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.fingerprint import weights_fingerprint as fingerprint_of
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping

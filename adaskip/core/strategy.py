@@ -87,10 +87,14 @@ class Strategy(ABC):
         return self.skipped
 
     @property
+    def is_steady(self) -> bool:
+        """Whether every step of an answer runs under `skipped`, known beforehand."""
+        return type(self).decode_plan is Strategy.decode_plan and not self.window_tokens
+
+    @property
     def one_plan(self) -> bool:
         """Whether every forward of a request, prompt and answer, runs under the same plan, known beforehand."""
-        steady = type(self).decode_plan is Strategy.decode_plan
-        return steady and not self.window_tokens and self.prefill_plan == self.skipped
+        return self.is_steady and self.prefill_plan == self.skipped
 
     @property
     def window_tokens(self) -> int:
@@ -100,3 +104,21 @@ class Strategy(ABC):
     def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:
         """FFNs that join the set for the rest of the request, from one request's window (layer -> similarity)."""
         return EMPTY_PLAN
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPlan(Strategy):
+    """A set chosen elsewhere: by hand, by a search, or read from a file."""
+
+    name = "fixed"
+
+    plan: SkipPlan
+    budget: Budget = Budget(sublayers=0)  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget(sublayers=len(self.plan)))
+        super().__post_init__()
+
+    @property
+    def skipped(self) -> SkipPlan:
+        return self.plan

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.engines.errors import ExportError
-from adaskip.engines.families import Edit
-from adaskip.engines.shards import rewrite, tensor_files
+from adaskip.engines.families import LAYER_TENSOR, Edit
+from adaskip.engines.shards import read_tensor, rewrite, tensor_files
 
 COMPANIONS = (
     *("generation_config.json", "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
@@ -44,6 +45,12 @@ class Checkpoint:
         if record.get("model_type") != self.config.model_type:
             record = self.config.to_dict()
         return {name: value for name, value in record.items() if name != "auto_map"}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its decoder layers' matrices."""
+        name = next(name for name in self.tensor_files if LAYER_TENSOR.fullmatch(name) and "norm" not in name)
+        return read_tensor(self.tensor_files, name).dtype
 
     @property
     def model_type(self) -> str:

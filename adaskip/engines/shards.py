@@ -40,6 +40,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def read_tensor(files: dict[str, Path], name: str) -> Tensor:
+    """One tensor of a checkpoint. files: as of `tensor_files`."""
+    with _opened(files[name]) as shard:
+        return shard.get_tensor(name)
+
+
 def rewrite(
     files: dict[str, Path],
     target: Path,

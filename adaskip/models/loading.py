@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from adaskip.core.blocks import decoder_layers
+from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.core.packed_sdpa import register_packed
 from adaskip.models import internlm
 from adaskip.models.chat import check_chat, wrapper
@@ -35,7 +36,6 @@ from adaskip.models.gguf_file import forget_quantisation, gguf_options, is_gguf
 from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.rope import fix_dynamic_rope
 from adaskip.models.source import ModelSource, find_source
-from adaskip.profiles.fingerprint import weights_fingerprint
 
 __all__ = [
     "LoadedModel",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -12,11 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from adaskip.core.adapters import active_adapters
-from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.fingerprint import config_fingerprint, weights_fingerprint
-
-logger = logging.getLogger(__name__)
+from adaskip.core.same_model import check_same_model
 
 
 class ProfileError(ValueError):
@@ -105,54 +100,13 @@ def built(kind: type, what: str, record: Any) -> Any:
 def check_model(
     profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str, fingerprint: str | None = None
 ) -> None:
-    """Raise ProfileError unless `profile` was measured on `model`, or on another of its shape and that is allowed.
-
-    What must agree: number of layers, hidden size if the profile knows it, and, unless other weights are allowed, the
-    fingerprint of the weights, the active adapter, and the fingerprint of the configuration if the profile has it.
-    again: what to do instead, for the message. fingerprint: that of the model's weights, where it is known.
-    """
-    model = unwrapped(model)
-    config: Any = model.config
-    shape = config.get_text_config(decoder=True)
-    profile.check_num_layers(shape.num_hidden_layers)
-    if profile.hidden_size not in (None, shape.hidden_size):
-        raise ProfileError(
-            f"profile of {profile.model} has hidden size {profile.hidden_size}, the model has {shape.hidden_size}"
-        )
-    differences = [
-        *_other_weights(profile, fingerprint or weights_fingerprint(model)),
-        *_other_adapter(profile, model),
-        *_other_config(profile, model),
-    ]
-    if not differences:
-        return
-    told = f"profile was measured on {profile.model}{', and '.join(differences)}"
-    if not allow_other_weights:
-        raise ProfileError(
-            f"{told}; {again}, or use it knowingly: allow_other_weights=True, on the command line --allow-other-weights"
-        )
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    logger.warning("%s (%s); used all the same, since other weights are allowed", told, name)
-
-
-def _other_weights(profile: Any, fingerprint: str) -> list[str]:
-    if fingerprint == profile.weights_fingerprint:
-        return []
-    return [f" with weights {profile.weights_fingerprint}, this model's weights are {fingerprint}"]
-
-
-def _other_adapter(profile: Any, model: nn.Module) -> list[str]:
-    adapter = active_adapters(model)
-    if profile.adapter in (None, adapter):  # None: not recorded
-        return []
-    return [f" with adapter {profile.adapter or 'none'!r} active, on this model it is {adapter or 'none'!r}"]
-
-
-def _other_config(profile: Any, model: Any) -> list[str]:
-    config = config_fingerprint(model.config)
-    if profile.config_fingerprint in (None, config):  # None: not recorded
-        return []
-    return [
-        f" with another configuration (such as rope, windows or norms: fingerprint {profile.config_fingerprint}, "
-        f"this model's is {config})"
-    ]
+    """`check_same_model` of a profile; raises ProfileError."""
+    check_same_model(
+        profile,
+        model,
+        what="profile",
+        again=again,
+        allow_other_weights=allow_other_weights,
+        fingerprint=fingerprint,
+        error=ProfileError,
+    )

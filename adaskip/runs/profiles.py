@@ -22,10 +22,10 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.files import check_writable, remove_torn
 from adaskip.common.locks import exclusive
+from adaskip.core.fingerprint import config_fingerprint
 from adaskip.core.hf import attn_implementation
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
-from adaskip.profiles.fingerprint import config_fingerprint
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration

@@ -8,13 +8,12 @@ from pkgutil import iter_modules
 
 from adaskip.core.look import Look
 from adaskip.core.plan import Budget, Phase
-from adaskip.core.strategy import FFNSimilarity, Strategy, strategy_option
+from adaskip.core.strategy import FFNSimilarity, FixedPlan, Strategy, strategy_option
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.strategies.adaskip import AdaSkip
 from adaskip.strategies.calibrated import CalibratedSkip
 from adaskip.strategies.early_exit import EarlyExit
-from adaskip.strategies.fixed import FixedPlan
 from adaskip.strategies.names import GRID_STRATEGIES, LABELS, LOOKS, NAMES, PAPER_STRATEGIES, SHORT_NAMES, STRATEGIES
 from adaskip.strategies.options import options_help, parse_options
 from adaskip.strategies.registry import (

@@ -62,6 +62,6 @@ class SkipDecode(Strategy):
         return self._schedule[min(n, -(-step * (n - 1) // self.max_decode_steps) + 1)]
 
     @property
-    def one_plan(self) -> bool:
+    def is_steady(self) -> bool:
         """In the prefill phase, and with a schedule of a single entry."""
-        return self.phase == "prefill" or (self.phase == "e2e" and self._num_whole_layers <= 1)
+        return self.phase == "prefill" or self._num_whole_layers <= 1

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from adaskip.cli import main
+from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.models.loading import load_model
-from adaskip.profiles.fingerprint import weights_fingerprint
 from adaskip.runs import profiles
 from adaskip.runs.config import RunConfig
 from adaskip.runs.job import resolve

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.core import hf
+from adaskip.core.config_identity import config_fingerprint
+from adaskip.core.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.config_identity import config_fingerprint
-from adaskip.profiles.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
 
 __all__ = ["config_fingerprint", "weights_fingerprint"]
 

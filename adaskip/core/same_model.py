@@ -1,0 +1,81 @@
+"""Which model something was made for, and whether another model is the same one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from adaskip.core.adapters import active_adapters
+from adaskip.core.fingerprint import config_fingerprint, weights_fingerprint
+from adaskip.core.wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+def identity(model: nn.Module, name: str | None = None, fingerprint: str | None = None) -> dict[str, Any]:
+    """What a profile or plan says of its model: model (a name), weights_fingerprint, config_fingerprint, adapter,
+    hidden_size.
+
+    name: default that of its checkpoint. fingerprint: that of the weights, where it is known; else it is computed.
+    """
+    weights = fingerprint or weights_fingerprint(model)
+    inner: Any = unwrapped(model)
+    return {
+        "model": str(name or getattr(inner.config, "name_or_path", "") or type(inner).__name__),
+        "weights_fingerprint": weights,
+        "config_fingerprint": config_fingerprint(inner.config),
+        "adapter": active_adapters(inner),
+        "hidden_size": inner.config.get_text_config(decoder=True).hidden_size,
+    }
+
+
+def check_same_model(
+    record: Any,
+    model: nn.Module,
+    *,
+    what: str,
+    again: str,
+    allow_other_weights: bool = False,
+    fingerprint: str | None = None,
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Raise `error` unless `record` was made for `model`, or for another of its shape and that is allowed.
+
+    What must agree: number of layers, hidden size if the record has it, and, unless other weights are allowed, the
+    fingerprint of the weights, the active adapter, and the fingerprint of the configuration if the record has it.
+
+    record: has `num_layers` and the fields of `identity`. what, again: what it is, and what to do instead, for the
+    message. fingerprint: that of the model's weights, where it is known.
+    """
+    inner: Any = unwrapped(model)
+    shape = inner.config.get_text_config(decoder=True)
+    if record.num_layers != shape.num_hidden_layers:
+        raise error(f"{what} of {record.model} has {record.num_layers} layers, the model has {shape.num_hidden_layers}")
+    if record.hidden_size not in (None, shape.hidden_size):
+        raise error(f"{what} of {record.model} has hidden size {record.hidden_size}, the model has {shape.hidden_size}")
+    differences = [*_differences(record, inner, fingerprint or weights_fingerprint(inner))]
+    if not differences:
+        return
+    told = f"{what} was made for {record.model}{', and '.join(differences)}"
+    if not allow_other_weights:
+        raise error(
+            f"{told}; {again}, or use it knowingly: allow_other_weights=True, on the command line --allow-other-weights"
+        )
+    name = getattr(inner.config, "name_or_path", "") or type(inner).__name__
+    logger.warning("%s (%s); used all the same, since other weights are allowed", told, name)
+
+
+def _differences(record: Any, model: Any, fingerprint: str) -> Iterator[str]:
+    """What of weights, adapter and configuration is another; None in a record: not recorded."""
+    if fingerprint != record.weights_fingerprint:
+        yield f" with weights {record.weights_fingerprint}, this model's weights are {fingerprint}"
+    if record.adapter not in (None, adapter := active_adapters(model)):
+        yield f" with adapter {record.adapter or 'none'!r} active, on this model it is {adapter or 'none'!r}"
+    if record.config_fingerprint not in (None, config := config_fingerprint(model.config)):
+        yield (
+            f" with another configuration (such as rope, windows or norms: fingerprint {record.config_fingerprint}, "
+            f"this model's is {config})"
+        )
