@@ -1,4 +1,4 @@
-"""vLLM's own models without the sublayers that a plan skips; which are live stands in their `config.json`.
+"""vLLM's own models without the sublayers that a plan skips; which those are stands in their `config.json`.
 
 A decoder layer of vLLM passes on a pair: the output of the last sublayer and the residual stream without it; the next
 norm adds them. Before the first sublayer there is no output yet, and the residual is None.
@@ -24,8 +24,8 @@ class LiveSublayers:
     def __init__(self, *, prefix: str, **options):
         super().__init__(prefix=prefix, **options)
         vllm_config = get_current_vllm_config()
-        layer, live = extract_layer_index(prefix), vllm_config.model_config.hf_config.adaskip
-        self.has_attention, self.has_ffn = layer in live["attention"], layer in live["ffn"]
+        layer, skipped = extract_layer_index(prefix), vllm_config.model_config.hf_config.adaskip
+        self.has_attention, self.has_ffn = layer not in skipped["attention"], layer not in skipped["ffn"]
         if not self.has_attention:
             del self.self_attn, self.input_layernorm
             del vllm_config.compilation_config.static_forward_context[f"{prefix}.self_attn.attn"]
