@@ -6,7 +6,7 @@ norm adds them. Before the first sublayer there is no output yet, and the residu
 
 from __future__ import annotations
 
-from torch import Tensor, nn, zeros_like
+from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
@@ -34,7 +34,7 @@ class LiveSublayers:
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **options
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states, residual: [T, D] for the T tokens of a step, in and out."""
         if self.has_attention and self.has_ffn:
             return super().forward(positions, hidden_states, residual, **options)
@@ -44,8 +44,7 @@ class LiveSublayers:
         if self.has_ffn:
             normed, residual = _add_and_norm(self.post_attention_layernorm, hidden_states, residual)
             return self.mlp(normed), residual
-        # A stage of a pipeline hands over tensors, also where all of its layers are skipped.
-        return (zeros_like(hidden_states), hidden_states) if residual is None else (hidden_states, residual)
+        return hidden_states, residual
 
 
 def _add_and_norm(norm: nn.Module, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,6 +86,12 @@ class LiveModel:
                 "folded into other weights here; merge the adapter into the model and export it again"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer_type)
+        stage = range(self.model.start_layer, self.model.end_layer)
+        if not any(self.model.layers[layer].has_attention for layer in stage):
+            raise ValueError(
+                f"all attentions of layers {stage.start}..{stage.stop - 1} are skipped, a pipeline stage of vLLM needs "
+                "one: take fewer stages or another partition (VLLM_PP_LAYER_PARTITION)"
+            )
 
 
 class AdaSkipLlamaForCausalLM(LiveModel, LlamaForCausalLM):
