@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from adaskip.core.blocks import BlockStructure, Sublayers, register_structure
     from adaskip.core.context import skipping
     from adaskip.core.look import Look
+    from adaskip.core.model_plan import make_plan
     from adaskip.core.plan import Budget, SkipPlan
     from adaskip.core.strategy import Strategy, strategy_option
+    from adaskip.engines.loading import from_pretrained
     from adaskip.profiles.importance import ImportanceProfile
     from adaskip.profiles.selection import SelectionProfile
     from adaskip.speculative import lossless
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 # Names of the library and the modules they come from; loaded at first use, so that `import adaskip` needs no torch.
 _HOMES = {
+    "from_pretrained": "adaskip.engines.loading",
+    "make_plan": "adaskip.core.model_plan",
     "calibrate": "adaskip.calibration.measure",
     "ImportanceProfile": "adaskip.profiles.importance",
     "Budget": "adaskip.core.plan",
@@ -80,7 +84,9 @@ __all__ = [
     "UnifiedSkipping",
     "__version__",
     "calibrate",
+    "from_pretrained",
     "lossless",
+    "make_plan",
     "register_strategy",
     "register_structure",
     "select",

@@ -1,20 +1,23 @@
-"""The command line: `adaskip run`, `calibrate`, `grid`, `bench` and `bench-report`, and the entry points of scripts."""
+"""The command line, `adaskip <command> ...`, and the entry points of scripts."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from adaskip.common.commands import STOPPED, guarded
 from adaskip.common.options import Parser, add_options, resolve
 from adaskip.common.processes import Processes
+from adaskip.core.plan_card import plan_map
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
 from adaskip.runs.grid import run_grid
+from adaskip.runs.plans import ExportConfig, PlanConfig, ShowConfig, export_plan, plan_to, shown
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.runner import run
 from adaskip.studies.bench.command import ReportConfig, bench, bench_report
@@ -102,6 +105,32 @@ def _calibrate(config: CalibrateConfig) -> int:
     return 0
 
 
+def _plan(config: PlanConfig) -> int:
+    plan, folder = plan_to(config)
+    assert plan.origin is not None, "of a made plan"
+    print(plan_map(plan, plan.origin.num_layers))
+    print(f"{len(plan)} of {2 * plan.origin.num_layers} sublayers, phase {plan.origin.phase}; in {folder}")
+    return 0
+
+
+def _show(config: ShowConfig) -> int:
+    lines = shown(config.plan)
+    if config.plot is not None:
+        from adaskip.studies.plots.plan_map import plot_plan  # matplotlib is of an extra
+
+        lines.append(f"drawn in {plot_plan(config.plan, Path(config.plot))}")
+    _print_lines(lines)
+    return 0
+
+
+def _export(config: ExportConfig) -> int:
+    report = export_plan(config)
+    print(f"{report['num_skipped']} sublayers left out; in {config.output}")
+    found = (report["verified"] or {"compared": False}).items()
+    print(", ".join(f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}" for name, value in found))
+    return 0
+
+
 def _grid(config: GridConfig) -> int:
     if config.dry_run:
         _print_lines(dry_run(config))
@@ -141,6 +170,9 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
         _calibrate,
         "Measure a model's importance profile, or search the sets of strategy calibrated.",
     ),
+    "plan": (PlanConfig, _plan, "Choose the set of a strategy for a model and save it as a plan."),
+    "show": (ShowConfig, _show, "Show a saved plan, profile or selection, or list the published ones."),
+    "export": (ExportConfig, _export, "Write the model of a saved plan as a checkpoint that other software runs."),
     "bench": (BenchConfig, bench, "Time the full model and every strategy side by side."),
     "bench-report": (ReportConfig, bench_report, "Tables and plots of the saved benchmarks."),
 }

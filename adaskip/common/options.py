@@ -20,7 +20,12 @@ Config = TypeVar("Config")
 
 
 def option(
-    help: str | Callable[[], str], default: Any = None, *, required: bool = False, aliases: Sequence[str] = ()
+    help: str | Callable[[], str],
+    default: Any = None,
+    *,
+    required: bool = False,
+    aliases: Sequence[str] = (),
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -28,8 +33,9 @@ def option(
         help, default: a function is called when the help text or the default is needed.
         required: `resolve` refuses a configuration that does not give it.
         aliases: further spellings of the option, e.g. the paper's artifact's.
+        positional: on the command line it is given without the option's name.
     """
-    metadata = {"help": help, "required": required, "aliases": tuple(aliases)}
+    metadata = {"help": help, "required": required, "aliases": tuple(aliases), "positional": positional}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,7 +55,11 @@ def add_options(parser: argparse.ArgumentParser, config: type, *, leave_out: Seq
         if field.name in leave_out:
             continue
         kind, many = field_type(config, field.name)
-        arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
+        arguments: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, type=kind, nargs="?", metavar=field.name.upper(), **arguments)
+            continue
+        arguments["dest"] = field.name
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
@@ -65,9 +75,9 @@ def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | Non
     """
     values = {**(_read_yaml(config, yaml_file) if yaml_file else {}), **given}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    missing = [field.name for field in _fields(config) if field.metadata["required"] and values.get(field.name) is None]
+    missing = [field for field in _fields(config) if field.metadata["required"] and values.get(field.name) is None]
     if missing:
-        raise ValueError("missing " + ", ".join(f"--{name.replace('_', '-')}" for name in missing))
+        raise ValueError("missing " + ", ".join(map(_spelled, missing)))
     return config(**values)
 
 
@@ -115,6 +125,10 @@ def _is(kind: type, value: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _spelled(field: dataclasses.Field) -> str:
+    return field.name.upper() if field.metadata["positional"] else f"--{field.name.replace('_', '-')}"
 
 
 def _fields(config: type) -> list[dataclasses.Field]:

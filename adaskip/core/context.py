@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from adaskip.core.compiled import MAX_STEP_GRAPHS
 from adaskip.core.hf import NEXT_STEP
+from adaskip.core.model_plan import strategy_of
 from adaskip.core.patching import patches_of
+from adaskip.core.plan import SkipPlan
 from adaskip.core.session import SkippingSession
 from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import end_token_ids
@@ -19,12 +21,13 @@ from adaskip.core.wrappers import unwrapped
 @contextmanager
 def skipping(
     model: PreTrainedModel,
-    strategy: Strategy,
+    strategy: Strategy | SkipPlan,
     *,
+    allow_other_weights: bool = False,
     eos_token_id: int | list[int] | None = None,
     max_step_graphs: int = MAX_STEP_GRAPHS,
 ) -> Iterator[SkippingSession]:
-    """Skip sublayers of `model` as `strategy` says, as long as the context lasts.
+    """Skip sublayers of `model` as `strategy`, or a plan, says, as long as the context lasts.
 
     Works with `generate` (greedy, sampling, beams, chunked prefill, dynamic and static cache, left-padded batches) and
     with direct calls. State belongs to the request, which is as long-lived as its KV cache; the model is restored
@@ -33,6 +36,8 @@ def skipping(
 
     model: also one wrapped by `torch.compile`, PEFT (LoRA and the like) or DistributedDataParallel; skipping takes
     hold of the transformers model inside. Copies and pickles of a model made inside the context are refused.
+    strategy: of a plan its set is skipped in the phase it was made for, e2e where it says none.
+    allow_other_weights: use a plan that was made for other weights, another adapter or configuration of this shape.
     eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config.
     Give it here, too, if you give `generate` another one.
     max_step_graphs: where `generate` compiles, the first so many sets of sublayers of the model get a graph of the
@@ -51,12 +56,13 @@ def skipping(
     cannot be called directly (the choice of the plan would become part of the graph); `generate` compiles around it.
 
     Raises UnsupportedModelError for blocks that cannot be skipped and ValueError if the strategy was made for another
-    number of layers, the model is in training mode, or the context is nested.
+    number of layers or the plan for another model, the model is in training mode, or the context is nested.
     """
     model = unwrapped(model)
     if not hasattr(model, NEXT_STEP):
         raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language-model head")
     patches = patches_of(model)
+    strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     if strategy.num_layers != len(patches.patches):
         raise ValueError(
             f"strategy {strategy.name} was made for {strategy.num_layers} layers, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from adaskip.core.config_identity import config_fingerprint
 from adaskip.core.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
 from adaskip.core.wrappers import unwrapped
 
-__all__ = ["config_fingerprint", "weights_fingerprint"]
+__all__ = ["config_fingerprint", "fingerprint_of", "portable_fingerprint", "weights_fingerprint"]
 
 SAMPLES = 1024  # at most about this many elements of each tensor
-ALGORITHM = "v1"  # part of the hash: another way of sampling gives another fingerprint
+ALGORITHM, PORTABLE = "v1", "portable-v1"  # part of the hash: another way of sampling gives another fingerprint
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -36,12 +36,30 @@ def weights_fingerprint(model: nn.Module) -> str:
     Raises:
         ValueError: a weight has no data anywhere (meta device), or cannot be read.
     """
-    digest = hashlib.sha256(ALGORITHM.encode())
-    for name, tensor in sorted(_weights(unwrapped(model)), key=lambda item: item[0]):
+    return fingerprint_of(sorted(_weights(unwrapped(model)), key=lambda item: item[0]))
+
+
+def portable_fingerprint(model: nn.Module) -> str:
+    """A fingerprint that is the same in float32 and bfloat16: of dtypes and rounding below bfloat16 it knows nothing.
+
+    So a plan made on a CPU is known for the same weights on a GPU. Else as `weights_fingerprint`.
+    """
+    return fingerprint_of(sorted(_weights(unwrapped(model)), key=lambda item: item[0]), portable=True)
+
+
+def fingerprint_of(weights: Iterable[tuple[str, Tensor]], *, portable: bool = False) -> str:
+    """The fingerprint of weights, given in the order of their names; each may be let go of after its turn.
+
+    portable: as of `portable_fingerprint`. Raises ValueError as `weights_fingerprint` does.
+    """
+    digest = hashlib.sha256((PORTABLE if portable else ALGORITHM).encode())
+    for name, tensor in weights:
         if tensor.is_meta:
             raise ValueError(f"weight {name} has no data (meta device): a fingerprint needs loaded weights")
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(_sample(tensor))
+        is_rounded = portable and tensor.is_floating_point()
+        dtype = "" if is_rounded else f" {tensor.dtype}"
+        digest.update(f"{name} {tuple(tensor.shape)}{dtype}\n".encode())
+        digest.update(_sample(tensor, torch.bfloat16 if is_rounded else tensor.dtype))
     return digest.hexdigest()
 
 
@@ -77,9 +95,9 @@ def _loaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _sample(tensor: Tensor) -> bytes:
+def _sample(tensor: Tensor, dtype: torch.dtype) -> bytes:
     if tensor.layout != torch.strided:
         raise ValueError(f"a weight of layout {tensor.layout} has no fingerprint; give strided (dense) weights")
     step = max(1, tensor.numel() // SAMPLES) | 1  # odd, so that samples walk through the columns of a matrix
-    sample = tensor.reshape(-1)[::step].contiguous()
+    sample = tensor.reshape(-1)[::step].to(dtype).contiguous()
     return sample.view(torch.uint8).cpu().numpy().tobytes()

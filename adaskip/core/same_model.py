@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,37 +26,42 @@ def identity(model: nn.Module, name: str | None = None, fingerprint: str | None 
     return {
         "model": str(name or getattr(inner.config, "name_or_path", "") or type(inner).__name__),
         "weights_fingerprint": weights,
-        "config_fingerprint": config_fingerprint(inner.config),
         "adapter": active_adapters(inner),
-        "hidden_size": inner.config.get_text_config(decoder=True).hidden_size,
+        **config_identity(inner.config),
     }
+
+
+def config_identity(config: Any) -> dict[str, Any]:
+    """The part of `identity` that a configuration tells: config_fingerprint and hidden_size."""
+    hidden_size = config.get_text_config(decoder=True).hidden_size
+    return {"config_fingerprint": config_fingerprint(config), "hidden_size": hidden_size}
 
 
 def check_same_model(
     record: Any,
-    model: nn.Module,
+    known: Mapping[str, Any],
+    num_layers: int,
     *,
     what: str,
     again: str,
     allow_other_weights: bool = False,
-    fingerprint: str | None = None,
     error: type[ValueError] = ValueError,
 ) -> None:
-    """Raise `error` unless `record` was made for `model`, or for another of its shape and that is allowed.
+    """Raise `error` unless `record` was made for this model, or for another of its shape and that is allowed.
 
     What must agree: number of layers, hidden size if the record has it, and, unless other weights are allowed, the
     fingerprint of the weights, the active adapter, and the fingerprint of the configuration if the record has it.
 
-    record: has `num_layers` and the fields of `identity`. what, again: what it is, and what to do instead, for the
-    message. fingerprint: that of the model's weights, where it is known.
+    record: has `num_layers` and the fields of `identity`. known, num_layers: the model's. what, again: what the record
+    is, and what to do instead, for the message.
     """
-    inner: Any = unwrapped(model)
-    shape = inner.config.get_text_config(decoder=True)
-    if record.num_layers != shape.num_hidden_layers:
-        raise error(f"{what} of {record.model} has {record.num_layers} layers, the model has {shape.num_hidden_layers}")
-    if record.hidden_size not in (None, shape.hidden_size):
-        raise error(f"{what} of {record.model} has hidden size {record.hidden_size}, the model has {shape.hidden_size}")
-    differences = [*_differences(record, inner, fingerprint or weights_fingerprint(inner))]
+    if record.num_layers != num_layers:
+        raise error(f"{what} of {record.model} has {record.num_layers} layers, the model has {num_layers}")
+    if record.hidden_size not in (None, known["hidden_size"]):
+        raise error(
+            f"{what} of {record.model} has hidden size {record.hidden_size}, the model has {known['hidden_size']}"
+        )
+    differences = list(_differences(record, known))
     if not differences:
         return
     told = f"{what} was made for {record.model}{', and '.join(differences)}"
@@ -64,17 +69,17 @@ def check_same_model(
         raise error(
             f"{told}; {again}, or use it knowingly: allow_other_weights=True, on the command line --allow-other-weights"
         )
-    name = getattr(inner.config, "name_or_path", "") or type(inner).__name__
-    logger.warning("%s (%s); used all the same, since other weights are allowed", told, name)
+    logger.warning("%s (%s); used all the same, since other weights are allowed", told, known["model"])
 
 
-def _differences(record: Any, model: Any, fingerprint: str) -> Iterator[str]:
+def _differences(record: Any, known: Mapping[str, Any]) -> Iterator[str]:
     """What of weights, adapter and configuration is another; None in a record: not recorded."""
-    if fingerprint != record.weights_fingerprint:
-        yield f" with weights {record.weights_fingerprint}, this model's weights are {fingerprint}"
-    if record.adapter not in (None, adapter := active_adapters(model)):
+    weights, adapter, config = (known[name] for name in ("weights_fingerprint", "adapter", "config_fingerprint"))
+    if weights != record.weights_fingerprint:
+        yield f" with weights {record.weights_fingerprint}, this model's weights are {weights}"
+    if record.adapter not in (None, adapter):
         yield f" with adapter {record.adapter or 'none'!r} active, on this model it is {adapter or 'none'!r}"
-    if record.config_fingerprint not in (None, config := config_fingerprint(model.config)):
+    if record.config_fingerprint not in (None, config):
         yield (
             f" with another configuration (such as rope, windows or norms: fingerprint {record.config_fingerprint}, "
             f"this model's is {config})"

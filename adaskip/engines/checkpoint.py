@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip.core.fingerprint import fingerprint_of
+from adaskip.core.same_model import config_identity
 from adaskip.engines.errors import ExportError
 from adaskip.engines.families import LAYER_TENSOR, Edit
 from adaskip.engines.shards import read_tensor, rewrite, tensor_files
@@ -23,6 +25,12 @@ COMPANIONS = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 """Files that are copied as they are. Code never is."""
+
+
+UNUSED = ".rotary_emb.inv_freq"
+"""Buffers of old checkpoints, which no class reads."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""One tensor where embeddings are tied; files hold the second."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class Checkpoint:
     @cached_property
     def tensor_files(self) -> dict[str, Path]:
         """The file of each tensor. Raises ExportError for a folder without whole safetensors files."""
-        return tensor_files(self.folder)
+        found = tensor_files(self.folder)
+        return {name: file for name, file in found.items() if not name.endswith(UNUSED)}
 
     @cached_property
     def config_record(self) -> dict[str, Any]:
@@ -51,6 +60,20 @@ class Checkpoint:
         """The dtype of its decoder layers' matrices."""
         name = next(name for name in self.tensor_files if LAYER_TENSOR.fullmatch(name) and "norm" not in name)
         return read_tensor(self.tensor_files, name).dtype
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What `same_model.identity` says of the model, read one tensor at a time."""
+        names = {name: name for name in self.tensor_files}
+        if self.config.tie_word_embeddings:
+            names.setdefault(HEAD, EMBEDDING)
+        weights = ((name, read_tensor(self.tensor_files, names[name])) for name in sorted(names))
+        return {
+            "model": str(self.folder),
+            "weights_fingerprint": fingerprint_of(weights, portable=True),
+            "adapter": "",
+            **config_identity(self.config),
+        }
 
     @property
     def model_type(self) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.common.folders import check_new, new_folder
+from adaskip.core.plan import PLAN_FILE
 from adaskip.engines.registry import Export, engine
 
 REPORT = "adaskip_export.json"
-"""What is told of an export in its folder."""
+"""What an export says of itself in its folder, beside the plan."""
 
 
 def export_to(name: str, export: Export, output: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -30,9 +31,11 @@ def export_to(name: str, export: Export, output: str | Path, *, verify: bool = T
             "engine": name,
             "model_type": export.source.model_type,
             "num_layers": export.folded.num_layers,
+            "num_skipped": len(export.strategy.skipped),
             "skipped": export.strategy.skipped.to_dict(),
             "scales_in_weights": export.folded.is_scaled,
             "verified": chosen.verify(export, folder) if verify else None,
         }
+        export.strategy.skipped.save(folder / PLAN_FILE)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

@@ -1,6 +1,7 @@
-"""Loads what `adaskip export --to hf` wrote where no stock class can: a model without the skipped sublayers.
+"""Loads what `adaskip export --to hf` and `adaskip plan` wrote, as models that skip for good.
 
-The stock model is built, put inside `skipping` for good, and gives up the parts that its checkpoint does not have.
+Where whole layers were left out that is a stock model. Else the stock model is built, put inside `skipping`, which it
+never leaves, and gives up the parts that its checkpoint does not have.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
+from adaskip.common.named_files import download_folder
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.context import skipping
 from adaskip.core.plan import KINDS, SkipPlan
-from adaskip.core.strategy import FixedPlan
 from adaskip.engines.errors import ExportError
 from adaskip.engines.families import family_of
 
@@ -29,6 +30,38 @@ class Absent(nn.Module):
 
     def forward(self, *args, **kwargs) -> NoReturn:
         raise ExportError("a sublayer that this model was exported without was called outside of adaskip's forward")
+
+
+def from_pretrained(name: str | Path, *, allow_other_weights: bool = False, **options: Any) -> PreTrainedModel:
+    """The model of a folder, or repository of the Hub, that `adaskip export --to hf` or `adaskip plan` wrote.
+
+    It skips what the plan skips, in every call and for good: use `skipping(model, plan)` on the stock model where that
+    should end. Of an export the skipped sublayers are absent; of a plan the base model is loaded whole.
+
+    options: further arguments of transformers' `from_pretrained`, as dtype and device_map. allow_other_weights: of a
+    plan, the base model may have other weights than the one it was made for.
+
+    Raises ValueError for what is neither of these, or damaged.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = download_folder(str(name))
+    if not (folder / "config.json").is_file():
+        plan = SkipPlan.from_pretrained(folder)
+        if plan.origin is None:
+            raise ExportError(f"{folder} holds a plan that names no model; load that and use skipping(model, plan)")
+        model = AutoModelForCausalLM.from_pretrained(plan.origin.model, **{"trust_remote_code": False, **options})
+        return _skipping_for_good(model.eval(), plan, allow_other_weights)
+    if MARK in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        return load_without(folder, *read_config(folder), **options)
+    return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False, **options}).eval()
+
+
+def _skipping_for_good(model: PreTrainedModel, plan: SkipPlan, allow_other_weights: bool = False) -> PreTrainedModel:
+    context = skipping(model, plan, allow_other_weights=allow_other_weights)
+    context.__enter__()
+    model.__dict__["adaskip_context"] = context  # kept, and never left
+    return model
 
 
 def marked_config(model_type: str, plan: SkipPlan) -> dict[str, Any]:
@@ -74,9 +107,7 @@ def load_without(folder: Path, config: PreTrainedConfig, plan: SkipPlan, **optio
     ]
     model = _load(folder, config, {f"model.layers.{layer}.{part}." for layer, part in absent}, options)
     layers = decoder_layers(model)
-    context = skipping(model, FixedPlan(num_layers=len(layers), plan=plan))
-    context.__enter__()
-    model.__dict__["adaskip_context"] = context  # never left: without it the model is nothing
+    _skipping_for_good(model, plan)
     model.__dict__["save_pretrained"] = _refuse_saving
     for layer, part in absent:
         setattr(layers[layer], part, Absent())
@@ -88,7 +119,7 @@ def _load(folder: Path, config: PreTrainedConfig, absent: set[str], options: dic
     before = get_verbosity()
     set_verbosity_error()  # else a table of the missing weights is printed
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             output_loading_info=True,
@@ -96,6 +127,7 @@ def _load(folder: Path, config: PreTrainedConfig, absent: set[str], options: dic
         )
     finally:
         set_verbosity(before)
+    model, info = loaded
     missing = {name for name in info["missing_keys"] if not name.startswith(tuple(absent))}
     if names := missing or info["unexpected_keys"]:
         what = "lacks" if missing else "has unknown"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from adaskip.core.same_model import check_same_model
+from adaskip.core.same_model import check_same_model, identity
+from adaskip.core.wrappers import unwrapped
 
 
 class ProfileError(ValueError):
@@ -68,21 +67,6 @@ def check_record(profile: Any) -> None:
             raise ProfileError(f"{name} must be {'a text' if kind is str else 'true or false'}, or null; got {value!r}")
 
 
-def read_record(path: str | Path, expected_format: str, what: str) -> dict[str, Any]:
-    """The fields of a profile's file, but for its format.
-
-    Raises FileNotFoundError if there is no file and ProfileError if it is not `what`, a profile of that format.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
-        raise ProfileError(f"{path} is not JSON: {error}") from error
-    found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
-    if found != expected_format:
-        raise ProfileError(f"{path} is not {what}: format is {found!r}, expected {expected_format!r}")
-    return record
-
-
 def built(kind: type, what: str, record: Any) -> Any:
     """A dataclass `kind` of the fields in `record`; ProfileError if a field is missing or there is one too many."""
     if not isinstance(record, dict):
@@ -100,13 +84,14 @@ def built(kind: type, what: str, record: Any) -> Any:
 def check_model(
     profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str, fingerprint: str | None = None
 ) -> None:
-    """`check_same_model` of a profile; raises ProfileError."""
+    """`check_same_model` of a profile; raises ProfileError. fingerprint: that of the model's weights, if known."""
+    config: Any = unwrapped(model).config
     check_same_model(
         profile,
-        model,
+        identity(model, fingerprint=fingerprint),
+        config.get_text_config(decoder=True).num_hidden_layers,
         what="profile",
         again=again,
         allow_other_weights=allow_other_weights,
-        fingerprint=fingerprint,
         error=ProfileError,
     )

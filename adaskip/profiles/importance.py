@@ -11,17 +11,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from adaskip.common.files import write_text_atomic
+from adaskip.common.named_files import find_file, read_record
 from adaskip.core.plan import Sublayer
-from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, number, read_record, whole
+from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, number, whole
 
 __all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
 
-FORMAT = "adaskip-importance-profile/1"
 UNITS = ("attention", "ffn", "layer")
 ROUNDING = 1e-6  # by so much a mean of cosines may leave [-1, 1]
 
@@ -60,6 +60,10 @@ class ImportanceProfile:
     BOS token; None also for a model that has none. config_fingerprint: of the model's configuration. tokenizer_files:
     digest of the checkpoint's tokenizer files, in profiles that a command kept beside its runs.
     """
+
+    FORMAT: ClassVar[str] = "adaskip-importance-profile/1"
+    FILE: ClassVar[str] = "adaskip_profile.json"
+    """In a folder, or a repository of the Hub."""
 
     attention: SublayerMeans
     ffn: SublayerMeans
@@ -131,7 +135,7 @@ class ImportanceProfile:
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, whole or not at all."""
-        record = {"format": FORMAT, **asdict(self)}
+        record = {"format": self.FORMAT, **asdict(self)}
         return write_text_atomic(path, json.dumps(record, indent=2) + "\n")
 
     @classmethod
@@ -140,9 +144,12 @@ class ImportanceProfile:
     ) -> ImportanceProfile:
         """Read a saved profile; with `model`, refuse one that was not measured on it, as `check_fits` does.
 
+        path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
+
         Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
         """
-        record = read_record(path, FORMAT, "an importance profile")
+        path = find_file(path, cls.FILE)
+        record = read_record(path, cls.FORMAT, "an importance profile", ProfileError)
         try:
             means = {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}
             profile: ImportanceProfile = built(cls, "it", {**record, **means})

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from adaskip.common.files import write_text_atomic
+from adaskip.common.named_files import find_file, read_record
 from adaskip.core.plan import PHASES, Phase, SkipPlan, Sublayer, SublayerKind
-from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, read_record, whole
+from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, whole
 
-FORMAT = "adaskip-selection-profile/1"
 ROUNDING = 1e-6  # nats; by so much the sum that is a divergence may fall below zero
 KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 
@@ -90,6 +90,10 @@ class SelectionProfile:
     Other fields say what was measured on what, as in an `ImportanceProfile`.
     """
 
+    FORMAT: ClassVar[str] = "adaskip-selection-profile/1"
+    FILE: ClassVar[str] = "adaskip_selection.json"
+    """In a folder, or a repository of the Hub."""
+
     selected: Mapping[int, Selected]
     phase: Phase
     num_layers: int
@@ -153,7 +157,7 @@ class SelectionProfile:
 
     def save(self, path: str | Path) -> Path:
         """Write the selection as JSON, whole or not at all."""
-        return write_text_atomic(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        return write_text_atomic(path, json.dumps({"format": self.FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def load(
@@ -161,9 +165,12 @@ class SelectionProfile:
     ) -> SelectionProfile:
         """Read a saved selection; with `model`, refuse one that was made for another, as `check_fits` does.
 
+        path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
+
         Raises FileNotFoundError if there is no file and ProfileError if it is not a selection or does not fit.
         """
-        record = read_record(path, FORMAT, "a selection profile")
+        path = find_file(path, cls.FILE)
+        record = read_record(path, cls.FORMAT, "a selection profile", ProfileError)
         try:
             selection: SelectionProfile = built(cls, "it", {**record, **_parts(record)})
         except ProfileError as error:

@@ -160,8 +160,8 @@ class WorkConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(WorkConfig):
-    """One cell: a model under a strategy in a phase at a budget."""
+class StrategyConfig(DataConfig):
+    """A model under a strategy in a phase at a budget."""
 
     model: str = option(MODEL_HELP, required=True)
     phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
@@ -261,6 +261,11 @@ class RunConfig(WorkConfig):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
             raise ValueError(f"given by {flags} and by --strategy-option: {', '.join(twice)}; give it once")
         return {**given, **options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(StrategyConfig, WorkConfig):
+    """One cell: a strategy, and how much of each task it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ def prefill_seconds(shape: ModelShape, plan: SkipPlan, prompts: Counter[int], ce
 
 def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
     """Least time of reading the calibration prompts of a cell's model; 0 where no profile has to be measured."""
-    if job.calibration is None or job.profile_path is not None:
+    if job.calibration is None or job.profile_name is not None:
         return 0.0
     try:
         size = _size(job.calibration.samples)
@@ -145,7 +145,7 @@ def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
 def search_seconds(job: Job, ceilings: Ceilings) -> float:
     """Least time of the search of a cell's phase, if nothing can be given up early; 0 for other strategies, and with a
     profile. Each forward is taken as that of the full model on the longest prompt that no run is scored on."""
-    if job.calibration is None or job.selection_phase is None or job.profile_path is not None:
+    if job.calibration is None or job.selection_phase is None or job.profile_name is not None:
         return 0.0
     shape, count, answer = job.loading.shape, job.calibration.num_samples, _searched_answer(job)
     words = TaskSize(count, (max(1, job.calibration.max_length),) * count)

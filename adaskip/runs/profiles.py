@@ -30,7 +30,7 @@ from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.config import CalibrateConfig
-from adaskip.runs.job import Job, Profile
+from adaskip.runs.job import Job, Profile, find_profile
 from adaskip.runs.loading import find_loading
 from adaskip.runs.records import Sample, fingerprint, prompt_ids
 
@@ -128,13 +128,13 @@ def profile_for(job: Job, loaded: LoadedModel) -> tuple[Profile, Path]:
     """
     if (given := job.given_profile) is None:
         return keep(wanted_by(job, loaded))
-    assert job.profile_path is not None, "it was read from there"
+    assert job.profile_name is not None, "it was read from there"
     given.check_fits(
         loaded.model,
         allow_other_weights=job.allow_other_weights,
         weights_fingerprint=loaded.weights_fingerprint,
     )
-    return given, job.profile_path
+    return given, find_profile(job.profile_name, type(given))
 
 
 def kept_path(job: Job, loaded: LoadedModel) -> Path:

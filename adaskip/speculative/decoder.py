@@ -11,7 +11,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from adaskip.core.model_plan import strategy_of
 from adaskip.core.patching import ModelPatches, patches_of
+from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 from adaskip.core.wrappers import unwrapped
 from adaskip.speculative.checks import check_request
@@ -26,7 +28,7 @@ from adaskip.speculative.statistics import DraftStatistics
 
 def lossless(
     model: Any,
-    strategy: Strategy,
+    strategy: Strategy | SkipPlan,
     *,
     gamma: int | None = None,
     draft_cost: float | None = None,
@@ -51,6 +53,7 @@ def lossless(
 
     model: also a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
     strategy: its `decode_plan` drafts; online learning is off, since the verification mends what the draft gets wrong.
+    Of a plan, its set drafts, also one made for other weights of this shape, with a warning.
     gamma: tokens of every draft; default: as many as pay, by the acceptance seen so far (`AdaptiveDraftLength`).
     draft_cost: time that one drafted token costs, in decode steps of the full model; default: the share of sublayers
     that still run, as if all sublayers cost alike and verifying a few tokens cost as much as decoding one.
@@ -68,6 +71,7 @@ def lossless(
 
     Raises UnsupportedModelError and ValueError as `skipping` does.
     """
+    strategy = strategy_of(strategy, unwrapped(model), allow_other_weights=True)
     return LosslessDecoder(
         model, strategy, gamma=gamma, draft_cost=draft_cost, streamer=streamer, stateless=check_stateless(stateless)
     )
