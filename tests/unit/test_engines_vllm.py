@@ -144,7 +144,7 @@ def test_a_quantised_weights_scales_take_the_factor_and_its_integers_stay(tmp_pa
 def test_scales_are_not_folded_into_weights_of_eight_bits(tmp_path):
     checkpoint = source("llama", tmp_path / "source")
     quantise(checkpoint.folder, torch.float8_e4m3fn)
-    with pytest.raises(ExportError, match="weight_scale of dtype torch.float8_e4m3fn"):
+    with pytest.raises(ExportError, match=r"weight_scale of dtype torch\.float8_e4m3fn"):
         exported(checkpoint, tmp_path / "refused")
     exported(checkpoint, tmp_path / "served", SkipPlan(attention=frozenset({1})))
 
