@@ -127,7 +127,7 @@ def test_the_file_that_is_named_holds_the_same_as_the_kept_one(given, tmp_path, 
 
 def test_tasks_without_a_search_are_refused(given, capsys):
     assert cli.main(["calibrate", "--model", "llama", *given, "--tasks", "trec"]) == 2
-    assert "--tasks are what --select searches on, importance is measured on qasper" in error_of(capsys)
+    assert "--tasks are the tasks for --select; importance is measured on qasper" in error_of(capsys)
 
 
 def test_a_full_disk_while_the_profile_is_saved_loses_no_measurement(given, monkeypatch, tmp_path, capsys):
