@@ -13,8 +13,6 @@ from adaskip.benchmarks.longbench import HUB, find_set, load_records
 from adaskip.benchmarks.longbench_files import check_sha256, list_sets
 from adaskip.benchmarks.protocol import BenchmarkError
 
-REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
-
 
 def record(number: int, length: int = 5000, **changes) -> dict:
     return {

@@ -48,6 +48,7 @@ def test_without_the_model_the_line_says_what_is_missing(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".json"]
 
 
+@pytest.mark.slow
 def test_a_stopped_study_continues_and_keeps_what_it_has(tmp_path, monkeypatch):
     """Of a random model's stories."""
     loaded = load_model(None, make_checkpoint(tmp_path / "model"), device="cpu", dtype="float32")
