@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.common.choices import check_choice
+from adaskip.common.files import check_writable
 from adaskip.common.folders import scratch_folder
 from adaskip.common.named_files import find_file, published, read_format
 from adaskip.common.options import option
@@ -40,7 +41,7 @@ class PlanConfig(StrategyConfig):
     """A plan to be saved: the set of a strategy for a model."""
 
     phase: str = option(f"phase in which sublayers are skipped: {', '.join(PHASES)}", "e2e")
-    output: str | None = option("folder that the plan is written to, with a model card", required=True)
+    output: str = option("folder that the plan is written to, with a model card", required=True)
     base_model: str | None = option("what the plan calls its model, as a Hub id; if not given, what --model names")
 
 
@@ -59,11 +60,11 @@ class ShowConfig:
 class ExportConfig:
     """A saved plan and the engine that its model is exported to."""
 
-    plan: str | None = option(
+    plan: str = option(
         "folder or file of a plan, org/name on the Hub, or a published name", required=True, positional=True
     )
-    to: str | None = option(f"engine: {', '.join(ENGINES)}", required=True)
-    output: str | None = option("what is written: a new folder", required=True)
+    to: str = option(f"engine: {', '.join(ENGINES)}", required=True)
+    output: str = option("what is written: a new folder", required=True)
     model: str | None = option(
         "weights of the model: a Hub id, a folder or a .gguf file; if not given, what the plan was made for"
     )
@@ -71,8 +72,7 @@ class ExportConfig:
     verify: bool = option("load both models afterwards, in float32 one by one, and compare their logits", True)
 
     def __post_init__(self) -> None:
-        if self.to is not None:
-            check_choice("engine", self.to, ENGINES)
+        check_choice("engine", self.to, ENGINES)
 
 
 def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
@@ -85,6 +85,8 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     if job.strategy == "full":
         raise ValueError("the full model skips nothing and has no plan; give another strategy")
     source.check()
+    folder = Path(config.output).absolute()
+    check_writable((folder if folder.is_dir() else folder.parent) / PLAN_FILE)
     if job.speedup is not None:
         job = job.with_sublayers(find_target(job).sublayers)
     loaded = job.loading.load()
@@ -104,7 +106,6 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
         base_model=config.base_model or source.checkpoint,
         allow_other_weights=job.allow_other_weights,
     )
-    assert config.output is not None, "required"
     return plan, plan.save_pretrained(config.output)
 
 
@@ -148,9 +149,6 @@ def _aligned(rows: Mapping[str, str]) -> list[str]:
 
 def export_plan(config: ExportConfig) -> dict[str, Any]:
     """`adaskip export`: write the model of a plan for an engine. Returns the report."""
-    assert config.plan is not None, "required"
-    assert config.to is not None, "required"
-    assert config.output is not None, "required"
     plan = SkipPlan.load(find_file(config.plan, PLAN_FILE))
     with _export(plan, config) as export:
         return export_to(config.to, export, config.output, verify=config.verify)
@@ -177,7 +175,7 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
         del loaded
         yield Export(strategy, Checkpoint(source.path.parent, source.own_config), gguf_file=source.path)
         return
-    with scratch_folder(Path(str(config.output)).absolute(), "-source") as folder:
+    with scratch_folder(Path(config.output).absolute(), "-source") as folder:
         checkpoint = save_in_memory(loaded.model, loaded.tokenizer, folder)
         del loaded
         yield Export(strategy, checkpoint, gguf_file=source.path)
