@@ -82,7 +82,7 @@ def model_card(plan: SkipPlan, origin: PlanOrigin) -> str:
     told = summary(plan, origin)
     on_hub = origin.model.count("/") == 1 and not origin.model.startswith((".", "/", "~"))
     return CARD.format(
-        base_model=f"base_model: {origin.model}\n" if on_hub else "",
+        base_model=f"base_model: {origin.model.partition('@')[0]}\n" if on_hub else "",
         model=origin.model,
         skipped=f"Skips {told['skipped']} in phase {origin.phase}",
         plan_map=plan_map(plan, origin.num_layers),
