@@ -8,7 +8,7 @@ BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
 BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-compat reproduce observations bench bench-testbed bench-gpu clean
+.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-gpu clean
 
 setup: .venv/.complete
 
@@ -47,6 +47,25 @@ test-all: setup lint type
 # The tests that need a CUDA device.
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# llama.cpp for Python, compiled in about 20 minutes on two cores, into the environments that are there; what `adaskip export --to gguf`
+# compares its files with, and tests/engines/test_llama_cpp.py runs.
+.PHONY: setup-llama-cpp
+setup-llama-cpp: setup
+	for folder in .venv .venv-engines; do \
+	    [ ! -d $$folder ] || $$folder/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 || exit 1; \
+	done
+
+# vLLM serves what was exported for it, with the tokens of `skipping`; needs no network once the environment is made.
+test-engines: .venv-engines/.complete
+	HF_HUB_OFFLINE=1 .venv-engines/bin/python -m pytest -m engines tests/engines
+
+.venv-engines/.complete: requirements-engines.txt pyproject.toml
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.txt)
+	.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
+	.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 # The tests with the oldest supported torch and transformers on the newest supported Python.
 test-compat:
@@ -124,7 +143,7 @@ define measure
 endef
 
 clean:
-	rm -rf .venv .venv-compat build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-compat .venv-engines build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The documentation, in site/. With --strict, a broken link, a missing page or an unknown name is an error. It has its own
 # environment without torch: the API reference is read from the source.

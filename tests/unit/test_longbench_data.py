@@ -136,14 +136,6 @@ def test_all_classes_may_be_left_out_where_no_metric_needs_it(tmp_path):
     assert load_records("qasper", tmp_path)[0]["all_classes"] is None
 
 
-@pytest.mark.skipif(not (REAL / "multi_news.jsonl").exists(), reason=f"no real LongBench records at {REAL}")
-def test_longbenchs_own_multi_news_records_load():
-    records = load_records("multi_news", REAL)
-    assert len(records) == 15
-    assert all(r["length"] > 4000 and r["dataset"] == "multi_news" for r in records)
-    assert len(load_records("multi_news", REAL, min_length=None)) == 30
-
-
 # What is refused
 
 
