@@ -12,26 +12,27 @@ from adaskip.studies.observations.saved import Saved, load_saved
 from adaskip.studies.observations.settings import ObserveConfig, Target
 from adaskip.studies.study import Findings, Study
 
+PHASES: dict[str, tuple[Any, ...]] = {"ob1": ("prefill",), "ob2": ("prefill",), "ob3": ("prefill", "decode")}
+"""Of each figure."""
+
 
 def main(observation: str, doc: str | None) -> int:
     """A script's whole life; returns its exit code. doc: the script's docstring."""
     return OBSERVATIONS[observation].main(doc)
 
 
-def _figure(
-    name: str, find: Callable[..., Findings], draw: Callable[..., list[Path]], *phases: Any
-) -> Study[ObserveConfig, Saved]:
-    """An observation that is a figure of some tasks in some phases."""
+def figure_targets(name: str, config: ObserveConfig) -> list[Target]:
+    """What a figure is made of: some tasks in its phases."""
+    return [Target(task, phase) for task in config.tasks or config.defaults[name] for phase in PHASES[name]]
 
-    def targets(config: ObserveConfig) -> list[Target]:
-        return [Target(task, phase) for task in config.tasks or config.defaults[name] for phase in phases]
 
+def _figure(name: str, find: Callable[..., Findings], draw: Callable[..., list[Path]]) -> Study[ObserveConfig, Saved]:
     return Study(
         ObserveConfig,
-        measure=lambda config: measure_targets(config, targets(config)),
-        read=lambda config: load_saved(config.out_dir, targets(config)),
-        find=lambda saved, config: [find(saved, targets(config))],
-        draw=lambda saved, config: draw(saved, targets(config), config.out_dir),
+        measure=lambda config: measure_targets(config, figure_targets(name, config)),
+        read=lambda config: load_saved(config.out_dir, figure_targets(name, config)),
+        find=lambda saved, config: [find(saved, figure_targets(name, config))],
+        draw=lambda saved, config: draw(saved, figure_targets(name, config), config.out_dir),
     )
 
 
@@ -40,6 +41,12 @@ def table_targets(config: ObserveConfig) -> tuple[list[Target], list[Target]]:
     pairs, stand_ins, online = _tables_of(config)
     offline = [Target(stand_ins.get(task, task), "prefill") for pair in pairs for task in pair]
     return offline, [Target(task, "decode") for task in online]
+
+
+def all_targets(config: ObserveConfig) -> list[Target]:
+    """All that the figures and tables are made of, each once."""
+    tables = [target for targets in table_targets(config) for target in targets]
+    return list(dict.fromkeys([*(t for name in PHASES for t in figure_targets(name, config)), *tables]))
 
 
 def _tables_of(config: ObserveConfig) -> tuple[list[tuple[str, str]], dict[str, str], list[str]]:
@@ -61,9 +68,9 @@ def _find_tables(saved: list[Saved | None], config: ObserveConfig) -> list[Findi
 
 
 OBSERVATIONS: dict[str, Study[ObserveConfig, Any]] = {
-    "ob1": _figure("ob1", similarity.find_layers, figures.draw_layers, "prefill"),
-    "ob2": _figure("ob2", similarity.find_kinds, figures.draw_kinds, "prefill"),
-    "ob3": _figure("ob3", similarity.find_phases, figures.draw_phases, "prefill", "decode"),
+    "ob1": _figure("ob1", similarity.find_layers, figures.draw_layers),
+    "ob2": _figure("ob2", similarity.find_kinds, figures.draw_kinds),
+    "ob3": _figure("ob3", similarity.find_phases, figures.draw_phases),
     "tables12": Study(
         ObserveConfig,
         measure=lambda config: measure_targets(config, [t for targets in table_targets(config) for t in targets]),
