@@ -16,11 +16,20 @@ from typing import Any, TypeVar
 
 import yaml
 
+from adaskip.common.choices import check_choice
+
 Config = TypeVar("Config")
 
 
 def option(
-    help: str | Callable[[], str], default: Any = None, *, required: bool = False, aliases: Sequence[str] = ()
+    help: str | Callable[[], str],
+    default: Any = None,
+    *,
+    required: bool = False,
+    aliases: Sequence[str] = (),
+    least: float | None = None,
+    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None,
+    distinct: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -28,8 +37,11 @@ def option(
         help, default: a function is called when the help text or the default is needed.
         required: `resolve` refuses a configuration that does not give it.
         aliases: further spellings of the option, e.g. the paper's artifact's.
+        least, choices, distinct: what `check_options` asks of the value, or of each of many: to be at least that, one
+            of these, and not to be given twice.
     """
     metadata = {"help": help, "required": required, "aliases": tuple(aliases)}
+    metadata |= {"least": least, "choices": choices, "distinct": distinct}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,6 +81,23 @@ def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | Non
     if missing:
         raise ValueError("missing " + ", ".join(f"--{name.replace('_', '-')}" for name in missing))
     return config(**values)
+
+
+def check_options(config: Any) -> None:
+    """ValueError if a value of a configuration is not what its option allows; None, where nothing is given, is."""
+    for field in _fields(type(config)):
+        value, asked, name = getattr(config, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
+        if value is None:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if asked["choices"] is not None:
+            choices = asked["choices"]() if callable(asked["choices"]) else asked["choices"]
+            for each in values:
+                check_choice(name, each, choices)
+        if asked["least"] is not None and values and min(values) < asked["least"]:
+            raise ValueError(f"{name} must be at least {asked['least']}, not {min(values)}")
+        if asked["distinct"] and len(set(values)) < len(values):
+            raise ValueError(f"{name} names something twice: {' '.join(map(str, values))}")
 
 
 def field_type(config: type, name: str) -> tuple[type, bool]:

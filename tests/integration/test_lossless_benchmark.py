@@ -60,7 +60,8 @@ def test_nothing_saved_is_nothing_to_draw(start, tmp_path):
     ("options", "says"),
     [
         (["--prompts", "1"], "--prompts must be at least 2, not 1"),
-        (["--models", "lama"], "unknown model 'lama'. Did you mean 'llama'?"),
+        (["--models", "lama"], "unknown model of --testbed 'lama'. Did you mean 'llama'?"),
+        (["--strategies", "skipdecode"], "unknown strategy that drafts"),
         (["--tasks", "terc"], "unknown LongBench task 'terc'"),
     ],
 )
