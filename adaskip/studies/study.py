@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pandas import DataFrame
+from torch import Tensor
 
+from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.common.commands import study
 from adaskip.common.files import write_text_atomic
-from adaskip.common.options import option
+from adaskip.common.options import check_options, option
 from adaskip.common.paths import given_or_default
 from adaskip.common.pipe_table import pipe_table
+from adaskip.models.loading import LoadedModel
+from adaskip.runs.calibration import Calibration
 from adaskip.runs.cells import MODELS
-from adaskip.runs.config import MODEL_HELP, DataConfig, check_model
+from adaskip.runs.config import MODEL_HELP, DataConfig, RunConfig, check_model
+from adaskip.runs.records import Sample, prompt_ids
+from adaskip.strategies import FULL
 
 ALL = "all"
 """Stands for the paper's three models."""
@@ -29,19 +35,20 @@ ALL = "all"
 class StudyConfig(DataConfig):
     """The options that every study of models and tasks takes.
 
-    Class attributes: `folders`, where results go by default, of real models and of the testbed's; `extra_models`,
-    names beside those that `--model` takes elsewhere.
+    Class attributes: `folder`, where results go by default, below the benchmark's own folder unless it holds a `/`;
+    `extra_models`, names beside those that `--model` takes elsewhere.
     """
 
     models: tuple[str, ...] = option(f"{MODEL_HELP}; {ALL}: {', '.join(MODELS)}", MODELS, aliases=["--model"])
     output_dir: str | None = option("where everything goes; if not given, the study's own folder below results/")
     draw_only: bool = option("run no model: tables and figures of what is saved", False)
 
-    folders: ClassVar[tuple[str, str]]
+    folder: ClassVar[str]
     extra_models: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_options(self)
         names = [name for given in self.models for name in (MODELS if given == ALL else (given,))]
         object.__setattr__(self, "models", tuple(dict.fromkeys(names)))
         for name in self.models:
@@ -52,7 +59,20 @@ class StudyConfig(DataConfig):
 
     @property
     def out_dir(self) -> Path:
-        return given_or_default(self.output_dir, self.folders[self.testbed])
+        results = BENCHMARKS.find(str(self.benchmark)).results_dir()
+        return given_or_default(self.output_dir, self.folder if "/" in self.folder else f"{results}/{self.folder}")
+
+    def run_config(self, model: str, *, phase: str, strategy: str = FULL, **options: Any) -> RunConfig:
+        """A run of one model with the options of the study, but for those given here."""
+        shared = {field.name: getattr(self, field.name) for field in fields(DataConfig)}
+        shared |= {"output_dir": str(self.out_dir / "runs")}
+        return RunConfig(**{**shared, **options}, model=model, phase=phase, strategy=strategy)
+
+
+def prompts_of(calibration: Calibration, samples: Sequence[tuple[str, Sample]], loaded: LoadedModel) -> list[Tensor]:
+    """Prompts, token ids, 1-D, of (task, sample) that no run is scored on, cut as a search cuts them."""
+    benchmark, most = calibration.records.benchmark, calibration.search_prompt_tokens
+    return [prompt_ids(benchmark, task, [sample], loaded, most)[0] for task, sample in samples]
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_the_importance_check_runs_cells_once_and_draws_from_their_scores(observ
         ("ob1", ["--draw-only"], "no model with finished measurements of trec-prefill, triviaqa-prefill"),
         ("importance_check", ["--draw-only"], "does not exist; leave out --draw-only"),
         ("importance_check", ["--max-prompt-tokens", "1"], "at least 2"),
-        ("ob2", ["--tasks", "trek"], "Did you mean trec"),
+        ("ob2", ["--tasks", "trek"], "Did you mean 'trec'"),
         ("ob2", ["--modle", "llama"], "see ob2.py --help"),
     ],
 )

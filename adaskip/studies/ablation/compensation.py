@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import get_task
 from adaskip.calibration.compensation import StreamMoments, stream_moments
 from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
@@ -29,15 +28,13 @@ from adaskip.core.plan import Budget, Compensation, Phase, SkipPlan, Sublayer
 from adaskip.models.loading import LoadedModel
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.runs.calibration import find_calibration
-from adaskip.runs.loading import find_loading
+from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import find_records, prompt_ids
 from adaskip.strategies import AdaSkip
 from adaskip.studies.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
 from adaskip.studies.ablation.online import STORY_TOKENS
 from adaskip.studies.ablation.stories import PROMPT_TOKENS
-from adaskip.studies.study import Study, StudyConfig
+from adaskip.studies.study import Study, StudyConfig, prompts_of
 
 RESULTS_FILE = "compensation_divergences.json"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -52,7 +49,7 @@ SAME = ("weights_fingerprint", "dtype", "device", "attn_implementation", "prompt
 class CompensationConfig(StudyConfig):
     """The options of `eval/compensation.py`."""
 
-    folders = ("results/compensation", "results/compensation")
+    folder = "results/compensation"
 
     held_out: int = option("prompts to measure on, none of them among those that calibrate", 24)
 
@@ -113,14 +110,15 @@ def measure(config: CompensationConfig) -> None:
 
 def _of_tasks(config: CompensationConfig, name: str) -> Subject:
     """Held out are prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
-    loaded = find_loading(config, name, config.max_prompt_tokens).load()
-    setup, calibration = config.setup, find_calibration(config)
-    first, held_out = setup.calibration_samples, {}
+    held_out: dict[Phase, Sequence[Tensor]] = {}
+    job = resolve(config.run_config(name, phase=PHASES[0], strategy=AdaSkip.name))
+    loaded, calibration = job.loading.load(), job.calibration
+    assert calibration is not None, "of strategy adaskip"
     for phase in PHASES:
-        tasks = config.tasks or setup.phases[phase].tasks
-        samples = find_records(config).unscored(tasks, first + config.held_out, calibration.max_length)[first:]
-        held_out[phase] = [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in samples]
-    budgets = setup.budgets_for(loaded.model.config.num_hidden_layers)
+        tasks, first = resolve(config.run_config(name, phase=phase)).answer_caps, calibration.num_searched
+        samples = job.records.unscored([*tasks], first + config.held_out)[first:]
+        held_out[phase] = prompts_of(calibration, samples, loaded)
+    budgets = config.setup_of(job.loading.source.entry).budgets_for(job.loading.num_layers)
     return Subject(loaded, calibration.data(loaded)["prompts"], held_out, budgets, loaded.spec.stop_token_ids)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ from adaskip.models.loading import LoadedModel
 from adaskip.models.source import find_source
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.runs.config import DataConfig, RunConfig
+from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import resolve
 from adaskip.runs.loading import find_loading
@@ -87,7 +87,7 @@ def variants(budgets: Sequence[int], windows: Sequence[int], quantiles: Sequence
 class AblationConfig(StudyConfig):
     """The options of `eval/online_ablation.py`."""
 
-    folders = ("results/online", "results/testbed/online")
+    folder = "online"
 
     tasks: tuple[str, ...] = option("tasks with answers longer than P", ("gov_report", "multi_news"))
     limit: int = option("samples of each task", 8)
@@ -112,7 +112,8 @@ class AblationConfig(StudyConfig):
         """Of a model: its budgets are multiples of the least one of a model of its depth."""
         if name == STORIES:
             return variants(STORIES_BUDGETS, self.windows, self.quantiles)
-        least = min(self.setup.budgets_for(find_loading(self, name).num_layers))
+        loading = find_loading(self, name)
+        least = min(self.setup_of(loading.source.entry).budgets_for(loading.num_layers))
         return variants([round(least * factor) for factor in OFFLINE], self.windows, self.quantiles)
 
 
@@ -149,17 +150,16 @@ def ensure_run(config: AblationConfig, model: str, variant: Variant) -> None:
 
 
 def _run_config(config: AblationConfig, model: str, variant: Variant) -> RunConfig:
-    options = {field.name: getattr(config, field.name) for field in fields(DataConfig)}
-    options |= {"threads": config.threads or (1 if config.num_jobs > 1 else None)}
-    options |= {"output_dir": str(config.out_dir / "runs" / variant.label)}
+    learning: dict[str, Any] = {}
     if variant.sublayers:
-        learning = {"learning_window": variant.window, "beta_quantile": variant.quantile}
-        options |= {"budget": variant.sublayers, **learning}
-    return RunConfig(
-        **options,
-        model=model,
+        learning = {"learning_window": variant.window, "beta_quantile": variant.quantile, "budget": variant.sublayers}
+    return config.run_config(
+        model,
         phase="decode",
         strategy=AdaSkip.name if variant.sublayers else FULL,
+        **learning,
+        output_dir=str(config.out_dir / "runs" / variant.label),
+        threads=config.threads or (1 if config.num_jobs > 1 else None),
         limit=config.limit,
         batch_size=1,  # what is learnt is learnt of one request
         max_new_tokens=config.max_new_tokens,

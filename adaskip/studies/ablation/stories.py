@@ -87,7 +87,7 @@ def measure(config: StoriesConfig) -> None:
         result = result or {"manifest": manifest, "full": [], "phases": {}}
         if other := [name for name in SAME if result["manifest"].get(name) != manifest[name]]:
             raise ValueError(f"{path} was measured with other {', '.join(other)}; give another --output-dir")
-        missing = [phase for phase in PHASES if phase not in result["phases"]]
+        missing: list[Phase] = [phase for phase in PHASES if phase not in result["phases"]]
         if not missing:
             return
         stories = tell(loaded, CALIBRATION_STORIES + config.stories, PROMPT_TOKENS + ANSWER_TOKENS, config.seed)

@@ -20,7 +20,6 @@ from pandas import DataFrame
 from torch import Tensor
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import get_task
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.choices import check_choice
@@ -34,11 +33,10 @@ from adaskip.models.source import find_source
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.runs.calibration import find_calibration
 from adaskip.runs.cells import MODELS
-from adaskip.runs.loading import find_loading
+from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import find_records, prompt_ids
+from adaskip.runs.records import prompt_ids
 from adaskip.speculative import LosslessDecoder, lossless
 from adaskip.speculative.draft_length import break_even_acceptance, expected_speedup
 from adaskip.speculative.statistics import DraftStatistics
@@ -46,7 +44,7 @@ from adaskip.strategies import Strategy, build, needs_selection, strategy_class
 from adaskip.studies.bench.measuring import folder_name
 from adaskip.studies.bench.settings import RESULTS_DIR
 from adaskip.studies.bench.timing import timed_generation
-from adaskip.studies.study import Findings, Study, StudyConfig
+from adaskip.studies.study import Findings, Study, StudyConfig, prompts_of
 
 FULL_MODEL = "full"
 STORIES_SEED = 2
@@ -92,7 +90,7 @@ STRATEGIES = tuple(dict.fromkeys(draft.strategy for draft in DRAFTS))
 class LosslessConfig(StudyConfig):
     """The options of `speed/lossless.py`."""
 
-    folders = (RESULTS_DIR, RESULTS_DIR)
+    folder = RESULTS_DIR
     extra_models = (STORIES,)
 
     strategies: tuple[str, ...] = option(f"what drafts, of {', '.join(STRATEGIES)}", STRATEGIES)
@@ -145,14 +143,17 @@ def measure(config: LosslessConfig) -> None:
 
 def _of_tasks(config: LosslessConfig, name: str) -> Subject:
     """Tasks prompt in turns: those given, or those of every phase."""
-    tasks = config.tasks or tuple(dict.fromkeys(chain(*(phase.tasks for phase in config.setup.phases.values()))))
-    loaded, records = find_loading(config, name, config.max_prompt_tokens).load(), find_records(config)
+    entry = find_source(name, config.checkpoint).entry
+    phases = config.setup_of(entry).phases.values()
+    tasks = config.tasks or tuple(dict.fromkeys(chain(*(phase.tasks for phase in phases))))
+    job = resolve(config.run_config(name, phase="decode", strategy="adaskip", tasks=tasks))
+    loaded, records, calibration = job.loading.load(), job.records, job.calibration
+    assert calibration is not None, "of strategy adaskip"
     each = -(-config.prompts // len(tasks))
-    columns = [prompt_ids(records.scored(task, each), get_task(task), loaded) for task in tasks]
+    columns = [prompt_ids(records.benchmark, task, records.scored(task, each), loaded) for task in tasks]
     prompts = [ids for row in zip_longest(*columns) for ids in row if ids is not None]
-    calibration, searched = find_calibration(config, records, tasks), []
-    if any(needs_selection(draft.strategy) for draft in config.drafts):
-        searched = [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in calibration.searched]
+    searches = any(needs_selection(draft.strategy) for draft in config.drafts)
+    searched = prompts_of(calibration, calibration.searched, loaded) if searches else []
     return Subject(loaded, prompts[: config.prompts], calibration.data(loaded)["prompts"], searched)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -25,13 +25,12 @@ from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs import profiles
 from adaskip.runs.calibration import find_calibration
 from adaskip.runs.config import RunConfig, SharedConfig
-from adaskip.runs.job import resolve
+from adaskip.runs.job import find_profile, resolve
 from adaskip.runs.loading import find_loading
 from adaskip.strategies import CalibratedSkip, needs_selection
 from adaskip.studies.bench.settings import SMALL_MODEL, BenchConfig
 
 logger = logging.getLogger(__name__)
-Profile = TypeVar("Profile", ImportanceProfile, SelectionProfile)
 
 STD = 0.02  # the usual initialisation of these models
 SMALL_SHAPE: dict[str, Any] = {
@@ -145,21 +144,12 @@ def _own_profile(config: BenchConfig, loaded: LoadedModel | None, depth: int) ->
     return profiles.measure(find_calibration(SharedConfig(testbed=True)), loaded)
 
 
-def _load_profile(
-    config: BenchConfig, model: PreTrainedModel, kind: type[Profile], option: str, path: str, command: str
-) -> Profile:
-    """What `--profile` or `--selection` names; for random weights any of a model of that depth serves."""
-    if not Path(path).is_file():
-        raise ValueError(f"{option} {path} does not exist; `{command}` makes one")
-    fitting = None if config.random_weights else model
-    return kind.load(path, fitting, allow_other_weights=config.allow_other_weights)
-
-
 def _named_profile(config: BenchConfig, model: PreTrainedModel) -> ImportanceProfile | None:
-    """The profile of `--profile`."""
+    """The profile of `--profile`; for random weights any of a model of that depth serves."""
     if config.profile is None:
         return None
-    profile = _load_profile(config, model, ImportanceProfile, "--profile", config.profile, "adaskip calibrate")
+    path, fitting = find_profile(config.profile, ImportanceProfile), None if config.random_weights else model
+    profile = ImportanceProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
     profile.check_num_layers(len(decoder_layers(model)))
     return profile
 
@@ -182,9 +172,11 @@ def _selections(
 def _named_selections(config: BenchConfig, model: PreTrainedModel) -> dict[Phase, SelectionProfile]:
     """The selections of `--selection` by phase."""
     named: dict[Phase, SelectionProfile] = {}
+    fitting = None if config.random_weights else model
     for path in config.selection or ():
-        command = "adaskip calibrate --select PHASE"
-        selection = _load_profile(config, model, SelectionProfile, "--selection", path, command)
+        if not Path(path).is_file():
+            raise ValueError(f"--selection {path} does not exist; `adaskip calibrate --select PHASE` makes one")
+        selection = SelectionProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
         if selection.phase in named or selection.phase not in config.phases:
             raise ValueError(
                 f"--selection {path} is for phase {selection.phase}; give at most one for each of --phases "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from adaskip.common.configs import load_yaml
 from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import Estimate, mean_estimate
 from adaskip.common.locks import exclusive
-from adaskip.runs.config import DataConfig, RunConfig
 from adaskip.runs.job import resolve
 from adaskip.runs.manifest import is_done
 from adaskip.runs.runner import run
@@ -81,13 +80,11 @@ def measure_check(config: ObserveConfig) -> None:
 def _ensure(config: ObserveConfig, model: str, strategy: str, layers: int) -> Path:
     """The finished folder of one run; loads no model where it is already there."""
     check = config.defaults["importance_check"]
-    shared = {field.name: getattr(config, field.name) for field in fields(DataConfig)}
-    shared |= {"tasks": config.tasks or tuple(check["tasks"]), "output_dir": str(config.out_dir / "runs")}
-    cell = RunConfig(
-        **shared,
-        model=model,
+    cell = config.run_config(
+        model,
         phase=check["phase"],
         strategy=strategy,
+        tasks=config.tasks or tuple(check["tasks"]),
         skip_full_layer_num=None if strategy == FULL else layers,
         limit=config.limit or check["limit"],
         batch_size=config.batch_size or config.defaults["batch_size"],

@@ -5,20 +5,19 @@ All observations share these measurements. A stopped measurement continues.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import get_task
 from adaskip.calibration.measure import UNITS, Measurement, measure
 from adaskip.common.errors import RunError
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.folder import RunFolder
-from adaskip.runs.loading import find_loading
+from adaskip.runs.job import Job, resolve
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids
+from adaskip.runs.records import fingerprint, prompt_ids
 from adaskip.runs.runner import stop_token_ids
 from adaskip.studies.observations.saved import MEASUREMENTS
 from adaskip.studies.observations.settings import ObserveConfig, Target
@@ -44,76 +43,69 @@ def measure_targets(config: ObserveConfig, targets: Iterable[Target]) -> None:
 
 
 def _measure_target(config: ObserveConfig, model: str, target: Target) -> None:
-    samples = find_records(config).scored(target.task, config.num_samples)
-    loading = find_loading(config, model, config.max_prompt_tokens)
-    loading.check_limit()
-    label = config.label(model)
-    described = {"model": loading.source.name, "label": label, **_describe(config, target, samples)}
-    described |= loading.source.model_files
-    folder = RunFolder(config.out_dir / MEASUREMENTS / label / target.folder_name)
+    options = {"limit": config.num_samples, "max_new_tokens": config.max_new_tokens}
+    job = resolve(config.run_config(model, phase=target.phase, tasks=(target.task,), **options))
+    (part,), source, decode = job.parts, job.loading.source, target.phase == "decode"
+    described = {
+        "measured": "IO similarity and scale",
+        "model": source.name,
+        "label": config.label(model),
+        "benchmark": config.benchmark,
+        "given_checkpoint": config.checkpoint,
+        "task": target.task,
+        "phase": target.phase,
+        "samples": len(part.samples),
+        "batch_size": config.batch_size or config.defaults["batch_size"],
+        "max_new_tokens": part.max_new_tokens if decode else None,
+        "windows": list(config.defaults["windows"]) if decode else [],
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "seed": config.seed,
+        "data_fingerprint": fingerprint(part.samples),
+        **source.model_files,
+    }
+    folder = RunFolder(config.out_dir / MEASUREMENTS / described["label"] / target.folder_name)
     with folder.lock():
         folder.check(described)
         if (held := folder.read_manifest()) is not None and held["finished"]:
             return
-        loaded = loading.load()
+        loaded = job.loading.load()
         folder.start({**described, **describe_model(loaded)})
-        _fill(folder, target, samples, loaded, described)
+        _fill(folder, job, loaded, described)
         folder.finish()
 
 
-def _describe(config: ObserveConfig, target: Target, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The part of the manifest that is known before the model is loaded."""
-    decode = target.phase == "decode"
-    cap = min(config.setup.phases["decode"].max_new_tokens, get_task(target.task).max_new_tokens)
-    return {
-        "measured": "IO similarity and scale",
-        "testbed": config.testbed,
-        "given_checkpoint": config.checkpoint,
-        "task": target.task,
-        "phase": target.phase,
-        "samples": len(samples),
-        "batch_size": config.batch_size or config.defaults["batch_size"],
-        "max_new_tokens": (config.max_new_tokens or cap) if decode else None,
-        "windows": list(config.defaults["windows"]) if decode else [],
-        "max_prompt_tokens": config.max_prompt_tokens,
-        "seed": config.seed,
-        "data_fingerprint": fingerprint(samples),
-    }
-
-
-def _fill(
-    folder: RunFolder, target: Target, samples: Sequence[Sample], loaded: LoadedModel, described: dict[str, Any]
-) -> None:
+def _fill(folder: RunFolder, job: Job, loaded: LoadedModel, described: dict[str, Any]) -> None:
     """Measure the missing batches."""
-    ids, size = [sample["_id"] for sample in samples], described["batch_size"]
-    missing = folder.merge(target.task, ids, size)
-    done = len(samples) - sum(len(samples[start : start + size]) for start in missing)
-    label = f"{described['label']} {target.task} {target.phase}"
-    with tqdm(total=len(samples), initial=done, desc=label, unit="sample", disable=None) as bar:
+    (part,), size = job.parts, described["batch_size"]
+    missing = folder.merge(part.name, part.ids, size)
+    done = len(part.samples) - sum(len(part.samples[start : start + size]) for start in missing)
+    label = f"{described['label']} {part.name} {job.phase}"
+    with tqdm(total=len(part.samples), initial=done, desc=label, unit="sample", disable=None) as bar:
         for start in missing:
-            batch = samples[start : start + size]
+            end = min(start + size, len(part.samples))
             try:
-                folder.append(target.task, _measure_batch(target, start, batch, loaded, described))
+                folder.append(part.name, _measure_batch(job, start, end, loaded, described))
             except (RuntimeError, MemoryError, OSError) as error:
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 raise RunError(
-                    f"{label} stopped at samples {start} to {start + len(batch) - 1}: {reason}; "
+                    f"{label} stopped at samples {start} to {end - 1}: {reason}; "
                     "those made before are kept and the same command continues"
                 ) from error
-            bar.update(len(batch))
-    folder.merge(target.task, ids, size)
+            bar.update(end - start)
+    folder.merge(part.name, part.ids, size)
 
 
 def _measure_batch(
-    target: Target, start: int, batch: Sequence[Sample], loaded: LoadedModel, described: dict[str, Any]
+    job: Job, start: int, end: int, loaded: LoadedModel, described: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    task = get_task(target.task)
-    prompts = prompt_ids(batch, task, loaded)
+    (part,) = job.parts
+    batch = part.samples[start:end]
+    prompts = prompt_ids(job.records.benchmark, part.name, batch, loaded)
     answers: dict[str, Any] = {}
-    if target.phase == "decode":
+    if job.phase == "decode":
         answers = {name: described[name] for name in ("max_new_tokens", "windows")}
-        answers["eos_token_ids"] = stop_token_ids(task, loaded)
-    measured = list(measure(loaded.model, prompts, phase=target.phase, batch_size=len(batch), **answers))
+        answers["eos_token_ids"] = stop_token_ids(part.task, loaded)
+    measured = list(measure(loaded.model, prompts, phase=described["phase"], batch_size=len(batch), **answers))
     records = []
     for i, (sample, prompt) in enumerate(zip(batch, prompts, strict=True)):
         about = {"id": sample["_id"], "index": start + i, "prompt_tokens": len(prompt)}

@@ -20,9 +20,9 @@ MEASUREMENTS = "measurements"
 """Folder of the measurements, below the output folder."""
 PROVENANCE = (
     *("checkpoint", "weights_fingerprint", "num_layers", "dtype", "device", "attn_implementation", "testbed"),
-    *("samples", "batch_size", "max_new_tokens", "data_fingerprint", "versions"),
+    *("benchmark", "samples", "batch_size", "max_new_tokens", "data_fingerprint", "versions"),
 )
-"""Manifest fields that go with every number drawn from a measurement."""
+"""Manifest fields that go with every number drawn from a measurement; older ones say `testbed`, newer `benchmark`."""
 
 
 class NotMeasuredError(ValueError):
@@ -110,7 +110,7 @@ def sources(saved: Saved) -> dict[str, Any]:
     return {
         model: {
             target.folder_name: {
-                **{name: measured.manifest[name] for name in PROVENANCE},
+                **{name: measured.manifest[name] for name in PROVENANCE if name in measured.manifest},
                 "samples_with_tokens": len(measured.records),
                 "tokens": int(measured.tokens.sum()),
             }

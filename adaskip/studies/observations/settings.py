@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
 from adaskip.common.options import option
 from adaskip.models.source import find_source
@@ -33,17 +34,18 @@ class Target:
         return TASKS.get(self.task, self.task)
 
 
-def load_defaults(testbed: bool) -> dict[str, Any]:
-    """The block of `configs/observations.yaml` for real models or for the testbed, and what both share."""
+def load_defaults(benchmark: str) -> dict[str, Any]:
+    """A benchmark's block of `configs/observations.yaml`, and what all share; ValueError if it has none."""
     content = load_yaml("observations")
-    return {"windows": content["windows"], **content["testbed" if testbed else "real"]}
+    windows = content.pop("windows")
+    return {"windows": windows, **content[check_choice("benchmark of the observations", benchmark, content)]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig(StudyConfig):
     """The options of every script in `observations/`."""
 
-    folders = ("results/observations", "results/testbed/observations")
+    folder = "observations"
 
     limit: int | None = option("samples of each task (default: configs/observations.yaml)")
     batch_size: int | None = option("samples measured together (default: configs/observations.yaml)")
@@ -51,7 +53,7 @@ class ObserveConfig(StudyConfig):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        return load_defaults(self.testbed)
+        return load_defaults(str(self.benchmark))
 
     @property
     def num_samples(self) -> int:

@@ -23,8 +23,9 @@ from adaskip.studies.reproduce.progress import Whole
 from adaskip.studies.reproduce.settings import CHECK_S, DRAW_S, SAMPLE_S, TARGET_S, ReproduceConfig
 from adaskip.studies.side_by_side import Work, side_by_side
 from adaskip.studies.tables.command import SPEEDS
-from adaskip.studies.tables.report import headline_of, load_tables, write_plots, write_tables, write_tradeoff
-from adaskip.studies.tables.tradeoff import find_tradeoff
+from adaskip.studies.tables.report import headline_of, write_plots, write_tables, write_tradeoffs
+from adaskip.studies.tables.results import load_results
+from adaskip.studies.tables.tradeoff import find_tradeoffs
 
 
 def main(doc: str | None) -> int:
@@ -82,11 +83,11 @@ def observations(config: ReproduceConfig) -> list[tuple[Work, float]]:
 def _draw(config: ReproduceConfig) -> list[str]:
     """Score, tabulate and draw what is saved. Returns what to tell: the answers, and where everything is."""
     out = config.out_dir
-    tables = load_tables(out / "runs", jobs=config.num_jobs)
-    written = [*write_tables(tables, out / "tables"), *write_plots(tables, out / "plots")]
-    written += write_tradeoff(find_tradeoff(tables[0].board, str(default_path(SPEEDS))), out)
+    results = load_results(out / "runs", jobs=config.num_jobs)
+    written = [*write_tables(results, out / "tables"), *write_plots(results, out / "plots")]
+    written += write_tradeoffs(find_tradeoffs(results, str(default_path(SPEEDS))), out)
     for observation in OBSERVATIONS.values():
         written += observation.write(config.observe())[1]
     counts = Counter(path.parent for path in written)
     where = [f"{folder.name}: {folder} ({count} files)" for folder, count in sorted(counts.items())]
-    return [*headline_of(tables), *where, f"the committed results, on more samples: {default_path('results/testbed')}"]
+    return [*headline_of(results), *where, f"the committed results, on more samples: {default_path('results/testbed')}"]
