@@ -8,4 +8,4 @@ import sys
 from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(script("adaskip.studies.ablation.command", __doc__))
+    sys.exit(script("adaskip.studies.ablation.online_findings", __doc__))

@@ -8,4 +8,4 @@ import sys
 from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(script("adaskip.studies.ablation.selection", __doc__))
+    sys.exit(script("adaskip.studies.ablation.stories", __doc__))

@@ -16,8 +16,8 @@ from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.grid import searches_first
 from adaskip.runs.job import find_cells
 from adaskip.studies.ablation.compensation import CompensationConfig
-from adaskip.studies.ablation.selection import SelectionStudyConfig
-from adaskip.studies.ablation.settings import AblationConfig
+from adaskip.studies.ablation.online import AblationConfig
+from adaskip.studies.ablation.stories import StoriesConfig
 from adaskip.studies.bench.lossless import LosslessConfig
 from adaskip.studies.bench.settings import BenchConfig
 from adaskip.studies.observations.settings import ObserveConfig
@@ -192,7 +192,7 @@ def test_what_is_not_given_lies_in_the_checkout_and_what_is_given_below_the_curr
         (ObserveConfig(testbed=True), "out_dir", "results/testbed/observations"),
         (AblationConfig(), "out_dir", "results/online"),
         (CompensationConfig(), "out_dir", "results/compensation"),
-        (SelectionStudyConfig(), "out_dir", "results/stories"),
+        (StoriesConfig(), "out_dir", "results/stories"),
         (BenchConfig(), "out_dir", "speed/results"),
         (LosslessConfig(), "out_dir", "speed/results"),
     ):
