@@ -36,6 +36,8 @@ SAMPLE = [
     *("task", "id", "score", "rouge_score", "fidelity", "loss", "reference_tokens", "new_tokens", "added_online"),
     "compared",
 ]
+COUNTS = ("skipped_sublayers", "num_sublayers", "n", "n_expected")
+PAPERS = ("paper_score", "paper_retention", "paper_speedup")
 ESTIMATES = ("score", "rouge_score", "retention", "fidelity", "loss", "loss_added")
 Row = tuple[str, str, str, float]
 """Phase, model, strategy, fraction."""
@@ -166,7 +168,7 @@ class Results:
             for model in self.models
             for row in self.rows(phase, model)
             for task in self.tasks(phase)
-        ).astype(dict.fromkeys(("skipped_sublayers", "num_sublayers", "n", "n_expected"), "Int64"))
+        ).astype(dict.fromkeys(COUNTS, "Int64") | dict.fromkeys(PAPERS, float))
         place = ["phase", "model", "task"]
         floor = self.floors.groupby(place)["score"].max().rename("floor")
         full_low = cells[cells["strategy"] == FULL].set_index(place)["score_low"].rename("full_low")
