@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-"""The one place that says it; pyproject.toml reads it from here."""
+"""The only definition of the version; pyproject.toml and manifests of runs read it from here."""
 
 if TYPE_CHECKING:
     from adaskip.calibration.measure import calibrate
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from adaskip.core.blocks import BlockStructure, Sublayers, register_structure
     from adaskip.core.context import skipping
     from adaskip.core.look import Look
+    from adaskip.core.model_plan import make_plan
     from adaskip.core.plan import Budget, SkipPlan
     from adaskip.core.strategy import Strategy, strategy_option
+    from adaskip.engines.loading import from_pretrained
     from adaskip.profiles.importance import ImportanceProfile
     from adaskip.profiles.selection import SelectionProfile
     from adaskip.speculative import lossless
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
         register_strategy,
     )
 
-# Names of the library and the modules they come from; loaded at first use, so that `import adaskip` needs no torch.
+# Public names and their modules; each is imported at first use, so that `import adaskip` does not import torch.
 _HOMES = {
+    "from_pretrained": "adaskip.engines.loading",
+    "make_plan": "adaskip.core.model_plan",
     "calibrate": "adaskip.calibration.measure",
     "ImportanceProfile": "adaskip.profiles.importance",
     "Budget": "adaskip.core.plan",
@@ -80,7 +84,9 @@ __all__ = [
     "UnifiedSkipping",
     "__version__",
     "calibrate",
+    "from_pretrained",
     "lossless",
+    "make_plan",
     "register_strategy",
     "register_structure",
     "select",

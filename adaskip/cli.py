@@ -1,20 +1,23 @@
-"""The command line: `adaskip run`, `calibrate`, `grid`, `bench` and `bench-report`, and the entry points of scripts."""
+"""The command line, `adaskip <command> ...`, and the entry points of scripts."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from adaskip.common.commands import STOPPED, guarded
 from adaskip.common.options import Parser, add_options, resolve
 from adaskip.common.processes import Processes
+from adaskip.core.plan_card import plan_map
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
 from adaskip.runs.grid import run_grid
+from adaskip.runs.plans import ExportConfig, PlanConfig, ShowConfig, export_plan, plan_to, shown
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.runner import run
 from adaskip.studies.bench.command import ReportConfig, bench, bench_report
@@ -27,12 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_cell(*, phase: str, model: str, strategy: str) -> NoReturn:
-    """What a run script does: run its cell with the options of `adaskip run`, where `--model` names the run itself."""
+    """Entry point of the run scripts: run one cell with the options of `adaskip run`.
+
+    As in the paper's artifact, `--model` of a script is the name of the run (`llama-EE-PREFILL`).
+    """
     sys.exit(guarded(lambda: _run_script(phase, model, strategy, sys.argv)))
 
 
 def run_speed(*, model: str) -> NoReturn:
-    """What a speed script does: `adaskip bench` of its model, with the other options of that command."""
+    """Entry point of the speed scripts: `adaskip bench` for one model."""
     sys.exit(guarded(lambda: _speed_script(model, sys.argv)))
 
 
@@ -62,7 +68,7 @@ def _run_script(phase: str, model: str, strategy: str, argv: Sequence[str]) -> i
         given = vars(parser.parse_args(argv[1:]))
         if parse_run_name(asked := given.pop("model")) != (model, phase, strategy):
             raise ValueError(
-                f"{argv[0]} runs {name}, but --model is {asked!r}; run that with its own script or leave --model out"
+                f"{argv[0]} runs {name}, but --model is {asked!r}; use the script of that run, or leave --model out"
             )
         yaml_file = given.pop("config")
         config = resolve(RunConfig, {**given, "phase": phase, "model": model, "strategy": strategy}, yaml_file)
@@ -102,6 +108,32 @@ def _calibrate(config: CalibrateConfig) -> int:
     return 0
 
 
+def _plan(config: PlanConfig) -> int:
+    plan, folder = plan_to(config)
+    assert plan.origin is not None, "of a made plan"
+    print(plan_map(plan, plan.origin.num_layers))
+    print(f"{len(plan)} of {2 * plan.origin.num_layers} sublayers, phase {plan.origin.phase}; in {folder}")
+    return 0
+
+
+def _show(config: ShowConfig) -> int:
+    lines = shown(config.plan)
+    if config.plot is not None:
+        from adaskip.studies.plots.plan_map import plot_plan  # matplotlib is of an extra
+
+        lines.append(f"drawn in {plot_plan(config.plan, Path(config.plot))}")
+    _print_lines(lines)
+    return 0
+
+
+def _export(config: ExportConfig) -> int:
+    report = export_plan(config)
+    print(f"{report['num_skipped']} sublayers left out; in {config.output}")
+    found = (report["verified"] or {"compared": False}).items()
+    print(", ".join(f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}" for name, value in found))
+    return 0
+
+
 def _grid(config: GridConfig) -> int:
     if config.dry_run:
         _print_lines(dry_run(config))
@@ -110,37 +142,40 @@ def _grid(config: GridConfig) -> int:
     complete, failed = len(outcome.complete), len(outcome.failed)
     print(f"{complete} of {complete + failed} cells complete in {config.runs_dir}, {outcome.made} samples made now")
     if failed:
-        print(f"{failed} cells failed; the same command tries them again", file=sys.stderr)
+        print(f"{failed} cells failed; run the same command again to retry them", file=sys.stderr)
     return STOPPED if outcome.failed else 0
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """Print until the end, or until a reader such as `head` has had enough."""
+    """Print all lines, or stop when the reader (such as `head`) closes the pipe."""
     try:
         for line in lines:
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered, at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop buffered output at exit
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
     "run": (
         RunConfig,
         _run,
-        "Run one cell: a model under a strategy in a phase at a budget. Started by `accelerate launch --multi_gpu "
-        "--num_processes N -m adaskip run`, its samples are split over N processes, which must share a file system.",
+        "Run one cell: a model with a strategy in a phase at a budget. `accelerate launch --multi_gpu --num_processes "
+        "N -m adaskip run` splits the samples over N processes, which must share a file system.",
     ),
     "grid": (
         GridConfig,
         _grid,
-        "Run many cells, the whole grid if nothing is narrowed down; finished cells are passed over.",
+        "Run many cells; by default the whole grid. Finished cells are skipped.",
     ),
     "calibrate": (
         CalibrateConfig,
         _calibrate,
-        "Measure a model's importance profile, or search the sets of strategy calibrated.",
+        "Measure the importance profile of a model, or search the sets of strategy calibrated.",
     ),
-    "bench": (BenchConfig, bench, "Time the full model and every strategy side by side."),
-    "bench-report": (ReportConfig, bench_report, "Tables and plots of the saved benchmarks."),
+    "plan": (PlanConfig, _plan, "Choose the sublayers of a strategy for a model and save them as a plan."),
+    "show": (ShowConfig, _show, "Show a saved plan, profile or selection, or list the published ones."),
+    "export": (ExportConfig, _export, "Write the model of a saved plan as a checkpoint for other software."),
+    "bench": (BenchConfig, bench, "Time the full model and the strategies in interleaved rounds."),
+    "bench-report": (ReportConfig, bench_report, "Write tables and plots of the saved benchmarks."),
 }

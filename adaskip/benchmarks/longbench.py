@@ -32,8 +32,10 @@ __all__ = [
     "as_dataset",
     "build_prompt_ids",
     "build_reference_ids",
+    "count_prompt_tokens",
     "find_set",
     "get_task",
+    "load_both_sets",
     "load_records",
     "set_meant",
 ]
@@ -177,6 +179,40 @@ def load_records(
         raise LongBenchError(f"{file} holds what no table can: {error}") from None
 
 
+def load_both_sets(
+    task: str, source: str | Path | None = None, min_length: int | None = PAPER_MIN_LENGTH, limit: int | None = None
+) -> Dataset:
+    """`load_records` of LongBench-E's set and, behind them, of the plain one those that are not among them, by id or by
+    input and context. Of a task that is named as LongBench-E's (`trec_e`), or of which there is one set, that one."""
+    names = sets_of(task, source)
+    records: list[dict[str, Any]] = []
+    for name in names:
+        found = load_records(name, source, None, extended=name.endswith(EXTENDED_SUFFIX)).to_list()
+        ids, texts = ({record["_id"] for record in records}, {_text_of(record) for record in records})
+        records += [each for each in found if each["_id"] not in ids and _text_of(each) not in texts]
+    kept = [record for record in records if record["length"] > (min_length or 0)][:limit]
+    if not kept:
+        raise LongBenchError(
+            f"{source or HUB} holds no record of {' and '.join(names)} of more than {min_length} words"
+        )
+    return as_dataset(kept)
+
+
+def sets_of(task: str, source: str | Path | None = None) -> tuple[str, ...]:
+    """The sets of a task that `source` has, LongBench-E's first; of `trec_e` that one.
+
+    Raises:
+        LongBenchError: unknown task, a missing or broken source, or no such set in it.
+    """
+    sets = list_sets(source)
+    found = [name for name in dict.fromkeys((set_meant(task), task)) if name in sets]
+    return tuple(found) or (find_set(task, source).set_name,)
+
+
+def _text_of(record: Mapping[str, Any]) -> tuple[str, str]:
+    return record["input"], record["context"]
+
+
 def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
     """Records in LongBench's format as a table in memory; texts stay as they are, to the last byte."""
     with optional_import():
@@ -252,6 +288,11 @@ def build_reference_ids(
     if both[: len(before)] != before:  # the seam became another token
         return list(tokenizer(follows, add_special_tokens=False).input_ids)[:max_tokens]
     return list(both[len(before) :])[:max_tokens]
+
+
+def count_prompt_tokens(record: Mapping[str, Any], task: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a record's prompt before it is cut and wrapped: what `max_prompt_tokens` limits."""
+    return len(_tokenise(_fill_template(record, task), tokenizer))
 
 
 def _fill_template(record: Mapping[str, Any], task: TaskSpec) -> str:

@@ -1,4 +1,4 @@
-"""Greedy generation with the clock running: TTFT, TPOT, KV bytes and the plans that were used."""
+"""Timed greedy generation: returns TTFT, TPOT, KV bytes and the plans that were used."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ CacheImplementation = Literal["dynamic", "static"]
 
 @dataclass(frozen=True)
 class Generation:
-    """One sample's answer and what it took.
+    """One sample's answer with its timings.
 
-    token_ids: the new tokens without the end token. ttft_s: from the call to the first token. tpot_ms: mean time of
-    each further token, None if there was none. kv_bytes: bytes of K/V at the end, per row of the batch.
-    plan: the skipped layers in prefill and in the last decode step. online_ffns: layers whose FFN joined online.
-    Times are those of the batch the sample was generated in.
-    reference_loss: nats a token of the reference answer, None where none was given.
+    token_ids: the new tokens without the end token. ttft_s: time from the call to the first token. tpot_ms: mean time
+    of each later token, None if there was none. kv_bytes: bytes of K/V at the end, per row of the batch.
+    plan: the skipped layers in prefill and in the last decode step. online_ffns: layers whose FFN was added online.
+    The times are those of the whole batch that the sample was generated in.
+    reference_loss: loss of the reference answer, nats per token; None without a reference.
     """
 
     token_ids: list[int]
@@ -65,21 +65,21 @@ class _FirstLogits(LogitsProcessor):
 
 
 class _TokenClock(StoppingCriteria):
-    """Stops nothing; notes when the first token is there."""
+    """A stopping criterion that never stops; it records when the first token is done."""
 
     def __init__(self) -> None:
         self.first_token_s: float | None = None
-        self.none_ends = torch.empty(0, dtype=torch.bool)
+        self.never = torch.empty(0, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:  # pyright: ignore
         if self.first_token_s is None:
             self.first_token_s = _now(input_ids.device)
-            self.none_ends = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        return self.none_ends
+            self.never = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self.never
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked to."""
+    """The time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -101,18 +101,18 @@ def generate(
 ) -> list[Generation]:
     """Greedy answers to a batch of prompts, one beam, no logits processors: the protocol of the paper and of LongBench.
 
-    Of the model's generation config only the end tokens count, and those only if `eos_token_ids` is empty: sampling,
-    beams, penalties, suppressed or forced tokens, assisted decoding, cache and compilation are what is said here.
+    The model's generation config is ignored, except for its end tokens if `eos_token_ids` is empty: it affects neither
+    sampling, beams, penalties, suppressed or forced tokens and assisted decoding nor the cache and compilation.
 
     strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample. eos_token_ids:
-    what ends an answer, or nothing for what the model's generation config says. references: per sample, token ids of
-    an answer whose loss after the prompt is measured as well; the times do not include that. compile: run the decode
-    steps compiled, which takes a static cache and makes a graph for each set of skipped sublayers when it first comes
-    up: time a second generation of the same lengths. True is transformers' default, CUDA graphs where there is CUDA.
+    tokens that end an answer; if empty, those of the model's generation config. references: per sample, token ids of an
+    answer whose loss after the prompt is also measured; the times exclude it. compile: run compiled decode steps;
+    this needs a static cache, and compiles a graph for each set of skipped sublayers when it first occurs, so time a
+    second generation of the same lengths. True means transformers' default config, CUDA graphs on CUDA.
     Raises ValueError for a compiled generation on a cache that is not static.
     """
     if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode; answers are for inference: call model.eval()")
+        raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() before generating")
     if references is not None and len(references) != len(input_ids):
         raise ValueError(f"one reference for each of {len(input_ids)} prompts is needed, not {len(references)}")
     caching = _cache_options(model, cache_implementation, compile)
@@ -170,7 +170,7 @@ def generate(
 def _cache_options(
     model: PreTrainedModel, cache_implementation: CacheImplementation, compile: bool | CompileConfig
 ) -> dict[str, Any]:
-    """What `model.generate` is told of its cache and of compilation."""
+    """The arguments of `model.generate` for its cache and for compilation."""
     if cache_implementation not in (allowed := get_args(CacheImplementation)):
         raise ValueError(f"unknown cache_implementation {cache_implementation!r}; allowed: {', '.join(allowed)}")
     if compile and cache_implementation != "static":

@@ -10,18 +10,38 @@ import json
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from adaskip.common.files import write_text_atomic
+from adaskip.common.named_files import find_file, push_files, read_record, write_files
+from adaskip.core.plan_card import model_card
+from adaskip.core.plan_origin import PHASES, Phase, PlanOrigin, check_phase
 
-Phase = Literal["prefill", "decode", "e2e"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+__all__ = [
+    "EMPTY_PLAN",
+    "KINDS",
+    "PHASES",
+    "PLAN_FILE",
+    "PLAN_FORMAT",
+    "Affine",
+    "Budget",
+    "Compensation",
+    "Phase",
+    "PlanOrigin",
+    "SkipPlan",
+    "Sublayer",
+    "SublayerKind",
+    "check_phase",
+]
+
 SublayerKind = Literal["attention", "ffn"]
 KINDS: tuple[SublayerKind, ...] = get_args(SublayerKind)
 PLAN_FORMAT = "adaskip-skip-plan/1"
+PLAN_FILE = "adaskip_plan.json"
+"""The plan in a folder of `save_pretrained`."""
 
 
 class Sublayer(NamedTuple):
@@ -48,13 +68,6 @@ class Affine:
 Compensation = float | Affine
 
 
-def check_phase(phase: str) -> Phase:
-    """`phase` itself if it is one of the three phases, else a ValueError that lists them."""
-    if phase not in PHASES:
-        raise ValueError(f"unknown phase {phase!r}; allowed: {', '.join(PHASES)}")
-    return phase
-
-
 @dataclass(frozen=True)
 class SkipPlan:
     """The sublayers that are not computed, and their scales.
@@ -62,11 +75,15 @@ class SkipPlan:
     attention, ffn: 0-based layer indices. scales: the compensation of a skipped sublayer, a factor or an `Affine`;
     1.0 where none is given (the whole-layer baselines have none). The empty plan is the full model. Raises ValueError
     for layers that are not whole numbers from 0 on, and scales that are not finite or not of a skipped sublayer.
+
+    origin: the model and phase that the plan was made for and how it was chosen (see `make_plan`); None of a plan that
+    fits any model of its depth. It does not count when plans are compared.
     """
 
     attention: frozenset[int] = frozenset()
     ffn: frozenset[int] = frozenset()
     scales: Mapping[Sublayer, Compensation] = field(default_factory=dict)
+    origin: PlanOrigin | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", frozenset(map(_layer, self.attention)))
@@ -106,7 +123,7 @@ class SkipPlan:
         return hash((self.attention, self.ffn, frozenset(self.scales.items())))
 
     def __reduce__(self):  # a mapping proxy cannot be pickled or deep-copied by itself
-        return type(self), (self.attention, self.ffn, dict(self.scales))
+        return type(self), (self.attention, self.ffn, dict(self.scales), self.origin)
 
     def scale(self, kind: SublayerKind, layer: int) -> Compensation:
         """The compensation of a skipped sublayer, 1.0 if the plan gives none."""
@@ -163,24 +180,57 @@ class SkipPlan:
         return cls(record["attention"], record["ffn"], scales)
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan with its scales as JSON, whole or not at all; `load` gives back an equal plan."""
-        record = {"format": PLAN_FORMAT, **self.to_dict(scales=True)}
-        return write_text_atomic(path, json.dumps(record, allow_nan=False) + "\n")
+        """Write the plan with its scales and origin as JSON, whole or not at all; `load` gives back an equal plan."""
+        return write_text_atomic(path, self._json())
+
+    def _json(self) -> str:
+        origin = {} if self.origin is None else {"origin": self.origin.to_dict()}
+        record = {"format": PLAN_FORMAT, **origin, **self.to_dict(scales=True)}
+        return json.dumps(record, indent=None if self.origin is None else 2, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> SkipPlan:
         """Read a saved plan. Raises FileNotFoundError if there is no file, ValueError if it is not a whole plan."""
+        record = read_record(path, PLAN_FORMAT, "a skip plan")
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
-        if found != PLAN_FORMAT:
-            raise ValueError(f"{path} is not a skip plan: format is {found!r}, expected {PLAN_FORMAT!r}")
-        try:
-            return cls.from_dict(record)
+            origin = PlanOrigin.from_dict(record.pop("origin")) if "origin" in record else None
+            plan = replace(cls.from_dict(record), origin=origin)
+            if origin is not None:
+                plan.check_fits(origin.num_layers)
+            return plan
         except ValueError as error:
             raise ValueError(f"{path} is not a whole skip plan: {error}") from error
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the plan and a model card into a folder, as `from_pretrained` takes it. Returns the folder.
+
+        Raises ValueError for a plan without an origin: `make_plan(model, strategy)` makes one with it.
+        """
+        return write_files(folder, self._files())
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> SkipPlan:
+        """The plan of a folder or file, `org/name` on the Hub, or a name published with this package.
+
+        revision: commit, branch or tag on the Hub. Raises FileNotFoundError if there is none of that name, ValueError
+        if it is not a whole plan or cannot be downloaded.
+        """
+        return cls.load(find_file(name, PLAN_FILE, revision=revision))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a model repository of the Hub, made if need be; returns the URL.
+
+        options: those of `push_files`: private, token, revision, commit_message.
+        """
+        return push_files(repo_id, self._files(), **options)
+
+    def _files(self) -> dict[str, str]:
+        if self.origin is None:
+            raise ValueError(
+                "the plan does not say which model it is for; make_plan(model, strategy) makes one that does, of a "
+                "plan chosen by hand with strategy=FixedPlan(num_layers=..., plan=plan)"
+            )
+        return {PLAN_FILE: self._json(), "README.md": model_card(self, self.origin)}
 
 
 def _layer(layer: Any, *, of_text: bool = False) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from adaskip.core.fingerprint import config_fingerprint
 from adaskip.models.errors import ModelError, one_line
 from adaskip.models.gguf_file import is_gguf
-from adaskip.profiles.fingerprint import config_fingerprint
 
 FIELDS = ("config_fingerprint", "config_quantization", "config_stop_token_ids", "tokenizer_files")
 """Of `model_files`."""

@@ -1,26 +1,20 @@
-"""What the profiles have in common: checked fields, reading a file, and fitting a model."""
+"""Shared code of the profile classes: field checks, reading a file, and comparison with a model."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from adaskip.core.adapters import active_adapters
+from adaskip.core.same_model import check_same_model, identity
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.fingerprint import config_fingerprint, weights_fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be, cannot be read, or was measured on another model."""
+    """A profile has invalid values, cannot be read, or was measured on another model."""
 
 
 def number(what: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
@@ -50,46 +44,33 @@ def whole(what: str, value: Any, least: int) -> int:
 
 
 def check_record(profile: Any) -> None:
-    """Raise ProfileError unless the fields that say what was measured on what have the types they should.
+    """Raise ProfileError unless the fields that record the model and the data have the right types.
 
-    Makes `data_ids` a tuple of strings.
+    Converts `data_ids` to a tuple of strings.
     """
     for name in ("model", "weights_fingerprint", "dtype", "attn_implementation", "dataset"):
         if not isinstance(getattr(profile, name), str):
-            raise ProfileError(f"{name} must be a text; got {getattr(profile, name)!r}")
+            raise ProfileError(f"{name} must be a string; got {getattr(profile, name)!r}")
     if isinstance(profile.data_ids, (str, Mapping)) or not isinstance(profile.data_ids, Iterable):
-        raise ProfileError(f"data_ids must be a list of texts; got {profile.data_ids!r}")
+        raise ProfileError(f"data_ids must be a list of strings; got {profile.data_ids!r}")
     ids = tuple(profile.data_ids)
     if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, (str, int))]:
-        raise ProfileError(f"data_ids must be texts; got {wrong[0]!r}")
+        raise ProfileError(f"data_ids must be strings; got {wrong[0]!r}")
     object.__setattr__(profile, "data_ids", tuple(map(str, ids)))
     if not isinstance(profile.versions, Mapping) or not all(isinstance(v, str) for v in profile.versions.values()):
-        raise ProfileError(f"versions must be texts by name; got {profile.versions!r}")
+        raise ProfileError(f"versions must map names to strings; got {profile.versions!r}")
     if profile.hidden_size is not None:
         whole("hidden_size", profile.hidden_size, 1)
     texts = dict.fromkeys(("adapter", "config_fingerprint", "tokenizer_files"), str)
     for name, kind in {**texts, "prompts_begin_with_bos": bool}.items():
         if not isinstance(value := getattr(profile, name), kind | None):
-            raise ProfileError(f"{name} must be {'a text' if kind is str else 'true or false'}, or null; got {value!r}")
-
-
-def read_record(path: str | Path, expected_format: str, what: str) -> dict[str, Any]:
-    """The fields of a profile's file, but for its format.
-
-    Raises FileNotFoundError if there is no file and ProfileError if it is not `what`, a profile of that format.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
-        raise ProfileError(f"{path} is not JSON: {error}") from error
-    found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
-    if found != expected_format:
-        raise ProfileError(f"{path} is not {what}: format is {found!r}, expected {expected_format!r}")
-    return record
+            raise ProfileError(
+                f"{name} must be {'a string' if kind is str else 'true or false'}, or null; got {value!r}"
+            )
 
 
 def built(kind: type, what: str, record: Any) -> Any:
-    """A dataclass `kind` of the fields in `record`; ProfileError if a field is missing or there is one too many."""
+    """`kind(**record)` for a dataclass `kind`; ProfileError if a field is missing or unknown. what: for the error."""
     if not isinstance(record, dict):
         raise ProfileError(f"{what} must be an object with fields; got {record!r}")
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
@@ -97,7 +78,7 @@ def built(kind: type, what: str, record: Any) -> Any:
     unknown = [name for name in record if name not in known]
     if missing or unknown:
         wrong = [f"lacks {', '.join(missing)}"] if missing else []
-        wrong += [f"has fields unknown here: {', '.join(unknown)}"] if unknown else []
+        wrong += [f"has unknown fields {', '.join(unknown)}"] if unknown else []
         raise ProfileError(f"{what} {' and '.join(wrong)}")
     return kind(**record)
 
@@ -105,54 +86,20 @@ def built(kind: type, what: str, record: Any) -> Any:
 def check_model(
     profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str, fingerprint: str | None = None
 ) -> None:
-    """Raise ProfileError unless `profile` was measured on `model`, or on another of its shape and that is allowed.
+    """Raise ProfileError unless `profile` was measured on `model`.
 
-    What must agree: number of layers, hidden size if the profile knows it, and, unless other weights are allowed, the
-    fingerprint of the weights, the active adapter, and the fingerprint of the configuration if the profile has it.
-    again: what to do instead, for the message. fingerprint: that of the model's weights, where it is known.
+    The number of layers and, if recorded, the hidden size must be equal. So must the fingerprint of the weights and, if
+    recorded, the active adapter and the fingerprint of the configuration; with allow_other_weights, differences in
+    these are only warned about. again: what to do instead, for the message. fingerprint: of the model's weights; None
+    to compute it.
     """
-    model = unwrapped(model)
-    config: Any = model.config
-    shape = config.get_text_config(decoder=True)
-    profile.check_num_layers(shape.num_hidden_layers)
-    if profile.hidden_size not in (None, shape.hidden_size):
-        raise ProfileError(
-            f"profile of {profile.model} has hidden size {profile.hidden_size}, the model has {shape.hidden_size}"
-        )
-    differences = [
-        *_other_weights(profile, fingerprint or weights_fingerprint(model)),
-        *_other_adapter(profile, model),
-        *_other_config(profile, model),
-    ]
-    if not differences:
-        return
-    told = f"profile was measured on {profile.model}{', and '.join(differences)}"
-    if not allow_other_weights:
-        raise ProfileError(
-            f"{told}; {again}, or use it knowingly: allow_other_weights=True, on the command line --allow-other-weights"
-        )
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    logger.warning("%s (%s); used all the same, since other weights are allowed", told, name)
-
-
-def _other_weights(profile: Any, fingerprint: str) -> list[str]:
-    if fingerprint == profile.weights_fingerprint:
-        return []
-    return [f" with weights {profile.weights_fingerprint}, this model's weights are {fingerprint}"]
-
-
-def _other_adapter(profile: Any, model: nn.Module) -> list[str]:
-    adapter = active_adapters(model)
-    if profile.adapter in (None, adapter):  # None: not recorded
-        return []
-    return [f" with adapter {profile.adapter or 'none'!r} active, on this model it is {adapter or 'none'!r}"]
-
-
-def _other_config(profile: Any, model: Any) -> list[str]:
-    config = config_fingerprint(model.config)
-    if profile.config_fingerprint in (None, config):  # None: not recorded
-        return []
-    return [
-        f" with another configuration (such as rope, windows or norms: fingerprint {profile.config_fingerprint}, "
-        f"this model's is {config})"
-    ]
+    config: Any = unwrapped(model).config
+    check_same_model(
+        profile,
+        identity(model, fingerprint=fingerprint),
+        config.get_text_config(decoder=True).num_hidden_layers,
+        what="profile",
+        again=again,
+        allow_other_weights=allow_other_weights,
+        error=ProfileError,
+    )

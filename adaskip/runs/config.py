@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, TASKS, get_task, set_meant
+from adaskip.benchmarks.longbench import TASKS, get_task, set_meant
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
 from adaskip.common.paths import RUNS, TESTBED_RUNS, given_or_default
 from adaskip.core.plan import Budget
-from adaskip.models.registry import registry
+from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.source import find_source
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import MODELS, PHASES, Setup, load_setup
+from adaskip.runs.cells import MODELS, PAPER, PHASES, TESTBED, Setup, load_setup, protocols
 from adaskip.strategies import (
     GRID_STRATEGIES,
     NAMES,
@@ -30,8 +30,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
     f"{', '.join(registry())} (configs/models.yaml), or weights: a Hub id org/name[@revision], a folder, a .gguf file"
 )
-LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True}
-"""Choices of `--longbench-set`, and what they are to `longbench.load_records`."""
+BOTH = "both"
+LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True, BOTH: None}
+"""Choices of `--longbench-set`, and what they are to `longbench.load_records`; `both` to `longbench.load_both_sets`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,12 @@ class SharedConfig:
     """What every command that loads a model needs."""
 
     testbed: bool = option("the embedded small models and their generated tasks instead of real checkpoints", False)
+    protocol: str | None = option(
+        lambda: (
+            f"which records are scored and how much of them: {', '.join(protocols())} (configs/phases.yaml); if not "
+            "given, the model's own (configs/models.yaml)"
+        )
+    )
     checkpoint: str | None = option("folder, .gguf file or Hub id of the weights instead of the named model's own")
     data_dir: str | None = option(
         "folder of LongBench's jsonl files, its data.zip, or hub to download it; if not given, the local Hub cache"
@@ -52,6 +59,10 @@ class SharedConfig:
     threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
 
     def __post_init__(self) -> None:
+        if self.protocol is not None:
+            check_choice("--protocol", self.protocol, protocols())
+            if self.testbed:
+                raise ValueError(f"--protocol {self.protocol} is for real checkpoints, not for --testbed: leave it out")
         if self.dtype is not None:
             check_choice("--dtype", self.dtype, DTYPES)
         if self.testbed and self.data_dir is not None:
@@ -63,15 +74,16 @@ class SharedConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
-    @property
-    def setup(self) -> Setup:
-        """The defaults of `configs/phases.yaml` that hold here."""
-        return load_setup("testbed" if self.testbed else "real")
+    def setup_of(self, entry: ModelEntry | None) -> Setup:
+        """The defaults of `configs/phases.yaml` that hold for a model; entry: what `configs/models.yaml` says of it."""
+        own = None if entry is None else entry.protocol
+        return load_setup(TESTBED if self.testbed else self.protocol or own or PAPER)
 
     @property
-    def extended(self) -> bool | None:
-        """Which of LongBench's sets a task's name means, as `longbench.load_records` takes it."""
-        return None
+    def setup(self) -> Setup:
+        """Those for the one model that is given, or for models whose protocol is the paper's."""
+        model: str | None = getattr(self, "model", None)
+        return self.setup_of(None if model is None else find_source(model, self.checkpoint).entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +91,21 @@ class DataConfig(SharedConfig):
     """What `run`, `grid` and `calibrate` share: the data, and where what is made of it is kept."""
 
     tasks: tuple[str, ...] | None = option("LongBench tasks; if not given, the phase's")
-    longbench_set: str = option(
-        "what a task's name means: plain (LongBench's own set), extended (LongBench-E's) or auto (LongBench-E's where "
-        "there is one); a name that ends in _e is LongBench-E's",
-        "auto",
+    longbench_set: str | None = option(
+        "what a task's name means: plain (LongBench's own set), extended (LongBench-E's), auto (LongBench-E's where "
+        "there is one) or both (LongBench-E's, and of the plain one what is not in it); a name that ends in _e is "
+        "LongBench-E's; if not given, the protocol's, in the paper's auto"
     )
-    min_length: int = option(
+    min_length: int | None = option(
         "only records of more than N words, 0 for all; importance is measured on the paper's, the sets of calibrated "
-        "are searched on those that are left out",
-        PAPER_MIN_LENGTH,
+        "are searched on those that are left out; if not given, the protocol's, in the paper's 4000"
     )
     max_length: int | None = option(
         "only records of at most N words; importance is measured on such records, too; if not given, no limit"
     )
     max_prompt_tokens: int | None = option(
-        "longest prompt before wrapping, longer ones lose their middle; if not given, the model's own limit"
+        "longest prompt before wrapping; longer ones lose their middle or, in a protocol with longest_prompt_tokens, "
+        "are left out; if not given, the protocol's or the model's own limit"
     )
     output_dir: str | None = option(
         "where runs go, with the folder of their profiles beside it; if not given, results/runs, or "
@@ -108,36 +120,38 @@ class DataConfig(SharedConfig):
         self._check_sets()
 
     def _check_sets(self) -> None:
-        check_choice("--longbench-set", self.longbench_set, LONGBENCH_SETS)
+        if self.longbench_set is not None:
+            check_choice("--longbench-set", self.longbench_set, LONGBENCH_SETS)
         self._check_lengths()
-        chosen = (self.longbench_set, self.min_length, self.max_length)
-        if self.testbed and chosen != ("auto", PAPER_MIN_LENGTH, None):
+        chosen = {"longbench-set": self.longbench_set, "min-length": self.min_length, "max-length": self.max_length}
+        given = [f"--{name} {value}" for name, value in chosen.items() if value is not None]
+        if self.testbed and given:
             raise ValueError(
                 "--longbench-set, --min-length and --max-length choose among LongBench's records and --testbed "
-                f"generates its own: leave them out; given: {', '.join(map(str, chosen))}"
+                f"generates its own: leave them out; given: {', '.join(given)}"
             )
+        meaning = self.longbench_set or self.setup.longbench_set
         for task in self.tasks or ():
-            if task in TASKS and (meant := set_meant(task, self.extended)) != task and meant in (self.tasks or ()):
+            meant = set_meant(task, LONGBENCH_SETS[meaning])
+            if task in TASKS and meant != task and meant in (self.tasks or ()):
                 raise ValueError(
-                    f"--tasks {task} and {meant} are one set with --longbench-set {self.longbench_set}: give one of "
+                    f"--tasks {task} and {meant} are one set with --longbench-set {meaning}: give one of "
                     f"them, or --longbench-set plain, by which {task} is LongBench's own"
                 )
 
     def _check_lengths(self) -> None:
-        if self.min_length < 0:
-            raise ValueError(f"--min-length must be at least 0 words, not {self.min_length}")
-        if self.max_length is not None and self.max_length <= self.min_length:
+        least = self.min_length
+        if least is not None and least < 0:
+            raise ValueError(f"--min-length must be at least 0 words, not {least}")
+        if least is None and hasattr(self, "model"):  # of several models each has its own
+            least = self.setup.min_length
+        if self.max_length is not None and least is not None and self.max_length <= least:
             raise ValueError(
-                f"--max-length {self.max_length} leaves no record, since --min-length {self.min_length} keeps those of "
-                "more words: give a larger --max-length or a smaller --min-length"
+                f"--max-length {self.max_length} leaves no record, since --min-length {least} keeps those of more "
+                "words: give a larger --max-length or a smaller --min-length"
             )
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
             raise ValueError(f"--max-prompt-tokens must be at least 2, not {self.max_prompt_tokens}")
-
-    @property
-    def extended(self) -> bool | None:
-        """`--longbench-set` as `longbench.load_records` takes it."""
-        return LONGBENCH_SETS[self.longbench_set]
 
     @property
     def runs_dir(self) -> Path:
@@ -160,8 +174,8 @@ class WorkConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(WorkConfig):
-    """One cell: a model under a strategy in a phase at a budget."""
+class StrategyConfig(DataConfig):
+    """A model under a strategy in a phase at a budget."""
 
     model: str = option(MODEL_HELP, required=True)
     phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
@@ -261,6 +275,11 @@ class RunConfig(WorkConfig):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
             raise ValueError(f"given by {flags} and by --strategy-option: {', '.join(twice)}; give it once")
         return {**given, **options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(StrategyConfig, WorkConfig):
+    """One cell: a strategy, and how much of each task it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What `adaskip grid --dry-run` prints: the cells, then what those that are left would take, and what is assumed."""
+"""The output of `adaskip grid --dry-run`: the cells, an estimate for the unfinished ones, and its assumptions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EFFICIENCY = 0.5
 
 
 def dry_run(config: GridConfig) -> Iterator[str]:
-    """The lines to print; the testbed needs no GPU, so that its cost is not estimated."""
+    """Yield the lines to print. No cost is estimated for the testbed, which needs no GPU."""
     cells, ceilings = list(listing(config)), known_ceilings(config.estimate_for)
     times = {} if config.testbed else {cell.label: seconds(cell, ceilings) for cell in cells}
     for cell in cells:
@@ -51,8 +51,8 @@ def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> 
         f"{_time(total / EFFICIENCY)} at {100 * EFFICIENCY:.0f} %"
     )
     yield (
-        "assumed: 16-bit weights, batches of one, every answer as long as it may get, as many attentions as FFNs "
-        "skipped where importance decides; not counted: loading, tokenising, launching kernels. " + _samples(left)
+        "assumed: 16-bit weights, batches of one, answers at their maximum length, and equal numbers of attentions and "
+        "FFNs skipped if a profile decides; not counted: loading, tokenising, kernel launches. " + _samples(left)
     )
     for model, mine in by_model.items():
         weights, kv = gpu_bytes(mine[0])
@@ -69,10 +69,10 @@ def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> 
 
 def _samples(cells: Sequence[CellSize]) -> str:
     if all(cell.is_counted for cell in cells):
-        return f"Samples are counted; a word of theirs is taken as {TOKENS_PER_WORD} tokens, up to the model's limit."
+        return f"The samples were counted; a word is taken as {TOKENS_PER_WORD} tokens, up to the model's limit."
     return (
-        "No data here: samples are LongBench-E's of more than 4000 words (configs/longbench.yaml), every prompt as "
-        "long as the model's limit."
+        "The data was not found: numbers of samples are those of LongBench-E with more than 4000 words "
+        "(configs/longbench.yaml), and every prompt is as long as the model's limit."
     )
 
 

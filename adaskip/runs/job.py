@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.benchmarks.longbench import TaskSpec, get_task
+from adaskip.common.named_files import find_file
 from adaskip.core.plan import Phase, check_phase
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -55,11 +56,13 @@ class SpeedupAsked:
 class Job:
     """A cell, and all that is needed to fill its folder. What is read from files is read once, when first asked for.
 
-    sublayers: the budget; None while a speedup is asked for and not yet chosen for. answer_caps: most new tokens of
-    each task's answers. calibration: what the profile is made on, None if the strategy uses none. up_to: the largest
-    set of a selection that is searched. profile_path: the profile that is given and that the strategy uses.
+    protocol: its name in `configs/phases.yaml`. sublayers: the budget; None while a speedup is asked for and not yet
+    chosen for. answer_caps: most new tokens of each task's answers. calibration: what the profile is made on, None if
+    the strategy uses none. up_to: the largest set of a selection that is searched. profile_name: the profile that is
+    given and that the strategy uses.
     """
 
+    protocol: str
     strategy: str
     phase: Phase
     sublayers: int | None
@@ -75,7 +78,7 @@ class Job:
     runs_dir: Path
     calibration: Calibration | None
     up_to: int
-    profile_path: Path | None
+    profile_name: str | None
     allow_other_weights: bool
 
     @property
@@ -128,15 +131,21 @@ class Job:
         Raises:
             ValueError: there is no such file, or it is no profile of the strategy's kind.
         """
-        if self.profile_path is None or (kind := self.profile_kind) is None:
+        if self.profile_name is None or (kind := self.profile_kind) is None:
             return None
-        if not self.profile_path.is_file():
-            raise ValueError(f"--profile {self.profile_path} does not exist; `adaskip calibrate` makes one")
-        return kind.load(self.profile_path)
+        return kind.load(find_profile(self.profile_name, kind))
 
     def with_sublayers(self, sublayers: int) -> Job:
         """The job with the budget that was chosen for the speedup asked for."""
         return replace(self, sublayers=sublayers, speedup=None)
+
+
+def find_profile(name: str, kind: type[Profile]) -> Path:
+    """The file of what `--profile` names: a path, a published name, or a repository. ValueError if there is none."""
+    try:
+        return find_file(name, kind.FILE)
+    except FileNotFoundError as error:
+        raise ValueError(f"--profile {name} does not exist; `adaskip calibrate` makes one ({error})") from None
 
 
 def resolve(config: RunConfig) -> Job:
@@ -149,14 +158,16 @@ def resolve(config: RunConfig) -> Job:
     """
     loading = find_loading(config, config.model, config.max_prompt_tokens)
     loading.check_limit()
-    budgets = config.setup.budgets_for(loading.num_layers)
+    setup = config.setup
+    budgets = setup.budgets_for(loading.num_layers)
     sublayers = None if config.target_speedup is not None else _sublayers(config, loading.num_layers, budgets)
     wants_profile = needs_profile(config.strategy)
-    phase, spec = check_phase(config.phase), config.setup.phases[config.phase]
-    records = find_records(config)
+    phase, spec = check_phase(config.phase), setup.phases[config.phase]
+    records = find_records(config, loading)
     tasks = config.tasks or spec.tasks
     caps = {task: config.max_new_tokens or min(spec.max_new_tokens, get_task(task).max_new_tokens) for task in tasks}
     return Job(
+        protocol=setup.name,
         strategy=config.strategy,
         phase=phase,
         sublayers=sublayers,
@@ -167,12 +178,12 @@ def resolve(config: RunConfig) -> Job:
         answer_caps=caps,
         limit=None if config.subset else config.limit or spec.limit,
         subset=config.subset,
-        batch_size=config.batch_size or config.setup.batch_size,
+        batch_size=config.batch_size or setup.batch_size,
         seed=config.seed,
         runs_dir=config.runs_dir,
         calibration=find_calibration(config, records, tasks) if wants_profile else None,
         up_to=max(sublayers or 0, *budgets),
-        profile_path=Path(config.profile) if wants_profile and config.profile is not None else None,
+        profile_name=config.profile if wants_profile else None,
         allow_other_weights=config.allow_other_weights,
     )
 
@@ -222,4 +233,5 @@ def find_cells(config: GridConfig) -> list[RunConfig]:
 
 
 def _budgets(config: WorkConfig, model: str) -> tuple[int, ...]:
-    return config.setup.budgets_for(find_loading(config, model).num_layers)
+    loading = find_loading(config, model)
+    return config.setup_of(loading.source.entry).budgets_for(loading.num_layers)

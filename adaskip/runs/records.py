@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,13 +23,18 @@ from adaskip.benchmarks.longbench import (
     as_dataset,
     build_prompt_ids,
     build_reference_ids,
+    count_prompt_tokens,
     find_set,
+    get_task,
+    load_both_sets,
     load_records,
     set_meant,
+    sets_of,
 )
 from adaskip.benchmarks.longbench_files import HUB, LongBenchError, MissingDataError, list_sets
-from adaskip.models.loading import LoadedModel
-from adaskip.runs.config import DataConfig, SharedConfig
+from adaskip.models.loading import LoadedModel, ModelSource, load_tokenizer
+from adaskip.runs.config import BOTH, LONGBENCH_SETS, DataConfig, SharedConfig
+from adaskip.runs.loading import Loading
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,9 +64,9 @@ class Records(ABC):
             samples = samples.shuffle(seed=self.seed).take(min(subset, len(samples)))
         return tuple(samples.to_list())
 
-    def unscored(self, tasks: Sequence[str], limit: int, max_length: int) -> list[tuple[str, Sample]]:
-        """(task, sample) of `limit` samples that no run is scored on, the tasks in turns: in LongBench those of at most
-        `max_length` words, the first in file order; in the testbed the calibration split.
+    def unscored(self, tasks: Sequence[str], limit: int) -> list[tuple[str, Sample]]:
+        """(task, sample) of `limit` samples that no run is scored on, the tasks in turns: of LongBench the first, in
+        file order, of those that the protocol leaves out; of the testbed the calibration split.
 
         Raises:
             ValueError: there are fewer.
@@ -68,11 +74,11 @@ class Records(ABC):
         each = -(-limit // len(tasks))
         columns = []
         for task in tasks:
-            found = self._unscored(task, max_length)[:each]
+            found = self._unscored(task)[:each]
             if len(found) < each:
                 raise ValueError(
-                    f"strategy calibrated searches on {each} samples of {task} that no run is scored on, of at most "
-                    f"{max_length} words, and there are {len(found)}; --profile takes a selection made elsewhere"
+                    f"strategy calibrated searches on {each} samples of {task} that no run is scored on, "
+                    f"{self.unscored_kind}, and there are {len(found)}; --profile takes a selection made elsewhere"
                 )
             columns.append([(task, sample) for sample in found])
         return [pair for row in zip(*columns, strict=True) for pair in row][:limit]
@@ -89,11 +95,21 @@ class Records(ABC):
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
         """What a manifest says of the choice among records."""
 
+    @property
+    @abstractmethod
+    def unscored_kind(self) -> str:
+        """What samples are that no run is scored on, as an error says it."""
+
+    @property
+    def unscored_words(self) -> int | None:
+        """The most words that these have; None where words do not tell them from the scored ones."""
+        return None
+
     @abstractmethod
     def _scored(self, task: str, limit: int | None) -> Dataset: ...
 
     @abstractmethod
-    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]: ...
+    def _unscored(self, task: str) -> Sequence[Sample]: ...
 
 
 @dataclass(frozen=True)
@@ -115,26 +131,40 @@ class TestbedRecords(Records):
     def _scored(self, task: str, limit: int | None) -> Dataset:
         return _generated(task, "test", limit)
 
-    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]:
-        return tuple(testbed.records(task, split="calibration"))
+    @property
+    def unscored_kind(self) -> str:
+        return "of the calibration split"
+
+    def _unscored(self, task: str) -> Sequence[Sample]:
+        return testbed.records(task, split="calibration")
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """Prompts of more than `tokens` tokens, before they are wrapped, are left out. source: whose tokenizer counts."""
+
+    tokens: int
+    source: ModelSource
 
 
 @dataclass(frozen=True)
 class LongBenchRecords(Records):
-    """LongBench's records of more than `min_length` and at most `max_length` words.
+    """LongBench's records of more than `min_length` and at most `max_length` words and within `prompt_limit`.
 
-    data_dir: see `longbench_files.list_sets`. extended: which set a task's name means, see `longbench.load_records`.
+    data_dir: see `longbench_files.list_sets`. longbench_set: which set a task's name means, as `--longbench-set`.
     """
 
     is_testbed: ClassVar[bool] = False
     data_dir: str | None
-    extended: bool | None = None
+    longbench_set: str = "auto"
     min_length: int = PAPER_MIN_LENGTH
     max_length: int | None = None
+    prompt_limit: PromptLimit | None = None
 
     def calibration(self, task: str, limit: int) -> tuple[Sample, ...]:
         """The first `limit` samples of a calibration task, filtered as in the paper, but of at most `max_length` words
-        (below the paper's least length: of more than `min_length`).
+        (below the paper's least length, and with a `prompt_limit`, to which their prompts are cut: of more than
+        `min_length`).
 
         They are of the kind of set that the scored samples are of, plain or LongBench-E's, or, where the data has none
         of that, of the other kind. Warns, once in a process, of that and of fewer samples.
@@ -142,13 +172,13 @@ class LongBenchRecords(Records):
         Raises:
             LongBenchError: the data has neither set, or no such samples in it.
         """
-        extended = self.extended
-        if extended is not None:
-            extended = _kind_at_hand(task, self.data_dir, extended)
+        kind = self.longbench_set
+        if LONGBENCH_SETS[kind] is not None:
+            kind = _kind_at_hand(task, self.data_dir, kind)
         is_short = self.max_length is not None and self.max_length <= PAPER_MIN_LENGTH
-        least = self.min_length if is_short else PAPER_MIN_LENGTH
+        least = self.min_length if is_short or self.prompt_limit is not None else PAPER_MIN_LENGTH
         try:
-            samples = _records(task, self.data_dir, limit, least, self.max_length, extended)
+            samples = _records(task, self.data_dir, limit, least, self.max_length, kind)
         except MissingDataError:
             raise
         except LongBenchError as error:
@@ -158,26 +188,72 @@ class LongBenchRecords(Records):
         return tuple(samples.to_list())
 
     def set_name(self, task: str) -> str:
-        return _set_name(task, self.data_dir, self.extended)
+        return _set_name(task, self.data_dir, self.longbench_set)
 
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
-        limit = {} if self.max_length is None else {"max_length": self.max_length}
-        return {"sets": {task: self.set_name(task) for task in tasks}, "min_length": self.min_length, **limit}
+        words = {} if self.max_length is None else {"max_length": self.max_length}
+        tokens = {} if self.prompt_limit is None else {"longest_prompt_tokens": self.prompt_limit.tokens}
+        return {"sets": {task: self.set_name(task) for task in tasks}, "min_length": self.min_length, **words, **tokens}
+
+    @property
+    def unscored_kind(self) -> str:
+        if self.prompt_limit is not None:
+            return f"with prompts of over {self.prompt_limit.tokens} tokens"
+        return f"of at most {self.min_length} words"
+
+    @property
+    def unscored_words(self) -> int | None:
+        return self.min_length if self.prompt_limit is None else None
 
     def _scored(self, task: str, limit: int | None) -> Dataset:
-        return _records(task, self.data_dir, limit, self.min_length, self.max_length, self.extended)
+        if self.prompt_limit is None:
+            return _records(task, self.data_dir, limit, self.min_length, self.max_length, self.longbench_set)
+        records = _records(task, self.data_dir, None, self.min_length, self.max_length, self.longbench_set)
+        counts = self._prompt_tokens(task)
+        kept = [record for record in records.to_list() if counts[record["_id"]] <= self.prompt_limit.tokens]
+        if not kept:
+            raise LongBenchError(
+                f"{self.data_dir or HUB} holds no record of {task} whose prompt has at most {self.prompt_limit.tokens} "
+                f"tokens; the shortest has {min(counts.values())}"
+            )
+        return as_dataset(kept[:limit])
 
-    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]:
-        return _short_records(task, self.data_dir, max_length, self.extended)
+    def _unscored(self, task: str) -> Sequence[Sample]:
+        samples = _all_records(task, self.data_dir, self.longbench_set)
+        if self.prompt_limit is None:
+            return [sample for sample in samples if sample["length"] <= self.min_length]
+        counts = self._prompt_tokens(task)
+        return [sample for sample in samples if counts[sample["_id"]] > self.prompt_limit.tokens]
+
+    def _prompt_tokens(self, task: str) -> dict[str, int]:
+        """Tokens of the prompt of each record of a task, by its id."""
+        assert self.prompt_limit is not None, "there is a tokenizer to count with"
+        return _prompt_tokens(task, self.data_dir, self.longbench_set, self.prompt_limit.source.path)
 
 
-def find_records(config: SharedConfig) -> Records:
-    """Where a configuration's samples come from."""
+def find_records(config: SharedConfig, loading: Loading | None = None) -> Records:
+    """Where a configuration's samples come from. loading: the model that they are for.
+
+    Raises:
+        ValueError: the protocol counts tokens of prompts, and it is not known of which model.
+    """
     if config.testbed:
         return TestbedRecords(config.seed)
-    if isinstance(config, DataConfig):
-        return LongBenchRecords(config.seed, config.data_dir, config.extended, config.min_length, config.max_length)
-    return LongBenchRecords(config.seed, config.data_dir, config.extended)
+    setup = config.setup if loading is None else config.setup_of(loading.source.entry)
+    limit = None
+    if setup.longest_prompt_tokens is not None:
+        if loading is None:
+            raise ValueError(f"protocol {setup.name} counts tokens of prompts, which this command cannot: leave it out")
+        limit = PromptLimit(loading.max_prompt_tokens, loading.source)
+    given = config if isinstance(config, DataConfig) else None
+    return LongBenchRecords(
+        config.seed,
+        config.data_dir,
+        longbench_set=(given and given.longbench_set) or setup.longbench_set,
+        min_length=setup.min_length if given is None or given.min_length is None else given.min_length,
+        max_length=None if given is None else given.max_length,
+        prompt_limit=limit,
+    )
 
 
 @lru_cache(maxsize=16)
@@ -192,12 +268,12 @@ def _records(
     limit: int | None,
     min_length: int,
     max_length: int | None,
-    extended: bool | None,
+    longbench_set: str,
 ) -> Dataset:
     with _said_where_to_get_data():
         if max_length is None:
-            return load_records(task, data_dir, min_length or None, limit, extended)
-        records = load_records(task, data_dir, min_length or None, None, extended).to_list()
+            return _load(task, data_dir, min_length, limit, longbench_set)
+        records = _load(task, data_dir, min_length, None, longbench_set).to_list()
     kept = [record for record in records if record["length"] <= max_length]
     if not kept:
         shortest = min(record["length"] for record in records)
@@ -215,21 +291,34 @@ def _range(min_length: int, max_length: int | None) -> str:
 
 
 @lru_cache(maxsize=16)
-def _short_records(task: str, data_dir: str | None, max_length: int, extended: bool | None) -> tuple[Sample, ...]:
-    records = load_records(task, data_dir, min_length=None, extended=extended)
-    return tuple(record for record in records.to_list() if record["length"] <= max_length)
+def _all_records(task: str, data_dir: str | None, longbench_set: str) -> tuple[Sample, ...]:
+    with _said_where_to_get_data():
+        return tuple(_load(task, data_dir, 0, None, longbench_set).to_list())
+
+
+@lru_cache(maxsize=16)
+def _prompt_tokens(task: str, data_dir: str | None, longbench_set: str, folder: Path) -> dict[str, int]:
+    spec, tokenizer = get_task(task), load_tokenizer(folder)
+    samples = _all_records(task, data_dir, longbench_set)
+    return {sample["_id"]: count_prompt_tokens(sample, spec, tokenizer) for sample in samples}
+
+
+def _load(task: str, data_dir: str | None, min_length: int, limit: int | None, longbench_set: str) -> Dataset:
+    if longbench_set == BOTH:
+        return load_both_sets(task, data_dir, min_length or None, limit)
+    return load_records(task, data_dir, min_length or None, limit, LONGBENCH_SETS[longbench_set])
 
 
 @lru_cache
-def _kind_at_hand(task: str, data_dir: str | None, extended: bool) -> bool:
-    """`extended` if the data has such a set of `task`, or has none at all; else the other kind."""
+def _kind_at_hand(task: str, data_dir: str | None, kind: str) -> str:
+    """`plain` or `extended`: `kind` if the data has such a set of `task`, or has none at all; else the other one."""
     with _said_where_to_get_data():
         sets = list_sets(data_dir)
-    wanted, other = set_meant(task, extended), set_meant(task, not extended)
+    wanted, other = (set_meant(task, extended) for extended in (LONGBENCH_SETS[kind], not LONGBENCH_SETS[kind]))
     if wanted in sets or other not in sets:
-        return extended
+        return kind
     logger.warning("calibration on %s: %s has no %s", other, data_dir or HUB, wanted)
-    return not extended
+    return "plain" if kind == "extended" else "extended"
 
 
 @lru_cache
@@ -240,9 +329,11 @@ def _warn_of_few(task: str, found: int, asked: int, kind: str) -> None:
 
 
 @lru_cache
-def _set_name(task: str, data_dir: str | None, extended: bool | None) -> str:
+def _set_name(task: str, data_dir: str | None, longbench_set: str) -> str:
     with _said_where_to_get_data():
-        return find_set(task, data_dir, extended).set_name
+        if longbench_set == BOTH:
+            return "+".join(sets_of(task, data_dir))
+        return find_set(task, data_dir, LONGBENCH_SETS[longbench_set]).set_name
 
 
 @contextmanager
@@ -254,14 +345,12 @@ def _said_where_to_get_data() -> Iterator[None]:
         raise MissingDataError(f"{error}; {hint}") from None
 
 
-def prompt_ids(samples: Sequence[Sample], task: TaskSpec, loaded: LoadedModel) -> list[Tensor]:
-    """The samples' prompts as the model is given them, 1-D token ids."""
-    spec = loaded.spec
-    tokenizer: Any = loaded.tokenizer
-    return [
-        torch.tensor(build_prompt_ids(sample, task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
-        for sample in samples
-    ]
+def prompt_ids(samples: Sequence[Sample], task: TaskSpec, loaded: LoadedModel, most: int | None = None) -> list[Tensor]:
+    """The samples' prompts as the model is given them, 1-D token ids; `most` tokens, or the model's limit, are kept of
+    a longer one before it is wrapped."""
+    tokenizer, template = loaded.tokenizer, loaded.spec.chat_template
+    limit = min(loaded.spec.max_prompt_tokens, most or loaded.spec.max_prompt_tokens)
+    return [torch.tensor(build_prompt_ids(sample, task, tokenizer, limit, template)) for sample in samples]
 
 
 def reference_ids(

@@ -1,4 +1,4 @@
-"""The options that strategies declare of their own, on the command line `--strategy-option NAME=VALUE`."""
+"""The options that a strategy declares with `strategy_option`, set by `--strategy-option NAME=VALUE`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPELLED = {"true": True, "false": False}
 
 
 def declared_options(cls: type[Strategy]) -> dict[str, Field[Any]]:
-    """The fields of a strategy that were made by `strategy_option`, by name."""
+    """The fields of a strategy that were made with `strategy_option`, by name."""
     return {field.name: field for field in fields(cls) if "help" in field.metadata}
 
 
@@ -31,10 +31,10 @@ def options_help() -> str:
 
 
 def parse_options(name: str, given: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` texts as fields of the strategy called `name`, in their declared types.
+    """Parse `NAME=VALUE` strings into fields of the strategy called `name`, with their declared types.
 
     Raises:
-        ValueError: not of that form, given twice, not an option of the strategy, or not of its type.
+        ValueError: wrong form, an option given twice, an unknown option, or a value of the wrong type.
     """
     cls = None if name == FULL else strategy_class(name)
     declared = {} if cls is None else declared_options(cls)

@@ -1,11 +1,11 @@
-"""The strategies by name: the library's own, and those that other packages register.
+"""The strategies by name: those of the library, and those that other packages register.
 
-A package outside has three ways to make its strategies known to the command line and the scripts in `eval/`:
+Another package can add its strategies to the command line and the scripts in `eval/` in three ways:
 
 - an entry point in the group `adaskip.strategies`, whose value is `package.module:Class`;
 - the environment variable `ADASKIP_PLUGINS`, a comma-separated list of `package.module` (which calls
   `register_strategy`) or `package.module:Class`;
-- `--strategy package.module:Class`, which adds that to `ADASKIP_PLUGINS`, so that worker processes know it, too.
+- `--strategy package.module:Class`, which adds the class to `ADASKIP_PLUGINS`, so that worker processes find it.
 
 Plugins are imported when a strategy is first looked up, not when the library is imported.
 """
@@ -29,28 +29,28 @@ from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 
 FULL, FULL_SHORT_NAME, FULL_LABEL = "full", "FULL", "Full model"
-"""The unskipped model wherever a strategy is named: it is none, but has names like one."""
+"""Names of the full model, which is not a strategy but can be given wherever a strategy is."""
 GROUP = "adaskip.strategies"
-"""The group of entry points."""
+"""The entry-point group of plugins."""
 PLUGINS = "ADASKIP_PLUGINS"
-"""The environment variable."""
+"""The environment variable that lists plugins."""
 PROFILE_TYPES = (ImportanceProfile, SelectionProfile)
 NAME, SHORT_NAME = re.compile(r"[a-z][a-z0-9_]*"), re.compile(r"[A-Z][A-Z0-9_]*")
 
 S = TypeVar("S", bound=type[Strategy])
 _registered: dict[str, type[Strategy]] = {}
 _loaded: set[str] = set()
-"""Entry points and values of `ADASKIP_PLUGINS` that were imported, or are being imported now."""
+"""Entry points and values of `ADASKIP_PLUGINS` that have been imported or are being imported."""
 
 
 def register_strategy(cls: S) -> S:
-    """Make a strategy known by its name to the command line, the tables and the plots; also a decorator.
+    """Register a strategy class for the command line, the tables and the plots; can be used as a decorator.
 
-    Put it above `@dataclass(frozen=True, kw_only=True)`. To register the same class again changes nothing.
+    Put it above `@dataclass(frozen=True, kw_only=True)`. Registering the same class again changes nothing.
 
     Raises:
-        ValueError: it is not a concrete, frozen dataclass derived from `Strategy`, lacks a declaration, declares
-            something impossible, or has the name, short name or label of another strategy.
+        ValueError: the class is not a concrete, frozen dataclass derived from `Strategy`, a declaration is missing or
+            invalid, or its name, short name or label is already taken.
     """
     _check_class(cls)
     _check_declared(cls)
@@ -67,7 +67,7 @@ def _check_class(cls: Any) -> None:
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
         raise ValueError(f"{cls.__name__} is abstract: define {missing}")
-    parameters = cls.__dict__.get("__dataclass_params__")  # its own, not those of a base class
+    parameters = cls.__dict__.get("__dataclass_params__")  # of the class itself, not of a base class
     if not is_dataclass(cls) or parameters is None or not parameters.frozen:
         raise ValueError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True, kw_only=True)")
 
@@ -106,7 +106,7 @@ def _check_free(cls: type[Strategy]) -> None:
 
 
 def registered() -> dict[str, type[Strategy]]:
-    """Every strategy by name, the library's own first; imports the plugins not imported so far.
+    """Every strategy by name, those of the library first; imports plugins that are not imported yet.
 
     Raises:
         ValueError: a plugin cannot be imported, or its strategy cannot be registered.
@@ -123,7 +123,7 @@ def registered() -> dict[str, type[Strategy]]:
 
 
 def _plugins() -> Iterator[tuple[str, str]]:
-    """Where each plugin is named, and what it is: `package.module` or `package.module:Class`."""
+    """Yield (origin, plugin): where the plugin is listed, and `package.module` or `package.module:Class`."""
     yield from _entry_points()
     for plugin in filter(None, (each.strip() for each in os.environ.get(PLUGINS, "").split(","))):
         yield f"{PLUGINS}={plugin}", plugin
@@ -136,7 +136,7 @@ def _entry_points() -> tuple[tuple[str, str], ...]:
 
 
 def _import(where: str, plugin: str) -> type[Strategy] | None:
-    """Import a plugin and register the class it names, if it names one."""
+    """Import a plugin, and register and return the class if it names one."""
     module_name, _, class_name = plugin.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -150,9 +150,9 @@ def _import(where: str, plugin: str) -> type[Strategy] | None:
 
 
 def strategy_name(given: str) -> str:
-    """The name of a strategy given by name or as `package.module:Class`, which is imported and registered.
+    """The name of a strategy that is given as a name or as `package.module:Class`.
 
-    A name is returned as it is, whether there is such a strategy or not.
+    A class is imported and registered. A name is returned unchanged and not checked.
     """
     if ":" not in given:
         return given
@@ -161,12 +161,12 @@ def strategy_name(given: str) -> str:
         raise ValueError(f"strategy {given!r} names no class; expected package.module:Class")
     known = [each.strip() for each in os.environ.get(PLUGINS, "").split(",") if each.strip()]
     if given not in known:
-        os.environ[PLUGINS] = ",".join([*known, given])  # for the processes that this one starts
+        os.environ[PLUGINS] = ",".join([*known, given])  # for child processes
     return cls.name
 
 
 def strategy_class(name: str) -> type[Strategy]:
-    """The class of a strategy name; ValueError with the nearest and all names if there is none."""
+    """The class of that name; a ValueError suggests the nearest name and lists all if there is none."""
     known = registered()
     if name in known:
         return known[name]
@@ -177,16 +177,16 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def profile_type(name: str) -> type[ImportanceProfile] | type[SelectionProfile] | None:
-    """The kind of profile that a strategy chooses by; None for one that needs none, and for the full model."""
+    """The class of the profile that a strategy needs; None for a strategy without a profile and for the full model."""
     return None if name == FULL else strategy_class(name).profile_type
 
 
 def needs_profile(name: str) -> bool:
-    """Whether the strategy chooses by something measured: importance, or the search of a selection."""
+    """Whether the strategy needs a profile (importance or selection)."""
     return profile_type(name) is not None
 
 
 def needs_selection(name: str) -> bool:
-    """Whether the strategy chooses by the search of a selection."""
+    """Whether the strategy needs a selection profile."""
     kind = profile_type(name)
     return kind is not None and issubclass(kind, SelectionProfile)

@@ -119,7 +119,9 @@ def test_the_base_dependencies_alone_give_help_and_say_what_a_run_needs(base, ch
     assert "calibrate" in alone(base, "-m", "adaskip", "--help", cwd=tmp_path).stdout
     argv = ["-m", "adaskip", "run", *cell("adaskip"), "--checkpoint", checkpoint, "--data-dir", data_dir]
     ended = alone(base, *argv, cwd=tmp_path, expect=2)
-    assert ended.stderr == "error: datasets is not installed, which this needs: pip install 'adaskip[paper]'\n"
+    assert (
+        ended.stderr == "error: this needs the package datasets, which is not installed: pip install 'adaskip[paper]'\n"
+    )
 
 
 def test_the_metadata_holds_one_version_and_a_lean_base(base):

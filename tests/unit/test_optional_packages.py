@@ -74,7 +74,10 @@ def test_the_library_works_with_the_base_dependencies_alone():
 def test_a_command_that_needs_a_missing_package_is_one_line(command, package, tmp_path):
     ended = hidden(*command.split())
     assert ended.returncode == 2
-    assert ended.stderr == f"error: {package} is not installed, which this needs: pip install 'adaskip[paper]'\n"
+    assert (
+        ended.stderr
+        == f"error: this needs the package {package}, which is not installed: pip install 'adaskip[paper]'\n"
+    )
 
 
 def test_the_commands_help_needs_the_base_dependencies_only():
@@ -90,7 +93,7 @@ def test_a_score_that_needs_a_missing_package_is_no_zero(name, monkeypatch):
     metrics._rouge_l.cache_clear()
     for package in ("rouge", "rouge_score", "rouge_score.rouge_scorer", "jieba"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match="is not installed, which this needs: pip install 'adaskip"):
+    with pytest.raises(MissingPackageError, match="which is not installed: pip install 'adaskip"):
         getattr(metrics, name)("a b c", "a b d", None)
 
 

@@ -98,7 +98,7 @@ def test_the_kind_of_profile_is_what_the_class_declares():
     cls = register_strategy(toy(profile_type=ImportanceProfile, fields={"profile": ImportanceProfile}))
     assert needs_profile(cls.name)
     assert not needs_selection(cls.name)
-    with pytest.raises(ValueError, match="toy chooses by measurement"):
+    with pytest.raises(ValueError, match="toy needs a profile"):
         build("toy", phase="e2e", budget=Budget(sublayers=2), num_layers=8)
 
 

@@ -89,7 +89,7 @@ def test_partial_and_damaged_runs_are_named(run_script):
     [
         ("eval.py", [], "required: --model"),
         ("eval.py", ["--model", "llama-EE-PREFILL"], "no run llama-EE-PREFILL in results/runs"),
-        ("eval.py", ["--model", "llama"], "no run name"),
+        ("eval.py", ["--model", "llama"], "not a run name"),
         ("tables.py", ["--results-dir", "x", "--testbed"], "not allowed with argument"),
         ("tables.py", ["--results-dir", "x"], "no results in x: there is no such folder"),
         ("plots.py", ["--testbed"], "no results in results/testbed/runs"),

@@ -133,7 +133,7 @@ def test_a_run_of_the_testbed_only_is_pointed_to(away):
 
 
 def test_a_name_of_another_form_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no run name"):
+    with pytest.raises(ValueError, match="not a run name"):
         find_run("llama", tmp_path)
 
 

@@ -11,9 +11,9 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress
 from adaskip.calibration.search import search
 from adaskip.calibration.select import select
+from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.core.generate import generate
 from adaskip.core.plan import SkipPlan, Sublayer
-from adaskip.profiles.fingerprint import weights_fingerprint
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from tests.families import random_model, random_prompts
 

@@ -22,7 +22,7 @@ from torch.utils.benchmark import timer
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, get_task
+from adaskip.benchmarks.longbench import get_task
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.choices import check_choice
@@ -214,7 +214,7 @@ def _of_tasks(config: LosslessConfig, name: str) -> Subject:
     columns = [prompt_ids(records.scored(task, each), get_task(task), loaded) for task in tasks]
     prompts = [ids for row in zip_longest(*columns) for ids in row if ids is not None]
     calibration = find_calibration(config).data(loaded)["prompts"]
-    unscored = records.unscored(tasks, config.setup.calibration_samples, PAPER_MIN_LENGTH)
+    unscored = records.unscored(tasks, config.setup.search_samples)
     searched = [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in unscored]
     return Subject(loaded, prompts[: config.prompts], calibration, searched)
 

@@ -25,7 +25,7 @@ from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs import profiles
 from adaskip.runs.calibration import find_calibration
 from adaskip.runs.config import RunConfig, SharedConfig
-from adaskip.runs.job import resolve
+from adaskip.runs.job import find_profile, resolve
 from adaskip.runs.loading import find_loading
 from adaskip.strategies import CalibratedSkip, needs_selection
 from adaskip.studies.bench.settings import SMALL_MODEL, BenchConfig
@@ -146,10 +146,9 @@ def _named_profile(config: BenchConfig, model: PreTrainedModel) -> ImportancePro
     """The profile of `--profile`; for random weights any of a model of that depth serves."""
     if config.profile is None:
         return None
-    if not Path(config.profile).is_file():
-        raise ValueError(f"--profile {config.profile} does not exist; `adaskip calibrate` makes one")
+    path = find_profile(config.profile, ImportanceProfile)
     fitting, allowed = None if config.random_weights else model, config.allow_other_weights
-    profile = ImportanceProfile.load(config.profile, fitting, allow_other_weights=allowed)
+    profile = ImportanceProfile.load(path, fitting, allow_other_weights=allowed)
     profile.check_num_layers(len(decoder_layers(model)))
     return profile
 

@@ -27,6 +27,7 @@ __all__ = [
     "VERMILION",
     "Look",
     "save",
+    "save_as",
     "styled",
 ]
 
@@ -43,6 +44,13 @@ RC: dict[Any, Any] = {
     "svg.hashsalt": "adaskip",
 }
 
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+"""By ending of a picture's file, what would differ between two of the same data."""
+
 FULL_LINE: dict[str, Any] = {"color": "black", "linewidth": 0.9, "dashes": (6, 2), "zorder": 1}
 
 
@@ -57,11 +65,13 @@ def styled() -> Iterator[None]:
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg without dates and program versions; called inside `styled()`."""
-    left_out: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-    return [_save(figure, stem.parent / f"{stem.name}.{kind}", kind, metadata) for kind, metadata in left_out.items()]
+    return [save_as(figure, stem.parent / f"{stem.name}.{kind}") for kind in ("png", "svg")]
 
 
-def _save(figure: Figure, path: Path, kind: str, metadata: dict[str, Any]) -> Path:
+def save_as(figure: Figure, path: Path) -> Path:
+    """Write one file of the kind that its ending names; called inside `styled()`. ValueError for another ending."""
+    if (kind := path.suffix[1:]) not in LEFT_OUT:
+        raise ValueError(f"{path} is no name of a picture; allowed endings: {', '.join(LEFT_OUT)}")
     image = io.BytesIO()
-    figure.savefig(image, format=kind, dpi=200, metadata=metadata)
+    figure.savefig(image, format=kind, dpi=200, metadata=LEFT_OUT[kind])
     return write_bytes_atomic(path, image.getvalue())

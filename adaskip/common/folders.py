@@ -1,0 +1,64 @@
+"""Whole-folder writes: a folder appears with all of its files or not at all."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adaskip.common.files import TEMPORARY, sync_folder
+from adaskip.common.locks import exclusive
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `output`, to be filled, that takes its name at the end; after an error it is deleted.
+
+    What a killed process left of an earlier attempt at `output` is deleted first.
+
+    Raises:
+        ValueError: `output` exists and is not an empty folder, cannot be made, or is being written by another process.
+    """
+    output = Path(os.path.abspath(output))
+    check_new(output)
+    pattern = f".{output.name}."
+    with exclusive(output.parent / f"{pattern}lock", of=output):
+        for torn in output.parent.glob(f"{glob.escape(pattern)}*{TEMPORARY}"):
+            shutil.rmtree(torn)
+        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=pattern, suffix=TEMPORARY))
+        try:
+            yield folder
+            folder.chmod(0o755)
+            for path in folder.rglob("*"):
+                _sync(path)
+            os.replace(folder, output)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        sync_folder(output.parent)
+
+
+def check_new(output: Path) -> None:
+    """Raise ValueError unless a folder can be made at `output`: nothing is there, or an empty folder."""
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; give a new folder or delete it first")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give the name of a new folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error.strerror or error}") from None
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+        return
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

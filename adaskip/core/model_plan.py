@@ -1,0 +1,86 @@
+"""Plans that say which model they are for, and strategies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from adaskip.core.decoder import decoder_layers
+from adaskip.core.fingerprint import portable_fingerprint
+from adaskip.core.plan import PlanOrigin, SkipPlan
+from adaskip.core.same_model import check_same_model, identity
+from adaskip.core.strategy import FixedPlan, Strategy
+
+PROVENANCE = (
+    *("model", "phase", "dataset", "data_ids", "tokens", "dtype", "attn_implementation"),
+    *("weights_fingerprint", "config_fingerprint", "versions"),
+)
+"""Fields of a profile that say what was measured on what."""
+
+
+def make_plan(
+    model: nn.Module, strategy: Strategy, *, base_model: str | None = None, allow_other_weights: bool = False
+) -> SkipPlan:
+    """The set that `strategy` skips in `model`, with all that `save_pretrained` has to say of it.
+
+    base_model: Hub id or folder of the model; default: where it was loaded from. allow_other_weights: the strategy's
+    profile may be of other weights of a model of this shape.
+
+    Raises ValueError if the strategy is for another number of layers, its profile is of another model, or its set
+    changes in the answer.
+    """
+    if not strategy.is_steady:
+        raise ValueError(
+            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set in the answer, which a saved plan "
+            "cannot say; allowed: a set that stays (adaskip: learning_window=0; skipdecode: phase prefill)"
+        )
+    depth = len(decoder_layers(model))
+    if strategy.num_layers != depth:
+        raise ValueError(f"strategy {strategy.name} was made for {strategy.num_layers} layers, the model has {depth}")
+    profile: Any = getattr(strategy, "profile", None)
+    if profile is not None:
+        profile.check_fits(model, allow_other_weights=allow_other_weights)
+    origin = PlanOrigin(
+        **identity(model, base_model, portable_fingerprint(model)),
+        num_layers=depth,
+        phase=strategy.phase,
+        strategy=strategy.name,
+        budget={unit: value for unit, value in vars(strategy.budget).items() if value is not None},
+        options={f.name: getattr(strategy, f.name) for f in fields(strategy) if "help" in f.metadata},
+        profile=None if profile is None else _provenance(profile),
+        versions={name: version(name) for name in ("torch", "transformers")},
+    )
+    return replace(strategy.skipped, origin=origin)
+
+
+def strategy_of(given: Strategy | SkipPlan, model: nn.Module, *, allow_other_weights: bool = False) -> Strategy:
+    """A strategy as it is; of a plan the strategy that skips its set in the phase it was made for, e2e if it says none.
+
+    Raises ValueError for a plan that was made for another model; allow_other_weights: one of the same shape is warned
+    of and not refused.
+    """
+    if isinstance(given, Strategy):
+        return given
+    if given.origin is None:
+        return FixedPlan(num_layers=len(decoder_layers(model)), plan=given)
+    check_plan(
+        given.origin,
+        identity(model, fingerprint=portable_fingerprint(model)),
+        len(decoder_layers(model)),
+        allow_other_weights=allow_other_weights,
+    )
+    return FixedPlan(num_layers=given.origin.num_layers, phase=given.origin.phase, plan=given)
+
+
+check_plan = partial(check_same_model, what="plan", again="make one for this model")
+
+
+def _provenance(profile: Any) -> dict[str, Any]:
+    found = {name: getattr(profile, name) for name in PROVENANCE if getattr(profile, name, None) is not None}
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+    return {"kind": type(profile).__name__, **plain}

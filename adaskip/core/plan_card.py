@@ -1,0 +1,103 @@
+"""A plan as text: its map, what it was made of, and the model card of a saved plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from adaskip.core.plan_origin import PlanOrigin
+
+if TYPE_CHECKING:
+    from adaskip.core.plan import SkipPlan
+
+SKIPPED, LIVE = "#", "."
+LAYERS_PER_LINE = 100
+IN_THE_FILE = ("weights_fingerprint", "config_fingerprint", "versions")
+"""Of a profile's provenance, what is told by the plan's file alone."""
+
+CARD = """---
+library_name: adaskip
+{base_model}tags:
+- adaskip
+- sublayer-skipping
+---
+
+# Skip plan for {model}
+
+{skipped}, in the place of each `h <- scale * h`.
+
+```text
+{plan_map}
+```
+
+```python
+from transformers import AutoModelForCausalLM
+from adaskip import SkipPlan, skipping
+
+model = AutoModelForCausalLM.from_pretrained("{model}").eval()
+plan = SkipPlan.from_pretrained("this folder or repository")
+with skipping(model, plan):
+    model.generate(...)
+```
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def plan_map(plan: SkipPlan, num_layers: int) -> str:
+    """Two rows of characters, attention and FFN, one for each layer: `#` is skipped, `.` runs."""
+    lines = []
+    for start in range(0, num_layers, LAYERS_PER_LINE):
+        layers = range(start, min(start + LAYERS_PER_LINE, num_layers))
+        lines.append(f"{'layer':11}" + "".join(f"{layer:<10}" for layer in layers if layer % 10 == 0).rstrip())
+        for kind in ("attention", "ffn"):
+            skipped = getattr(plan, kind)
+            lines.append(f"{kind:11}" + "".join(SKIPPED if layer in skipped else LIVE for layer in layers))
+    return "\n".join(lines)
+
+
+def summary(plan: SkipPlan, origin: PlanOrigin) -> dict[str, str]:
+    """What there is to say of a plan, by headings."""
+    scales = [scale for scale in plan.scales.values() if isinstance(scale, float)]
+    spans = f"{min(scales):.3f} to {max(scales):.3f}" if scales else "all 1"
+    return {
+        "model": f"{origin.model} ({origin.num_layers} layers)",
+        "phase": origin.phase,
+        "skipped": f"{len(plan)} of {2 * origin.num_layers} sublayers",
+        "strategy": _text({"name": origin.strategy, **origin.options}),
+        "budget": _text(origin.budget),
+        "scales": "affine" if len(scales) < len(plan.scales) else spans,
+        "profile": "none" if origin.profile is None else _text(origin.profile, leave_out=IN_THE_FILE),
+        "weights": origin.weights_fingerprint,
+        "configuration": origin.config_fingerprint,
+        "adapter": origin.adapter or "none",
+        "made with": _text(origin.versions),
+    }
+
+
+def model_card(plan: SkipPlan, origin: PlanOrigin) -> str:
+    """The README.md of a saved plan."""
+    told = summary(plan, origin)
+    on_hub = origin.model.count("/") == 1 and not origin.model.startswith((".", "/", "~"))
+    return CARD.format(
+        base_model=f"base_model: {origin.model}\n" if on_hub else "",
+        model=origin.model,
+        skipped=f"Skips {told['skipped']} in phase {origin.phase}",
+        plan_map=plan_map(plan, origin.num_layers),
+        rows="\n".join(f"| {heading} | {text} |" for heading, text in told.items()),
+    )
+
+
+def _text(record: Mapping[str, Any], leave_out: Collection[str] = ()) -> str:
+    """A mapping in one line; lists by their length beyond three entries."""
+    parts = []
+    for name, value in record.items():
+        if name in leave_out:
+            continue
+        if isinstance(value, (list, tuple)):
+            value = f"{len(value)} entries" if len(value) > 3 else " ".join(map(str, value))
+        if value not in (None, ""):
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)

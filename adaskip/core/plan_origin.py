@@ -1,0 +1,72 @@
+"""What a saved plan says of itself: the model and phase it was made for, and how it was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Phase = Literal["prefill", "decode", "e2e"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+def check_phase(phase: str) -> Phase:
+    """`phase` itself if it is one of the three phases, else a ValueError that lists them."""
+    if phase not in PHASES:
+        raise ValueError(f"unknown phase {phase!r}; allowed: {', '.join(PHASES)}")
+    return phase
+
+
+@dataclass(frozen=True)
+class PlanOrigin:
+    """The model that a plan was made for, by the fields of `same_model.identity`, and how it was chosen.
+
+    model: Hub id or folder of the base model. weights_fingerprint: its `portable_fingerprint`. phase: where the set is
+    skipped; in phase decode a prompt runs through the full model. strategy, budget, options: what chose the set, its
+    budget by unit and its own options. profile: what the strategy chose by, without the measurements; None where it
+    chose by nothing measured. versions: of packages.
+    """
+
+    model: str
+    num_layers: int
+    hidden_size: int
+    phase: Phase
+    weights_fingerprint: str
+    config_fingerprint: str
+    adapter: str
+    strategy: str
+    budget: Mapping[str, int | float]
+    options: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
+    profile: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_phase(self.phase)
+        for name in ("model", "weights_fingerprint", "config_fingerprint", "adapter", "strategy"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} of a plan must be a text; got {value!r}")
+        for name in ("num_layers", "hidden_size"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} of a plan must be a whole number of at least 1; got {value!r}")
+        for name in ("budget", "options", "versions", "profile"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) and not (name == "profile" and value is None):
+                raise ValueError(f"{name} of a plan must be an object; got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Any) -> PlanOrigin:
+        """What `to_dict` was made of. Raises ValueError for anything else."""
+        if not isinstance(record, Mapping):
+            raise ValueError(f"the origin of a plan must be an object; got {record!r}"[:200])
+        known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
+        missing = [name for name, needed in known.items() if needed and name not in record]
+        unknown = [name for name in record if name not in known]
+        if missing or unknown:
+            wrong = [f"lacks {', '.join(missing)}"] if missing else []
+            wrong += [f"has fields unknown here: {', '.join(unknown)}"] if unknown else []
+            raise ValueError(f"the origin of a plan {' and '.join(wrong)}")
+        return cls(**record)

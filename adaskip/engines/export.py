@@ -1,0 +1,41 @@
+"""Exports a model under a plan to an engine: checked before, written whole or not at all, verified after writing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adaskip.common.folders import check_new, new_folder
+from adaskip.core.plan import PLAN_FILE
+from adaskip.engines.registry import Export, engine
+
+REPORT = "adaskip_export.json"
+"""What an export says of itself in its folder, beside the plan."""
+
+
+def export_to(name: str, export: Export, output: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Export to an engine of `registry.ENGINES`, into the folder `output`, which is new or empty.
+
+    verify: load both models afterwards, one after the other, and compare their logits on a prompt.
+
+    Returns what also stands in the folder's report. Raises ValueError for what cannot be exported, before anything is
+    written, or differs from the plan, and OSError for a full disk; then nothing is left at `output`.
+    """
+    chosen = engine(name)
+    check_new(Path(output))
+    chosen.check(export)
+    with new_folder(output) as folder:
+        chosen.write(export, folder)
+        report = {
+            "engine": name,
+            "model_type": export.source.model_type,
+            "num_layers": export.folded.num_layers,
+            "num_skipped": len(export.strategy.skipped),
+            "skipped": export.strategy.skipped.to_dict(),
+            "scales_in_weights": export.folded.is_scaled,
+            "verified": chosen.verify(export, folder) if verify else None,
+        }
+        export.strategy.skipped.save(folder / PLAN_FILE)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report

@@ -1,0 +1,203 @@
+"""`adaskip plan`, `show` and `export`: a plan is made and saved, shown, and written as a checkpoint of an engine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from adaskip.common.choices import check_choice
+from adaskip.common.named_files import find_file, published, read_format
+from adaskip.common.options import option
+from adaskip.core.fingerprint import portable_fingerprint
+from adaskip.core.model_plan import check_plan, make_plan
+from adaskip.core.plan import PHASES, PLAN_FILE, Budget, SkipPlan
+from adaskip.core.plan_card import plan_map, summary
+from adaskip.core.same_model import identity
+from adaskip.core.strategy import FixedPlan
+from adaskip.engines.checkpoint import Checkpoint, save_in_memory
+from adaskip.engines.errors import ExportError
+from adaskip.engines.export import export_to
+from adaskip.engines.registry import ENGINES, Export
+from adaskip.models.checkpoints import check_weights
+from adaskip.models.loading import load_source
+from adaskip.models.registry import registry
+from adaskip.models.source import ModelSource, find_source
+from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SelectionProfile
+from adaskip.runs.config import RunConfig, StrategyConfig
+from adaskip.runs.job import Job, resolve
+from adaskip.runs.profiles import profile_for
+from adaskip.runs.speedup import find_target
+from adaskip.strategies import build, strategy_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(StrategyConfig):
+    """A plan to be saved: the set of a strategy for a model."""
+
+    phase: str = option(f"phase in which sublayers are skipped: {', '.join(PHASES)}", "e2e")
+    output: str | None = option("folder that the plan is written to, with a model card", required=True)
+    base_model: str | None = option("what the plan calls its model, as a Hub id; if not given, what --model names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """A saved plan to be shown."""
+
+    plan: str | None = option(
+        "folder or file of a plan or profile, org/name on the Hub, or a published name; if not given, those are listed",
+        positional=True,
+    )
+    plot: str | None = option("also draw the plan into this file (.png, .svg or .pdf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A saved plan and the engine that its model is exported to."""
+
+    plan: str | None = option(
+        "folder or file of a plan, org/name on the Hub, or a published name", required=True, positional=True
+    )
+    to: str | None = option(f"engine: {', '.join(ENGINES)}", required=True)
+    output: str | None = option("what is written: a new folder", required=True)
+    model: str | None = option(
+        "weights of the model: a Hub id, a folder or a .gguf file; if not given, what the plan was made for"
+    )
+    allow_other_weights: bool = option("the model may have other weights than the one the plan was made for", False)
+    verify: bool = option("load both models afterwards, in float32 one by one, and compare their logits", True)
+
+    def __post_init__(self) -> None:
+        if self.to is not None:
+            check_choice("engine", self.to, ENGINES)
+
+
+def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
+    """`adaskip plan`: make a plan and save it. Returns it and its folder.
+
+    AdaSkip's online learning is off unless it is asked for, which is then refused: no saved plan can hold it.
+    """
+    job = resolve(RunConfig(**{field.name: getattr(config, field.name) for field in fields(StrategyConfig)}))
+    source = job.loading.source
+    if job.strategy == "full":
+        raise ValueError("the full model skips nothing and has no plan; give another strategy")
+    source.check()
+    if job.speedup is not None:
+        job = job.with_sublayers(find_target(job).sublayers)
+    loaded = job.loading.load()
+    profile = None if job.calibration is None else profile_for(job, loaded)[0]
+    strategy = build(
+        job.strategy,
+        phase=job.phase,
+        budget=Budget(sublayers=job.sublayers),
+        num_layers=job.loading.num_layers,
+        profile=profile,
+        **_without_learning(job),
+    )
+    assert strategy is not None, "of the full model alone there is none"
+    plan = make_plan(
+        loaded.model,
+        strategy,
+        base_model=config.base_model or source.checkpoint,
+        allow_other_weights=job.allow_other_weights,
+    )
+    assert config.output is not None, "required"
+    return plan, plan.save_pretrained(config.output)
+
+
+def _without_learning(job: Job) -> dict[str, Any]:
+    learns = "learning_window" in {field.name for field in fields(strategy_class(job.strategy))}
+    return {**({"learning_window": 0} if learns else {}), **job.strategy_options}
+
+
+def shown(name: str | None) -> list[str]:
+    """`adaskip show`: the lines of a plan or profile, or without a name the published names."""
+    if name is None:
+        return list(published()) or ["nothing is published"]
+    path = find_file(name, PLAN_FILE)
+    for kind in (ImportanceProfile, SelectionProfile):
+        if read_format(path) == kind.FORMAT:
+            return _profile_lines(kind.load(path))
+    plan = SkipPlan.load(path)
+    if plan.origin is None:
+        depth = 1 + max(plan.attention | plan.ffn, default=0)
+        return [f"a plan of {len(plan)} sublayers that names no model", *plan_map(plan, depth).splitlines()]
+    rows = summary(plan, plan.origin)
+    return [*_aligned(rows), "", *plan_map(plan, plan.origin.num_layers).splitlines()]
+
+
+def _profile_lines(profile: ImportanceProfile | SelectionProfile) -> list[str]:
+    """What it was measured on, and the similarities by layer, or the set of each budget."""
+    names = ("model", "phase", "dataset", "dtype", "attn_implementation", "weights_fingerprint", "hidden_size")
+    lines = _aligned({name: str(getattr(profile, name)) for name in names})
+    if isinstance(profile, SelectionProfile):
+        sets = profile.selected.items()
+        return [*lines, *(f"{count:3} sublayers  KL {s.divergence:.4f}  {s.plan.to_dict()}" for count, s in sets)]
+    pairs = zip(profile.attention.similarity, profile.ffn.similarity, strict=True)
+    rows = (f"{layer:5}  {attention:9.4f}  {ffn:7.4f}" for layer, (attention, ffn) in enumerate(pairs))
+    return [*lines, "layer  attention      FFN  (IO similarity)", *rows]
+
+
+def _aligned(rows: Mapping[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"{heading:{width}}  {text}" for heading, text in rows.items()]
+
+
+def export_plan(config: ExportConfig) -> dict[str, Any]:
+    """`adaskip export`: write the model of a plan for an engine. Returns the report."""
+    assert config.plan is not None, "required"
+    assert config.to is not None, "required"
+    assert config.output is not None, "required"
+    plan = SkipPlan.load(find_file(config.plan, PLAN_FILE))
+    with _export(plan, config) as export:
+        return export_to(config.to, export, config.output, verify=config.verify)
+
+
+@contextmanager
+def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
+    """The export of a plan; a checkpoint without safetensors is written as one beside the output meanwhile."""
+    source = _source(plan, config)
+    phase = "e2e" if plan.origin is None else plan.origin.phase
+    strategy = FixedPlan(num_layers=source.num_layers, phase=phase, plan=plan)
+    kind = check_weights(source.path)
+    if kind == "bin":
+        raise ExportError(f"{source.path} holds .bin weights; allowed: safetensors, or a .gguf file")
+    if kind == "safetensors":
+        checkpoint = Checkpoint(source.path, source.own_config)
+        _check(plan, checkpoint.identity, strategy.num_layers, config)
+        yield Export(strategy, checkpoint)
+        return
+    loaded = load_source(source, device="cpu", dtype="float32")
+    known = identity(loaded.model, fingerprint=portable_fingerprint(loaded.model))
+    _check(plan, known, strategy.num_layers, config)
+    if config.to == "gguf":
+        del loaded
+        yield Export(strategy, Checkpoint(source.path.parent, source.own_config), gguf_file=source.path)
+        return
+    with tempfile.TemporaryDirectory(dir=_parent(config), prefix=".export-", suffix=".tmp") as folder:
+        checkpoint = save_in_memory(loaded.model, loaded.tokenizer, Path(folder))
+        del loaded
+        yield Export(strategy, checkpoint, gguf_file=source.path)
+
+
+def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
+    if config.model is None and plan.origin is None:
+        raise ValueError(f"{config.plan} names no model: give --model")
+    name = config.model or (None if plan.origin is None else plan.origin.model)
+    return find_source(name) if name in registry() else find_source(checkpoint=name)
+
+
+def _check(plan: SkipPlan, known: Mapping[str, Any], num_layers: int, config: ExportConfig) -> None:
+    """Refuse a plan that was made for another model."""
+    if plan.origin is not None:
+        check_plan(plan.origin, known, num_layers, allow_other_weights=config.allow_other_weights)
+
+
+def _parent(config: ExportConfig) -> Path:
+    """The folder of the output, made if need be: what is written there for a while is on the same file system."""
+    parent = Path(str(config.output)).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
