@@ -15,12 +15,11 @@ from adaskip.studies.tables import claims, scores
 from adaskip.studies.tables.compare import comparisons, contests
 from adaskip.studies.tables.documents import measures_document, scores_document
 from adaskip.studies.tables.latex import measures_latex, scores_latex
-from adaskip.studies.tables.report import measures_csv, write_report
+from adaskip.studies.tables.report import measures_csv, write_plots, write_tables
 from adaskip.studies.tables.results import FIDELITY, LOSS, SCORE, estimate, load_results
 from adaskip.studies.tables.runs import ResultsError, load_run
 from adaskip.studies.tables.scores import score_run
-from adaskip.studies.tables.summary import summarise
-from adaskip.studies.tables.summary_text import headline
+from adaskip.studies.tables.summary import headline, summarise
 from tests.saved_runs import write_run
 
 LAYERS = 30
@@ -132,7 +131,7 @@ def test_runs_of_other_protocols_are_not_compared(tmp_path, field, ours, said):
 def test_without_the_full_model_there_is_nothing_to_compare_with_and_one_line_says_so(tmp_path):
     write(tmp_path, "adaskip")
     results = load_results(tmp_path)
-    assert results.notes == ["no run of the full model smollm2 in phase decode: nothing to compare with"]
+    assert results.notes == ["no run of the full model smollm2 in phase decode: no comparison"]
     assert "| n/a" in measures_document(results, "decode").split("### Fidelity")[1].split("###")[0]
 
 
@@ -160,7 +159,8 @@ def test_what_is_not_run_yet_is_missing_and_nothing_else(tmp_path):
     assert "6.183*" in lines["Unified Skipping"]
     assert "3.100 [3.075, 3.125]" in lines["AdaSkip"]
     assert "Ours: not run." in measures_document(results, "e2e")
-    assert write_report(tmp_path, tmp_path / "out")
+    assert write_tables(results, tmp_path / "tables")
+    assert write_plots(results, tmp_path / "plots")
 
 
 def test_floors_stand_below_the_scores_and_tasks_at_theirs_are_named(tmp_path):
@@ -231,7 +231,7 @@ def test_records_without_their_references_are_shown_by_the_scores_saved_beside_t
     again = load_results(tmp_path)
     assert again.cells.equals(before.cells)
     assert again.notes == [
-        f"{label}-sublayers: scores of another version of the metrics; its records hold no references"
+        f"{label}-sublayers: scores of another version of the metrics; no references to score anew"
         for label in ("smollm2-ADA-PREFILL/8", "smollm2-FULL-PREFILL/0")
     ]
 

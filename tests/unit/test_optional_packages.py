@@ -18,7 +18,7 @@ from tests.tiny_runs import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN_EXTRAS = ("paper", "zh", "gguf")
 """Extras of the package; the others are for work on it."""
-BEHIND = ("pandas", "pyarrow", "nltk", "google", "contourpy")
+BEHIND = ("pyarrow", "nltk", "google", "contourpy")
 """Packages that the optional ones bring, hidden with them."""
 HIDDEN = ",".join((*EXTRAS, *BEHIND))
 LIBRARY = """
