@@ -20,7 +20,7 @@ CHANCE = ("interval_above", "paired_better", "paired_worse")
 
 def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
     """A row for each cell and other strategy, both run to their end: the means `ours` and `theirs`, and the interval
-    `low` to `high` of the paired difference, positive where AdaSkip is better.
+    `low` to `high` of the paired difference, positive where AdaSkip is better, all as printed: per cent or nats.
 
     `verdict` compares the means; `interval_above`: AdaSkip's own interval is better than the other's. Cells at their
     floor do not count by score.
@@ -44,7 +44,7 @@ def _compare(results: Results, measure: Measure, ours: Any, other: Any) -> tuple
         results.samples_of[cell.phase, cell.model, cell.strategy, cell.fraction, cell.task][measure.name]
         for cell in (ours, other)
     )
-    difference = mean_estimate([*(measure.sign * (mine - theirs.reindex(mine.index))).dropna()])
+    difference = mean_estimate([*(measure.sign * measure.scale * (mine - theirs.reindex(mine.index))).dropna()])
     low, high = (difference.low, difference.high) if difference else (None, None)
     best_end, worst_end = ("_high", "_low") if measure.sign > 0 else ("_low", "_high")
     above = measure.sign * (getattr(ours, measure.name + worst_end) - getattr(other, measure.name + best_end)) > 0
