@@ -1,4 +1,4 @@
-"""Whole-folder writes: a folder appears with all of its files or not at all."""
+"""Folders that appear with all of their files or not at all, and single files too large to be written at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaskip.common.files import TEMPORARY, sync_folder
+from adaskip.common.files import TEMPORARY, check_writable, sync_folder
 from adaskip.common.locks import exclusive
 
 
@@ -25,21 +25,54 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))
     check_new(output)
-    pattern = f".{output.name}."
+    with scratch_folder(output) as folder:
+        yield folder
+        folder.chmod(0o755)
+        for path in folder.rglob("*"):
+            _finish(path)
+        os.replace(folder, output)
+    sync_folder(output.parent)
+
+
+@contextmanager
+def scratch_folder(output: Path, purpose: str = "") -> Iterator[Path]:
+    """A temporary folder beside `output`, for one process at a time, that is deleted at the end.
+
+    What a killed process left of one for the same purpose is deleted first.
+    """
+    pattern = f".{output.name}{purpose}."
+    output.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(output.parent / f"{pattern}lock", of=output):
         for torn in output.parent.glob(f"{glob.escape(pattern)}*{TEMPORARY}"):
             shutil.rmtree(torn)
         folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=pattern, suffix=TEMPORARY))
         try:
             yield folder
-            folder.chmod(0o755)
-            for path in folder.rglob("*"):
-                _sync(path)
-            os.replace(folder, output)
-        except BaseException:
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
-        sync_folder(output.parent)
+
+
+@contextmanager
+def new_file(output: str | Path) -> Iterator[Path]:
+    """The path of a file to be written in a temporary folder beside `output`; at the end it takes that name.
+
+    Raises ValueError as `check_new_file`, or where another process is writing `output`.
+    """
+    output = Path(os.path.abspath(output))
+    check_new_file(output)
+    with scratch_folder(output) as folder:
+        file = folder / output.name
+        yield file
+        _finish(file)
+        os.replace(file, output)
+    sync_folder(output.parent)
+
+
+def check_new_file(output: Path) -> None:
+    """Raise ValueError unless nothing is at `output` and a file can be written there."""
+    if output.exists():
+        raise ValueError(f"{output} exists; give the name of a new file or delete it first")
+    check_writable(output)
 
 
 def check_new(output: Path) -> None:
@@ -56,9 +89,11 @@ def check_new(output: Path) -> None:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from None
 
 
-def _sync(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Bring a file or folder to disk; every user may read a file, as usual."""
     if path.is_dir():
         sync_folder(path)
         return
+    path.chmod(0o644)
     with path.open("rb") as handle:
         os.fsync(handle.fileno())

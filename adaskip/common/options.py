@@ -11,6 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,12 +85,17 @@ def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | Non
 def field_type(config: type, name: str) -> tuple[type, bool]:
     """(element type, whether it is a tuple) of a field: (int, False) for `int | None`, (str, True) for
     `tuple[str, ...]`."""
-    hint = typing.get_type_hints(config)[name]
+    hint = _type_hints(config)[name]
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+@cache
+def _type_hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config)
 
 
 def _read_yaml(config: type, path: str) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the package `adaskip`."""
-RUNS, TESTBED_RUNS = "results/runs", "results/testbed/runs"
-"""Default folders of runs (see `default_path`)."""
 MARKS = ("pyproject.toml", "configs/phases.yaml", "adaskip/__init__.py")
 """Files by which the root of a checkout is recognised."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from adaskip.common.own_options import own_option
 from adaskip.core.look import Look
 from adaskip.core.plan import EMPTY_PLAN, Budget, Phase, SkipPlan, check_phase
 
@@ -22,7 +23,7 @@ def strategy_option(help: str, default: Any) -> Any:
 
     Its type is bool, int, float or str, or the union of one of them with None.
     """
-    return field(default=default, metadata={"help": help})
+    return own_option(help, default)
 
 
 @dataclass(frozen=True)

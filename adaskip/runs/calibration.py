@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.longbench import get_task
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.config import DataConfig, SharedConfig
 from adaskip.runs.records import Records, Sample, find_records, prompt_ids
@@ -43,11 +42,11 @@ class Calibration:
 
     def data(self, loaded: LoadedModel) -> Mapping[str, Any]:
         """Keyword arguments for `calibrate`: the samples as prompts, and their description."""
-        task = get_task(self.task)
+        benchmark = self.records.benchmark
         return {
-            "prompts": prompt_ids(self.samples, task, loaded),
+            "prompts": prompt_ids(benchmark, self.task, self.samples, loaded),
             "model_name": loaded.spec.name,
-            "dataset": task.name,
+            "dataset": benchmark.task(self.task).name,
             "data_ids": [sample["_id"] for sample in self.samples],
         }
 

@@ -6,21 +6,20 @@ Run names are those of the paper's artifact (`llama-EE-PREFILL`); `configs/phase
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from adaskip.benchmarks.protocol import BENCHMARKS, Task
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
+from adaskip.common.plugins import PLUGINS
 from adaskip.core.plan import PHASES
 from adaskip.models.registry import registry
 from adaskip.strategies.names import SHORT_NAMES
-from adaskip.strategies.registry import PLUGINS
 
 MODELS = ("llama", "internlm", "vicuna")
 """The models of the paper. Any other model is named after its entry in `configs/models.yaml`, or after its weights."""
-
-PAPER, TESTBED = "paper", "testbed"
-"""The protocol of a model for which `configs/models.yaml` names none, and the block of the embedded models."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,14 @@ class PhaseSpec:
     max_new_tokens: int
     limit: int | None
 
+    def cap(self, task: Task) -> int:
+        """Most new tokens of an answer to a task."""
+        return min(self.max_new_tokens, task.max_new_tokens)
+
 
 @dataclass(frozen=True)
 class Setup:
-    """One block of `configs/phases.yaml`, which explains the fields: a protocol of real models, or the testbed."""
+    """A protocol: one block of `configs/phases.yaml`, which explains the fields. records: options of the benchmark."""
 
     name: str
     num_layers: int
@@ -113,8 +116,7 @@ class Setup:
     search_samples: int
     search_prompt_tokens: int | None
     phases: dict[str, PhaseSpec]
-    longbench_set: str
-    min_length: int
+    records: dict[str, Any]
     longest_prompt_tokens: int | None
     dtype: str | None
 
@@ -126,14 +128,27 @@ class Setup:
         return tuple(dict.fromkeys(2 * max(1, count) for count in layers))
 
 
-def protocols() -> tuple[str, ...]:
-    """The protocols of `configs/phases.yaml` for real checkpoints."""
-    return tuple(name for name, block in load_yaml("phases").items() if "phases" in block and name != TESTBED)
+def protocols(benchmark: str | None = None) -> tuple[str, ...]:
+    """The protocols of `configs/phases.yaml`, all or those of a benchmark, its default first."""
+    blocks = {name: block for name, block in load_yaml("phases").items() if "phases" in block}
+    owners = {name: block.get("benchmark", "longbench") for name, block in blocks.items()}
+    return tuple(name for name, owner in owners.items() if benchmark in (None, owner))
+
+
+def find_setup(benchmark: str, protocol: str | None = None) -> Setup:
+    """A protocol of a benchmark, or its default one; of one without any in `configs/phases.yaml` the paper's budgets,
+    and all of its tasks in every phase."""
+    if known := protocols(benchmark):
+        return load_setup(protocol if protocol in known else known[0])
+    tasks = BENCHMARKS.find(benchmark).tasks
+    spec = PhaseSpec(tuple(task.name for task in tasks), max(task.max_new_tokens for task in tasks), limit=None)
+    phases = dict.fromkeys(PHASES, spec)
+    return replace(load_setup("paper"), name=benchmark, calibration_task=tasks[0].name, phases=phases, records={})
 
 
 def load_setup(name: str) -> Setup:
-    """Read a protocol of `configs/phases.yaml`, or its block `testbed`; ValueError for an unknown name."""
-    check_choice("protocol", name, (*protocols(), TESTBED))
+    """Read a protocol of `configs/phases.yaml`; ValueError for an unknown name."""
+    check_choice("protocol", name, protocols())
     block = load_yaml("phases")[name]
     calibration, search = block["calibration"], block.get("search", {})
     phases = {
@@ -150,8 +165,7 @@ def load_setup(name: str) -> Setup:
         search_samples=search.get("samples", calibration["samples"]),
         search_prompt_tokens=search.get("prompt_tokens"),
         phases=phases,
-        longbench_set=block.get("longbench_set", "auto"),
-        min_length=block.get("min_length", 0),
+        records=block.get("records", {}),
         longest_prompt_tokens=block.get("longest_prompt_tokens"),
         dtype=block.get("dtype"),
     )

@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
-from adaskip.benchmarks.longbench import get_task
-from adaskip.benchmarks.longbench_files import HUB, MissingDataError
+from adaskip.benchmarks.protocol import HUB, Benchmark, MissingDataError
 from adaskip.calibration.divergence import ANSWER_TOKENS
 from adaskip.calibration.select import most_forwards
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan
 from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
 from adaskip.roofline.predict import DecodePlan
-from adaskip.runs.cells import PAPER
 from adaskip.runs.config import GridConfig
 from adaskip.runs.job import Job, find_cells, resolve
 from adaskip.runs.manifest import DONE, MISSING, find_state
@@ -68,7 +66,7 @@ class CellSize:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the samples were counted rather than taken from `configs/longbench.yaml`."""
+        """Whether the samples were counted rather than taken from what the benchmark says."""
         return all(size.words is not None for size in self.tasks.values())
 
 
@@ -79,7 +77,7 @@ def listing(config: GridConfig) -> Iterator[CellSize]:
     for cell in find_cells(config):
         job = resolve(cell)
         try:
-            sizes = {part.name: _size(part.samples) for part in job.parts}
+            sizes = {part.name: _size(part.benchmark, part.name, part.samples) for part in job.parts}
         except MissingDataError:
             state = MISSING if job.folder.read_manifest() is None else UNCHECKED
             yield CellSize(job, state, {task: _published_size(job, task) for task in job.answer_caps})
@@ -87,12 +85,13 @@ def listing(config: GridConfig) -> Iterator[CellSize]:
             yield CellSize(replace(job), find_state(job), sizes)  # a copy of the job without its cached samples
 
 
-def _size(samples: Sequence[dict]) -> TaskSize:
-    return TaskSize(len(samples), tuple(sample["length"] for sample in samples))
+def _size(benchmark: Benchmark, task: str, samples: Sequence[dict]) -> TaskSize:
+    words = (sample.get("length") or len(benchmark.prompt(task, sample).split()) for sample in samples)
+    return TaskSize(len(samples), tuple(words))
 
 
 def _published_size(job: Job, name: str) -> TaskSize:
-    number = get_task(name).num_long if job.protocol == PAPER else None
+    number = job.records.benchmark.num_records(name) if job.records.prompt_limit is None else None
     if number is None:
         raise MissingDataError(f"the number of samples of {name} is unknown without its data; give --data-dir")
     return TaskSize(min(number, job.num_wanted or number))
@@ -136,7 +135,7 @@ def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
     if job.calibration is None or job.profile_name is not None:
         return 0.0
     try:
-        size = _size(job.calibration.samples)
+        size = _size(job.records.benchmark, job.calibration.task, job.calibration.samples)
     except MissingDataError:
         size = TaskSize(job.calibration.num_samples)
     prompts = size.prompts(job.loading.max_prompt_tokens)

@@ -28,7 +28,7 @@ JOURNAL = ("started", "finished", "resumed")
 """Manifest fields with times, which do not describe what was run."""
 ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint", "weight_files")
 """Manifest fields that may differ when a run is continued: they describe where it runs, not what it computes."""
-OPTIONAL = frozenset(FIELDS)
+OPTIONAL = frozenset({"benchmark", *FIELDS})
 """Manifest fields that older runs may lack."""
 TIMES = ("ttft_s", "tpot_ms")
 """Record fields that differ from run to run."""

@@ -111,9 +111,9 @@ def searches_first(cells: Sequence[RunConfig]) -> list[RunConfig]:
 
 
 def default_jobs(config: GridConfig) -> int:
-    """One job per CPU core for the testbed on a CPU; one for real models, or if the cells share a GPU."""
+    """One job per CPU core for the small models that a benchmark brings, on a CPU; else one."""
     on_cpu = config.device == "cpu" or (config.device is None and not torch.cuda.is_available())
-    return (os.cpu_count() or 1) if config.testbed and on_cpu and config.device_map is None else 1
+    return (os.cpu_count() or 1) if config.find_benchmark().models and on_cpu and config.device_map is None else 1
 
 
 class Worker:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adaskip import testbed
+from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.models.loading import (
     LoadedModel,
     ModelSource,
@@ -101,12 +101,13 @@ def find_loading(config: SharedConfig, model: str, max_prompt_tokens: int | None
     Raises:
         ModelError: there is no such model.
     """
-    own = str(testbed.checkpoint_dir(model)) if config.testbed and config.checkpoint is None else None
+    benchmark = BENCHMARKS.find(str(config.benchmark))
+    own = benchmark.checkpoint(model) if config.checkpoint is None else None
     source = find_source(model, config.checkpoint or own)
     setup = config.setup_of(source.entry)
     limit = max_prompt_tokens or setup.longest_prompt_tokens
-    if config.testbed and limit is None:
-        # The testbed's prompts were made for its models, so a limit below the registry's needs no warning.
+    if benchmark.models and limit is None:
+        # Its prompts were made for its models, so a limit below the registry's needs no warning.
         limit = prompt_limit(source.config, source.entry)
     return Loading(
         source,
@@ -114,6 +115,6 @@ def find_loading(config: SharedConfig, model: str, max_prompt_tokens: int | None
         dtype=config.dtype or setup.dtype,
         attn_implementation=config.attn_implementation,
         device_map=config.device_map,
-        chat=config.chat or ("none" if config.testbed else source.chat),  # testbed models were trained on bare prompts
+        chat=config.chat or ("none" if benchmark.models else source.chat),
         limit=limit,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adaskip import __version__
 from adaskip.common.paths import as_seen_from_root
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.blocks import decoder_layers
@@ -26,7 +27,17 @@ from adaskip.runs.records import fingerprint
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
-    *("protocol", "sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
+    *(
+        "benchmark",
+        "benchmark_options",
+        "protocol",
+        "sets",
+        "min_length",
+        "max_prompt_tokens",
+        "stop_token_ids",
+        "stop_strings",
+        "templates_fingerprint",
+    ),
     *("weight_files", *FIELDS),
 )
 """Fields that older runs may lack."""
@@ -41,7 +52,6 @@ def describe_job(job: Job) -> dict[str, Any]:
     return {
         "run_name": job.cell.run_name,
         "model": job.cell.model,
-        "testbed": records.is_testbed,
         "protocol": job.protocol,
         "strategy": job.strategy,
         "strategy_options": job.strategy_options or None,
@@ -57,9 +67,9 @@ def describe_job(job: Job) -> dict[str, Any]:
         "attn_implementation": loading.attn_implementation,
         **({} if chat == "template" else {"chat_template": None if chat == "none" else chat}),
         "max_prompt_tokens": loading.max_prompt_tokens,
-        **({} if limit is None or records.is_testbed else {"given_max_prompt_tokens": limit}),
+        **({} if limit is None or records.benchmark.models else {"given_max_prompt_tokens": limit}),
         "stop_strings": list(loading.source.stop_strings),
-        "templates_fingerprint": _digest({part.name: part.task.template for part in job.parts}),
+        "templates_fingerprint": _digest({part.name: part.template for part in job.parts}),
         **records.describe([part.name for part in job.parts]),
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
     }
@@ -100,7 +110,8 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "adaskip")},
+            **{package: version(package) for package in ("torch", "transformers")},
+            "adaskip": __version__,  # not from metadata, which an editable install keeps from when it was installed
         },
         "git_commit": git_commit(),
     }

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from adaskip.benchmarks.longbench import get_task
+from adaskip.benchmarks.protocol import Benchmark
 from adaskip.calibration.divergence import OBJECTIVE_VERSION
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
@@ -192,6 +192,7 @@ def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
     return search(
         loaded,
         wanted.phase,
+        wanted.calibration.records.benchmark,
         wanted.samples,
         importance=importance,
         up_to=wanted.up_to,
@@ -254,6 +255,7 @@ def measure(calibration: Calibration, loaded: LoadedModel, batch_size: int = 1) 
 def search(
     loaded: LoadedModel,
     phase: Phase,
+    benchmark: Benchmark,
     samples: Sequence[tuple[str, Sample]],
     *,
     importance: ImportanceProfile,
@@ -270,7 +272,7 @@ def search(
     tokenizer: Any = loaded.tokenizer
     return select(
         loaded.model,
-        [prompt_ids([sample], get_task(task), loaded, prompt_tokens)[0] for task, sample in samples],
+        [prompt_ids(benchmark, task, [sample], loaded, prompt_tokens)[0] for task, sample in samples],
         phase,
         up_to=up_to,
         eos_token_ids=loaded.spec.stop_token_ids,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import TaskSpec
+from adaskip.benchmarks.protocol import Task
 from adaskip.common.errors import RunError
 from adaskip.common.processes import Processes, one_line
 from adaskip.core.generate import Generation, generate
@@ -30,7 +30,7 @@ from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done, without_growth
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.records import Sample, prompt_ids, reference_ids
+from adaskip.runs.records import Sample, reference_ids
 from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
 
@@ -235,8 +235,8 @@ def make_records(
 ) -> list[Record]:
     """Generate answers for a batch of samples; `start` is the index of the first one in its task."""
     tokenizer: Any = loaded.tokenizer
-    prompts = prompt_ids(batch, part.task, loaded)
-    references = reference_ids(batch, prompts, part.max_new_tokens, loaded)
+    prompts = part.prompt_ids(batch, loaded)
+    references = reference_ids(part.benchmark, part.name, batch, prompts, part.max_new_tokens, loaded)
     generations = generate(
         loaded.model,
         strategy,
@@ -268,8 +268,7 @@ def _record(
         "index": index,
         "prediction": decode(generation.token_ids, loaded),
         "references": sample["answers"],
-        "all_classes": sample["all_classes"],
-        "length": sample["length"],
+        **part.benchmark.kept_of(sample),
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(generation.token_ids),
         "ttft_s": generation.ttft_s,
@@ -280,7 +279,7 @@ def _record(
     }
 
 
-def stop_token_ids(task: TaskSpec, loaded: LoadedModel) -> list[int]:
+def stop_token_ids(task: Task, loaded: LoadedModel) -> list[int]:
     """The tokens that end an answer: those of the model, and a newline if the task requires it."""
     stops = list(loaded.spec.stop_token_ids)
     if task.stop_at_newline:

@@ -27,7 +27,7 @@ from adaskip.runs.cells import run_name
 from adaskip.runs.choose_by_speedup import Predictor, Request, choose, phase_seconds
 from adaskip.runs.job import Job, Part, SpeedupAsked
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.records import Sample, prompt_ids
+from adaskip.runs.records import Sample
 from adaskip.strategies import Strategy, build
 
 PAIRS = 6
@@ -130,7 +130,7 @@ def _choose(job: Job, asked: SpeedupAsked) -> Target:
 
 
 def _typical_request(part: Part, loaded: LoadedModel) -> Request:
-    lengths = [len(prompt) for prompt in prompt_ids(part.samples, part.task, loaded)]
+    lengths = [len(prompt) for prompt in part.prompt_ids(part.samples, loaded)]
     return Request(round(mean(lengths)), part.max_new_tokens, len(lengths))
 
 
@@ -191,7 +191,7 @@ def _seconds(job: Job, part: Part, batch: Sequence[Sample], loaded: LoadedModel,
     generation, *_ = generate(
         loaded.model,
         strategy,
-        prompt_ids(batch, part.task, loaded),
+        part.prompt_ids(batch, loaded),
         max_new_tokens=part.max_new_tokens,
         min_new_tokens=part.max_new_tokens,
         eos_token_ids=loaded.spec.stop_token_ids,

@@ -15,7 +15,6 @@ from adaskip.strategies.adaskip import AdaSkip
 from adaskip.strategies.calibrated import CalibratedSkip
 from adaskip.strategies.early_exit import EarlyExit
 from adaskip.strategies.names import GRID_STRATEGIES, LABELS, LOOKS, NAMES, PAPER_STRATEGIES, SHORT_NAMES, STRATEGIES
-from adaskip.strategies.options import options_help, parse_options
 from adaskip.strategies.registry import (
     FULL,
     needs_profile,
@@ -94,8 +93,6 @@ __all__ = [
     "build",
     "needs_profile",
     "needs_selection",
-    "options_help",
-    "parse_options",
     "profile_type",
     "register_strategy",
     "strategy_class",

@@ -322,7 +322,7 @@ def test_the_testbed_is_one_more_checkpoint_and_its_records(tmp_path):
     assert cli.main([*argv, *given]) == 0
     folder = tmp_path / "runs/vicuna-ADA-E2E/2-sublayers"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["testbed"]
+    assert manifest["benchmark"] == "testbed"
     assert manifest["chat_template"] is None
     assert manifest["tasks"] == {"gov_report": 2, "multi_news": 2}
     expected = testbed.records("gov_report", limit=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaskip import cli
-from adaskip.benchmarks import longbench
+from adaskip.benchmarks import longbench_tasks
 from adaskip.runs import loading
 from adaskip.runs.checks import check
 from adaskip.runs.config import RunConfig
@@ -20,6 +20,12 @@ from tests.tiny_runs import NUM_SAMPLES, NUM_SHORT, ROOT, cell, error_of, record
 
 LABEL = "llama-EE-DECODE/2-sublayers"
 NEWER = ("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint")
+
+
+@pytest.fixture
+def options(options):
+    """Short answers: none of these tests looks at them."""
+    return [*options, "--max-new-tokens", "4"]
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def nothing(checkpoint: Path, data: Path) -> None: ...
 @pytest.mark.parametrize(
     ("damage", "run", "more", "says"),
     [
-        (break_weights, cell(), [], "model.safetensors is truncated or no safetensors file"),
+        (break_weights, cell(), [], "model.safetensors is truncated or not a safetensors file"),
         (remove_weights, cell(), [], "has no weights"),
         (break_data, cell(), [], "multi_news_e.jsonl:16: not valid JSON"),
         (break_calibration, cell("adaskip"), [], "qasper_e.jsonl:1: not valid JSON"),
@@ -214,8 +220,8 @@ def test_an_unfinished_run_with_other_stop_tokens_is_not_continued(options, tmp_
 def test_another_template_is_another_run(options, capsys, monkeypatch):
     argv = ["run", *cell(), *options]
     assert cli.main(argv) == 0
-    task = replace(longbench.TASKS["gov_report"], template="{context}")
-    monkeypatch.setitem(longbench.TASKS, "gov_report", task)
+    task = replace(longbench_tasks.TASKS["gov_report"], template="{context}")
+    monkeypatch.setitem(longbench_tasks.TASKS, "gov_report", task)
     capsys.readouterr()
     assert cli.main(argv) == 2
     assert "templates_fingerprint was" in error_of(capsys)
@@ -305,6 +311,6 @@ def test_warnings_are_shown_on_standard_error(own, tmp_path):
         check=True,
     )
     assert sorted(ended.stderr.splitlines()) == [
-        f"{checkpoint} was made for fewer tokens than llama: prompts are cut at 256, not at 31500",
-        "calibration on 5 samples of qasper instead of 20: the data has no more of over 4000 words",
+        f"{checkpoint} has fewer positions than llama: prompts are cut to 256 tokens instead of 31500",
+        "calibration on 5 samples of qasper instead of 20: the data has no more",
     ]

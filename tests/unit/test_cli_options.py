@@ -134,24 +134,36 @@ def test_the_full_model_has_no_budget():
         ({"model": "lama", "budget": 4}, "unknown model 'lama'. Did you mean 'llama'"),
         ({"phase": "night", "budget": 4}, "unknown phase 'night'.* Allowed: prefill, decode, e2e"),
         ({"strategy": "ADA", "budget": 4}, "unknown strategy 'ADA'. Did you mean 'adaskip'"),
-        ({"budget": 4, "limit": 3, "subset": 3}, "--limit takes the first .* give one of them"),
+        ({"budget": 4, "limit": 3, "subset": 3}, "--limit uses the first .* give only one of them"),
         ({"budget": 4, "subset": 0}, "--subset must be at least 1, not 0"),
         ({"budget": 4, "limit": 0}, "--limit must be at least 1, not 0"),
         ({"budget": 4, "batch_size": -1}, "--batch-size must be at least 1, not -1"),
         ({"budget": 4, "dtype": "int8"}, "unknown --dtype 'int8'.* Allowed: float32, bfloat16, float16"),
         ({"budget": 4, "tasks": ("terc",)}, "unknown LongBench task 'terc'"),
         ({"budget": 4, "tasks": ("trec", "trec")}, "task given more than once: trec"),
-        ({"budget": 4, "tasks": ("trec", "trec_e")}, "trec and trec_e are one set with --longbench-set auto: give one"),
-        ({"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"}, "lcc and lcc_e are one set with .* extended: give"),
+        (
+            {"budget": 4, "tasks": ("trec", "trec_e")},
+            "trec and trec_e are one set with --longbench-set auto: give one",
+        ),
+        (
+            {"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"},
+            "lcc and lcc_e are one set with .* extended: give",
+        ),
         ({"budget": 4, "longbench_set": "e"}, "unknown --longbench-set 'e'.* Allowed: auto, plain, extended"),
         ({"budget": 4, "min_length": -1}, "--min-length must be at least 0 words, not -1"),
+        ({"budget": 4, "testbed": True, "min_length": 0}, "benchmark testbed has no option min_length; allowed: none"),
         (
-            {"budget": 4, "testbed": True, "min_length": 0},
-            "--testbed generates its own: leave them out; given: --min-length 0",
+            {"budget": 4, "testbed": True, "longbench_set": "plain", "max_length": 9},
+            "no option longbench_set, max_length",
         ),
-        ({"budget": 4, "testbed": True, "longbench_set": "plain"}, "--testbed generates its own: leave them out"),
-        ({"budget": 4, "testbed": True, "data_dir": "x"}, "give one of them"),
-        ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give one of them"),
+        ({"budget": 4, "testbed": True, "data_dir": "x"}, "benchmark testbed has no option data_dir"),
+        ({"budget": 4, "testbed": True, "tasks": ("narrativeqa",)}, "unknown task of testbed 'narrativeqa'"),
+        (
+            {"budget": 4, "testbed": True, "benchmark": "longbench"},
+            "--testbed means --benchmark testbed, but --benchmark is l",
+        ),
+        ({"budget": 4, "benchmark": "longbensh"}, "unknown benchmark 'longbensh'. Did you mean 'longbench'"),
+        ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give only one of them"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(given, message):
@@ -167,6 +179,7 @@ def test_a_task_and_its_longbench_e_set_are_two_where_the_plain_name_means_the_p
 def test_the_output_directory_follows_the_testbed():
     assert str(RunConfig(**CELL, budget=8).runs_dir) == "results/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True).runs_dir) == "results/testbed/runs"
+    assert str(RunConfig(**CELL, budget=8, benchmark="testbed").runs_dir) == "results/testbed/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True, output_dir="x").runs_dir) == "x"
 
 
@@ -233,7 +246,7 @@ def test_a_ratio_is_rounded_to_the_unit_the_strategy_can_skip(strategy, sublayer
 
 
 def test_a_grid_of_several_models_has_no_checkpoint():
-    with pytest.raises(ValueError, match="exactly one of --models"):
+    with pytest.raises(ValueError, match="exactly one model in --models"):
         GridConfig(checkpoint="x")
 
 

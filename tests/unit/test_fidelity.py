@@ -8,8 +8,8 @@ import pytest
 
 from adaskip import testbed
 from adaskip.benchmarks import scoring
+from adaskip.benchmarks.longbench import LongBench
 from adaskip.runs.cells import Cell
-from adaskip.studies.tables.fidelity import fidelity
 from adaskip.studies.tables.floors import EMPTY, FIRST_SENTENCE, MAJORITY, first_sentence, floors
 from adaskip.studies.tables.results import load_results
 from adaskip.studies.tables.runs import ResultsError, load_run
@@ -20,9 +20,7 @@ FULL = Cell("llama", "prefill", "full", 0)
 
 
 def of(task: str, ours: str, full: str) -> float:
-    classes = CLASSES if task == "trec" else None
-    record = {"id": "a", "prediction": ours, "references": ["Oslo"], "all_classes": classes}
-    return fidelity(task, [record], {"a": full})["a"]
+    return LongBench().fidelity(task, ours, full, all_classes=CLASSES if task == "trec" else None)
 
 
 @pytest.mark.parametrize("task", ["multifieldqa_en", "triviaqa", "trec", "gov_report", "samsum"])
@@ -66,11 +64,6 @@ def test_of_classes_those_that_answers_name_are_compared(ours, full, expected):
     assert of("trec", ours, full) == expected
     if full in CLASSES:
         assert scoring.score_sample("trec", ours, [full], CLASSES) == expected
-
-
-def test_a_sample_that_the_full_model_has_not_answered_has_no_fidelity():
-    records = [{"id": name, "prediction": "x", "references": ["y"], "all_classes": None} for name in "ab"]
-    assert fidelity("multifieldqa_en", records, {"b": "x"}) == {"b": 1.0}
 
 
 def test_floors_are_what_trivial_answers_score(tmp_path):

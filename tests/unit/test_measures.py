@@ -227,7 +227,7 @@ def test_records_without_their_references_are_shown_by_the_scores_saved_beside_t
     after = load_results(tmp_path)
     assert after.cells.equals(before.cells)
     assert after.notes == []
-    monkeypatch.setattr(scores, "_metrics_fingerprint", lambda: "other code")
+    monkeypatch.setattr(scores, "_floors_fingerprint", lambda: "other code")
     again = load_results(tmp_path)
     assert again.cells.equals(before.cells)
     assert again.notes == [

@@ -123,7 +123,7 @@ def refused_in_one_line(profile, change, path):
     path.write_text(json.dumps(changed(json.loads(path.read_text()), *change)))
     with pytest.raises(ProfileError) as error:
         type(profile).load(path)
-    assert str(error.value).startswith(f"{path} is not a whole ")
+    assert str(error.value).startswith(f"{path} is not a valid ")
     assert "\n" not in str(error.value)
 
 

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import pytest
 
+from adaskip.common import own_options, plugins
+from adaskip.common.plugins import PLUGINS
 from adaskip.core.plan import Budget, SkipPlan
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.cells import Cell, parse_run_name
@@ -27,12 +29,11 @@ from adaskip.strategies import (
     build,
     needs_profile,
     needs_selection,
-    parse_options,
     register_strategy,
-    registry,
     strategy_name,
     strategy_option,
 )
+from adaskip.strategies.registry import registry
 from adaskip.studies.bench.settings import BenchConfig
 from adaskip.studies.plots.score_curves import plot_retention, plot_scores
 from adaskip.studies.plots.skip_maps import plot_skip_map
@@ -47,13 +48,17 @@ LOOK = Look("#123456", "P", (2, 3))
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     """What a test registers and imports is forgotten after it."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
-    monkeypatch.setenv(registry.PLUGINS, "")
-    registry._entry_points.cache_clear()
+    monkeypatch.setattr(registry, "classes", dict(registry.classes))
+    monkeypatch.setattr(registry, "loaded", set(registry.loaded))
+    monkeypatch.setenv(PLUGINS, "")
+    plugins._entry_points.cache_clear()
     yield
     sys.modules.pop(MODULE, None)
-    registry._entry_points.cache_clear()
+    plugins._entry_points.cache_clear()
+
+
+def parse_options(name: str, given: list[str]) -> dict:
+    return own_options.parse_options(name, STRATEGIES.get(name), given, "--strategy-option")
 
 
 def toy(*, frozen=True, fields=None, **declared) -> type[Strategy]:
@@ -160,9 +165,9 @@ def test_each_way_to_name_a_module_outside_imports_its_strategy(way, tmp_path, m
     monkeypatch.syspath_prepend(str((install if way == "entry point" else write_module)(tmp_path / "packages")))
     if way == "class":
         assert strategy_name(f"{MODULE}:OutsideSkip") == NAME
-        assert os.environ[registry.PLUGINS] == f"{MODULE}:OutsideSkip"  # what worker processes inherit
+        assert os.environ[PLUGINS] == f"{MODULE}:OutsideSkip"  # what worker processes inherit
     elif way != "entry point":
-        monkeypatch.setenv(registry.PLUGINS, MODULE if way == "plugin" else f" {MODULE}:OutsideSkip ,")
+        monkeypatch.setenv(PLUGINS, MODULE if way == "plugin" else f" {MODULE}:OutsideSkip ,")
     assert STRATEGIES[NAME].__module__ == MODULE
     assert RunConfig(model="llama", phase="e2e", strategy=NAME).strategy == NAME
     assert RunConfig(model="llama", phase="e2e", strategy=f"{MODULE}:OutsideSkip").strategy == NAME
@@ -180,7 +185,7 @@ def test_a_plugin_that_cannot_be_had_is_one_line(plugin, message, tmp_path, monk
     monkeypatch.syspath_prepend(str(write_module(tmp_path / "packages")))
     with pytest.raises(ValueError, match=message):
         strategy_name(plugin)
-    monkeypatch.setenv(registry.PLUGINS, plugin)
+    monkeypatch.setenv(PLUGINS, plugin)
     for _ in range(2):  # not only the first time
         with pytest.raises(ValueError, match=message):
             list(NAMES)

@@ -48,7 +48,7 @@ def test_longbench_e_is_shown_by_buckets_and_an_empty_one_has_no_samples(run_scr
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sets": sets}))
     code, out, _ = run_script("eval.py", "--model", "llama-EE-PREFILL")
     assert code == 0
-    table = out[out.index("LongBench-E") :]
+    table = out[out.index("by length") :]
     assert re.search(r"0-4k +4-8k +8k\+", table)
     assert re.search(r"4 of 32 +trec +classification +100\.00 \(3\) +no samples +no samples", table)
     assert "triviaqa" not in table
@@ -56,7 +56,7 @@ def test_longbench_e_is_shown_by_buckets_and_an_empty_one_has_no_samples(run_scr
 
 def test_a_run_of_no_longbench_e_set_has_no_buckets(run_script):
     write_run(Path("results/testbed/runs"), Cell("llama", "e2e", "adaskip", 4), 0.5)
-    assert "LongBench-E" not in run_script("eval.py", "--model", "llama-ADA-E2E", "--testbed")[1]
+    assert "by length" not in run_script("eval.py", "--model", "llama-ADA-E2E", "--testbed")[1]
 
 
 def test_testbed_scores_the_testbeds_run(run_script):

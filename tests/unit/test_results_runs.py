@@ -128,7 +128,7 @@ def test_an_absent_run_is_an_error_that_lists_the_present_ones(tmp_path, away):
 
 def test_a_run_of_the_testbed_only_is_pointed_to(away):
     write_run(Path("results/testbed/runs"), EE, 0.5)
-    with pytest.raises(ResultsError, match="there is one in results/testbed/runs: give --testbed"):
+    with pytest.raises(ResultsError, match="there is one in results/testbed/runs: give --benchmark testbed"):
         find_run("llama-EE-PREFILL", Path("results/runs"))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
+from adaskip.models.loading import load_model
 from adaskip.models.stories import STORIES, VARIABLE
 from adaskip.studies.ablation import selection
 from adaskip.studies.ablation.selection import COMPARED, SelectionStudyConfig, measure, to_text
-
-REAL = Path(os.environ.get(VARIABLE, Path(__file__).resolve().parents[3] / "shared" / "real"))
+from tests.tiny_runs import make_checkpoint
 
 
 def saved(calibrated: float) -> dict:
@@ -45,15 +43,15 @@ def test_calibrated_is_compared_with_the_best_of_the_others_story_by_story(gap, 
 
 def test_without_the_model_the_line_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(ValueError, match=f"{STORIES} is not at hand: {VARIABLE} must name the folder that holds it"):
+    with pytest.raises(ValueError, match=f"{STORIES} is not available: {VARIABLE} must name the folder"):
         measure(SelectionStudyConfig(output_dir=str(tmp_path)))
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".json"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (REAL / STORIES).is_dir(), reason=f"{STORIES} is not at hand; {VARIABLE} names its folder")
 def test_a_stopped_study_continues_and_keeps_what_it_has(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, str(REAL))
+    """Of a random model's stories."""
+    loaded = load_model(None, make_checkpoint(tmp_path / "model"), device="cpu", dtype="float32")
+    monkeypatch.setattr(selection, "load_stories", lambda: loaded)
     monkeypatch.setattr(selection, "BUDGETS", (2,))
     config = SelectionStudyConfig(stories=4, output_dir=str(tmp_path))
     measure(config)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.common.options import Parser
-from adaskip.common.paths import RUNS, TESTBED_RUNS, default_path, given_or_default
+from adaskip.common.paths import default_path, given_or_default
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.studies.tables.evaluate import evaluate, print_scores
 from adaskip.studies.tables.report import headline_of, write_plots, write_tables, write_tradeoffs
@@ -40,12 +41,15 @@ def main(name: str, doc: str | None) -> int:
 def _parser(doc: str | None) -> Parser:
     parser = Parser(description=doc, allow_abbrev=False)
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--results-dir", type=Path, metavar="DIR", help=f"folder of the runs (default: {RUNS})")
-    place.add_argument("--testbed", action="store_true", help=f"the same as --results-dir {TESTBED_RUNS}")
+    place.add_argument("--results-dir", type=Path, metavar="DIR", help="folder of the runs (default: results/runs)")
+    place.add_argument("--benchmark", metavar="NAME", help="its runs in results/NAME/runs; also package.module:Class")
+    place.add_argument(
+        "--testbed", action="store_const", dest="benchmark", const="testbed", help="the same as --benchmark testbed"
+    )
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="LongBench's data, for the floor that is the first sentence of the context (the testbed's is known)",
+        help="the benchmark's data, for the floor that is the first sentence of the context (the testbed's is known)",
     )
     return parser
 
@@ -82,7 +86,7 @@ def _tradeoff(parser: Parser) -> None:
     )
     arguments, out_dir = _with_output_dir(parser)
     results = _load(arguments)
-    is_testbed = all(scored.run.manifest["testbed"] for scored in results.runs.values())
+    is_testbed = [benchmark.name for benchmark in results.benchmarks] == ["testbed"]
     pattern = str(given_or_default(arguments.speeds, SPEEDS if is_testbed else OTHER_SPEEDS))
     tradeoffs = find_tradeoffs(results, pattern, arguments.prompt_tokens)
     _tell(write_tradeoffs(tradeoffs, out_dir))
@@ -99,18 +103,22 @@ def _with_output_dir(parser: Parser) -> tuple[argparse.Namespace, Path]:
 
 
 def _runs_dir(arguments: argparse.Namespace) -> Path:
-    """The folder that `--results-dir` or `--testbed` names."""
-    return given_or_default(arguments.results_dir, TESTBED_RUNS if arguments.testbed else RUNS)
+    """The folder that `--results-dir` or `--benchmark` names; LongBench's where neither is given."""
+    return given_or_default(arguments.results_dir, _runs_of(BENCHMARKS.name_of(arguments.benchmark or "longbench")))
+
+
+def _runs_of(benchmark: str) -> str:
+    return f"{BENCHMARKS.find(benchmark).results_dir()}/runs"
 
 
 def _runs_dir_with(name: str, arguments: argparse.Namespace) -> Path:
-    """The folder that `--results-dir` or `--testbed` names.
+    """The folder that `--results-dir` or `--benchmark` names.
 
     Where neither is given and only the testbed has a run called `name`: the testbed's, which standard error is told.
     """
-    asked, testbed = _runs_dir(arguments), default_path(TESTBED_RUNS)
+    asked, testbed = _runs_dir(arguments), default_path(_runs_of("testbed"))
     wanted = run_name(*parse_run_name(name))
-    if arguments.results_dir or arguments.testbed or has_run(wanted, asked) or not has_run(wanted, testbed):
+    if arguments.results_dir or arguments.benchmark or has_run(wanted, asked) or not has_run(wanted, testbed):
         return asked
     print(f"no run {wanted} in {asked}; taking the testbed's, in {testbed}", file=sys.stderr)
     return testbed

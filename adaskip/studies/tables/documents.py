@@ -171,12 +171,13 @@ def _score_notes(results: Results, cells: pd.DataFrame, phase: str) -> list[str]
 
 
 def _measure_notes(results: Results, phase: str) -> list[str]:
+    whose = (f"{each.label or each.name}'s" for each in results.benchmarks)
     return [
         f"95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples). Fidelity: the task's metric of "
         "an answer against the full model's own answer to the same sample, per cent; 100 where they are equal. Loss: "
         "of the reference answer given the prompt, teacher-forced, the mean over samples of nats per token; `above "
-        "full`: the mean of paired differences to the full model. Score: LongBench's, per cent, above the scores of "
-        "trivial answers to the same samples: nothing, always the most frequent class, the first sentence of the "
+        f"full`: the mean of paired differences to the full model. Score: {_listed(whose)}, per cent, above the scores "
+        "of trivial answers to the same samples: nothing, always the most frequent class, the first sentence of the "
         "context.",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
         f"`{UNKNOWN}` no such measure in these records; {_legend(known=False)}",
@@ -206,7 +207,10 @@ def describe_model(results: Results, phase: str, model: str) -> str:
     ours = "Ours: not run."
     if runs:
         manifests = [run.manifest for run in runs]
-        names = ("the testbed's small model" if each["testbed"] else f"`{each['checkpoint']}`" for each in manifests)
+        names = (
+            f"the {run.benchmark.name}'s small model" if run.benchmark.models else f"`{run.manifest['checkpoint']}`"
+            for run in runs
+        )
         made = _listed(f"{each['dtype']} on {each['device']}" for each in manifests)
         samples = _listed(number for each in manifests for number in each["tasks"].values())
         budgets = _listed(sorted(run.cell.sublayers for run in runs if run.cell.sublayers))

@@ -10,7 +10,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from adaskip.benchmarks import scoring
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.strategies.registry import FULL
 from adaskip.studies.tables import labels
@@ -23,7 +22,7 @@ def evaluate(name: str, runs_dir: str | Path, data_dir: str | None = None) -> Re
     """Score every budget of the run called `name`, and the full model's run of its phase that it is compared with, if
     there is one, and save the scores beside the records.
 
-    data_dir: LongBench's data, for floors that need contexts.
+    data_dir: the benchmark's data, for floors that need contexts.
     """
     model, phase, strategy = parse_run_name(name)
     name_of_full = run_name(model, phase, FULL)
@@ -33,7 +32,7 @@ def evaluate(name: str, runs_dir: str | Path, data_dir: str | None = None) -> Re
 
 
 def print_scores(results: Results, name: str, console: Console) -> None:
-    """Tables over all budgets and tasks: of scores, of fidelity, loss and floors, and of LongBench-E's buckets; what is
+    """Tables over all budgets and tasks: of scores, of fidelity, loss and floors, and of buckets of length; what is
     wrong, and where the scores are."""
     model, phase, strategy = parse_run_name(name)
     title, runs = run_name(model, phase, strategy), {row: r for row, r in results.runs.items() if row[2] == strategy}
@@ -42,8 +41,9 @@ def print_scores(results: Results, name: str, console: Console) -> None:
         scores.add_column(column, justify="right")
     caption = "per cent, and nats per token: loss of the reference answer; floor: the best trivial answer's score"
     measures = _table(title, caption, "fidelity", "loss", "loss above full", "floor")
-    buckets = _table("LongBench-E", "per cent and number of samples, by words of the record", "metric")
-    for column in scoring.BUCKETS:
+    buckets = _table("by length", "per cent and number of samples, by words of the record", "metric")
+    by_length = [task.buckets or {} for scored in runs.values() for task in scored.tasks.values()]
+    for column in dict.fromkeys(column for each in by_length for column in each):
         buckets.add_column(column, justify="right")
     for row, scored in runs.items():
         for task, found in scored.tasks.items():
@@ -81,7 +81,7 @@ def _scores(found: ScoredTask) -> Iterator[str]:
 
 
 def _score(scores: SampleScores) -> str:
-    """LongBench's number and our interval."""
+    """The benchmark's number and our interval."""
     if scores.mean is None:
         return "no samples"
     return " ".join([f"{scores.as_printed:.2f}", *labels.percent(scores.mean).split(" ")[1:]])

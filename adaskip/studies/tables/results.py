@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from adaskip.benchmarks.protocol import Benchmark
 from adaskip.common.intervals import Estimate, mean_estimate, ratio_estimate
 from adaskip.strategies.names import GRID_STRATEGIES, PAPER_STRATEGIES, SHORT_NAMES
 from adaskip.strategies.registry import FULL
@@ -58,11 +59,16 @@ class Results:
     """Scored runs beside the paper's numbers. runs: by phase, model, strategy and fraction."""
 
     def __init__(self, runs: Iterable[ScoredRun]):
-        self.paper = load_paper()
         self.runs = {
             (scored.run.cell.phase, scored.run.cell.model, scored.run.cell.strategy, scored.run.fraction): scored
             for scored in runs
         }
+        self.paper = load_paper(publishes=not self.runs or any(benchmark.in_paper for benchmark in self.benchmarks))
+
+    @property
+    def benchmarks(self) -> list[Benchmark]:
+        """Those whose records were run."""
+        return [*{scored.run.benchmark.name: scored.run.benchmark for scored in self.runs.values()}.values()]
 
     @cached_property
     def notes(self) -> list[str]:
@@ -239,7 +245,7 @@ def load_results(
     Args:
         jobs: processes that score; more than one need a caller that guards `__main__`.
         progress: draw a progress bar if standard error is a terminal.
-        data_dir: LongBench's data, for floors that need contexts.
+        data_dir: the benchmark's data, for floors that need contexts.
 
     Raises:
         ValueError: there are no runs, or a manifest cannot be read.

@@ -18,8 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.longbench import EXTENDED_SUFFIX
-from adaskip.common.paths import RUNS, TESTBED_RUNS, default_path
+from adaskip.benchmarks.protocol import BENCHMARKS, Benchmark, build_benchmark
+from adaskip.common.paths import default_path
+from adaskip.common.plugins import PLUGINS
 from adaskip.runs.cells import Cell, parse_run_name, run_name
 from adaskip.runs.folder import RunFolder
 
@@ -28,11 +29,11 @@ MANIFESTS = "*-sublayers/manifest.json"
 ANY = "*"
 """Stands for every run's name in a pattern."""
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
-REQUIRED_FIELDS = ("id", "index", "prediction", "references", "all_classes")
-REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "testbed", "dtype", "device")
+REQUIRED_FIELDS = ("id", "index", "prediction", "references")
+REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "dtype", "device")
 PROTOCOL = (
-    *("weights_fingerprint", "dtype", "chat_template", "max_prompt_tokens", "templates_fingerprint", "stop_token_ids"),
-    *("stop_strings", "min_length", "sets", "max_new_tokens"),
+    *("benchmark", "benchmark_options", "weights_fingerprint", "dtype", "chat_template", "max_prompt_tokens"),
+    *("templates_fingerprint", "stop_token_ids", "stop_strings", "min_length", "sets", "max_new_tokens"),
 )
 """Manifest fields in which two runs must agree for their answers to be compared; older manifests lack some."""
 
@@ -48,12 +49,14 @@ class TaskRecords:
     """The records of one task in one run, in the order of the task's samples.
 
     expected: how many the finished run has, by its manifest. problems: one line per thing wrong with its files.
+    kept: fields that its benchmark scores by, beside the references.
     """
 
     task: str
     records: tuple[Record, ...]
     expected: int
     problems: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -76,7 +79,7 @@ class TaskRecords:
     @cached_property
     def references_sha256(self) -> str:
         """Of what the data set holds of the samples."""
-        return self._digest("references", "all_classes", "length")
+        return self._digest("references", *self.kept)
 
     def _digest(self, *fields: str) -> str:
         values = [[record.get(name) for name in fields] for record in self.records]
@@ -85,17 +88,14 @@ class TaskRecords:
 
 @dataclass(frozen=True)
 class Run:
-    """One cell's folder of saved results."""
+    """One cell's folder of saved results. benchmark: whose records they are, which scores them."""
 
     folder: Path
     cell: Cell
+    benchmark: Benchmark
     num_layers: int
     manifest: dict[str, Any]
     tasks: dict[str, TaskRecords]
-
-    def is_extended(self, task: str) -> bool:
-        """Whether a task's samples are LongBench-E's; of runs older than the manifest's `sets`, by the task's name."""
-        return (self.manifest.get("sets") or {}).get(task, task).endswith(EXTENDED_SUFFIX)
 
     @property
     def fraction(self) -> float:
@@ -151,11 +151,11 @@ def has_run(name: str, runs_dir: str | Path) -> bool:
 
 
 def _elsewhere(name: str, root: Path) -> str:
-    """In which of the default folders, other than `root`, runs called `name` are; nothing where in none."""
-    for folder, option in ((RUNS, "leave out --testbed and --results-dir"), (TESTBED_RUNS, "give --testbed")):
-        other = default_path(folder)
+    """In which benchmark's default folder, other than `root`, runs called `name` are; nothing where in none."""
+    for benchmark in BENCHMARKS.all().values():
+        other = default_path(f"{benchmark.results_dir()}/runs")
         if other.resolve() != root.resolve() and has_run(name, other):
-            return f"; there {'are some' if name == ANY else 'is one'} in {other}: {option}"
+            return f"; there {'are some' if name == ANY else 'is one'} in {other}: give --benchmark {benchmark.name}"
     return ""
 
 
@@ -172,11 +172,21 @@ def load_run(folder: Path) -> Run:
     if missing := [name for name in REQUIRED_IN_MANIFEST if name not in manifest]:
         raise ResultsError(f"{path} lacks {', '.join(missing)}; {again}")
     cell = Cell(*parse_run_name(folder.parent.name), sublayers=int(match[1]))
-    tasks = {task: read_task(folder, task, expected) for task, expected in manifest["tasks"].items()}
-    return Run(folder, cell, int(manifest["num_layers"]), manifest, tasks)
+    benchmark = _benchmark_of(folder, manifest)
+    tasks = {task: read_task(folder, task, expected, benchmark.kept) for task, expected in manifest["tasks"].items()}
+    return Run(folder, cell, benchmark, int(manifest["num_layers"]), manifest, tasks)
 
 
-def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
+def _benchmark_of(folder: Path, manifest: dict[str, Any]) -> Benchmark:
+    """The benchmark of a run; older manifests say whether it is the testbed."""
+    name = manifest.get("benchmark") or ("testbed" if manifest.get("testbed") else "longbench")
+    try:
+        return build_benchmark(name, **(manifest.get("benchmark_options") or {}))
+    except ValueError as error:
+        raise ResultsError(f"{folder}: {error}; {PLUGINS} names modules with benchmarks of other packages") from None
+
+
+def read_task(folder: Path, task: str, expected: int, kept: tuple[str, ...] = ()) -> TaskRecords:
     """Read a task's records and their times, merged or still in parts.
 
     The first whole record of each sample is kept and everything else is named.
@@ -190,7 +200,8 @@ def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
     for file in files:
         records = {**_read_lines(file, file.name, REQUIRED_FIELDS, problems), **records}
     timed = [{**times.get(name, {}), **record} for name, record in records.items()]
-    return TaskRecords(task, tuple(sorted(timed, key=lambda record: record["index"])), expected, tuple(problems))
+    ordered = sorted(timed, key=lambda record: record["index"])
+    return TaskRecords(task, tuple(ordered), expected, tuple(problems), kept)
 
 
 def _read_lines(path: Path, name: str, required: Sequence[str], problems: list[str]) -> dict[str, Record]:

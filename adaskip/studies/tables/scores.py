@@ -12,18 +12,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks import metrics, scoring
-from adaskip.benchmarks.scoring import BucketScore
+from adaskip.benchmarks.scores import BucketScore, TaskScore
 from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import Estimate, mean_estimate
 from adaskip.strategies.registry import FULL
-from adaskip.studies.tables import fidelity as fidelity_code
 from adaskip.studies.tables import floors as floors_code
-from adaskip.studies.tables.fidelity import fidelity
 from adaskip.studies.tables.floors import FIRST_SENTENCE, floors, knows_contexts
 from adaskip.studies.tables.runs import ResultsError, Run, TaskRecords
 
@@ -38,7 +34,7 @@ class SampleScores:
 
     metric: str
     as_printed: float | None
-    """Their mean as LongBench's eval.py prints it: per cent, two decimals; None if there are no samples."""
+    """Their mean: per cent, two decimals, rounded as LongBench's eval.py does; None if there are no samples."""
     by_id: dict[str, float]
     num_empty: int
     """Predictions of which nothing but white space was scored."""
@@ -57,11 +53,11 @@ class ScoredTask:
 
     records: TaskRecords
     main: SampleScores
-    """By the task's own metric, LongBench's."""
+    """By the task's own metric."""
     rouge_score: SampleScores | None
-    """By Google's `rouge_score` too; None for a task that is not scored by Rouge-L."""
+    """By a second metric, too, of LongBench Google's `rouge_score`; None for a task that has none."""
     buckets: dict[str, BucketScore] | None
-    """Of `main`, by LongBench-E's buckets of length; None for a set that is not LongBench-E's."""
+    """Of `main`, by buckets of length; None for a set that has none."""
     fidelity: dict[str, float]
     """By record id, against the full model's answer; without those that the full model's run lacks."""
     floors: dict[str, float | None]
@@ -84,7 +80,7 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
 
     Args:
         full: the full model's run of the same model and phase, `run` itself if it is that; None if there is none.
-        data_dir: LongBench's data, for floors that need contexts.
+        data_dir: the benchmark's data, for floors that need contexts.
         fresh: score again even where the saved scores are of these records by these metrics.
 
     Raises:
@@ -98,7 +94,9 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
     saved = _read_saved(path)
     if any(records.withheld for records in run.tasks.values()):
         notes += _check_withheld(run, saved.get("made_from", {}), made_from)
-    elif fresh or saved.get("made_from") != made_from or _lacks_floors(run, saved, data_dir):
+    elif (
+        fresh or not made_from["metrics"] or saved.get("made_from") != made_from or _lacks_floors(run, saved, data_dir)
+    ):
         tasks = {name: score_task(run, name, full, data_dir) for name in run.tasks}
         saved = {"run": run.cell.run_name, "sublayers": run.cell.sublayers, "unit": "fraction of 1"}
         saved |= {"made_from": made_from, "tasks": {name: _without_records(task) for name, task in tasks.items()}}
@@ -110,30 +108,28 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
 
 
 def score_task(run: Run, task: str, full: Run | None = None, data_dir: str | None = None) -> ScoredTask:
-    """Score one task's records by its own metric, by `rouge_score` too where that is Rouge-L, and against `full`."""
-    records = run.tasks[task]
-    main = _score(records, None)
+    """Score one task's records as their benchmark does, and against the answers of `full`."""
+    records, benchmark = run.tasks[task], run.benchmark
+    made = benchmark.evaluate(task, records.records, run.manifest)
     answers = {r["id"]: r["prediction"] for r in full.tasks[task].records} if full and task in full.tasks else {}
+    fidelity = {
+        name: benchmark.fidelity(task, record["prediction"], answers[name], **benchmark.kept_of(record))
+        for name, record in records.by_id.items()
+        if name in answers
+    }
     return ScoredTask(
         records,
-        main,
-        _score(records, beside) if (beside := scoring.STANDARD_ROUGE.get(main.metric)) else None,
-        _score_buckets(records, main) if run.is_extended(task) else None,
-        fidelity(task, records.records, answers),
+        _by_id(records, made.main),
+        made.beside and _by_id(records, made.beside),
+        made.buckets,
+        fidelity,
         floors(run, task, data_dir) if run.cell.strategy == FULL else {},
     )
 
 
-def _score(records: TaskRecords, metric: str | None) -> SampleScores:
-    score = scoring.score_samples(records.task, records.records, metric)
+def _by_id(records: TaskRecords, score: TaskScore) -> SampleScores:
     by_id = dict(zip(records.by_id, score.per_sample, strict=True))
     return SampleScores(score.metric, score.score, by_id, score.num_empty, dict(score.errors))
-
-
-def _score_buckets(records: TaskRecords, main: SampleScores) -> dict[str, BucketScore]:
-    if any("length" not in record for record in records.records):
-        raise scoring.MetricError(f"a record of {records.task} has no 'length', so that it belongs to no bucket")
-    return scoring.score_buckets(list(main.by_id.values()), [record["length"] for record in records.records])
 
 
 def _without_records(task: ScoredTask) -> dict[str, Any]:
@@ -163,21 +159,20 @@ def _lacking(run: Run, full: Run | None, tasks: dict[str, ScoredTask]) -> Iterat
 
 
 def _made_from(run: Run, full: Run | None) -> dict[str, Any]:
-    """What the scores depend on."""
+    """What the scores depend on; `metrics` is None where the benchmark does not say, so that scores are made anew."""
+    version = run.benchmark.score_version()
     return {
         "format": FORMAT,
         "answers": {name: records.answers_sha256 for name, records in run.tasks.items()},
         "references": {name: records.references_sha256 for name, records in run.tasks.items()},
         "full": full and {name: task.answers_sha256 for name, task in full.tasks.items() if name in run.tasks},
-        "metrics": _metrics_fingerprint(),
+        "metrics": version and f"{_floors_fingerprint()}, {version}",
     }
 
 
 @cache
-def _metrics_fingerprint() -> str:
-    code = "".join(inspect.getsource(module) for module in (scoring, metrics, fidelity_code, floors_code))
-    versions = [f"{package} {version(package)}" for package in ("rouge", "rouge_score")]
-    return f"{hashlib.sha256(code.encode()).hexdigest()}, {', '.join(versions)}"
+def _floors_fingerprint() -> str:
+    return hashlib.sha256(inspect.getsource(floors_code).encode()).hexdigest()
 
 
 def _read_saved(path: Path) -> dict[str, Any]:
