@@ -12,6 +12,7 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "matplotlib", "rich", "rouge", "rouge_score", "scipy", "sentencepiece"), "paper"),
     "gguf": "gguf",
     "jieba": "zh",
+    "vllm": "vllm",
 }
 """The extra of adaskip that brings a package, by the name that it is imported by."""
 
