@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from openai import OpenAI
@@ -47,10 +48,11 @@ def server(folder: Path, log: Path) -> Iterator[OpenAI]:
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=300) == 0
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        _, left = psutil.wait_procs(workers, timeout=60)
+        assert not [worker for worker in left if worker.status() != psutil.STATUS_ZOMBIE]
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
