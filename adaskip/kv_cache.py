@@ -1,4 +1,4 @@
-"""Old path of `adaskip.core.kv_cache`, for code written for 0.1; it goes with 0.3."""
+"""Deprecated path of `adaskip.core.kv_cache`, for code written for 0.1; to be removed in 0.3."""
 
 import warnings
 

@@ -1,45 +1,33 @@
-"""LongBench's protocol: which tasks there are, which records count, and how a record becomes a prompt.
+"""LongBench as a benchmark: which of its records count, and its prompts and scores, which the testbed shares.
 
-The protocol's data (templates, caps, metrics) is `configs/longbench.yaml`; `longbench_files` finds and reads files. The
-records that count are a `datasets.Dataset` of LongBench's own columns and types.
+The tasks are data (`longbench_tasks`); `longbench_files` finds and reads files. The records that count are a
+`datasets.Dataset` of LongBench's own columns and types.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaskip.benchmarks import scoring
 from adaskip.benchmarks.longbench_files import HUB, JsonlFile, LongBenchError, list_sets
-from adaskip.common.configs import ConfigError, load_yaml
+from adaskip.benchmarks.longbench_tasks import EXTENDED_SUFFIX, EXTENDED_TASKS, TASKS, TaskSpec, get_task, set_meant
+from adaskip.benchmarks.protocol import Benchmark, Record, register_benchmark
+from adaskip.benchmarks.scores import Evaluation, SampleScore
+from adaskip.common.choices import check_choice
+from adaskip.common.configs import load_yaml
 from adaskip.common.optional import optional_import
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "EXTENDED_TASKS",
-    "HUB",
-    "PAPER_MIN_LENGTH",
-    "TASKS",
-    "LongBenchError",
-    "TaskSpec",
-    "as_dataset",
-    "build_prompt_ids",
-    "find_set",
-    "get_task",
-    "load_records",
-    "set_meant",
-]
 
 logger = logging.getLogger(__name__)
 
-EXTENDED_SUFFIX = "_e"
 PAPER_MIN_LENGTH = 4000
 """The paper keeps samples of more than 4000 words (AdaSkip, Experiments)."""
 
@@ -49,78 +37,6 @@ COLUMNS = {
 }
 """LongBench's own, and what each holds."""
 _REQUIRED: dict[str, type] = {"input": str, "context": str, "answers": list, "length": int, "_id": str}
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """One LongBench task; the fields left out in the YAML have the defaults here."""
-
-    name: str
-    template: str
-    """Prompt with `{context}` and, for most tasks, `{input}`."""
-    max_new_tokens: int
-    """LongBench's cap on generated tokens (the paper caps its prefill tasks at 32)."""
-    metric: str
-    """Key of `adaskip.benchmarks.scoring.METRICS`."""
-    language: str
-    """en, zh or code."""
-    has_extended: bool = False
-    """Whether LongBench-E has an `_e` set of this task."""
-    first_line_only: bool = False
-    """Only the prediction's first line is scored."""
-    chat: bool = True
-    """Whether a chat model's template wraps the prompt."""
-    min_new_tokens: int = 0
-    stop_at_newline: bool = False
-    """Generation also ends at a newline token."""
-    num_long: int | None = None
-    """Records of the LongBench-E set with more than 4000 words, where it is known without the data."""
-
-    def __post_init__(self) -> None:
-        if "{context}" not in self.template:
-            raise ConfigError(f"task {self.name}: the template has no {{context}}")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"task {self.name}: max_new_tokens is {self.max_new_tokens}, it must be at least 1")
-
-
-def _read_tasks() -> dict[str, TaskSpec]:
-    try:
-        return {name: TaskSpec(name=name, **fields) for name, fields in load_yaml("longbench")["tasks"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"configs/longbench.yaml does not describe tasks: {error}") from None
-
-
-TASKS: dict[str, TaskSpec] = _read_tasks()
-EXTENDED_TASKS: tuple[str, ...] = tuple(name for name, task in TASKS.items() if task.has_extended)
-
-
-def get_task(name: str) -> TaskSpec:
-    """The task called `name`; `trec` and its LongBench-E set `trec_e` share one spec.
-
-    Raises:
-        LongBenchError: no such task; the line suggests the nearest names and lists all.
-    """
-    if name in TASKS:
-        return TASKS[name]
-    base = name.removesuffix(EXTENDED_SUFFIX)
-    if base in EXTENDED_TASKS:
-        return TASKS[base]
-    if base in TASKS:
-        raise LongBenchError(f"LongBench-E has no set of {base!r}; it has: {', '.join(EXTENDED_TASKS)}")
-    close = difflib.get_close_matches(base.lower(), TASKS, n=2)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    raise LongBenchError(f"unknown LongBench task {name!r}.{hint} Tasks: {', '.join(TASKS)}")
-
-
-def set_meant(task: str, extended: bool | None = None) -> str:
-    """The set that a task's name means: of `trec` LongBench-E's `trec_e`, unless `extended` is False; of `trec_e` that.
-
-    Raises:
-        LongBenchError: no such task.
-    """
-    spec = get_task(task)
-    takes_extended = task not in TASKS or (spec.has_extended and extended is not False)
-    return spec.name + EXTENDED_SUFFIX * takes_extended
 
 
 def find_set(task: str, source: str | Path | None = None, extended: bool | None = None) -> JsonlFile:
@@ -176,6 +92,40 @@ def load_records(
         raise LongBenchError(f"{file} holds what no table can: {error}") from None
 
 
+def load_both_sets(
+    task: str, source: str | Path | None = None, min_length: int | None = PAPER_MIN_LENGTH, limit: int | None = None
+) -> Dataset:
+    """`load_records` of LongBench-E's set and, behind them, of the plain one those that are not among them, by id or by
+    input and context. Of a task that is named as LongBench-E's (`trec_e`), or of which there is one set, that one."""
+    names = sets_of(task, source)
+    records: list[dict[str, Any]] = []
+    for name in names:
+        found = load_records(name, source, None, extended=name.endswith(EXTENDED_SUFFIX)).to_list()
+        ids, texts = ({record["_id"] for record in records}, {_text_of(record) for record in records})
+        records += [each for each in found if each["_id"] not in ids and _text_of(each) not in texts]
+    kept = [record for record in records if record["length"] > (min_length or 0)][:limit]
+    if not kept:
+        raise LongBenchError(
+            f"{source or HUB} holds no record of {' and '.join(names)} of more than {min_length} words"
+        )
+    return as_dataset(kept)
+
+
+def sets_of(task: str, source: str | Path | None = None) -> tuple[str, ...]:
+    """The sets of a task that `source` has, LongBench-E's first; of `trec_e` that one.
+
+    Raises:
+        LongBenchError: unknown task, a missing or broken source, or no such set in it.
+    """
+    sets = list_sets(source)
+    found = [name for name in dict.fromkeys((set_meant(task), task)) if name in sets]
+    return tuple(found) or (find_set(task, source).set_name,)
+
+
+def _text_of(record: Mapping[str, Any]) -> tuple[str, str]:
+    return record["input"], record["context"]
+
+
 def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
     """Records in LongBench's format as a table in memory; texts stay as they are, to the last byte."""
     with optional_import():
@@ -201,60 +151,198 @@ def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, An
     return {column: record.get(column) for column in COLUMNS}
 
 
-def build_prompt_ids(
-    record: Mapping[str, Any],
-    task: TaskSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    chat_template: str | None = None,
-) -> list[int]:
-    """Token ids of a record's prompt, exactly as LongBench builds them.
+BOTH = "both"
+SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True, BOTH: None}
+"""Choices of `longbench_set`, and what they are to `load_records`; `both` to `load_both_sets`."""
 
-    A prompt of more than `max_prompt_tokens` loses its middle. The cut is on token ids, but what goes on is the decoded
-    text, wrapped and tokenised again: the result may differ from the limit by the wrapper and by tokens at the seam.
 
-    Args:
-        record: a record with the fields the task's template names.
-        max_prompt_tokens: the model's limit before wrapping (llama 31500, internlm 7500, vicuna 15500).
-        chat_template: text with `{prompt}`, or with `{prompt|trim}` for a wrapper that drops the white space around a
-            prompt; used only if the task is wrapped at all. None: no wrapper.
+class LongBenchTasks(Benchmark):
+    """What LongBench and the testbed share: prompts, caps and scores."""
 
-    Raises:
-        LongBenchError: the record lacks a field, the limit is below 2, or the chat template has no `{prompt}`.
+    label = "LongBench"
+    tasks = tuple(TASKS.values())
+    kept = ("all_classes", "length")
+    in_paper = True
+
+    def score(
+        self,
+        task: str,
+        prediction: str,
+        references: Sequence[str],
+        all_classes: Sequence[str] | None = None,
+        length: int | None = None,
+    ) -> SampleScore:
+        return scoring.sample_score(task, prediction, references, all_classes)
+
+    def fidelity(
+        self,
+        task: str,
+        prediction: str,
+        full_answer: str,
+        all_classes: Sequence[str] | None = None,
+        length: int | None = None,
+    ) -> float:
+        """Of what the metric reads of both, for some tasks the first line; of answers that are classes, the classes
+        that both name / those that either names."""
+        ours, full = (scoring.scored_text(task, text).strip() for text in (prediction, full_answer))
+        if all_classes and ours and full and ours != full:
+            return scoring.same_classes(task, ours, full, tuple(all_classes))
+        return super().fidelity(task, ours, full, all_classes=all_classes)
+
+    def evaluate(self, task: str, records: Sequence[Record], manifest: Mapping[str, Any]) -> Evaluation:
+        """By Google's `rouge_score`, too, where the metric is Rouge-L, and a set of LongBench-E by its buckets."""
+        main = super().evaluate(task, records, manifest).main
+        beside = scoring.STANDARD_ROUGE.get(main.metric)
+        is_extended = set_of(task, manifest).endswith(EXTENDED_SUFFIX)
+        if is_extended and any("length" not in record for record in records):
+            raise scoring.MetricError(f"a record of {task} has no 'length', so that it belongs to no bucket")
+        return Evaluation(
+            main,
+            scoring.score_samples(task, records, beside) if beside else None,
+            scoring.score_buckets(main.per_sample, [r["length"] for r in records]) if is_extended else None,
+        )
+
+    def score_version(self) -> str:
+        return scoring.fingerprint()
+
+
+def set_of(task: str, manifest: Mapping[str, Any]) -> str:
+    """The set that a run's samples are of, `trec`, `trec_e` or both, `trec_e+trec`; of older runs the task's name."""
+    return (manifest.get("sets") or {}).get(task, task)
+
+
+@register_benchmark
+@dataclass(frozen=True, kw_only=True)
+class LongBench(LongBenchTasks):
+    """LongBench's records of more than `min_length` and at most `max_length` words.
+
+    data_dir: see `longbench_files.list_sets`. longbench_set: which set a task's name means, of `SETS`.
+    calibration_min_length: importance is measured on records of more words.
     """
-    if max_prompt_tokens < 2:
-        raise LongBenchError(f"max_prompt_tokens is {max_prompt_tokens}, it must be at least 2")
-    prompt = _cut_middle(_fill_template(record, task), tokenizer, max_prompt_tokens)
-    if task.chat and chat_template is not None:
-        prompt = _wrap(prompt, chat_template)
-    return _tokenise(prompt, tokenizer)
+
+    name = "longbench"
+
+    data_dir: str | None = None
+    longbench_set: str = "auto"
+    min_length: int = PAPER_MIN_LENGTH
+    max_length: int | None = None
+    calibration_min_length: int = PAPER_MIN_LENGTH
+
+    def __post_init__(self) -> None:
+        check_choice("--longbench-set", self.longbench_set, SETS)
+        if self.min_length < 0:
+            raise ValueError(f"--min-length must be at least 0 words, not {self.min_length}")
+        if self.max_length is not None and self.max_length <= self.min_length:
+            raise ValueError(
+                f"--max-length {self.max_length} leaves no record, since --min-length {self.min_length} keeps those of "
+                "more words: give a larger --max-length or a smaller --min-length"
+            )
+
+    @classmethod
+    def results_dir(cls) -> str:
+        return "results"
+
+    def task(self, name: str) -> TaskSpec:
+        return get_task(name)
+
+    def check_tasks(self, names: Sequence[str]) -> None:
+        super().check_tasks(names)
+        for task in names:
+            meant = set_meant(task, SETS[self.longbench_set])
+            if task in TASKS and meant != task and meant in names:
+                raise ValueError(
+                    f"--tasks {task} and {meant} are one set with --longbench-set {self.longbench_set}: give one of "
+                    f"them, or --longbench-set plain, by which {task} is LongBench's own"
+                )
+
+    def num_records(self, task: str) -> int | None:
+        is_papers = (self.min_length, self.max_length, SETS[self.longbench_set]) == (PAPER_MIN_LENGTH, None, None)
+        return super().num_records(task) if is_papers and self.longbench_set != BOTH else None
+
+    def records(self, task: str, limit: int | None = None) -> Sequence[Record]:
+        return self._load(task, limit, self.min_length, self.longbench_set)
+
+    def unscored_records(self, task: str) -> Sequence[Record]:
+        """Those that are too short to be scored."""
+        return [each for each in self._load_all(task, None, 0, self.longbench_set) if each["length"] <= self.min_length]
+
+    @property
+    def unscored_words(self) -> int:
+        return self.min_length
+
+    @property
+    def download_bytes(self) -> int:
+        return load_yaml("longbench")["hub"]["bytes"]
+
+    def calibration_records(self, task: str, limit: int) -> Sequence[Record]:
+        """The first ones of a calibration task, of more than `calibration_min_length` words, or, where `max_length`
+        leaves none of these, of more than `min_length`.
+
+        They are of the kind of set that the scored samples are of, plain or LongBench-E's, or, where the data has none
+        of that, of the other kind, which is warned of once in a process.
+
+        Raises:
+            LongBenchError: the data has neither set, or no such samples in it.
+        """
+        kind = self.longbench_set
+        if SETS[kind] is not None:
+            kind = _kind_at_hand(task, self.data_dir, kind)
+        is_short = self.max_length is not None and self.max_length <= self.calibration_min_length
+        try:
+            return self._load(task, limit, self.min_length if is_short else self.calibration_min_length, kind)
+        except LongBenchError as error:
+            raise LongBenchError(f"to calibrate on {task}: {error}; --profile takes a profile made elsewhere") from None
+
+    def contexts(self, task: str, manifest: Mapping[str, Any]) -> Mapping[str, str] | None:
+        """None without a `data_dir`: the local Hub cache is not searched for them."""
+        if self.data_dir is None:
+            return None
+        sets = [_load_set(name, self.data_dir) for name in reversed(set_of(task, manifest).split("+"))]
+        return {record["_id"]: record["context"] for records in sets for record in records}
+
+    def _load(self, task: str, limit: int | None, min_length: int, kind: str) -> Sequence[Record]:
+        most = self.max_length
+        if most is None:
+            return self._load_all(task, limit, min_length, kind)
+        records = self._load_all(task, None, min_length, kind)
+        if not (kept := [record for record in records if record["length"] <= most]):
+            shortest = min(record["length"] for record in records)
+            raise LongBenchError(
+                f"{self.data_dir or HUB} holds no record of {task} of over {min_length} and at most {most} words; the "
+                f"shortest of more than {min_length} words has {shortest}"
+            )
+        return kept[:limit]
+
+    def _load_all(self, task: str, limit: int | None, min_length: int, kind: str) -> Sequence[Record]:
+        if kind == BOTH:
+            return load_both_sets(task, self.data_dir, min_length or None, limit).to_list()
+        return load_records(task, self.data_dir, min_length or None, limit, SETS[kind]).to_list()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}  # `describe` says what came of them
+
+    def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
+        limit = {} if self.max_length is None else {"max_length": self.max_length}
+        return {"sets": {task: self._set_name(task) for task in tasks}, "min_length": self.min_length, **limit}
+
+    def _set_name(self, task: str) -> str:
+        if self.longbench_set == BOTH:
+            return "+".join(sets_of(task, self.data_dir))
+        return find_set(task, self.data_dir, SETS[self.longbench_set]).set_name
 
 
-def _fill_template(record: Mapping[str, Any], task: TaskSpec) -> str:
-    try:
-        return task.template.format(**record)
-    except KeyError as error:
-        name = record.get("_id", "?")
-        raise LongBenchError(f"record {name} has no field {error}, which the prompt of {task.name} needs") from None
+@lru_cache(maxsize=16)
+def _load_set(name: str, data_dir: str) -> Sequence[Record]:
+    return load_records(name, data_dir, None, extended=name.endswith(EXTENDED_SUFFIX)).to_list()
 
 
-def _cut_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
-    ids = _tokenise(prompt, tokenizer)
-    if len(ids) <= max_tokens:
-        return prompt
-    half = max_tokens // 2
-    start, end = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
-    return f"{start}{end}"
-
-
-def _wrap(prompt: str, chat_template: str) -> str:
-    # Not str.format: a template may hold other braces.
-    if "{prompt|trim}" in chat_template:
-        return chat_template.replace("{prompt|trim}", prompt.strip())
-    if "{prompt}" not in chat_template:
-        raise LongBenchError(f"the chat template has no {{prompt}}: {chat_template!r}")
-    return chat_template.replace("{prompt}", prompt)
-
-
-def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, truncation=False, verbose=False).input_ids)
+@lru_cache
+def _kind_at_hand(task: str, data_dir: str | None, kind: str) -> str:
+    """`plain` or `extended`: `kind` if the data has such a set of `task`, or has none at all; else the other one."""
+    sets = list_sets(data_dir)
+    wanted, other = (set_meant(task, extended) for extended in (SETS[kind], not SETS[kind]))
+    if wanted in sets or other not in sets:
+        return kind
+    logger.warning("calibration on %s: %s has no %s", other, data_dir or HUB, wanted)
+    return "plain" if kind == "extended" else "extended"

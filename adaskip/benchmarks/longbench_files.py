@@ -21,18 +21,12 @@ from typing import IO, Any
 
 from huggingface_hub import hf_hub_download
 
+from adaskip.benchmarks.protocol import HUB, BenchmarkError, MissingDataError
 from adaskip.common.configs import load_yaml
 
-HUB = "hub"
-"""The source that stands for the Hub's archive."""
 
-
-class LongBenchError(ValueError):
+class LongBenchError(BenchmarkError):
     """A task, a record or a data source is not what LongBench's protocol asks for."""
-
-
-class MissingDataError(LongBenchError):
-    """No source was named, and LongBench is not in the local Hub cache."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,8 @@ def hub_archive(download: bool = False) -> Path:
         if not download:
             raise MissingDataError(
                 f"{pin['file']} of {pin['repo']} at {pin['revision'][:7]} is not in the local Hub cache; "
-                f"give {HUB!r} to download it, or a local data.zip or folder of <task>.jsonl files"
+                f"give {HUB!r} to download it, or a local data.zip or folder of <task>.jsonl files; "
+                "--data-dir takes any of these, --testbed the embedded models and tasks"
             ) from None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise LongBenchError(

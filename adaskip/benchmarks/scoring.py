@@ -6,15 +6,20 @@ Here those are counted (`TaskScore.errors`, `num_empty`) and an empty set has no
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import inspect
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from adaskip.benchmarks.longbench import get_task
+from adaskip.benchmarks import metrics, scores
+from adaskip.benchmarks.longbench_tasks import get_task
 from adaskip.benchmarks.metrics import METRICS, STANDARD_ROUGE, Metric, MetricError, ScoredZero
+from adaskip.benchmarks.scores import BucketScore, SampleScore, TaskScore
 
 __all__ = [
     "BUCKETS",
@@ -32,54 +37,6 @@ __all__ = [
 
 BUCKETS: dict[str, tuple[float, float]] = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, float("inf"))}
 """LongBench-E's buckets of `length` in words: lower bound in, upper bound out."""
-
-
-@dataclass(frozen=True)
-class SampleScore:
-    """One sample: the best score over its references, in [0, 1], and what went wrong on the way."""
-
-    score: float
-    is_empty: bool
-    """Nothing but white space was scored."""
-    error: str | None
-    """Why a reference scored 0 by an exception; None if all were computed."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A set of samples: the score LongBench's eval.py prints, and what it does not print."""
-
-    task: str
-    metric: str
-    score: float | None
-    """Mean x 100, rounded to two decimals; None (never NaN) if there are no samples."""
-    per_sample: tuple[float, ...]
-    """In [0, 1], in the order of the records."""
-    num_empty: int
-    errors: Mapping[str, int] = field(default_factory=dict)
-    """Samples on which the original scores 0 by an exception, by reason."""
-
-    @property
-    def n(self) -> int:
-        return len(self.per_sample)
-
-    @property
-    def num_errors(self) -> int:
-        return sum(self.errors.values())
-
-    def __str__(self) -> str:
-        if self.score is None:
-            return f"{self.task}: no samples"
-        notes = [f"{self.num_empty} empty"] * bool(self.num_empty) + [f"{n} x {why}" for why, n in self.errors.items()]
-        return f"{self.task}: {self.score:.2f} (n={self.n}{''.join(f', {note}' for note in notes)})"
-
-
-@dataclass(frozen=True)
-class BucketScore:
-    """LongBench-E's number for the samples of one bucket: mean x 100, two decimals; None (never NaN) if it is empty."""
-
-    n: int
-    score: float | None
 
 
 def sample_score(
@@ -103,7 +60,7 @@ def sample_score(
     compute = _metric(metric or spec.metric)
     if not references:
         raise MetricError(f"a sample of {task} has no references")
-    scored = prediction.lstrip("\n").split("\n")[0] if spec.first_line_only else prediction
+    scored = scored_text(task, prediction)
     best, error = 0.0, None
     for reference in references:
         try:
@@ -111,6 +68,11 @@ def sample_score(
         except ScoredZero as failure:
             error = str(failure)
     return SampleScore(best, not scored.strip(), error)
+
+
+def scored_text(task: str, prediction: str) -> str:
+    """What a task's metric reads of a prediction: all, or the first line."""
+    return prediction.lstrip("\n").split("\n")[0] if get_task(task).first_line_only else prediction
 
 
 def score_sample(
@@ -125,12 +87,8 @@ def score_samples(task: str, records: Iterable[Mapping[str, Any]], metric: str |
 
     The paper's one bucket (`length > 4000`) is this, on records that are long enough.
     """
-    samples = _score_all(task, records, metric)
-    total = 0.0
-    for sample in samples:  # not sum(): from Python 3.12 on it compensates rounding, and the original does not
-        total += sample.score
-    mean = round(100 * total / len(samples), 2) if samples else None
-    return _summary(task, metric, samples, mean)
+    samples = [sample_score(task, r["prediction"], r["references"], r.get("all_classes"), metric) for r in records]
+    return TaskScore.of(task, metric or get_task(task).metric, samples)
 
 
 def score_buckets(per_sample: Sequence[float], lengths: Sequence[int]) -> dict[str, BucketScore]:
@@ -148,25 +106,31 @@ def score_buckets(per_sample: Sequence[float], lengths: Sequence[int]) -> dict[s
     return buckets
 
 
+def same_classes(task: str, ours: str, full: str, classes: tuple[str, ...]) -> float:
+    """Classes that both answers name / classes that either names.
+
+    The full model's answer is seldom a bare class name, as the metric demands of a reference. Where it names one class,
+    this is what the metric gives for that class as the reference. An answer that names no class has 0.
+    """
+    mine, theirs = (_named(task, answer, classes) for answer in (ours, full))
+    return len(mine & theirs) / len(mine | theirs) if mine | theirs else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _named(task: str, answer: str, classes: tuple[str, ...]) -> frozenset[str]:
+    """The classes that an answer names, as the metric finds them."""
+    return frozenset(name for name in classes if score_sample(task, answer, [name], classes) > 0)
+
+
 def _metric(name: str) -> Metric:
     if name not in METRICS:
         raise MetricError(f"unknown metric {name!r}; metrics: {', '.join(METRICS)}")
     return METRICS[name]
 
 
-def _score_all(task: str, records: Iterable[Mapping[str, Any]], metric: str | None) -> list[SampleScore]:
-    return [
-        sample_score(task, record["prediction"], record["references"], record.get("all_classes"), metric)
-        for record in records
-    ]
-
-
-def _summary(task: str, metric: str | None, samples: list[SampleScore], mean: float | None) -> TaskScore:
-    return TaskScore(
-        task=task,
-        metric=metric or get_task(task).metric,
-        score=mean,
-        per_sample=tuple(sample.score for sample in samples),
-        num_empty=sum(sample.is_empty for sample in samples),
-        errors=dict(Counter(sample.error for sample in samples if sample.error is not None)),
-    )
+@cache
+def fingerprint() -> str:
+    """What these scores depend on: the code here and the packages of Rouge-L."""
+    code = "".join(inspect.getsource(module) for module in (sys.modules[__name__], metrics, scores))
+    versions = [f"{package} {version(package)}" for package in ("rouge", "rouge_score")]
+    return f"{hashlib.sha256(code.encode()).hexdigest()}, {', '.join(versions)}"

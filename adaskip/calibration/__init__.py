@@ -1,1 +1,1 @@
-"""Measures importance profiles, and searches sets by what skipping them does to the output."""
+"""Measures importance profiles, and searches the sets of sublayers whose skipping changes the output least."""

@@ -1,8 +1,8 @@
-"""What stands in for a skipped sublayer besides the scale of Eq. (3), fitted in closed form on calibration prompts.
+"""Alternatives to the scale of Eq. (3) for compensating a skipped sublayer, fitted in closed form on prompts.
 
-All cost an element-wise operation at inference, no matrix product. The fits minimise the squared error of the
-sublayer's output `b`, given its input `a`, over all prompt tokens of the full model. Sums over tokens suffice for
-that, so nothing is kept of the activations.
+At inference each costs one element-wise operation and no matrix product. The fits minimise the squared error of the
+sublayer's output `b`, given its input `a`, over all prompt tokens of the full model. They need only sums over tokens,
+so activations are not stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaskip.core.wrappers import unwrapped
 
 
 class StreamMoments:
-    """Sums over tokens of a sublayer's input `a` and its change `b - a`, per channel, in float64 on their device."""
+    """Per-channel sums over tokens of a sublayer's input `a` and its change `b - a`, in float64 on their device."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -39,9 +39,9 @@ class StreamMoments:
         return 1.0 + float(product.sum() / square.sum())
 
     def affine(self) -> Affine:
-        """Per channel the scale w and the shift c that minimise the sum of (b - w a - c)^2.
+        """For each channel, the scale w and the shift c that minimise the sum of (b - w a - c)^2.
 
-        A channel that never varies keeps scale 1; its shift does the rest.
+        A channel with constant input gets scale 1 and a shift.
         """
         a, change, product, square = self._means()
         variance, covariance = square - a * a, product - a * change
@@ -49,13 +49,13 @@ class StreamMoments:
         return Affine(tuple((1.0 + slope).tolist()), tuple((change - slope * a).tolist()))
 
     def shift(self, scale: float) -> Affine:
-        """Every channel's scale given, the shift alone fitted: `affine` under a ridge towards `scale` without bound."""
+        """The same `scale` for every channel, with fitted shifts: the limit of `affine` under a ridge to `scale`."""
         a, change, _, _ = self._means()
         return Affine((scale,) * len(a), tuple((change - (scale - 1.0) * a).tolist()))
 
     def _means(self) -> Tensor:
         if self._sums is None:
-            raise ValueError("no token was seen; there is nothing to fit")
+            raise ValueError("no tokens were added, so there is nothing to fit")
         return self._sums.cpu() / self.tokens
 
 
@@ -72,7 +72,7 @@ class _Probe:
 
 @torch.no_grad()
 def stream_moments(model: PreTrainedModel, prompts: Iterable[Tensor]) -> dict[Sublayer, StreamMoments]:
-    """The moments of every sublayer of the full model over the prompts' tokens. prompts: token ids, 1-D."""
+    """The moments of every sublayer of the full model over the tokens of `prompts` (token ids, each 1-D)."""
     model = unwrapped(model)
     patches, probe = patches_of(model), _Probe()
     with patches.install():

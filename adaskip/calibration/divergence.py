@@ -1,10 +1,9 @@
-"""How far a skipped model's next-token distributions lie from the full model's, on calibration prompts.
+"""KL divergence between the next-token distributions of the skipped and the full model, on calibration prompts.
 
-Each prompt is followed by the full model's own greedy answer, made as `generate.generate` makes answers, whatever the
-model's generation config says; nothing else is known to be right. What runs under the
-plan, and where it is compared, follows the phase. In prefill the prompt and the answer run, and both are compared; in
-decode the answer alone, over K/V of the prompt that the full model computed once; in e2e both run, and the answer is
-compared.
+Each prompt is followed by the full model's own greedy answer, which `generate.generate` makes independently of the
+model's generation config. The phase decides what runs under the plan and where distributions are compared. In prefill,
+prompt and answer run under the plan, and both are compared. In decode, only the answer does, over K/V of the prompt
+that the full model computed once. In e2e, both run under the plan, and the answer is compared.
 """
 
 from __future__ import annotations
@@ -26,24 +25,25 @@ from adaskip.core.patching import patches_of
 from adaskip.core.plan import Phase, SkipPlan
 from adaskip.core.wrappers import unwrapped
 
-OBJECTIVE = 2
-"""Number of what is measured here, from one change of it to the next: what was chosen by another is chosen anew."""
+OBJECTIVE_VERSION = 2
+"""Version of the objective computed here. Bump it when the objective changes: kept selections of another version are
+searched again."""
 ANSWER_TOKENS = 128
-"""At most so many tokens of a greedy answer."""
+"""Maximum length of a greedy answer."""
 PROMPT_POSITIONS = 64
-"""In prefill so many positions of each prompt are compared, evenly spaced."""
+"""In prefill, the number of evenly spaced positions of each prompt that are compared."""
 RESIDENT = 4
-"""K/V of so many prompts stay where the model is, those that a search tries most; the others' wait on the CPU: of
-20 prompts of 7000 tokens they are 73 GB in a model of Vicuna-7B's shape."""
+"""The K/V of this many prompts, which a search uses most, stay on the model's device; the K/V of the others are kept on
+the CPU. For 20 prompts of 7000 tokens and a model of Vicuna-7B's shape they take 73 GB."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A calibration prompt with its answer: what is run, where it is compared, and what the full model said there.
+    """A calibration prompt with its answer, the compared positions, and the full model's distributions there.
 
-    ids: [1, T], what runs under the plan. dense: K/V of what comes before, by the full model. positions: [N] in ids.
-    weights: [N], which add up to 1; in prefill half for the prompt's positions, half for the answer's. reference:
-    [N, V], log-probabilities of the full model.
+    ids: [1, T], the tokens that run under the plan. dense: K/V of the tokens before them, from the full model.
+    positions: [N], compared positions in ids. weights: [N], their weights, with sum 1; in prefill the prompt and the
+    answer get half each. reference: [N, V], log-probabilities of the full model.
     """
 
     ids: Tensor
@@ -54,10 +54,10 @@ class Passage:
 
 
 class OutputDivergence:
-    """Mean KL(full || skipped) in nats of the next-token distributions, prompt by prompt.
+    """Mean KL(full || skipped) of the next-token distributions, in nats, for each prompt.
 
-    Prompts without an answer are left out in decode, where there is nothing to compare. num_forwards, num_tokens,
-    seconds: what the calls so far have cost, the full model's answers among them.
+    In decode, prompts without an answer are left out, as there is nothing to compare. num_forwards, num_tokens,
+    seconds: cost of the calls so far, including the full model's answers.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class OutputDivergence:
         self.passages = [passage for passage in made if passage is not None]
         if not self.passages:
             raise ValueError(
-                f"in phase decode answers are compared, and the full model ends each of the {len(prompts)} prompts "
-                "without one; give prompts that it answers"
+                f"phase decode compares answers, but the full model gives none to any of the {len(prompts)} prompts; "
+                "use prompts that it answers"
             )
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class OutputDivergence:
 
     @torch.no_grad()
     def __call__(self, plan: SkipPlan, which: Sequence[int] | None = None) -> list[float]:
-        """Divergence under `plan` on each prompt, or on those whose indices `which` lists."""
+        """Divergence under `plan` on each prompt, or on the prompts with indices `which`."""
         passages = self.passages if which is None else [self.passages[i] for i in which]
         with self._counting(), self._patches.install():
             self._patches.apply(plan)
@@ -100,14 +100,14 @@ class OutputDivergence:
             return torch.stack(divergences).tolist()
 
     def num_tokens_of(self, prompt: int) -> int:
-        """Tokens that one measurement on that prompt runs under the plan."""
+        """Number of tokens that run under the plan in one measurement on that prompt."""
         return self.passages[prompt].ids.numel()
 
     def _divergence(self, passage: Passage) -> Tensor:
         log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
-        divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow is as bad as can be
-        return divergence.clamp(min=0.0)  # as every KL divergence; the rounding of its sum may leave less
+        divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow counts as infinite divergence
+        return divergence.clamp(min=0.0)  # rounding may make the sum slightly negative
 
     def _passage(
         self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int
@@ -163,8 +163,10 @@ class OutputDivergence:
 
 
 def _positions(prompt_length: int, length: int, phase: Phase) -> tuple[Tensor, Tensor]:
-    """Positions compared and their weights. The prompt's last position predicts the answer's first token, which in
-    decode the full model makes."""
+    """The compared positions and their weights.
+
+    The last position of the prompt predicts the first token of the answer, which in decode comes from the full model.
+    """
     answer = torch.arange(prompt_length - (phase != "decode"), length)
     if phase != "prefill" or prompt_length < 2:
         return answer, torch.full((len(answer),), 1.0 / len(answer))
@@ -180,8 +182,10 @@ def _to_cpu(cache: DynamicCache) -> None:
 
 
 def _view(cache: DynamicCache) -> DynamicCache:
-    """A cache with the same K/V, where each layer had them first, that can grow without changing `cache`: dynamic
-    layers concatenate, never write."""
+    """A cache with the same K/V, on the layers' original devices, that can grow without changing `cache`.
+
+    This works because dynamic layers concatenate and never write in place.
+    """
     view = copy.copy(cache)
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     for layer in layers:

@@ -1,6 +1,6 @@
-"""Offline importance learning: run prompts through the full model and measure every sublayer.
+"""Offline importance learning: runs prompts through the full model and measures every sublayer.
 
-Paper: Eq. (2), (3), token-weighted means over all calibration prompts.
+Paper: Eq. (2), (3), as means over the tokens of all calibration prompts.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ UNITS = ("attention", "ffn", "layer")
 class Measurement:
     """Sums over the tokens of one prompt (or of its answer), on the model's device.
 
-    sums: float32 [U, M, 2]: unit (attention, ffn, layer), decoder layer, (similarity, ratio of norms). tokens: 0-dim.
-    windows: the same sums over an answer's first tokens, by how many those are; an answer may have had fewer.
+    sums: float32 [U, M, 2]: unit (attention, ffn, layer), decoder layer, (similarity, ratio of norms). tokens: their
+    number, 0-dim. windows: the same sums over the first N tokens of an answer, by N; an answer may be shorter than N.
     """
 
     sums: Tensor
@@ -46,12 +46,12 @@ class Measurement:
 
 
 class _RowSums:
-    """Probe that sums similarity and ratio over the tokens of each row, without asking the device for anything."""
+    """A `SublayerProbe` that sums similarity and ratio over the tokens of each row, without synchronisation."""
 
     def __init__(self, num_layers: int, windows: Sequence[int] = ()):
         self.num_layers = num_layers
         self.windows = frozenset(windows)
-        self.mask: Tensor | None = None  # [B, S], the tokens of the coming forward that count
+        self.mask: Tensor | None = None  # [B, S], the tokens of the next forward that are measured
         self.tokens: Tensor | None = None  # [B]
         self.sums: dict[tuple[str, int], Tensor] = {}  # each [2, B]
         self.norms = RecentNorms()
@@ -61,7 +61,7 @@ class _RowSums:
     def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
         assert self.mask is not None
         mask = self.mask.to(a.device)
-        if a.shape[1] != mask.shape[1]:  # a model that dropped its cache reads all again; the last tokens are the new
+        if a.shape[1] != mask.shape[1]:  # a model that dropped its cache reads all tokens again; the last are new
             last = slice(-mask.shape[1], None)
             a, b, change = a[:, last], b[:, last], None if change is None else change[:, last]
         step = torch.stack([(x * mask).sum(dim=-1) for x in cosine_and_ratio(a, b, change, self.norms)])
@@ -78,10 +78,10 @@ class _RowSums:
         self.num_forwards += 1
         if self.num_forwards in self.windows:
             assert self.tokens is not None
-            self.snapshots[self.num_forwards] = (dict(self.sums), self.tokens)  # sums are replaced, never changed
+            self.snapshots[self.num_forwards] = (dict(self.sums), self.tokens)  # the tensors never change in place
 
     def measurements(self) -> Iterator[Measurement]:
-        """One per row; none if nothing was recorded."""
+        """One measurement per row; none if nothing was recorded."""
         if self.tokens is None:
             return
         whole = (self.sums, self.tokens)
@@ -98,7 +98,7 @@ class _RowSums:
 
 
 class _MeasureAnswers(StoppingCriteria):
-    """Stops nothing. `generate` calls it after each token: from the first one on, the probe sees the live rows."""
+    """A stopping criterion that never stops. From the first token on, it makes the probe measure the live rows."""
 
     def __init__(self, patches: ModelPatches, probe: _RowSums, eos_token_ids: Sequence[int]):
         self.patches, self.probe, self.eos_token_ids = patches, probe, eos_token_ids
@@ -121,21 +121,24 @@ def measure(
     eos_token_ids: int | Sequence[int] | None = None,
     windows: Sequence[int] = (),
 ) -> Iterator[Measurement]:
-    """IO similarity and scale sums of each prompt, measured on the full model, one by one.
+    """Yield the sums of IO similarity and scale for each prompt, measured on the full model.
 
-    prompts: token ids, 1-D. phase: "prefill" measures the prompts' tokens, "decode" the tokens of greedy answers of at
-    most `max_new_tokens` tokens to them, and apart the first tokens of each answer, as many as each of `windows` says.
-    An answer is the full model's own: one sequence, no logits processors, one token per forward over a KV cache,
-    whatever the model's generation config says. Each of its tokens but the last is measured, as the input it is. From
-    that config come only the end tokens, and only if `eos_token_ids` are not given. model: a stock model, or a wrapper
-    that `blocks.unwrapped` knows; its active adapters take part.
-    No value leaves the device. Raises ValueError for an empty prompt, and for windows in phase "prefill".
+    model: a stock model, or a wrapper that `wrappers.unwrapped` supports; active adapters are applied. prompts: token
+    ids, each 1-D. phase: "prefill" measures the tokens of the prompts, "decode" the tokens of the full model's greedy
+    answers, of at most `max_new_tokens` tokens each. windows: in phase "decode", also measure the first N tokens of
+    each answer, for every N in `windows`. eos_token_ids: end tokens; default: those of the model's generation config,
+    whose other settings are ignored. All tokens of an answer are measured as inputs, so the last one is not.
+
+    No value is copied to the host. Raises ValueError for an empty prompt, and for windows in phase "prefill".
     Paper: the inner sums of Eq. (2) and (3); with windows also of Eq. (5).
     """
     if phase not in ("prefill", "decode"):
-        raise ValueError(f"phase of a measurement is prefill or decode; got {phase!r}")
+        raise ValueError(f"phase of a measurement must be prefill or decode; got {phase!r}")
     if windows and (phase == "prefill" or min(windows) < 1):
-        raise ValueError(f"windows are counts of decoded tokens, each at least 1; got {list(windows)} in phase {phase}")
+        raise ValueError(
+            f"windows are numbers of decoded tokens, each at least 1, in phase decode; got {list(windows)} in phase "
+            f"{phase}"
+        )
     model = unwrapped(model)
     patches = patches_of(model)
     for rows in _batches(prompts, batch_size):
@@ -167,7 +170,7 @@ def _batches(prompts: Iterable[Tensor | Sequence[int]], batch_size: int) -> Iter
 
 
 def _run_prompts(model: PreTrainedModel, patches: ModelPatches, probe: _RowSums, rows: list[Tensor]) -> None:
-    """One prefill without logits. Pads stand on the right, where causal attention never sees them."""
+    """Run one prefill without logits. Rows are padded on the right, where causal attention ignores the pads."""
     ids, probe.mask = right_padded(rows, execution_device(model))
     patches.set_probe(probe)
     find_decoder(model)(input_ids=ids, use_cache=False)
@@ -181,7 +184,7 @@ def _run_answers(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
 ) -> None:
-    """Greedy answers; the prompt is not measured. Pads stand on the left."""
+    """Generate greedy answers without measuring the prompts. Rows are padded on the left."""
     pad_token_id = (list(eos_token_ids) or [0])[0]
     ids, mask = left_padded(rows, pad_token_id, execution_device(model))
     plain_generate(
@@ -210,10 +213,10 @@ def calibrate(
 ) -> ImportanceProfile:
     """The importance of every sublayer of `model` over calibration prompts.
 
-    prompts: token ids, 1-D, at least one. model_name, dataset, data_ids: what was measured on what, for the record.
-    weights_fingerprint: the model's, where it is known; else it is computed. The other arguments are those of
-    `measure`. The means are over tokens, not over prompts. Raises ValueError if there is nothing to measure, and before
-    anything is measured if the weights have no fingerprint.
+    prompts: token ids, each 1-D, at least one. model_name, dataset, data_ids: recorded in the profile.
+    weights_fingerprint: that of the model; None to compute it. The other arguments are those of `measure`. The means
+    are over tokens, not over prompts. Raises ValueError if there is nothing to measure, and before the measurement if
+    the weights have no fingerprint.
     Paper: Eq. (2), (3).
     """
     about = _about(model, weights_fingerprint, model_name, dataset, data_ids)
@@ -223,7 +226,7 @@ def calibrate(
     tokens = int(sum(m.tokens for m in measured))
     if not tokens:
         raise ValueError(
-            f"calibration saw no {'generated' if phase == 'decode' else 'prompt'} token; give longer prompts"
+            f"calibration found no {'generated' if phase == 'decode' else 'prompt'} tokens; use longer prompts"
         )
     means = torch.stack([m.sums for m in measured]).double().sum(dim=0).cpu() / tokens  # [U, M, 2]
     attention, ffn, layer = (SublayerMeans(tuple(unit[:, 0].tolist()), tuple(unit[:, 1].tolist())) for unit in means)
@@ -241,7 +244,7 @@ def calibrate(
 def _about(
     model: PreTrainedModel, weights: str | None, model_name: str | None, dataset: str, data_ids: Iterable[str]
 ) -> dict[str, Any]:
-    """What a profile says of the model and the data, known before anything is measured."""
+    """The fields of a profile that record the model and the data."""
     model = unwrapped(model)
     return {
         **identity(model, model_name, weights),
@@ -257,7 +260,7 @@ def _about(
 
 
 class _Beginnings:
-    """The prompts, as they are; notes whether each one so far began with BOS, None for a model without BOS."""
+    """Iterates over the prompts and records whether all of them begin with BOS; None for a model without BOS."""
 
     def __init__(self, model: PreTrainedModel, prompts: Iterable[Tensor | Sequence[int]]):
         bos = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)

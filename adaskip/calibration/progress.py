@@ -1,8 +1,9 @@
-"""What a search has measured so far, kept in a file: a search that was stopped goes on where it was.
+"""Keeps the measurements of a search in a file, so that a stopped search can continue.
 
-One JSON line per divergence, behind a line that says of which search they are. A search depends on nothing but these
-numbers, so that it takes the same way again, and only what is missing is measured. The file only ever grows: a line
-that was torn is passed over, and lines of another search stay for that. Who has saved what a search found deletes it.
+The file has one JSON line per divergence, after a line that identifies the search. A search is a deterministic function
+of these numbers, so a repeated search takes the same steps and measures only what is missing. The file only grows:
+truncated lines are ignored, and lines of other searches stay for those. The caller deletes the file after it has saved
+the result of the search.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ Key = tuple[Set, int]
 
 @dataclass(frozen=True)
 class Measured:
-    """A divergence in nats, and what the forward took."""
+    """A divergence in nats, and the time of its measurement."""
 
     divergence: float
     seconds: float
 
 
 class Progress:
-    """The measure of a search: it runs each set on each prompt once, and keeps what came of it in the file at `path`.
+    """Measures divergences for a search, each set on each prompt once, and keeps them in the file at `path`.
 
-    run: divergence of a set on one prompt. identity: what the search depends on. path: None keeps nothing beyond the
-    process. num_prompts: lines of further prompts are passed over.
+    run: returns the divergence of a set on one prompt. path: None keeps nothing after the process. identity: all that
+    the divergences depend on. num_prompts: lines of prompts with a larger index are ignored.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class Progress:
 
 @contextmanager
 def held(path: Path | None) -> Iterator[None]:
-    """Keep other processes from the progress file at `path`; None is no file.
+    """Lock the progress file at `path`; None means that there is no file.
 
     Raises:
-        LockedError: another process searches with it.
+        LockedError: another process uses the file.
     """
     if path is None:
         yield
@@ -97,7 +98,10 @@ def _append(path: Path, line: str) -> None:
 
 
 def _continued(path: Path, head: str) -> dict[Key, Measured]:
-    """What the file at `path` holds of the search that `head` names, which the lines to come are said to be of."""
+    """The measurements in the file at `path` of the search that `head` identifies.
+
+    Appends `head` if needed, so that lines appended later belong to this search.
+    """
     content = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
     known: dict[Key, Measured] = {}
     of = ""
@@ -114,7 +118,7 @@ def _continued(path: Path, head: str) -> dict[Key, Measured]:
 
 
 def _entry(line: str) -> tuple[Key, Measured] | None:
-    """A line's set, prompt and measurement; None for one that was torn or damaged, which is measured again."""
+    """The set, prompt and measurement of a line; None for a truncated or damaged line, which is measured again."""
     try:
         entry = json.loads(line)
         chosen = frozenset(Sublayer(kind, layer) for kind, layer in entry["set"])
@@ -124,6 +128,6 @@ def _entry(line: str) -> tuple[Key, Measured] | None:
     whole = all(type(layer) is int and layer >= 0 and kind in get_args(SublayerKind) for kind, layer in chosen)
     if not whole or type(prompt) is not int or prompt < 0:
         return None
-    if not divergence >= 0 or not 0 <= seconds < math.inf:  # an infinite divergence is one that overflowed
+    if not divergence >= 0 or not 0 <= seconds < math.inf:  # a divergence may be infinite, after an overflow
         return None
     return (chosen, prompt), Measured(divergence, seconds)

@@ -1,9 +1,9 @@
-"""Greedy choice of the sublayers whose absence changes the output least, each step given what is already skipped.
+"""Greedy search for the sublayers whose skipping changes the output least, one more sublayer in each step.
 
-A step re-examines only the most promising candidates: those that cost least when last tried, first on a few prompts,
-then the finalists on all of them. What others would choose (`starts`) takes over wherever it diverges less, and the
-search goes on from there. One of the others, the `default`, is what is known to work: its set is chosen unless the
-best one diverges less beyond chance, by the paired differences over the prompts.
+A step tries only the most promising candidates: those that cost least when last tried, first on a few prompts, then
+the finalists on all of them. The sets of other strategies (`starts`) compete in each step; if one diverges less, the
+search continues from it. One of these strategies is the `default`: its set is chosen unless the best set diverges
+significantly less, judged by the paired differences over the prompts.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from adaskip.core.plan import Sublayer
 
 Set = frozenset[Sublayer]
 Measure = Callable[[Set, Sequence[int]], list[float]]
-"""Divergence of a set on each prompt of those whose indices are given."""
+"""Returns the divergence of a set on each of the prompts with the given indices."""
 
 SCREENING_PROMPTS = 4
 CONSIDERED = 8
-"""Candidates tried again in each step after the first, on the screening prompts."""
+"""Number of candidates that each step after the first tries on the screening prompts."""
 FINALISTS = 3
 SEARCH = "search"
 STANDARD_ERRORS = 2.0
-"""By so many the mean paired difference must lie below zero."""
+"""The mean paired difference must be below zero by this many standard errors."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A set of sublayers, its mean divergence on all calibration prompts, and whose it is."""
+    """A set of sublayers, its mean divergence on all calibration prompts, and the search or strategy that found it."""
 
     sublayers: Set
     divergence: float
@@ -50,15 +50,15 @@ def search(
     default: str | None = None,
     show_progress: bool = False,
 ) -> dict[int, Choice]:
-    """The set chosen for every count 1..up_to. starts: sets that others would choose, by name and count; default: the
-    one of them that is left only for a better one.
+    """The set chosen for each number of sublayers, 1..up_to.
 
-    A contender is dropped as soon as its divergences so far exceed the best one's over all prompts: none is negative.
-    Raises ValueError if there are too few candidates.
+    starts: the sets of other strategies, by name and number of sublayers. default: the one of them whose sets are kept
+    unless the search finds significantly better ones. A contender is dropped as soon as the sum of its divergences,
+    which are never negative, exceeds the best total. Raises ValueError if there are too few candidates.
     """
     candidates = list(candidates)
     screening = range(min(SCREENING_PROMPTS, num_prompts))
-    cost: dict[Sublayer, float] = {}  # what each candidate added when last tried
+    cost: dict[Sublayer, float] = {}  # divergence that each candidate added when last tried
     current: Set = frozenset()
     screened = {current: [0.0]}
     choices: dict[int, Choice] = {}
@@ -87,14 +87,14 @@ def search(
         choices[count] = Choice(current, least / num_prompts, contenders[current])
         if default is not None and count in starts[default] and starts[default][count] != current:
             usual = measure(starts[default][count], range(num_prompts))
-            if not _beyond_chance(measure(current, range(num_prompts)), usual):
+            if not _significantly_less(measure(current, range(num_prompts)), usual):
                 choices[count] = Choice(starts[default][count], fmean(usual), default)
     return choices
 
 
-def _beyond_chance(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether `ours` are smaller than `theirs`, pair by pair; of a single pair, whatever it says."""
-    if not all(map(isfinite, (*ours, *theirs))):  # an output that overflowed is worse than any that did not
+def _significantly_less(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether `ours` are significantly less than `theirs` in paired comparison; a single pair is simply compared."""
+    if not all(map(isfinite, (*ours, *theirs))):  # an overflow is worse than any finite divergence
         return sum(map(isfinite, ours)) > sum(map(isfinite, theirs))
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
@@ -102,7 +102,10 @@ def _beyond_chance(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 
 def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) -> int:
-    """How often a search measures a set on a prompt at most. starts: how many sets of others there are, by count."""
+    """Maximum number of measurements (one set on one prompt) in a search.
+
+    starts: for each number of sublayers, how many sets of other strategies compete.
+    """
     screening = min(SCREENING_PROMPTS, num_prompts)
     tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates) + sum(starts)
     finalists = sum(FINALISTS + number for number in starts)
@@ -120,5 +123,5 @@ def _total(measure: Measure, chosen: Set, screened: list[float], rest: Sequence[
 
 
 def _leaves_attention(current: Set, candidate: Sublayer, num_layers: int) -> bool:
-    """Whether an attention stays live to hold the cache's length."""
+    """Whether at least one attention stays live, which must keep the length of the KV cache."""
     return candidate.kind == "ffn" or sum(sublayer.kind == "attention" for sublayer in current) + 1 < num_layers

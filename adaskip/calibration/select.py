@@ -1,4 +1,4 @@
-"""Chooses the sets of a model for one phase: calibration, baselines' sets, divergence and search put together."""
+"""`select`: chooses the sets of a model for one phase by calibration and search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip.calibration.divergence import OBJECTIVE, OutputDivergence
+from adaskip.calibration.divergence import OBJECTIVE_VERSION, OutputDivergence
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress, held
 from adaskip.calibration.search import Choice, Set, most_measured, search
@@ -28,7 +28,7 @@ from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
 KINDS = ("attention", "ffn")
 WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
 CANDIDATES_PER_PLACE = 3
-"""The search looks at so many times as many sublayers as the largest set has, the most similar ones."""
+"""The search considers the most similar sublayers, this many for each sublayer of the largest set."""
 
 
 def select(
@@ -48,19 +48,19 @@ def select(
     weights_fingerprint: str | None = None,
     allow_other_weights: bool = False,
 ) -> SelectionProfile:
-    """The sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
+    """Search the sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
 
-    prompts: token ids, 1-D; the closer to what the model will be asked, the better. importance: AdaSkip's profile, of
-    candidates, scales and AdaSkip's own sets; if not given, it is measured on the same prompts. AdaSkip's sets are kept
-    wherever the search finds none that is better beyond chance. allow_other_weights: `importance` may be of other
-    weights of the same architecture, with a warning.
-    progress_path: a file that keeps what is measured; after a stop the same call goes on there. It is left where it is,
-    for what it took to measure is lost until the profile is saved: delete it then.
-    show_progress: draw a progress bar if standard error is a terminal. weights_fingerprint: the model's, where it is
-    known; else it is computed.
+    prompts: token ids, each 1-D; they should resemble the prompts of the later use. importance: AdaSkip's profile,
+    which gives candidates, scales and AdaSkip's own sets; None to measure it on the same prompts. AdaSkip's set is kept
+    for every budget for which the search finds no significantly better one. allow_other_weights: accept, with a
+    warning, an `importance` of other weights of the same architecture.
+    progress_path: a file that keeps the measurements; after a stop, the same call continues from it. The file is not
+    deleted here: delete it after you have saved the profile.
+    show_progress: draw a progress bar if standard error is a terminal. weights_fingerprint: that of the model; None to
+    compute it. model_name, dataset, data_ids: recorded in the profile.
 
     Raises:
-        LockedError: another process searches with the file at `progress_path`.
+        LockedError: another process uses the file at `progress_path`.
         ProfileError: `importance` was measured on another model.
     """
     if weights_fingerprint is None:
@@ -96,14 +96,14 @@ def _select(
     progress_path: Path | None,
     show_progress: bool,
 ) -> SelectionProfile:
-    """`select`, of whose progress file this is the one user. ends: the end tokens, and the one to pad with."""
+    """`select` while the progress file is locked. ends: (end tokens, pad token)."""
     eos_token_ids, pad_token_id = ends
     began = time.perf_counter()
     measured = calibrate(model, prompts, **described)
     adaskip_seconds = time.perf_counter() - began
     importance = measured if importance is None else importance
     num_layers = importance.num_layers
-    Budget(sublayers=up_to).num_sublayers(num_layers)  # refuses what no plan can hold
+    Budget(sublayers=up_to).num_sublayers(num_layers)  # raises if up_to is too large
     divergence = OutputDivergence(model, prompts, phase, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
     setup_forwards, setup_tokens, setup_seconds = divergence.num_forwards, divergence.num_tokens, divergence.seconds
     progress = Progress(
@@ -153,12 +153,12 @@ def _versions() -> dict[str, str]:
 
 
 def num_candidates(up_to: int, num_layers: int) -> int:
-    """How many sublayers, the most similar ones, a search for `up_to` of a model of `num_layers` layers looks at."""
+    """Number of candidates, the most similar sublayers, in a search for sets of `up_to` sublayers."""
     return min(max(CANDIDATES_PER_PLACE * up_to, num_layers), 2 * num_layers)
 
 
 def most_forwards(num_layers: int, num_prompts: int, up_to: int) -> int:
-    """How many forwards on calibration prompts a search for `up_to` sublayers takes at most."""
+    """Maximum number of forwards on calibration prompts in a search for sets of `up_to` sublayers."""
     whole_layers = len(WHOLE_LAYER_STRATEGIES)
     starts = [1 + (whole_layers if count % 2 == 0 else 0) for count in range(1, up_to + 1)]
     return most_measured(num_candidates(up_to, num_layers), num_prompts, starts)
@@ -172,12 +172,12 @@ def _identity(
     phase: Phase,
     eos_token_ids: Sequence[int],
 ) -> dict[str, Any]:
-    """All that the divergences of a search depend on. measured: on the model itself, by which it is known."""
+    """All that the divergences of a search depend on. measured: the profile of the model itself."""
     told = str([list(eos_token_ids), *(torch.as_tensor(prompt).tolist() for prompt in prompts)])
     config = {name: value for name, value in unwrapped(model).config.to_dict().items() if not name.startswith("_")}
     return {
         "phase": phase,
-        "objective": OBJECTIVE,
+        "objective": OBJECTIVE_VERSION,
         "device": model.device.type,
         "versions": _versions(),
         "weights": measured.weights_fingerprint,
@@ -191,9 +191,9 @@ def _identity(
 
 
 def sets_of_others(importance: ImportanceProfile, up_to: int) -> dict[str, dict[int, Set]]:
-    """What AdaSkip and the whole-layer strategies would skip, by strategy and number of sublayers.
+    """The sets of AdaSkip and the whole-layer strategies, by strategy and number of sublayers.
 
-    SkipDecode's set is the full one of its last decode step.
+    For SkipDecode it is the full set of its last decode step.
     """
     num_layers = importance.num_layers
     sets: dict[str, dict[int, Set]] = {AdaSkip.name: {}}

@@ -1,1 +1,1 @@
-"""What every other package may use: options, files, locks, provenance, the guarded command."""
+"""Helpers that every other package may import: options, files, locks, provenance, error handling of commands."""

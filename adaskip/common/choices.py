@@ -1,4 +1,4 @@
-"""Checks that a name is one of those allowed, and suggests the nearest."""
+"""Checks a name against a list of allowed names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def check_choice(what: str, given: str, allowed: Iterable[str]) -> str:
-    """`given` if it is one of `allowed`; else a ValueError that suggests the nearest and lists them all."""
+    """Return `given` if it is in `allowed`; else raise a ValueError that suggests the nearest name and lists all."""
     allowed = tuple(allowed)
     if given in allowed:
         return given

@@ -1,8 +1,8 @@
-"""What every command is wrapped in: mistakes and stops become one line and an exit code.
+"""Runs commands and scripts so that every error ends in one line on standard error and an exit code.
 
-A user's mistake is one line and exit code 2; a run that stops half-way (out of memory, disk full) is one line and exit
-code 1; a signal is 128 plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead. Of
-several processes only the main one speaks.
+A user's mistake exits with code 2, a run that stops half-way (out of memory, disk full) with 1, and a signal with 128
+plus its number. With ADASKIP_DEBUG=1 in the environment the traceback is shown instead. If several processes were
+launched, only the main one prints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STOPPED = 1
 
 
 class Signalled(BaseException):
-    """SIGINT or SIGTERM arrived."""
+    """Raised when SIGINT or SIGTERM arrives."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -35,15 +35,17 @@ class Signalled(BaseException):
 
 
 def script(module: str, *arguments: str | None) -> int:
-    """What a script does: call `main` of a module, which is imported here, so that an optional package that it needs
-    and that is missing is one line, too; returns its exit code."""
+    """Call `main(*arguments)` of a module and return its exit code.
+
+    The module is imported inside, so that a missing optional package is also reported in one line.
+    """
     return guarded(lambda: importlib.import_module(module).main(*arguments))
 
 
 def study(doc: str | None, config: type[Config], execute: Callable[[Config], int]) -> int:
-    """The whole life of a script that is a study, with the options of `config`; returns its exit code.
+    """Parse the options of `config`, call `execute` with them, and return the exit code.
 
-    doc: the script's docstring, whose first line describes it in the help text.
+    doc: the script's docstring; its first line is the description in the help text.
     """
     return guarded(lambda: _study((doc or "").split("\n")[0], config, execute, sys.argv))
 
@@ -57,14 +59,14 @@ def _study(description: str, config: type[Config], execute: Callable[[Config], i
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run `command` and turn what may go wrong into one line and an exit code."""
+    """Run `command` and turn expected errors into one line and an exit code."""
     if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers draws its loading bar into log files, too
+        disable_progress_bar()  # otherwise transformers draws its loading bar into log files
     handlers = {number: signal.signal(number, _raise_signalled) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return command()
     except Signalled as stopped:
-        _tell(f"stopped by {signal.Signals(stopped.number).name}; the same command continues")
+        _tell(f"stopped by {signal.Signals(stopped.number).name}; run the same command again to continue")
         return 128 + stopped.number
     except (ValueError, RunError, OSError) as error:
         if os.environ.get("ADASKIP_DEBUG") == "1":

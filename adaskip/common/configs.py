@@ -1,4 +1,4 @@
-"""Finds the YAML files under `configs/`, so that no other module needs to know where data lies."""
+"""Reads the YAML files of `configs/`, whether the package runs from a checkout or a wheel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 from adaskip.common.paths import PACKAGE, package_checkout
 
 CONFIG_DIR = PACKAGE / "packaged_configs" if package_checkout() is None else PACKAGE.parent / "configs"
-"""`configs/` of the checkout; the copy of it that a wheel holds (see `setup.py`)."""
+"""`configs/` of the checkout, or the copy of it inside an installed wheel (see `setup.py`)."""
 
 
 class ConfigError(ValueError):
@@ -17,17 +17,17 @@ class ConfigError(ValueError):
 
 
 def load_yaml(name: str) -> dict[str, Any]:
-    """Read `configs/<name>` (the ending `.yaml` may be left out) as a mapping.
+    """Read `configs/<name>` (the suffix `.yaml` is optional) as a mapping.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping; one line naming the file.
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     path = CONFIG_DIR / (name if name.endswith(".yaml") else f"{name}.yaml")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} is missing: adaskip reads configs/ of its checkout, or the copy in its wheel; install it again"
+            f"{path} is missing: adaskip reads configs/ of its checkout, or the copy in its wheel; reinstall adaskip"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class RunError(RuntimeError):
-    """A run stopped half-way; what it has made is kept, and the same command continues it."""
+    """A run stopped half-way; its results so far are kept, and running the same command again continues it."""

@@ -1,4 +1,4 @@
-"""Whole-file writes: a reader sees the old file or the new one, never half of either, even after a loss of power."""
+"""Atomic file writes: a reader sees the old file or the new one, never a part, even after a power failure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-"""Ending of the files that hold what is being written."""
+"""Suffix of temporary files while they are being written."""
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
     """Write `data` to `path` through a temporary file in the same folder and an atomic rename.
 
-    On return the new file is on disk, so that what it was made of may be deleted.
+    On return the new file is on disk, so that its inputs may be deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,31 +35,31 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
 
 
 def write_text_atomic(path: str | Path, text: str) -> Path:
-    """Write UTF-8 `text` to `path` whole or not at all."""
+    """Write `text` to `path` as UTF-8, atomically."""
     return write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def remove_torn(path: str | Path) -> None:
-    """Delete what killed writers of `path` left half-written; only for whoever is its one writer now."""
+    """Delete temporary files that killed writers of `path` left behind; call it only as the single writer of `path`."""
     path = Path(path)
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring renames in a folder to disk."""
+    """Flush renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system whose folders cannot be synced
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError unless a file can be written at `path`; its folder is made."""
+    """Raise ValueError unless a file can be written at `path`; creates its folder."""
     if path.is_dir() or not path.name:
         raise ValueError(f"{path} is a folder; give the name of a file")
     try:

@@ -25,21 +25,31 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))
     check_new(output)
-    pattern = f".{output.name}."
+    with scratch_folder(output) as folder:
+        yield folder
+        folder.chmod(0o755)
+        for path in folder.rglob("*"):
+            _finish(path)
+        os.replace(folder, output)
+    sync_folder(output.parent)
+
+
+@contextmanager
+def scratch_folder(output: Path, purpose: str = "") -> Iterator[Path]:
+    """A temporary folder beside `output`, for one process at a time, that is deleted at the end.
+
+    What a killed process left of one for the same purpose is deleted first.
+    """
+    pattern = f".{output.name}{purpose}."
+    output.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(output.parent / f"{pattern}lock", of=output):
         for torn in output.parent.glob(f"{glob.escape(pattern)}*{TEMPORARY}"):
             shutil.rmtree(torn)
         folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=pattern, suffix=TEMPORARY))
         try:
             yield folder
-            folder.chmod(0o755)
-            for path in folder.rglob("*"):
-                _sync(path)
-            os.replace(folder, output)
-        except BaseException:
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
-        sync_folder(output.parent)
 
 
 def check_new(output: Path) -> None:
@@ -56,9 +66,11 @@ def check_new(output: Path) -> None:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from None
 
 
-def _sync(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Bring a file or folder to disk; every user may read a file, as usual."""
     if path.is_dir():
         sync_folder(path)
         return
+    path.chmod(0o644)
     with path.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -1,4 +1,4 @@
-"""Percentile-bootstrap intervals over samples, so that no score is shown without how far chance could have moved it."""
+"""Means, medians and ratios over samples, with 95 % percentile-bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from adaskip.common.optional import optional_import
 RESAMPLES = 5000
 CONFIDENCE = 0.95
 SEED = 0
-"""One seed for every interval: two runs over the same number of samples are resampled by the same draws."""
+"""All intervals use one seed, so two runs with the same number of samples are resampled with the same indices."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic of the samples and its 95 % interval; None where fewer than two samples leave nothing to resample."""
+    """A statistic of samples and its 95 % interval; low and high are None for fewer than two samples."""
 
     value: float
     low: float | None = None
@@ -45,16 +45,16 @@ def median_estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate | None:
-    """mean(numerators) / mean(denominators) of paired samples; None where the denominator's mean is zero."""
+    """mean(numerators) / mean(denominators) of paired samples; None if there are none or the denominator is zero."""
     if not numerators or mean(denominators) == 0:
         return None
     return Estimate(mean(numerators) / mean(denominators), *_interval([numerators, denominators], _ratio_of_means))
 
 
 def mean_ratio_estimate(groups: Sequence[Sequence[tuple[float, float]]]) -> Estimate | None:
-    """The mean over groups of mean(numerators) / mean(denominators) of their pairs; None where a denominator is zero.
+    """The mean over groups of mean(numerators) / mean(denominators); None if a denominator is zero or a group empty.
 
-    Samples are resampled within their group.
+    groups: per group, (numerator, denominator) of each sample. Samples are resampled within their group.
     """
     if not groups or any(not group or mean([below for _, below in group]) == 0 for group in groups):
         return None
@@ -73,7 +73,7 @@ def mean_ratio_estimate(groups: Sequence[Sequence[tuple[float, float]]]) -> Esti
 
 
 def mean_of_means_estimate(groups: Sequence[Sequence[float]]) -> Estimate:
-    """The mean over groups of the means of their values. Samples are resampled within their group."""
+    """The mean over groups of the mean of each group. Samples are resampled within their group."""
     value = mean([mean(group) for group in groups])
     if any(len(group) < 2 for group in groups):
         return Estimate(value)
@@ -85,17 +85,17 @@ def mean_of_means_estimate(groups: Sequence[Sequence[float]]) -> Estimate:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """The geometric mean of positive `values`: that of speedups does not depend on which time is divided by which."""
+    """The geometric mean of positive `values`; for ratios, the mean of the inverses is the inverse of the mean."""
     return math.exp(mean([math.log(value) for value in values]))
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, summed exactly: equal multisets of scores have equal means, whatever their order."""
+    """The mean with an exact sum, so that it does not depend on the order of the values."""
     return math.fsum(values) / len(values)
 
 
 def mean_if_whole(values: Sequence[float | None]) -> float | None:
-    """The mean of `values`; None if there are none or any is missing: no mean over what happens to be there."""
+    """The mean of `values`; None if there are none or any is None."""
     known = [value for value in values if value is not None]
     return mean(known) if known and len(known) == len(values) else None
 
@@ -112,7 +112,7 @@ def _interval(
     with optional_import():
         from scipy.stats import DegenerateDataWarning, bootstrap
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # no interval is our answer to it, below
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # handled below: no interval
         result = bootstrap(
             [np.asarray(sample, dtype=np.float64) for sample in samples],
             statistic,
@@ -124,5 +124,5 @@ def _interval(
             rng=np.random.default_rng(SEED),
         )
     low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    # A resample without a single non-zero denominator has no ratio, and an interval over it says nothing.
+    # A resample whose denominators are all zero has no ratio, so the interval is undefined.
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)

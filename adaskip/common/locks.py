@@ -1,4 +1,4 @@
-"""A lock file that dies with its process, so that a killed run never leaves a folder locked."""
+"""A lock file that the system releases when its process ends, so that a killed run never leaves a folder locked."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ class LockedError(ValueError):
 
 @contextmanager
 def exclusive(path: str | Path, *, wait: bool = False, of: str | Path | None = None) -> Iterator[None]:
-    """Hold the lock file `path`; it is made when missing, with its folder, and removed on release, with the
-    folders made for it that are still empty.
+    """Hold the lock file `path` inside the context.
+
+    The file and its folders are created if missing; on release, the file and those folders, if empty, are removed.
 
     Args:
-        wait: wait for the holder to let go instead of raising.
-        of: what the lock is of, in the error's words; None for the folder that it lies in.
+        wait: wait for the holder to release the lock instead of raising.
+        of: name of the locked resource in the error; None for the folder of the lock file.
 
     Raises:
-        LockedError: another process holds it; one line naming that process and its host.
+        LockedError: another process holds the lock; names that process and its host.
     """
     made = [folder for folder in Path(path).parents if not folder.exists()]
     handle = _acquire(Path(path), wait, of)
@@ -38,7 +39,7 @@ def exclusive(path: str | Path, *, wait: bool = False, of: str | Path | None = N
     finally:
         Path(path).unlink(missing_ok=True)
         handle.close()
-        with suppress(OSError):  # something was put there
+        with suppress(OSError):  # the folder is not empty
             for folder in made:
                 folder.rmdir()
 
@@ -48,7 +49,7 @@ def _acquire(path: Path, wait: bool, of: str | Path | None) -> IO[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # the last holder removed the empty folder
+        except FileNotFoundError:  # the previous holder removed the empty folder
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -56,10 +57,10 @@ def _acquire(path: Path, wait: bool, of: str | Path | None) -> IO[str]:
             handle.seek(0)
             holder = _describe(handle.read())
             handle.close()
-            raise LockedError(f"{of or path.parent} is in use by {holder}; wait for it to end or stop it") from None
+            raise LockedError(f"{of or path.parent} is in use by {holder}; wait until it ends, or stop it") from None
         if _is_current(handle, path):
             return handle
-        handle.close()  # the last holder removed the file while we waited for it
+        handle.close()  # the previous holder removed the file while we waited for it
 
 
 def _is_current(handle: IO[str], path: Path) -> bool:
@@ -73,5 +74,5 @@ def _describe(content: str) -> str:
     try:
         holder = json.loads(content)
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError):  # the holder has the lock and has not yet written its name
+    except (ValueError, KeyError):  # the holder has not written its name yet
         return "another process"

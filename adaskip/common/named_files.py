@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
 from adaskip.common.files import write_text_atomic
@@ -24,7 +23,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 def published() -> dict[str, Path]:
     """The published files by name."""
-    return {path.stem: path for path in sorted(PUBLISHED.glob("*.json"))}
+    return dict(sorted((path.stem, path) for path in PUBLISHED.glob("*.json")))
 
 
 def find_file(given: str | Path, file_name: str, *, revision: str | None = None) -> Path:
@@ -100,11 +99,8 @@ def push_files(
     """Commit texts by file name to a model repository of the Hub, made if need be. Returns the commit's URL."""
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(folder, files)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-        )
+    operations = [CommitOperationAdd(name, text.encode("utf-8")) for name, text in files.items()]
+    commit = api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
     return commit.commit_url
 
 

@@ -1,6 +1,6 @@
-"""Packages that only some features need: which extra of adaskip brings each, and one line where one is missing.
+"""Optional packages: which extra of adaskip installs each, and a one-line error if one is missing.
 
-The library (calibrate, skip, select, lossless) needs none of them. What needs one imports it where it is used.
+The library (calibrate, skip, select, lossless) needs none of them. Code that needs one imports it where it is used.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ EXTRAS = {
     "jieba": "zh",
     "vllm": "vllm",
 }
-"""The extra of adaskip that brings a package, by the name that it is imported by."""
+"""The extra of adaskip that installs each package, by import name."""
 
 
 class MissingPackageError(ImportError):
-    """An optional package is not installed; one line with the command that installs it."""
+    """An optional package is not installed; the message has the command that installs it."""
 
 
 @contextmanager
 def optional_import() -> Iterator[None]:
-    """Around the import of an optional package: `MissingPackageError` where it is not installed."""
+    """A context for the import of an optional package; raises `MissingPackageError` if it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -33,11 +33,11 @@ def optional_import() -> Iterator[None]:
 
 
 def missing_package(error: ImportError) -> MissingPackageError | None:
-    """What to tell of a failed import; None where no extra of adaskip would help."""
+    """The error to show for a failed import; None if no extra of adaskip installs the package."""
     if isinstance(error, MissingPackageError):
         return error
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package not in EXTRAS:
         return None
-    line = f"{package} is not installed, which this needs: pip install 'adaskip[{EXTRAS[package]}]'"
+    line = f"this needs the package {package}, which is not installed: pip install 'adaskip[{EXTRAS[package]}]'"
     return MissingPackageError(line, name=error.name)

@@ -1,6 +1,6 @@
-"""One frozen dataclass is configuration, command line and help text at once.
+"""Turns a frozen dataclass into a command line, its help text and a YAML configuration.
 
-A field made by `option` carries its help. Precedence: dataclass default < YAML file < command line.
+A field made by `option` carries its help text. Precedence: dataclass default < YAML file < command-line flag.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def option(
     """A dataclass field that is also a command-line option.
 
     Args:
-        help, default: a function is called when the help text or the default is needed.
-        required: `resolve` refuses a configuration that does not give it.
-        aliases: further spellings of the option, e.g. the paper's artifact's.
-        positional: on the command line it is given without the option's name.
+        help, default: a value, or a function that is called when the help text or the default is needed.
+        required: `resolve` refuses a configuration without it.
+        aliases: other spellings of the flag, e.g. those of the paper's artifact.
+        positional: on the command line it is given without a flag.
     """
     metadata = {"help": help, "required": required, "aliases": tuple(aliases), "positional": positional}
     if callable(default):
@@ -42,7 +42,7 @@ def option(
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are ValueErrors of one line, without the usage text."""
+    """An ArgumentParser that raises ValueError with one line instead of printing the usage text and exiting."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser, config: type, *, leave_out: Sequence[str] = ()) -> None:
     """Add one option per field of the dataclass `config`, and `--config FILE` for a YAML file of the same fields."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line goes before it")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; command-line flags override it")
     for field in _fields(config):
         if field.name in leave_out:
             continue
@@ -71,7 +71,7 @@ def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | Non
     """Build `config` from its defaults, then `yaml_file`, then `given`.
 
     Raises:
-        ValueError: an unknown name in the file, a value of the wrong type, or a required field that nobody gave.
+        ValueError: an unknown name in the file, a value of the wrong type, or a missing required field.
     """
     values = {**(_read_yaml(config, yaml_file) if yaml_file else {}), **given}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -82,7 +82,8 @@ def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | Non
 
 
 def field_type(config: type, name: str) -> tuple[type, bool]:
-    """(element type, whether many) of a field: (int, False) for `int | None`, (str, True) for `tuple[str, ...]`."""
+    """(element type, whether it is a tuple) of a field: (int, False) for `int | None`, (str, True) for
+    `tuple[str, ...]`."""
     hint = typing.get_type_hints(config)[name]
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
@@ -104,7 +105,7 @@ def _read_yaml(config: type, path: str) -> dict[str, Any]:
 
 
 def _checked(config: type, path: str, name: str, value: Any) -> Any:
-    """`value` as the field's type; YAML's numbers and lists are taken as they are, nothing is parsed from strings."""
+    """Return `value` as the field's type, or raise ValueError; strings are not parsed into numbers."""
     names = [field.name for field in _fields(config)]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)

@@ -1,7 +1,7 @@
-"""Where results go when no folder is given: below the checkout, whatever the current folder is.
+"""Default folders of results: in the checkout, independent of the current folder.
 
-A checkout is this repository's tree. Where the package was installed from a wheel there is none, and results go below
-the current folder, unless a script of a checkout was started.
+A checkout is a clone of this repository. A package installed from a wheel has none; its results go below the current
+folder, unless a script of a checkout was started.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the package `adaskip`."""
-RUNS, TESTBED_RUNS = "results/runs", "results/testbed/runs"
-"""Where runs go (see `default_path`)."""
 MARKS = ("pyproject.toml", "configs/phases.yaml", "adaskip/__init__.py")
-"""Files by which the root of a checkout is told."""
+"""Files by which the root of a checkout is recognised."""
 
 
 def is_checkout(folder: Path) -> bool:
@@ -23,29 +21,33 @@ def is_checkout(folder: Path) -> bool:
 
 
 def package_checkout() -> Path | None:
-    """Root of the checkout that this package lies in; None for an installed wheel."""
+    """Root of the checkout that contains this package; None for an installed wheel."""
     return PACKAGE.parent if is_checkout(PACKAGE.parent) else None
 
 
 def checkout() -> Path | None:
-    """Root of the checkout of this package, or else of the script that was started; None where neither is in one."""
+    """Root of the checkout that contains this package, else the script that was started; None if neither is in one."""
     script_root = Path(sys.argv[0]).resolve().parent.parent
     return package_checkout() or (script_root if is_checkout(script_root) else None)
 
 
 def default_path(name: str) -> Path:
-    """The place that `name` has below the root of the checkout, as `results/runs`; relative where that is the current
-    folder, or where there is no checkout."""
+    """The path of `name` (e.g. `results/runs`) below the root of the checkout.
+
+    It is relative if the root is the current folder or if there is no checkout.
+    """
     root = checkout()
     return Path(name) if root in (None, Path.cwd()) else root / name
 
 
 def given_or_default(given: str | Path | None, name: str) -> Path:
-    """What the user gave, relative to the current folder; else `default_path(name)`."""
+    """`given`, relative to the current folder, if it is not None; else `default_path(name)`."""
     return default_path(name) if given is None else Path(given)
 
 
 def as_seen_from_root(path: str | Path) -> str:
-    """A path as seen from the folder that holds the package, if it is below it, so that results made anywhere are
-    alike; else as it is."""
+    """A path relative to the folder that contains the package, if it is below it; else unchanged.
+
+    So results do not depend on where the checkout is.
+    """
     return str(Path(path).relative_to(PACKAGE.parent)) if Path(path).is_relative_to(PACKAGE.parent) else str(path)

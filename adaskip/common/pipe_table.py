@@ -1,4 +1,4 @@
-"""A Markdown table with aligned columns."""
+"""Markdown tables with aligned columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 
 def pipe_table(header: Sequence[str], lines: Iterator[list[str]] | Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose source is aligned too."""
+    """A Markdown table whose source text is aligned, too."""
     rows = [list(header), *map(list, lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     drawn = [

@@ -1,13 +1,13 @@
-"""The processes of one `accelerate launch`: each makes its share of a run, and all of them succeed or fail together.
+"""The processes of one `accelerate launch`: each computes a share of a run, and all succeed or fail together.
 
     accelerate launch --multi_gpu --num_processes 2 -m adaskip run ...
     accelerate launch --multi_gpu --num_processes 2 prefill/run_llama_ADA.py ...
 
 `--multi_gpu` starts one process per GPU, and without GPUs the same number on the CPU (with `--cpu`, accelerate starts
-a single one unless it has MPI). Processes on several machines need an output directory on a file system they share.
-Only short messages pass between them, so they meet through gloo on a GPU, too. Of a process that is killed the launcher
-ends the others at once; one that falls silent is given up after `PATIENCE`. Without a launch there is one process, and
-nothing here waits for anybody.
+a single one unless it has MPI). Processes on several machines need an output directory on a shared file system. They
+exchange only short messages, so they use the gloo backend even with GPUs. If a process is killed, the launcher ends the
+others at once; if a process hangs, the others give up after `PATIENCE`. Without a launch there is one process, and
+nothing in this module waits.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from accelerate.utils import broadcast_object_list, gather_object
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=12)
-"""How long a process waits for the others: the main one may be calibrating, another may have the longer prompts."""
+"""How long a process waits for the others: the main one may be calibrating, another may have longer prompts."""
 FAREWELL = timedelta(seconds=10)
+"""How long a failed process waits for the others to report their errors."""
 
 T = TypeVar("T")
 
 
 class ProcessError(OSError):
-    """Another process of the launch failed or is gone."""
+    """Another process of the launch failed or died."""
 
 
 class Processes:
-    """All processes of the launch, seen from this one; made anew anywhere, it is the same."""
+    """All processes of the launch, seen from this one. Instances share their state, so create one anywhere."""
 
     def __init__(self) -> None:
         has_cuda = torch.cuda.is_available()
@@ -46,7 +47,7 @@ class Processes:
         try:
             self._state = PartialState(cpu=not has_cuda, timeout=PATIENCE, **backend)
         except (RuntimeError, ValueError) as error:
-            raise ProcessError(f"the processes of this launch could not meet: {one_line(error)}") from error
+            raise ProcessError(f"the processes of this launch could not connect: {one_line(error)}") from error
         if self.size == 1:
             _check_launch()
 
@@ -60,29 +61,30 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that holds the folder, calibrates, merges and speaks to the user."""
+        """Whether this is the process that locks the folder, calibrates, merges and prints."""
         return self._state.is_main_process
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's consecutive part of `items`; the parts differ by one item at most."""
+        """This process's consecutive part of `items`; parts differ in length by at most one."""
         with self._state.split_between_processes(list(items)) as mine:
             return cast(list[T], mine)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's `value`, by rank.
+        """The `value` of every process, by rank.
 
         Raises:
-            ProcessError: a process is gone.
+            ProcessError: a process died.
         """
         with _all_there():
             return gather_object([value])
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes leave at the same time, and that fails in every one if it fails in any.
+        """A context that all processes leave together, and that fails in all of them if it fails in one.
 
         Raises:
-            ValueError, ProcessError: the block failed in another process, for its user's mistake or for another reason.
+            ValueError: the block raised a ValueError in another process.
+            ProcessError: the block failed otherwise in another process.
         """
         if self.size == 1:
             yield
@@ -101,7 +103,7 @@ class Processes:
                 raise (ValueError if is_mistake else ProcessError)(f"process {rank} of {self.size}: {line}")
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the main process; the others wait for it."""
+        """Call `make` in the main process and return its result in all processes."""
         with self.together():
             made = make() if self.is_main else None
         if self.size > 1:
@@ -110,31 +112,31 @@ class Processes:
         return cast(T, made)
 
     def require_one(self, what: str) -> None:
-        """Refuse a launch of something whose work is not split."""
+        """Raise ValueError if several processes were launched for work that cannot be split."""
         if self.size > 1:
             raise ValueError(
-                f"{what} runs in one process, not in {self.size}: "
-                "accelerate launch splits `adaskip run` and the run scripts"
+                f"{what} runs in one process, not in {self.size}; "
+                "accelerate launch can split only `adaskip run` and the run scripts"
             )
 
 
 @cache
 def _check_launch() -> None:
-    """Warn, once, of a launch that was asked for more processes than this one."""
+    """Warn once if accelerate launch was asked for several processes but started only one."""
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
         logger.warning(
-            "warning: accelerate launch was asked for several processes and started one; "
-            "with --multi_gpu it starts all, on CPUs, too"
+            "warning: accelerate launch was asked for several processes but started one; "
+            "with --multi_gpu it starts all of them, also on CPUs"
         )
 
 
 def leave_together() -> None:
-    """Wait a moment for all who failed: when the first one ends, the launcher ends the others, even unheard."""
+    """Wait a moment for the other processes to report their errors: the launcher kills them when the first one ends."""
     if torch.distributed.is_initialized():
         try:
             torch.distributed.monitored_barrier(timeout=FAREWELL)
         except RuntimeError as error:
-            logger.debug("not every process came: %s", error)
+            logger.debug("some processes did not reach the end: %s", error)
 
 
 @contextmanager
@@ -142,10 +144,12 @@ def _all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        line = f"a process of this launch is gone ({one_line(error)}); what is made is kept, the same command continues"
-        raise ProcessError(line) from error
+        raise ProcessError(
+            f"a process of this launch died ({one_line(error)}); finished samples are kept, run the same command again "
+            "to continue"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name if it says nothing."""
+    """The first line of an error's message, or its class name if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Which machine and which commit of the code made a result."""
+"""Records which machine and which commit of the code made a result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from adaskip.common.paths import PACKAGE, package_checkout
 
 RESULTS = ("results", "speed/results")
-"""Folders of the checkout that hold what was measured."""
+"""Folders of the checkout that hold measured results."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's model name, or the machine's architecture where the system does not tell."""
+    """The model name of the GPU or processor; the machine's architecture if the system does not report one."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _processor_name() or platform.processor() or platform.machine()
@@ -33,9 +33,9 @@ def _processor_name() -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package lies in, with `-dirty` if its files differ; None outside a checkout.
+    """Commit of the checkout that contains this package, with `-dirty` if files differ; None outside a checkout.
 
-    Results do not count: a measurement that writes them is still one of the commit's code.
+    Changed results do not make it dirty: they are written by measurements with the code of that commit.
     """
     if package_checkout() is None or not (commit := _git("rev-parse", "--verify", "HEAD")):
         return None
@@ -45,7 +45,7 @@ def git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints about this package's checkout; nothing where there is no git or no checkout."""
+    """The output of git in this package's checkout; empty without git or outside a checkout."""
     command = ["git", *arguments]
     try:
         answer = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False)

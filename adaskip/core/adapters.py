@@ -1,4 +1,4 @@
-"""Which adapters act on a model: PEFT's wrappers, or adapters that transformers itself put in."""
+"""Finds the adapters that are active on a model, whether PEFT or transformers added them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from adaskip.core.wrappers import unwrapped
 
 
 def active_adapters(model: nn.Module) -> str:
-    """The adapters that change what `model` computes, "" if there are none: by name and scaling, as "default x2".
+    """Names and scalings of the adapters that change what `model` computes, e.g. "default x2"; "" for none.
 
-    Adapters that are disabled, not active or merged into the weights do not count; merged ones are part of the weights,
-    and of their fingerprint, and PEFT applies no other beside them. An adapter that scales layers differently shows
-    each scaling.
+    Adapters that are disabled, inactive or merged into the weights do not count. Merged adapters are part of the
+    weights and of their fingerprint, and PEFT applies no other adapter beside them. An adapter whose scaling differs
+    between layers is listed with every scaling.
     """
     found: dict[str, set[float]] = {}
     for name, scaling in _adapters(unwrapped(model)):
@@ -24,9 +24,9 @@ def active_adapters(model: nn.Module) -> str:
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and scaling, None where the method has none, of each adapter that acts on a layer.
+    """Yield (name, scaling) of each adapter that is active in a layer; scaling is None for methods without one.
 
-    PEFT's layers are known by their attributes, so that peft need not be installed.
+    PEFT layers are recognised by their attributes, so peft need not be installed.
     """
     for module in model.modules():
         layer: Any = module

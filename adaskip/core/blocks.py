@@ -1,8 +1,8 @@
-"""How a decoder layer is built from its two sublayers, found out by structure and proved on the layer itself.
+"""Recognises how a decoder layer is built from its two sublayers, and proves it on the layer itself.
 
 Every supported layer computes `h + f(h)` twice, with f = post_norm(module(pre_norm(h))); families differ in which
-norms there are and what they are called. Names alone cannot tell a parallel residual from a sequential one, so a
-structure counts only if it reproduces the stock layer bit for bit.
+norms exist and what they are called. Names alone cannot tell a parallel residual from a sequential one, so a
+structure is accepted only if it reproduces the stock layer bit for bit.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class Sublayers:
         return {name for name in (self.module, self.pre_norm, self.post_norm) if name}
 
     def change(self, layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any] | None) -> Tensor:
-        """f(h), [B, S, D]: what the sublayer adds to the residual stream. kwargs: an attention's further arguments."""
+        """f(h), [B, S, D]: what the sublayer adds to the residual stream.
+
+        kwargs: the other arguments of an attention; None for an FFN.
+        """
         x = hidden_states if self.pre_norm is None else getattr(layer, self.pre_norm)(hidden_states)
         module = getattr(layer, self.module)
         x = module(x) if kwargs is None else module(hidden_states=x, **kwargs)
@@ -71,7 +74,7 @@ class Sublayers:
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """A known way to put attention and FFN on the residual stream."""
+    """The attribute names under which a kind of decoder layer keeps its attention and its FFN."""
 
     name: str
     attention: Sublayers
@@ -83,27 +86,28 @@ class BlockStructure:
         return frozenset(self.attention.names() | self.ffn.names())
 
     def fits(self, layer: nn.Module) -> bool:
-        """Whether the layer has exactly these parts (dropouts aside, which do nothing in inference).
+        """Whether the layer has exactly these parts, apart from dropouts, which do nothing in inference.
 
-        Weights of the layer itself are refused: at their first values, all ones or zeros, they may seem to do nothing.
+        A layer with weights of its own does not fit: at their initial values, ones or zeros, they may seem to do
+        nothing.
         """
         parts = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
         return parts == self.parts and not _own_weights(layer)
 
     def forward(self, layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The whole layer, from its two sublayers."""
+        """Output of the whole layer, computed from its two sublayers."""
         hidden_states = hidden_states + self.attention.change(layer, hidden_states, kwargs)
         return self.finish(layer, hidden_states + self.ffn.change(layer, hidden_states, None))
 
     @staticmethod
     def finish(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """What the layer does after its sublayers, skipped or not: Gemma 4 scales the whole residual stream."""
+        """What the layer does after its sublayers even if they are skipped: Gemma 4 scales the residual stream."""
         scalar = getattr(layer, OUTPUT_SCALAR, None)
         return hidden_states if scalar is None else hidden_states * scalar
 
 
 def _own_weights(layer: nn.Module) -> list[str]:
-    """Names of parameters and buffers that belong to no part of the layer, those known aside."""
+    """Names of the layer's own parameters and buffers, except the known output scalar."""
     own = {**hf.own_parameters(layer), **hf.own_buffers(layer)}
     return sorted(name for name, tensor in own.items() if tensor is not None and name != OUTPUT_SCALAR)
 
@@ -112,31 +116,31 @@ _structures: dict[str, BlockStructure] = {}
 
 
 def known_structures() -> tuple[BlockStructure, ...]:
-    """The structures of the library, then those registered, in that order."""
+    """The library's structures, then those registered by users."""
     return tuple(_structures.values())
 
 
 def register_structure(structure: BlockStructure) -> BlockStructure:
-    """Make a structure known by which decoder layers are recognised.
+    """Register a structure, by which decoder layers are recognised.
 
-    A layer is recognised by its parts, so no two structures have the same ones. That a model's layers are built so is
-    proved on each model, bit for bit; a wrong registration is refused there. To register an equal structure again
-    changes nothing.
+    A layer is recognised by its parts, so no two structures may have the same parts. Every model is still checked bit
+    for bit, so a wrong registration is refused when a model is patched. Registering an equal structure again changes
+    nothing.
 
     Raises:
-        ValueError: it is no BlockStructure, a name is no attribute's name or used for two parts, or its name or its
-            parts are those of another structure.
+        ValueError: it is not a BlockStructure, a name is not an attribute name or names two parts, or another
+            structure has the same name or parts.
     """
     _check_structure(structure)
     if _structures.get(structure.name) == structure:
         return structure
     for other in _structures.values():
         if structure.name == other.name:
-            raise ValueError(f"a structure named {structure.name!r} is registered already; choose another name")
+            raise ValueError(f"a structure named {structure.name!r} is already registered; choose another name")
         if structure.parts == other.parts:
             raise ValueError(
-                f"structure {structure.name!r} has the parts of {other.name!r}, {sorted(other.parts)}; a layer is "
-                "recognised by its parts"
+                f"structure {structure.name!r} has the same parts as {other.name!r}, {sorted(other.parts)}; layers are "
+                "recognised by their parts"
             )
     _structures[structure.name] = structure
     return structure
@@ -193,10 +197,10 @@ for _structure in (
 
 @dataclass(frozen=True)
 class Proved:
-    """What a probe has shown of a model.
+    """What a probe has proved about a model.
 
-    stream_dtypes: of each layer, the dtype of the hidden states that go in and out. stream_width: D, their channels.
-    cache_slots: of each layer, the layer of the KV cache that its attention fills.
+    stream_dtypes: dtype of each layer's input and output hidden states. stream_width: D, their number of channels.
+    cache_slots: for each layer, the index of the KV-cache layer that its attention fills.
     """
 
     structure: BlockStructure
@@ -213,29 +217,30 @@ def find_structure(model: nn.Module) -> BlockStructure:
 def probe_layers(model: nn.Module) -> Proved:
     """Prove on random inputs how every decoder layer of `model` is built.
 
-    A structure counts if its two sublayers give what the stock layer gives, bit for bit, while no other layer is at
-    work. No hook of the user's fires, autocast is off, and the model and all random numbers are afterwards as before.
+    A structure is accepted if its two sublayers reproduce the output of the stock layer bit for bit while every other
+    layer only replays its recorded output. User hooks do not fire and autocast is off. Afterwards the model and the
+    state of the random number generators are as before.
 
-    Raises UnsupportedModelError, with the reason and the class at fault, if there is no such structure, whatever
-    the model itself raises; only running out of memory comes through.
+    Raises UnsupportedModelError, with the reason and the class at fault, if no structure is accepted, also where the
+    model itself raises something else. Only out-of-memory errors propagate unchanged.
     """
     decoder = find_decoder(model)
     layers = list(decoder.layers)
     _refuse_repeated(layers)
-    structure, slots = _with_the_parts_of(layers), cache_slots(layers)
+    structure, slots = _matching_structure(layers), cache_slots(layers)
     with quiet(model):
         probe = LayerProbe(model, decoder, slots)
         probe.record()
-        for index in reversed(range(len(layers))):  # a layer runs before those it may take something from
+        for index in reversed(range(len(layers))):  # test a layer before those it may depend on
             _prove(probe, index, layers[index], structure)
     streams = [call.hidden_states for call in probe.calls]
     return Proved(structure, tuple(stream.dtype for stream in streams), streams[0].shape[-1], slots)
 
 
 def cache_slots(layers: Iterable[nn.Module]) -> tuple[int, ...]:
-    """For each layer the `layer_idx` of its attention, the place of its K/V in the cache; its position without one.
+    """For each layer, the index of its K/V in the cache: the `layer_idx` of its attention, else the layer's position.
 
-    Raises UnsupportedModelError if one is no index or two layers have the same.
+    Raises UnsupportedModelError if a `layer_idx` is not an index or two layers share one.
     """
     slots: dict[int, int] = {}
     for position, layer in enumerate(layers):
@@ -244,11 +249,11 @@ def cache_slots(layers: Iterable[nn.Module]) -> tuple[int, ...]:
         slot = next((index for index in found if index is not None), position)
         name = type(layer).__name__
         if not isinstance(slot, int) or isinstance(slot, bool) or slot < 0:
-            raise UnsupportedModelError(f"{name} at position {position} has layer_idx {slot!r}, which is no index")
+            raise UnsupportedModelError(f"{name} at position {position} has layer_idx {slot!r}, which is not an index")
         if slot in slots:
             raise UnsupportedModelError(
-                f"{name} at positions {slots[slot]} and {position} have the same layer_idx {slot}: "
-                "both would write the same layer of the KV cache; give each its own"
+                f"{name} at positions {slots[slot]} and {position} have the same layer_idx {slot}, so both would write "
+                "the same layer of the KV cache; give each its own layer_idx"
             )
         slots[slot] = position
     return tuple(slots)
@@ -261,24 +266,24 @@ def _refuse_repeated(layers: list[nn.Module]) -> None:
         if first != position:
             raise UnsupportedModelError(
                 f"layers {first} and {position} are the same {type(layer).__name__} object, so one cannot be skipped "
-                "without the other; make one a copy of its own"
+                "without the other; make one of them a copy"
             )
 
 
-def _with_the_parts_of(layers: list[nn.Module]) -> BlockStructure:
-    """The structure that has the parts of all layers; no two structures have the same."""
+def _matching_structure(layers: list[nn.Module]) -> BlockStructure:
+    """The structure that all layers fit; no two structures have the same parts, so there is at most one."""
     for structure in known_structures():
         if all(structure.fits(layer) for layer in layers):
             return structure
     odd = next((layer for layer in layers if not any(s.fits(layer) for s in known_structures())), None)
     if odd is None:
         kinds = ", ".join(sorted({s.name for s in known_structures() for layer in layers if s.fits(layer)}))
-        raise UnsupportedModelError(f"the layers are blocks of several kinds ({kinds}); all must be of one")
+        raise UnsupportedModelError(f"the layers have several structures ({kinds}); all must have the same one")
     parts = sorted(name for name, _ in odd.named_children()) + _own_weights(odd)
     known = "; ".join(f"{s.name}: {sorted(s.parts)}" for s in known_structures())
     raise UnsupportedModelError(
-        f"{type(odd).__name__} has parts {parts}, which is none of the known blocks ({known}); "
-        "register_structure makes another one known"
+        f"{type(odd).__name__} has parts {parts}, which match no known structure ({known}); "
+        "register_structure adds another one"
     )
 
 
@@ -296,12 +301,12 @@ def _prove(probe: LayerProbe, index: int, layer: nn.Module, structure: BlockStru
     if not _same(stock, expected):
         how = "" if stock_failure is None else f" ({stock_failure})"
         raise UnsupportedModelError(
-            f"{name} puts out something else when it runs alone{how}: it needs what other layers leave behind, such as "
-            "shared keys and values, or depends on chance; its sublayers cannot be skipped"
+            f"{name} computes a different output when it runs alone{how}: it depends on state that other layers leave "
+            "behind, such as shared keys and values, or on random numbers; its sublayers cannot be skipped"
         ) from stock_failure
     if failure is not None:
         raise UnsupportedModelError(
-            f"{name} has the parts of a {structure.name} block, which do not run one by one: {failure}"
+            f"{name} has the parts of a {structure.name} block, but they cannot run one by one: {failure}"
         ) from failure
     raise UnsupportedModelError(
         f"{name} has the parts of a {structure.name} block but computes something else "
@@ -322,10 +327,10 @@ def _same(output: Any, expected: Tensor) -> bool:
 
 
 def _difference(output: Any, expected: Tensor) -> str:
-    """What a layer seems to do beside its two sublayers."""
+    """A guess at what a layer computes besides its two sublayers, in words."""
     if isinstance(output, Tensor) and output.shape == expected.shape:
         ours, theirs = output.double(), expected.double()
         factor = (ours * theirs).sum() / (ours * ours).sum()
         if torch.allclose(ours * factor, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
-            return f"its output is that of the two sublayers times {float(factor):.4g}"
+            return f"its output is the sublayers' output times {float(factor):.4g}"
     return "a parallel residual?"

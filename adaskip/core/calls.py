@@ -1,8 +1,8 @@
-"""Which calls of `generate` run inside a `skipping` context, and what becomes of one that outlives it.
+"""Tracks the calls of `generate` inside a `skipping` context, and stops those that outlive it.
 
-`generate` looks up the model's methods anew in every step. So a call that began before the context would be skipped
-from its middle on, and one that runs in another thread when the context ends would go on with the full model. Both
-are refused at their next step.
+`generate` looks up the model's methods in every step. A call that began before the context would therefore start to
+skip half-way, and a call that still runs in another thread when the context ends would continue with the full model.
+Both are refused at their next step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from adaskip.core.hf import NEXT_STEP
 from adaskip.core.patching import ModelPatches
 
 STEPS = (NEXT_STEP, "forward")
-"""The methods that `generate` calls for each token: of the model before the forward, and the decoder's forward."""
+"""The methods that `generate` calls for each token: one of the model before the forward, then the decoder's forward."""
 Place = tuple[Any, str, Any]
-"""Whose attribute, its name, and what the object itself had there before, or None."""
+"""(object, attribute name, the object's own attribute before it was replaced, or None)."""
 
 
 class GenerateCalls:
@@ -29,17 +29,20 @@ class GenerateCalls:
     def __init__(self, patches: ModelPatches):
         self.patches = patches
         self.ended = False
-        self._depths: Counter[int] = Counter()  # by thread: an assistant's call runs inside another one
+        self._depths: Counter[int] = Counter()  # per thread: an assistant model's call is nested in another call
         self._lock = threading.Lock()
         self._guarded: list[Place] = []
 
     @property
     def here(self) -> bool:
-        """Whether a call of this thread is running."""
+        """Whether this thread is inside a counted call."""
         return self._depths[threading.get_ident()] > 0
 
     def counted(self, stock: Callable[..., Any], check: Callable[[], Callable[[], None]]) -> Callable[..., Any]:
-        """`generate` as the model has it, counted. check: called before; what it returns is called after success."""
+        """Wrap `generate` so that its calls are counted.
+
+        check: called before each call; the function that it returns is called after the call has succeeded.
+        """
 
         @functools.wraps(stock)
         def generate(*args, **kwargs):
@@ -58,7 +61,7 @@ class GenerateCalls:
         with self._lock:
             if self.ended:
                 raise ValueError(
-                    "this generate belongs to a skipping(...) context that has ended; take the model's own"
+                    "this generate belongs to a skipping(...) context that has ended; call the model's own generate"
                 )
             self._depths[threading.get_ident()] += 1
 
@@ -73,9 +76,9 @@ class GenerateCalls:
                 self.patches.outlived = False
 
     def end(self, replaced: list[Place]) -> None:
-        """Put back what the context replaced, and refuse the next step of calls that still run.
+        """Restore the methods that the context replaced, and refuse the next step of calls that still run.
 
-        replaced: methods of the model and its decoder. Call while no forward runs.
+        replaced: methods of the model and its decoder. Call this while no forward is running.
         """
         with self._lock:
             self.ended = True
@@ -92,8 +95,8 @@ class GenerateCalls:
             if not self.here:
                 return stock(*args, **kwargs)
             raise ValueError(
-                "skipping(...) ended while this generate was running in another thread; its answer cannot go on "
-                "with the full model. Leave the context when its requests are done"
+                "skipping(...) ended while this generate was running in another thread; its answer cannot continue "
+                "with the full model. Leave the context after its requests are done"
             )
 
         return refuse

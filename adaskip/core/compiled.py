@@ -1,18 +1,18 @@
-"""Compiled decode steps: a graph of the whole step for each of a few sets of sublayers, and graphs of layers beyond.
+"""Compiled decode steps: one graph per set of skipped sublayers for the first few sets, then graphs of single layers.
 
-`generate` compiles the forward of a model whose cache is static. What is skipped is part of such a graph, so every
-set needs its own: one for Early Exit, Unified Skipping and a fixed plan, n for SkipDecode, for AdaSkip one while its
-window measures and one after it, plus one for each set of FFNs learnt online. The last are as many as requests
-can think of, so they are bounded: the first `MAX_STEP_GRAPHS` sets of a model get a graph of the whole step, which
-costs the host one launch per token (a captured CUDA graph in the default mode). Every further set runs layer
-by layer through graphs of single layers. A layer has four ways to run (each sublayer skipped or not) and two more in
-which its FFN is measured, so their number is bounded whatever the sets are. They cost the host some launches per
-layer instead of one per token, but compiling a whole step takes longer than most answers, and that for a set that may
-never come again.
+`generate` compiles the forward of a model if its cache is static. The set of skipped sublayers is part of such a
+graph, so every set needs its own graph: one for Early Exit, Unified Skipping and a fixed plan, n for SkipDecode, and
+for AdaSkip one during its window, one after it, and one for each set of FFNs learnt online. Requests can produce any
+number of such sets, so the number of graphs is limited. The first `MAX_STEP_GRAPHS` sets of a model get a graph of the
+whole step, which costs the host one launch per token (a captured CUDA graph in the default mode). All later sets run
+layer by layer through graphs of single layers. A layer can run in four ways (each sublayer skipped or not) and in two
+more while its FFN is measured, so the number of layer graphs does not depend on the sets. They cost the host a few
+launches per layer instead of one per token. But compiling a whole step takes longer than most answers, and a set may
+never occur again.
 
-Scales, batches and prompts do not enter into it; a new context finds the graphs of the last one. Each graph is
-compiled from a code object of its own, since `torch.compile` counts recompilations, and gives up after eight, per code
-object.
+Graphs do not depend on scales, batches or prompts, and a new context reuses the graphs of the previous one. Each graph
+is compiled from its own code object, because `torch.compile` counts recompilations per code object and gives up after
+eight.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ StepKind = Literal["prefill", "decode"]
 
 
 class CompiledSteps:
-    """The compiled forwards of one model under one `CompileConfig`; they do not keep the model alive."""
+    """The compiled forwards of one model under one `CompileConfig`; holds no reference to the model."""
 
     def __init__(self, config: CompileConfig):
         self.config = config
@@ -45,7 +45,10 @@ class CompiledSteps:
     def run(
         self, patches: ModelPatches, kind: StepKind, model: nn.Module, inputs: dict[str, Any], max_step_graphs: int
     ) -> Any:
-        """One forward of `model` with the plan its patches were given. kind: chunks of a prompt have shapes apart."""
+        """Run one forward of `model` under the plan that its patches were given.
+
+        kind: prompt chunks and decode steps get separate graphs, since their shapes differ.
+        """
         key = kind, patches.work
         step = self.steps.get(key)
         if step is None and len(self.steps) < max_step_graphs:
@@ -54,7 +57,7 @@ class CompiledSteps:
         if step is not None:
             with patches.compiling():
                 return step(model, inputs)
-        if not self.layers:  # without CUDA graphs, which would copy the inputs of each layer
+        if not self.layers:  # no CUDA graphs here: they would copy the inputs of each layer
             options = {**self.config.to_dict(), "mode": None}
             methods = (MethodType(_with_own_code(type(patch).forward), patch) for patch in patches.patches)
             self.layers = tuple(torch.compile(method, **options) for method in methods)
@@ -63,7 +66,7 @@ class CompiledSteps:
 
 
 def _pin_scales(patches: ModelPatches) -> None:
-    """Tell the compiler that scales stay where they are, so that a captured graph reads them in place."""
+    """Tell the compiler that the scale tensors keep their addresses, so that a captured graph reads them in place."""
     for patch in patches.patches:
         for buffer in patch.buffers.values():
             hf.keep_address(buffer)
@@ -74,7 +77,7 @@ def _step(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def _with_own_code(function: Callable[..., Any]) -> Any:
-    """The same function, with a code object, and so a cache of compiled graphs, of its own."""
+    """A copy of the function with its own code object, and therefore its own cache of compiled graphs."""
     assert isinstance(function, FunctionType)
     assert function.__closure__ is None
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
@@ -86,7 +89,7 @@ _COMPILED: WeakKeyDictionary[ModelPatches, CompiledSteps] = WeakKeyDictionary()
 
 
 def compiled_steps(patches: ModelPatches, config: CompileConfig | None) -> CompiledSteps:
-    """The compiled steps of a model, kept as long as its patches and until another `config` is asked for."""
+    """The compiled steps of a model. They are kept as long as its patches, or until another `config` is requested."""
     config = config or CompileConfig()
     known = _COMPILED.get(patches)
     if known is None or known.config != config:

@@ -1,4 +1,4 @@
-"""A short name for what a model's configuration adds to its weights: rotary positions, windows, norms, scalings."""
+"""A fingerprint of the configuration fields that affect a model's output: rope, windows, norms, scalings."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ COMPUTED_BY = (
     *("n_group", "topk_group", "routed_scaling_factor", "scoring_func", "n_shared_experts"),
     *("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers", "moe_layer_freq"),
 )
-"""Fields of a text configuration, beside those of the rotary positions, that change what the same weights compute."""
+"""Fields of a text configuration, besides those of the rotary positions, that change the output of given weights."""
 
 
 def config_fingerprint(config: Any) -> str:
-    """SHA-256 over the `COMPUTED_BY` fields and the rotary positions of a model's, or a checkpoint's, configuration.
+    """SHA-256 over the `COMPUTED_BY` fields and the rotary positions of the configuration of a model or checkpoint.
 
-    Of a multimodal model it covers the text decoder. A field that is absent or None is left out, and numbers are
-    compared as numbers (1 and 1.0 are the same). Rotary positions are the same in the older notation (`rope_theta`,
-    `rope_scaling`) and the newer one (`rope_parameters`). Not covered are fields that a run does not depend on, such as
-    dropout, and fields of architectures that `COMPUTED_BY` does not name.
+    For a multimodal model it covers the text decoder. Absent fields and None are ignored, and numbers are compared by
+    value (1 equals 1.0). The older notation of rotary positions (`rope_theta`, `rope_scaling`) and the newer one
+    (`rope_parameters`) give the same fingerprint. It does not cover fields without effect on inference, such as
+    dropout, and fields of architectures that `COMPUTED_BY` does not list.
     """
     text_config = config.get_text_config(decoder=True)
     told = {name: getattr(text_config, name, None) for name in COMPUTED_BY}
     if told["sliding_window"] is None and set(told["layer_types"] or ()) <= {"full_attention"}:
-        told["layer_types"] = None  # some versions of transformers write out what has no windows
+        told["layer_types"] = None  # some versions of transformers write this default explicitly
     told["rope"] = _rope(text_config)
     return hashlib.sha256(json.dumps(_plain(told), sort_keys=True).encode()).hexdigest()
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """The rotary positions' parameters by their newer names; by kind of layer where there are several sets."""
+    """The parameters of the rotary positions under their newer names; by layer type if there are several sets."""
     base = getattr(config, "rope_theta", None)
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     by_layer = {kind: _one_rope(rope, base) for kind, rope in given.items() if isinstance(rope, Mapping)}
@@ -64,7 +64,7 @@ def _one_rope(rope: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` for JSON: numbers as floats, keys as texts, None of a mapping left out, anything else by its text."""
+    """`value` as JSON data: numbers as floats, keys as strings, without None values, other objects as `str`."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):

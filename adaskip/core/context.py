@@ -27,40 +27,41 @@ def skipping(
     eos_token_id: int | list[int] | None = None,
     max_step_graphs: int = MAX_STEP_GRAPHS,
 ) -> Iterator[SkippingSession]:
-    """Skip sublayers of `model` as `strategy`, or a plan, says, as long as the context lasts.
+    """Skip sublayers of `model` according to a strategy or plan while the context lasts.
 
-    Works with `generate` (greedy, sampling, beams, chunked prefill, dynamic and static cache, left-padded batches) and
-    with direct calls. State belongs to the request, which is as long-lived as its KV cache; the model is restored
-    exactly on exit. A cache filled inside the context lacks the K/V of skipped attention and is of no use outside. With
+    Works with `generate` (greedy, sampling, beams, chunked prefill, dynamic and static caches, left-padded batches) and
+    with direct calls. State belongs to a request, which lives as long as its KV cache; the model is restored exactly on
+    exit. A cache filled inside the context lacks the K/V of skipped attentions and cannot be used outside. With
     `output_attentions` only live attentions return weights: the tuple has one entry for each of them, in order.
 
-    model: also one wrapped by `torch.compile`, PEFT (LoRA and the like) or DistributedDataParallel; skipping takes
-    hold of the transformers model inside. Copies and pickles of a model made inside the context are refused.
-    strategy: of a plan its set is skipped in the phase it was made for, e2e where it says none.
-    allow_other_weights: use a plan that was made for other weights, another adapter or configuration of this shape.
-    eos_token_id: tokens that end a row, for the learning window of a batch; default: the model's generation config.
-    Give it here, too, if you give `generate` another one.
-    max_step_graphs: where `generate` compiles, the first so many sets of sublayers of the model get a graph of the
-    whole step; later sets run from graphs of single layers, which serve them all.
+    model: may be wrapped by `torch.compile`, PEFT (LoRA and similar) or DistributedDataParallel; the transformers model
+    inside the wrapper is patched. Copying or pickling a model inside the context is refused.
+    strategy: a strategy, or a plan, which is used in the phase it was made for (e2e if it does not say).
+    allow_other_weights: accept a plan that was made for other weights, another adapter or configuration of this shape.
+    eos_token_id: tokens that end a row, used by the learning window of a batch; default: those of the model's
+    generation config. Give it here, too, if you pass a different one to `generate`.
+    max_step_graphs: if `generate` compiles, this many sets of sublayers of the model get a graph of the whole step;
+    later sets run through graphs of single layers, which all sets share.
 
-    Prompt or answer: a forward counts by what reaches the decoder. In a direct call one token on a filled cache is a
-    decode step and everything else prompt, unless `session.prefilling()` or `session.decoding()` declares it. Where a
-    model drops its KV cache on the way (Phi-3 with longrope), prompt and answer are read again as a prompt.
+    Prompt or answer: in a direct call, one token on a filled cache is a decode step and everything else is prompt,
+    unless `session.prefilling()` or `session.decoding()` declares otherwise. If a model drops its KV cache half-way
+    (Phi-3 with longrope), prompt and answer so far are read again as a prompt.
 
-    Threads: the context holds for the model object, in every thread. Several threads may run requests of their own;
-    their forwards take turns, with the output each would have alone. A `generate` that began before the context, or
-    outlives it, is refused at its next step. A hook that waits for another thread's forward would wait for ever.
+    Threads: the context applies to the model object, in every thread. Several threads may run their own requests;
+    their forwards take turns, and each gets the output it would get alone. A `generate` that began before the context,
+    or outlives it, is refused at its next step. A hook that waits for the forward of another thread would deadlock.
 
     Refused before anything runs: continuous batching (`generate_batch`, a paged cache), `assistant_early_exit`, and
-    assisted decoding under a strategy whose plan changes between prompt and answer or in the answer. A compiled model
-    cannot be called directly (the choice of the plan would become part of the graph); `generate` compiles around it.
+    assisted decoding under a strategy whose plan changes between prompt and answer or during the answer. A compiled
+    model cannot be called directly (the choice of the plan would become part of the graph); use `generate`, which
+    compiles a graph per plan.
 
-    Raises UnsupportedModelError for blocks that cannot be skipped and ValueError if the strategy was made for another
+    Raises UnsupportedModelError for layers that cannot be skipped, and ValueError if the strategy was made for another
     number of layers or the plan for another model, the model is in training mode, or the context is nested.
     """
     model = unwrapped(model)
     if not hasattr(model, NEXT_STEP):
-        raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language-model head")
+        raise ValueError(f"{type(model).__name__} cannot generate; pass the model with its language-model head")
     patches = patches_of(model)
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     if strategy.num_layers != len(patches.patches):

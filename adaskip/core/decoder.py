@@ -1,4 +1,4 @@
-"""Where the decoder layers of a model are, and how to reach and put back what hangs on them."""
+"""Finds the decoder layers of a model, where they compute, and the attribute that holds their forward."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ INNER = ("language_model", "text_model", "decoder", "model", "transformer", "bas
 
 
 class UnsupportedModelError(ValueError):
-    """The model's decoder layers are not a sequence of two residual sublayers that we know."""
+    """The model's decoder layers do not consist of two residual sublayers of a known structure."""
 
 
 def find_decoder(model: nn.Module) -> Any:
     """The stock module that owns the list of decoder layers, `layers`.
 
-    Raises UnsupportedModelError, which names what the model has instead.
+    Raises UnsupportedModelError, which names the module lists that the model has instead.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only transformers models"
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only transformers models are supported"
         )
     decoder = _owner_of_layers(_get_decoder(model), seen=set())
     if decoder is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of decoder layers named `layers`, {_lists_in(model)}; "
-            "supported are decoder-only transformers models"
+            "only decoder-only transformers models are supported"
         )
     return decoder
 
 
 def _get_decoder(model: Any) -> Any:
-    """What the model calls its decoder; of several wrappers that is still not the module with the layers."""
+    """The module that the model itself names as its decoder; in nested models it may only contain the real one."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     if get_decoder is None:
         return model
@@ -47,7 +47,7 @@ def _get_decoder(model: Any) -> Any:
 
 
 def _owner_of_layers(module: Any, seen: set[int]) -> Any:
-    """`module`, or the module inside it by one of the usual names, that has a list of layers; None without one."""
+    """`module` or a module nested in it under one of the usual names that has a list of layers; None if none has."""
     if not isinstance(module, nn.Module) or id(module) in seen:
         return None
     seen.add(id(module))
@@ -59,7 +59,7 @@ def _owner_of_layers(module: Any, seen: set[int]) -> Any:
 
 
 def _lists_in(model: nn.Module) -> str:
-    """The lists of modules that a model does have, in words."""
+    """A description of the module lists that a model has."""
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer:
@@ -73,7 +73,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where `module` computes; under accelerate's offloading its parameters rest on another device.
+    """The device on which `module` computes; with accelerate's offloading its parameters are stored on another one.
 
     Raises ValueError if it has neither weights nor buffers.
     """
@@ -89,12 +89,12 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def forward_attribute(layer: nn.Module) -> str:
-    """The attribute that holds the layer's own computation, also where accelerate's hooks wrap it."""
+    """The attribute that holds the layer's own forward, even if accelerate's hooks wrap it."""
     return hf.forward_name(layer)
 
 
 def restore_attribute(owner: Any, name: str, own: Any) -> None:
-    """Undo an instance attribute: put back what the instance itself had (`own`), or nothing."""
+    """Undo the replacement of an instance attribute: set it to `own`, or remove it if `own` is None."""
     if own is None:
         owner.__dict__.pop(name, None)
     else:

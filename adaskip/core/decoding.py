@@ -1,8 +1,8 @@
-"""Generation that depends on what the caller asks for and on nothing that the model's generation config holds.
+"""Generation that follows the caller's arguments and ignores the model's generation config.
 
 Measurements and scored answers are greedy, one sequence per prompt, one token per forward over a KV cache, without
 logits processors: the protocol of the paper and of LongBench. A checkpoint's generation config may ask for sampling,
-beams, a penalty, assisted decoding or no cache at all; none of that may reach them.
+beams, a penalty, assisted decoding or no cache; none of these may affect them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequen
 
 
 class OwnGenerationConfig(GenerationConfig):
-    """A generation config that `generate` does not complete from the model's own: what is not set is transformers'
-    default."""
+    """A generation config that `generate` does not complete from the model's own: unset fields keep transformers'
+    defaults."""
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """As stock, but for the merge of the model's config, the one call of `generate` that allows custom entries."""
+        """Like the stock method, but ignores the merge of the model's config: the only call of `generate` that allows
+        custom entries."""
         if allow_custom_entries:
             return {}
         return super().update(defaults_only=defaults_only, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnGenerationConfig:
-        """`generate` works on a copy; graphs last only as long as the `compile_config` is the same object."""
+        """Copy all but `compile_config`: `generate` works on a copy, and graphs are reused only for the same object."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         kept = ("compile_config",)
@@ -43,11 +44,11 @@ def _fields() -> frozenset[str]:
 
 
 def plain_generate(model: PreTrainedModel, **arguments: Any) -> Any:
-    """`model.generate(**arguments)`, greedy unless they say otherwise, whatever `model.generation_config` says.
+    """`model.generate(**arguments)`, greedy by default, without the settings of `model.generation_config`.
 
-    arguments: inputs, and fields of a generation config; those not given have transformers' defaults, and without
-    `eos_token_id` nothing ends an answer. model: a stock model, or a wrapper that `blocks.unwrapped` knows.
-    Returns what `generate` does.
+    model: a stock model, or a wrapper that `wrappers.unwrapped` supports. arguments: inputs, and fields of a generation
+    config; other fields have transformers' defaults, so without `eos_token_id` no token ends an answer.
+    Returns the result of `generate`.
     """
     stock: Any = unwrapped(model)
     config = {name: value for name, value in arguments.items() if name in _fields()}

@@ -1,4 +1,4 @@
-"""A short name for a model's weights, so that profiles and results say exactly which model they belong to."""
+"""A fingerprint of a model's weights, so that profiles and results record which model they belong to."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from adaskip.core.wrappers import unwrapped
 
 __all__ = ["config_fingerprint", "fingerprint_of", "portable_fingerprint", "weights_fingerprint"]
 
-SAMPLES = 1024  # at most about this many elements of each tensor
-ALGORITHM, PORTABLE = "v1", "portable-v1"  # part of the hash: another way of sampling gives another fingerprint
+SAMPLES = 1024  # about the maximum number of elements read from each tensor
+ALGORITHM, PORTABLE = "v1", "portable-v1"  # part of the hash; change it when the sampling changes
 
 
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over name, shape, dtype and the bytes of about 1024 evenly spaced elements of every weight.
 
-    Weights are the parameters, the buffers that are saved with them, and what `quantised` finds of weights that are
-    neither. The same weights give the same fingerprint on every device, offloaded by accelerate, sharded, or inside a
-    wrapper that `blocks.unwrapped` knows or not; quantised weights also before and after bitsandbytes repacks them.
-    Detected are other names, shapes or dtypes, and any change that touches many elements: another checkpoint or
-    revision, training, quantisation, a conversion to another dtype and back. Not detected is a change of a few elements
-    that all lie between the sampled ones (tensors of up to 1024 elements are read whole), and anything that is not a
-    weight, such as the configuration, which `config_fingerprint` is for.
+    Weights are the parameters, the buffers that are saved with them, and quantised weights that are neither (see
+    `quantised`). The same weights give the same fingerprint on every device, also if accelerate offloads or shards
+    them, if the model is inside a wrapper that `wrappers.unwrapped` supports, and after bitsandbytes has repacked them.
 
-    Of a model with adapters (PEFT) it covers the base model's weights and those of every adapter that is loaded, active
-    or not. Which one is active, and how it is scaled, is no weight: see `adapters.active_adapters`.
+    It detects other names, shapes or dtypes, and every change of many elements: another checkpoint or revision,
+    training, quantisation, a conversion to another dtype and back. It does not detect a change of a few elements that
+    are all between the sampled ones (tensors of up to 1024 elements are read completely), nor changes of anything else
+    than weights; `config_fingerprint` covers the configuration.
+
+    For a model with adapters (PEFT) it covers the weights of the base model and of every loaded adapter, active or not.
+    `adapters.active_adapters` tells which one is active and how it is scaled.
 
     Raises:
-        ValueError: a weight has no data anywhere (meta device), or cannot be read.
+        ValueError: a weight has no data (meta device), or cannot be read.
     """
     return fingerprint_of(sorted(_weights(unwrapped(model)), key=lambda item: item[0]))
 
@@ -70,7 +71,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a module itself, as plain tensors."""
+    """The weights of the module itself, without its children, as plain tensors."""
     special = is_bitsandbytes(module)
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if name in hf.non_persistent_buffers(module) or (special and name in ("weight", "bias")):
@@ -87,7 +88,7 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _loaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, or what accelerate keeps for it elsewhere."""
+    """The tensor, or the offloaded copy that accelerate keeps of it."""
     for hook in hf.device_hooks(module):
         elsewhere = getattr(hook, "weights_map", None)
         if tensor.is_meta and elsewhere is not None:
@@ -97,7 +98,7 @@ def _loaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def _sample(tensor: Tensor, dtype: torch.dtype) -> bytes:
     if tensor.layout != torch.strided:
-        raise ValueError(f"a weight of layout {tensor.layout} has no fingerprint; give strided (dense) weights")
-    step = max(1, tensor.numel() // SAMPLES) | 1  # odd, so that samples walk through the columns of a matrix
+        raise ValueError(f"a weight of layout {tensor.layout} has no fingerprint; only strided (dense) weights do")
+    step = max(1, tensor.numel() // SAMPLES) | 1  # odd, so that samples cover different columns of a matrix
     sample = tensor.reshape(-1)[::step].to(dtype).contiguous()
     return sample.view(torch.uint8).cpu().numpy().tobytes()

@@ -1,8 +1,8 @@
-"""Every private or half-private name of torch, accelerate and transformers that the library touches.
+"""Every private or undocumented name of torch, accelerate and transformers that the library uses.
 
-Private names change without notice, so each stands here alone, as a constant or a small function, and
-`tests/unit/test_hf_names.py` fails when a release renames one or changes what it does. All of them are in torch 2.11 to
-2.13 and in transformers 5.17 to 5.23, the supported releases; "since" says where a name is known to come from.
+Private names change without notice, so each is used only here, as a constant or in a small function, and
+`tests/unit/test_hf_names.py` fails if a release renames one or changes its behaviour. All of them exist in the
+supported releases, torch 2.11 to 2.13 and transformers 5.17 to 5.23; "since" gives the first release known to have it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ __all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass"]  # re-exported;
 # torch: modules
 
 ORIGINAL_MODULE = "_orig_mod"
-"""What `torch.compile(module)` wraps; also in the names of its parameters. Since torch 2.0."""
+"""The attribute of a `torch.compile` wrapper that holds the module; also a part of its parameters' names.
+Since torch 2.0."""
 COMPILED_CALL = "_compiled_call_impl"
-"""The graph that `module.compile()` leaves in the module, else None. Since torch 2.1."""
+"""The attribute in which `module.compile()` stores the graph, else None. Since torch 2.1."""
 
 
 def inside_compiled(model: Any) -> Any:
-    """The module that `torch.compile` wrapped; None if `model` is no such wrapper."""
+    """The module inside a `torch.compile` wrapper; None if `model` is not one."""
     return getattr(model, ORIGINAL_MODULE, None)
 
 
@@ -42,17 +43,17 @@ def is_compiled_in_place(module: nn.Module) -> bool:
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
-    """`_parameters`: those registered in the module itself, also those that are None."""
+    """`_parameters`: parameters registered in the module itself, including those that are None."""
     return module._parameters
 
 
 def own_buffers(module: nn.Module) -> dict[str, Any]:
-    """`_buffers`: those registered in the module itself, also those that are None."""
+    """`_buffers`: buffers registered in the module itself, including those that are None."""
     return module._buffers
 
 
 def holders(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The dictionaries of a module's attributes, buffers and children (`_modules`)."""
+    """The dictionaries that hold a module's attributes, buffers and children (`_modules`)."""
     return module.__dict__, module._buffers, module._modules
 
 
@@ -62,7 +63,7 @@ def non_persistent_buffers(module: nn.Module) -> set[str]:
 
 
 def hook_dictionaries(modules: Iterable[nn.Module]) -> Iterator[dict[int, Any]]:
-    """Forward hooks and pre-hooks: the global ones, then those of each module, by the ids of their handles."""
+    """The dictionaries (handle id -> hook) of forward hooks and pre-hooks: the global ones, then each module's."""
     yield nn.modules.module._global_forward_pre_hooks
     yield nn.modules.module._global_forward_hooks
     for module in modules:
@@ -77,7 +78,7 @@ def saves_more(module: nn.Module) -> bool:
 
 
 def saved_state(module: nn.Module) -> dict[str, Any]:
-    """What the module itself, without its children, puts into a state dict (`_save_to_state_dict`)."""
+    """The state-dict entries of the module itself, without its children (`_save_to_state_dict`)."""
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", keep_vars=False)
     return saved
@@ -87,30 +88,31 @@ def saved_state(module: nn.Module) -> dict[str, Any]:
 
 
 def without_torch_function() -> AbstractContextManager[Any]:
-    """Inside, functions treat tensor subclasses as plain tensors (`torch._C`). Since torch 2.0."""
+    """A context in which functions treat tensor subclasses as plain tensors (`torch._C`). Since torch 2.0."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
 def keep_address(tensor: Tensor) -> None:
-    """Tell the compiler that the tensor stays where it is, so that CUDA graphs read it in place. Since torch 2.1."""
+    """Tell the compiler that the tensor keeps its address, so that CUDA graphs read it in place. Since torch 2.1."""
     torch._dynamo.mark_static_address(tensor)
 
 
 def is_compiler_loaded() -> bool:
-    """Whether anything can have been compiled in this process: `torch._dynamo` is imported at first use."""
+    """Whether anything may have been compiled in this process: `torch._dynamo` is imported at first use."""
     return "torch._dynamo" in sys.modules
 
 
-# accelerate: what `dispatch_model` leaves on modules
+# accelerate: attributes that `dispatch_model` sets on modules
 
 DEVICE_HOOK = "_hf_hook"
-"""The hook of a module that runs on another device than its weights lie on; it has `execution_device`."""
+"""The hook of a module that computes on another device than the one its weights are stored on; it has an
+`execution_device`."""
 STOCK_FORWARD = "_old_forward"
 """The module's own forward, which the hook's forward calls."""
 
 
 def device_hooks(module: nn.Module) -> tuple[Any, ...]:
-    """The module's hooks of accelerate, those of a `SequentialHook` one by one; none without accelerate's dispatch."""
+    """The accelerate hooks of a module, with a `SequentialHook` expanded; empty if accelerate did not dispatch it."""
     hook = getattr(module, DEVICE_HOOK, None)
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
@@ -124,12 +126,12 @@ def forward_name(module: nn.Module) -> str:
 
 
 def attn_implementation(model: Any) -> str:
-    """`config._attn_implementation`: the attention backend in use, as sdpa. Since transformers 4.36."""
+    """`config._attn_implementation`: the attention backend in use, e.g. sdpa. Since transformers 4.36."""
     return str(model.config._attn_implementation)
 
 
 def new_cache_layer(cache: Cache) -> Any:
-    """An empty layer of the kind that a cache grows by (`layer_class_to_replicate`); None for one that does not grow.
+    """A new empty layer for a cache that grows (`layer_class_to_replicate`); None for a cache that does not grow.
 
     Since transformers 4.56.
     """
@@ -138,44 +140,44 @@ def new_cache_layer(cache: Cache) -> Any:
 
 
 def keep_what_leaves_the_window(cache: Cache) -> None:
-    """From now on sliding layers keep what is pushed out of their window, so that tokens can be taken back."""
+    """From now on sliding layers keep the K/V that leave their window, so that tokens can be removed again."""
     cache.activate_past_recording()
 
 
 def stop_keeping(cache: Cache) -> None:
-    """Undo `keep_what_leaves_the_window` (`record_past` of the layers, where they have it)."""
+    """Undo `keep_what_leaves_the_window` (sets `record_past` of the layers that have it)."""
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 SLIDING_MASK = "create_sliding_window_causal_mask"
-"""The function that every decoder with sliding windows imports into its own module, to build its masks."""
+"""The mask function that every decoder with sliding windows imports into its own module."""
 
 
 # transformers: generate
 
 NEXT_STEP = "prepare_inputs_for_generation"
-"""The method of a model that `generate` calls before each forward. By keyword it is given `past_key_values`,
-`is_first_iteration` and `next_sequence_length`, which is None where the whole input is read."""
+"""The model method that `generate` calls before each forward, with the keywords `past_key_values`,
+`is_first_iteration` and `next_sequence_length` (None if the whole input is read)."""
 COMPILED_STEPS = "get_compiled_call"
-"""The method of a model that gives `generate` what it runs its compiled decode steps by. Since transformers 4.48."""
+"""The model method that returns the callable for compiled decode steps of `generate`. Since transformers 4.48."""
 PREFILL = "_prefill"
-"""The method of a model by which `generate` reads a prompt, whole or in chunks. Since transformers 5.0."""
+"""The model method with which `generate` reads a prompt, whole or in chunks. Since transformers 5.0."""
 CANDIDATES = "_get_candidate_generator"
-"""The method of a model that assisted decoding, and it alone, begins with."""
+"""The model method that assisted decoding calls first; no other decoding method calls it."""
 STOPPING = "_get_stopping_criteria"
-"""The method of a model that makes the stopping criteria; those of `stop_strings` need its argument `tokenizer`."""
+"""The model method that builds the stopping criteria; `stop_strings` needs its argument `tokenizer`."""
 HEALING = "heal_tokens"
-"""The method of a model that `generate` calls for `token_healing`; it needs its argument `tokenizer`."""
+"""The model method that `generate` calls for `token_healing`; it needs its argument `tokenizer`."""
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-"""Methods of a model that serve many requests from one paged cache; not every release has all of them."""
+"""Model methods that serve many requests from one paged cache; not every release has all of them."""
 GENERATE_LOCALS = frozenset({"streamer", "assistant_model", "synced_gpus", "generation_config"})
-"""Local variables of `generate` that it does not hand on to a custom decoding method."""
+"""Local variables of `generate` that it does not pass on to a custom decoding method."""
 
 
 def generate_arguments() -> dict[str, Any] | None:
-    """Arguments and variables of the innermost `GenerationMixin.generate` that is running; None outside of it."""
+    """Arguments and local variables of the innermost running `GenerationMixin.generate`; None if none is running."""
     mixin: Any = GenerationMixin
     code = inspect.unwrap(mixin.generate).__code__
     frame: FrameType | None = inspect.currentframe()
@@ -185,18 +187,18 @@ def generate_arguments() -> dict[str, Any] | None:
 
 
 def prefill(model: Any, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
-    """`model._prefill`: the forwards over a prompt, in chunks where the config says so. Since transformers 5.0."""
+    """`model._prefill`: the forwards over a prompt, in chunks if the config asks for it. Since transformers 5.0."""
     return model._prefill(input_ids, config, kwargs)
 
 
 def changes_arguments(model: Any) -> bool:
-    """Whether the model's class has its own `_update_model_kwargs_for_generation`, called after every token."""
+    """Whether the model's class overrides `_update_model_kwargs_for_generation`, which runs after every token."""
     mixin: Any = GenerationMixin
     return type(model)._update_model_kwargs_for_generation is not mixin._update_model_kwargs_for_generation
 
 
 def on_any_device(config: CompileConfig) -> CompileConfig:
-    """A copy that makes `generate` compile on every device and not only on some (`_compile_all_devices`)."""
+    """A copy of `config` with which `generate` compiles on every device (`_compile_all_devices`)."""
     config = copy.copy(config)
     config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
     return config

@@ -1,8 +1,8 @@
-"""No K/V for a skipped attention.
+"""Lets a KV cache hold no K/V for skipped attentions.
 
-Masks and positions ask one layer of the cache for its length. A skipped attention never fills its layer, so stock
-caches would answer wrongly as soon as that one is skipped. `SkippedLayer` takes the place of such a layer: it
-stores nothing and passes every question of length on to a live layer of the same kind.
+transformers builds masks and positions from the length of one cache layer. A skipped attention never fills its layer,
+so a stock cache would report a wrong length if that layer is skipped. `SkippedLayer` replaces such a layer: it stores
+nothing and takes its length from a live layer of the same kind.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from adaskip.core.plan import Compensation
 
 
 class SkippedLayer(CacheLayerMixin):
-    """Stand-in for the cache layer of a skipped attention: no storage, lengths of `live`.
+    """Replaces the cache layer of a skipped attention: stores nothing and reports the lengths of `live`.
 
-    scale: what compensates the attention, for whoever goes on with this cache, or with a copy of it.
+    scale: compensation of the attention, for later contexts that continue with this cache or a copy of it.
     """
 
     keys = None
     values = None
 
     def __init__(self, replaced: CacheLayerMixin, live: CacheLayerMixin, scale: Compensation):
-        # no super().__init__: it would give us state
+        # no super().__init__: it would add state
         self.live, self.scale = live, scale
         self.emptied = replaced.emptied if isinstance(replaced, SkippedLayer) else _emptied_twin(replaced)
         self.is_sliding = getattr(replaced, "is_sliding", False)
@@ -54,8 +54,8 @@ class SkippedLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise ValueError(
-            "this KV cache was filled while the attention of some layers was skipped, and one of them asks for its K/V "
-            "now; go on with the same skipping(model, strategy), or start with a new cache"
+            "this KV cache was filled while the attention of some layers was skipped, and one of them now needs its "
+            "K/V; continue with the same skipping(model, strategy), or start with a new cache"
         )
 
     def lazy_initialization(self, key_states, value_states) -> None: ...
@@ -69,7 +69,7 @@ class SkippedLayer(CacheLayerMixin):
 
 
 def _emptied_twin(layer: CacheLayerMixin) -> CacheLayerMixin:
-    """A layer like `layer` that has stored nothing yet and shares no tensor with it."""
+    """An empty copy of `layer` that shares no tensor with it."""
     twin = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, Tensor):  # K/V are dropped, counters and constants copied
@@ -80,62 +80,62 @@ def _emptied_twin(layer: CacheLayerMixin) -> CacheLayerMixin:
 
 
 def skipped_layers(cache: Cache) -> frozenset[int]:
-    """The slots of `cache`, its layers, that hold a stand-in."""
+    """Indices of the layers of `cache` that are a `SkippedLayer`."""
     return frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedLayer))
 
 
 def held_scales(cache: Cache) -> dict[int, Compensation]:
-    """What compensates the attentions without K/V in `cache`, by slot."""
+    """Compensation of the attentions without K/V in `cache`, by slot (index of the cache layer)."""
     return {i: layer.scale for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedLayer)}
 
 
 def release_skipped(cache: Cache, skipped: Mapping[int, Compensation], slots: Sequence[int]) -> None:
-    """Put a stand-in in the place of every slot in `skipped`, and let go of whatever K/V it held.
+    """Replace every cache layer in `skipped` by a `SkippedLayer`, which frees the K/V that it held.
 
-    skipped: by slot, what compensates the attention. slots: those that the model's layers use; the others of a cache
-    never hold anything. Call before masks are built.
-    `skipped` may only grow while a cache is in use, and must leave one slot live. Raises ValueError if a layer that
-    holds no K/V any more is to run again.
+    skipped: compensation of each skipped attention, by slot. slots: those that the model's layers use; the other layers
+    of the cache stay empty. Call this before masks are built.
+    `skipped` may only grow while a cache is in use, and must leave one slot live. Raises ValueError if an attention
+    whose K/V is gone should run again.
     """
     if lost := sorted(skipped_layers(cache) - frozenset(skipped)):
         raise ValueError(
-            f"the attention of layers {lost} was skipped earlier on this KV cache and holds no K/V; it cannot run; "
-            "an attention once skipped stays skipped while its cache is in use"
+            f"the attention of layers {lost} was skipped earlier on this KV cache and holds no K/V, so it cannot run; "
+            "a skipped attention stays skipped while its cache is in use"
         )
     if getattr(cache, "offloading", False):
         raise ValueError(
-            "an offloaded KV cache cannot go without layers; skip attention with a cache that is not offloaded"
+            "an offloaded KV cache needs all of its layers; to skip attention, use a cache that is not offloaded"
         )
     while len(cache.layers) <= max(slots):  # a DynamicCache built without a config grows its layers lazily
         layer = hf.new_cache_layer(cache)
         if layer is None:
             raise ValueError(
-                f"this KV cache has {len(cache.layers)} layers, but the model's layers use slots up to {max(slots)} "
-                "(their layer_idx); give DynamicCache() without a config, which grows"
+                f"this KV cache has {len(cache.layers)} layers, but the model's layers use indices up to {max(slots)} "
+                "(their layer_idx); pass DynamicCache() without a config, which grows"
             )
         cache.layers.append(layer)
     layers: list[Any] = cache.layers
     live = [layers[i] for i in slots if i not in skipped]
     if not live:
         raise ValueError(
-            "together with what this KV cache skipped earlier, no attention would stay live; use a new cache"
+            "together with the attentions skipped earlier on this KV cache, none would stay live; use a new cache"
         )
     for i, scale in skipped.items():
         kind = getattr(layers[i], "is_sliding", False)
         same_kind = (layer for layer in live if getattr(layer, "is_sliding", False) == kind)
-        # Where a whole kind is skipped nobody uses its mask, and any live layer's length keeps it well-formed.
+        # If all layers of a kind are skipped, nothing uses its mask; the length of any live layer keeps it well-formed.
         layers[i] = SkippedLayer(layers[i], next(same_kind, live[0]), scale)
 
 
 def restore_emptied(cache: Cache) -> None:
-    """Give a cache that was emptied for a new request real layers again in the place of its stand-ins."""
+    """Replace each `SkippedLayer` by a real, empty layer, in a cache that was emptied for a new request."""
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, SkippedLayer):
             cache.layers[i] = layer.emptied
 
 
 def kv_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that `cache` holds (for a static cache: has allocated)."""
+    """Bytes of keys and values that `cache` holds (a static cache: has allocated)."""
     layers: list[Any] = cache.layers
     held = (tensor for layer in layers for tensor in (layer.keys, layer.values))
     return sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -1,8 +1,8 @@
-"""What one decoder layer does in the current step, in the place of its stock forward.
+"""Replaces the forward of one decoder layer, and skips or measures its sublayers in the current step.
 
-A layer with nothing to skip and nothing to measure calls its stock forward, so an empty plan is the stock model. Scales
-and shifts are tensors that stay where they are and are written in place, so that a new scale is neither a new graph
-for `torch.compile` nor a stale address in a captured CUDA graph.
+A layer with nothing to skip or measure calls its stock forward, so an empty plan is the stock model. Scales and shifts
+are tensors that keep their address and are written in place, so that a new scale neither triggers a new graph of
+`torch.compile` nor leaves a stale address in a captured CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from adaskip.core.blocks import OUTPUT_SCALAR, Proved, execution_device, forward
 from adaskip.core.plan import Affine, Compensation, SublayerKind
 
 FORWARDS = ("forward", hf.STOCK_FORWARD)
-"""Where a layer's computation may hang."""
+"""The attributes that may hold a layer's own forward."""
 
 
 class SublayerProbe(Protocol):
-    """Takes part in a layer's forward to measure it."""
+    """An observer that layer patches call with the inputs and outputs of each sublayer."""
 
     def record(self, kind: str, layer: int, a: Tensor, b: Tensor, change: Tensor | None) -> None:
-        """See input `a`, output `b` and, of a sublayer, `change` = b - a, all [B, S, D].
+        """Take input `a`, output `b` and, for a sublayer, `change` = b - a, all [B, S, D].
 
-        kind: "attention", "ffn", or "layer" for both together.
+        kind: "attention", "ffn", or "layer" for the whole layer.
         """
         ...
 
 
 class Turn:
-    """Whose forward the patches work for. thread: its identity; None between forwards. compiled: the forward runs a
-    compiled graph, whose trace must not ask for the thread."""
+    """The forward that the patches currently apply to.
+
+    thread: identity of the thread that runs it; None between forwards. compiled: it runs a compiled graph, whose trace
+    must not read the thread identity.
+    """
 
     def __init__(self) -> None:
         self.thread: int | None = None
@@ -43,12 +46,12 @@ class Turn:
 
 
 class StaysInPlace:
-    """Belongs to one model object: a copy or a pickle of the model made meanwhile would stay skipped for ever."""
+    """Refuses to be copied or pickled: a copy of the model made inside a context would stay skipped for ever."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ValueError(
-            "the model is inside skipping(...) or a measurement, which belongs to this model object; copy or pickle "
-            "the model outside of it (save_pretrained and state_dict work inside, too)"
+            "the model is inside skipping(...) or a measurement, which is bound to this model object; copy or pickle "
+            "the model outside of it (save_pretrained and state_dict also work inside)"
         )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -60,7 +63,7 @@ Work = tuple[LayerWork, ...]
 
 
 class LayerPatch(StaysInPlace):
-    """What one decoder layer does in the current step."""
+    """The patched forward of one decoder layer, and what it skips and measures in the current step."""
 
     def __init__(self, layer: nn.Module, index: int, proved: Proved, turn: Turn):
         self.layer, self.index, self.structure, self.turn = layer, index, proved.structure, turn
@@ -68,23 +71,23 @@ class LayerPatch(StaysInPlace):
         self.finishes = hasattr(layer, OUTPUT_SCALAR)
         self.skip_attention = self.skip_ffn = self.measure_ffn = False
         self.idle = True
-        self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, of the kinds in `scales`
+        self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, for the kinds in `scales`
         self.shifts: dict[SublayerKind, Tensor | None] = {}
         self.probe: SublayerProbe | None = None
         self.ffn_io: tuple[Tensor, Tensor] | None = None
         self.stock: Any = None
-        self.own: Any = None  # the layer's own attribute before, if it had one
-        self.bound: Any = None  # what hangs on the layer while installed
+        self.own: Any = None  # the layer's own instance attribute before the patch, if it had one
+        self.bound: Any = None  # the patched forward, while installed
         self.name = "forward"
         self.device, self.dtype = execution_device(layer), proved.stream_dtypes[index]  # where scales live
         self._forget_scales()
 
     def _forget_scales(self) -> None:
         self.scales: dict[SublayerKind, Compensation] = {}
-        self.buffers: dict[tuple[str, str], Tensor] = {}  # the storage behind deltas and shifts
+        self.buffers: dict[tuple[str, str], Tensor] = {}  # storage of deltas and shifts
 
     def install(self) -> None:
-        """Take over from the stock forward; what was stored for another device is forgotten."""
+        """Replace the stock forward. Drops scales that were stored on another device."""
         if (device := execution_device(self.layer)) != self.device:
             self.device = device
             self._forget_scales()
@@ -99,7 +102,7 @@ class LayerPatch(StaysInPlace):
         self.layer.__dict__[self.name] = self.bound = self.forward
 
     def remove(self) -> None:
-        """Give the layer back what it had, wherever the patch hangs now; what others put there meanwhile stays."""
+        """Restore the layer's forward in whichever attribute holds the patch; replacements made by others stay."""
         for name in FORWARDS:
             if self.layer.__dict__.get(name) is self.bound and self.bound is not None:
                 restore_attribute(self.layer, name, self.own if name == self.name else self.stock)
@@ -107,16 +110,16 @@ class LayerPatch(StaysInPlace):
 
     @property
     def in_place(self) -> bool:
-        """Whether a call of the layer still comes here, perhaps through accelerate's hook."""
+        """Whether a call of the layer still reaches this patch, possibly through accelerate's hook."""
         return any(self.layer.__dict__.get(name) is self.bound for name in FORWARDS)
 
     def set_work(self, *, skip_attention: bool, skip_ffn: bool, measure_ffn: bool) -> None:
-        """What the layer leaves out and keeps for measuring, from the next forward on."""
+        """Set what the layer skips and measures from the next forward on."""
         self.skip_attention, self.skip_ffn, self.measure_ffn = skip_attention, skip_ffn, measure_ffn
         self._update_idle()
 
     def set_probe(self, probe: SublayerProbe | None) -> None:
-        """Who sees the layer's sublayers, from the next forward on."""
+        """Set the observer of the layer's sublayers from the next forward on; None for no observer."""
         self.probe = probe
         self._update_idle()
 
@@ -124,10 +127,10 @@ class LayerPatch(StaysInPlace):
         self.idle = not (self.skip_attention or self.skip_ffn or self.measure_ffn) and self.probe is None
 
     def set_scale(self, kind: SublayerKind, scale: Compensation) -> None:
-        """Compensate a skipped sublayer by `scale`, written in place; the device fills in a factor itself."""
+        """Set the compensation of a skipped sublayer, in place; a factor is filled in without a host-device copy."""
         if scale == self.scales.get(kind):
             return
-        self.scales.pop(kind, None)  # should this be interrupted, the next call starts afresh
+        self.scales.pop(kind, None)  # after an interrupt, the next call writes all again
         if isinstance(scale, Affine):
             self.check_width(scale)
             deltas = torch.tensor(scale.scale, dtype=torch.float64).sub_(1.0)
@@ -140,21 +143,21 @@ class LayerPatch(StaysInPlace):
         self.scales[kind] = scale
 
     def check_width(self, scale: Affine) -> None:
-        """Raise ValueError unless there is an entry for each channel of the stream."""
+        """Raise ValueError unless `scale` has one entry per channel of the residual stream."""
         if len(scale.scale) != self.width:
             raise ValueError(
-                f"an affine compensation of layer {self.index} has {len(scale.scale)} channels; the hidden states have "
-                f"{self.width}"
+                f"the affine compensation of layer {self.index} has {len(scale.scale)} channels, but the hidden states "
+                f"have {self.width}"
             )
 
     def _buffer(self, kind: SublayerKind, name: str, shape: Sequence[int]) -> Tensor:
         if (kind, name) not in self.buffers:
-            with torch.inference_mode(False):  # else it could not be written outside of inference mode
+            with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
                 self.buffers[kind, name] = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self.buffers[kind, name]
 
     def _follow(self, dtype: torch.dtype) -> None:
-        """The stream has another dtype than when it was probed (autocast): write the scales anew in that one."""
+        """Rewrite the scales in `dtype`: under autocast the residual stream has another dtype than during the probe."""
         scales, self.dtype = self.scales, dtype
         self._forget_scales()
         for kind, scale in scales.items():
@@ -162,7 +165,8 @@ class LayerPatch(StaysInPlace):
 
     @property
     def work(self) -> LayerWork:
-        """What a compiled graph of the layer depends on: how attention and FFN are skipped, what is measured."""
+        """All that a compiled graph of the layer depends on: how attention and FFN are skipped, and whether the FFN is
+        measured."""
         attention = self._skipped("attention") if self.skip_attention else None
         return attention, self._skipped("ffn") if self.skip_ffn else None, self.measure_ffn
 
@@ -171,7 +175,7 @@ class LayerPatch(StaysInPlace):
         return "affine" if isinstance(scale, Affine) else "plain" if scale == 1.0 else "scaled"
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """The layer without its skipped sublayers. hidden_states: [B, S, D], as is what is returned."""
+        """The layer without its skipped sublayers. hidden_states: [B, S, D]; the result has the same shape."""
         if self.idle:
             return self.stock(hidden_states, *args, **kwargs)
         if not (self.turn.compiled and torch.compiler.is_compiling()):
@@ -181,8 +185,8 @@ class LayerPatch(StaysInPlace):
                 self._follow(hidden_states.dtype)
         if args and any(argument is not None for argument in args):
             raise ValueError(
-                f"{type(self.layer).__name__} was called with {len(args)} further positional arguments; "
-                "skipping passes on keyword arguments only"
+                f"{type(self.layer).__name__} was called with {len(args)} positional arguments after the hidden "
+                "states; skipping passes on keyword arguments only"
             )
         entry = hidden_states
         if self.skip_attention:
@@ -212,10 +216,10 @@ class LayerPatch(StaysInPlace):
 
 
 def _compensated(hidden_states: Tensor, delta: Tensor | None, shift: Tensor | None) -> Tensor:
-    """scale * h + shift as (h + shift) + h * (scale - 1): in half precision a scale near 1 would lose most digits.
+    """scale * h + shift, computed as (h + shift) + h * (scale - 1).
 
-    Paper: Eq. (4), where there is no shift. delta: scale - 1, 0-dim or [D], or None for a scale of exactly 1.
-    shift: [D] or None.
+    In half precision a scale near 1 itself would lose most of its digits. delta: scale - 1, 0-dim or [D]; None for a
+    scale of exactly 1. shift: [D] or None. Paper: Eq. (4), which has no shift.
     """
     shifted = hidden_states if shift is None else hidden_states + shift
     return shifted if delta is None else torch.addcmul(shifted, hidden_states, delta)

@@ -1,18 +1,21 @@
-"""How a strategy is drawn in every figure."""
+"""The colour, marker and line style of a strategy in every figure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
+# The palette of Okabe and Ito, which readers with colour blindness can distinguish.
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 VERMILION = "#D55E00"
 
 
 @dataclass(frozen=True)
 class Look:
-    """Colour, marker and dashes, in matplotlib's terms; each tells a strategy apart alone. No dashes: a solid line."""
+    """Colour, marker and dashes of a strategy, as matplotlib takes them; no dashes mean a solid line.
+
+    Each of the three should distinguish the strategy without the other two.
+    """
 
     color: str
     marker: str
@@ -21,7 +24,7 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Keywords of a line with markers."""
+        """Keyword arguments for a line with markers."""
         style = (0, self.dashes) if self.dashes else "-"
         return {
             "color": self.color,
@@ -34,7 +37,7 @@ class Look:
 
     @property
     def hollow(self) -> dict[str, Any]:
-        """The marker of an unfinished run, over its full one."""
+        """Keyword arguments for the marker of an unfinished run, drawn over the filled one."""
         return {
             "color": self.color,
             "marker": self.marker,
@@ -46,5 +49,5 @@ class Look:
 
     @property
     def faint(self) -> dict[str, Any]:
-        """The paper's numbers, behind ours."""
+        """Keyword arguments for the paper's numbers, drawn behind ours."""
         return {**self.line, "markerfacecolor": "white", "linewidth": 0.7, "alpha": 0.45, "zorder": 1}

@@ -1,9 +1,9 @@
 """`sdpa_packed`: PyTorch SDPA that reads each key/value head once in a compiled decode step with grouped heads.
 
-With a mask, as static caches always have one, transformers' `sdpa` writes out K/V for every query head when compiled:
-of Llama-3.1-8B at 8k tokens that is half as many bytes again as the weights. Here the query heads of a group are the
-rows of one product instead, as transformers does itself when it is not compiled. Choose it by name:
-`from_pretrained(..., attn_implementation="sdpa_packed")` after `register_packed()`, or `--attn-implementation`.
+With a mask, which static caches always have, the compiled `sdpa` of transformers materialises K/V for every query head:
+for Llama-3.1-8B at 8k tokens that is half as many bytes as the weights. Here the query heads of a group are the rows of
+one product instead, as in transformers when it is not compiled. Select it with
+`from_pretrained(..., attn_implementation="sdpa_packed")` after `register_packed()`, or with `--attn-implementation`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def packed_sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token; of several it is transformers' own.
+    """Attention of one new token; for several tokens it calls transformers' own function.
 
     query: [B, H, q, D]. key, value: [B, H / groups, S, D]. attention_mask: [B or 1, 1, q, S] or None.
-    Returns the output, [B, q, H, D], and no weights.
+    Returns the output, [B, q, H, D], and None instead of attention weights.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     shared = attention_mask is None or attention_mask.shape[1] == 1
@@ -47,6 +47,6 @@ def packed_sdpa(
 
 
 def register_packed() -> None:
-    """Make `sdpa_packed` known to transformers; once is enough."""
+    """Register `sdpa_packed` in transformers; calling it again changes nothing."""
     AttentionInterface.register(PACKED, packed_sdpa)
     AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -1,7 +1,7 @@
 """Executes skip plans on a stock model by replacing the forward of each decoder layer instance.
 
-Nothing here knows a strategy by name. What a layer has to do changes between steps, outside compiled code. The work of
-a layer is that of one thread at a time, the one whose turn it is; a forward of any other thread runs the stock layers.
+This module does not depend on any strategy. Plans change between steps, outside compiled code. They apply to the
+forward of one thread at a time (`Turn`); forwards of other threads run the stock layers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ NOTHING: frozenset[int] = frozenset()
 
 
 class ModelPatches:
-    """The layer patches of one model. They outlive a context, so that compiled graphs can be used again.
+    """The layer patches of one model. They outlive a context, so that compiled graphs can be reused.
 
-    slots: the layer of a KV cache that each decoder layer uses, its own `layer_idx`. outlived: a `generate` of a
-    context that has ended is still running.
+    slots: for each decoder layer, the index of the KV-cache layer it uses (its `layer_idx`). outlived: whether a
+    `generate` of a context that has ended is still running.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,38 +54,38 @@ class ModelPatches:
         self.in_compiled_step = False
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether the model still has the layers these patches were made for, as they were."""
+        """Whether the model still has the layers that these patches were made for, unchanged."""
         layers = tuple(decoder_layers(model))
         return layers == self.layers and (self.installed or _description(layers) == self.made_for)
 
     def slots_of(self, layers: Collection[int]) -> frozenset[int]:
-        """The cache slots of decoder layers, by position."""
+        """The cache slots of the decoder layers at these positions."""
         return frozenset(self.slots[i] for i in layers)
 
     def layers_of(self, slots: Collection[int]) -> frozenset[int]:
-        """The decoder layers, by position, whose cache slots are in `slots`."""
+        """The positions of the decoder layers whose cache slots are in `slots`."""
         return frozenset(i for i, slot in enumerate(self.slots) if slot in slots)
 
     def release(self, cache: Cache, plan: SkipPlan) -> None:
-        """Let `cache` go without K/V of the attention that `plan` skips; see `release_skipped`."""
+        """Free the K/V in `cache` of the attentions that `plan` skips; see `release_skipped`."""
         release_skipped(cache, {self.slots[i]: plan.scale("attention", i) for i in plan.attention}, self.slots)
 
     def held(self, cache: Cache) -> SkipPlan:
-        """The attention without K/V in `cache`, with what compensates it."""
+        """A plan that skips the attentions without K/V in `cache`, with their compensation."""
         scales = held_scales(cache)
         return SkipPlan.of_sublayers(
             {Sublayer("attention", i): scales[slot] for i, slot in enumerate(self.slots) if slot in scales}
         )
 
     def check(self, plan: SkipPlan) -> None:
-        """Raise ValueError for a plan that this model cannot run."""
+        """Raise ValueError if this model cannot run `plan`."""
         plan.check_fits(len(self.patches))
         for sublayer, scale in plan.scales.items():
             if isinstance(scale, Affine):
                 self.patches[sublayer.layer].check_width(scale)
 
     def check_in_place(self, decoder: Any) -> None:
-        """Raise ValueError if a layer that the current plan concerns was replaced, or its forward, meanwhile."""
+        """Raise ValueError if a layer of the current plan, or its forward, was replaced inside the context."""
         for patch, layer in zip(self.patches, decoder.layers, strict=False):
             if not patch.idle and (layer is not patch.layer or not patch.in_place):
                 raise ValueError(
@@ -95,9 +95,9 @@ class ModelPatches:
 
     @contextmanager
     def install(self, *, exclusive: bool = True) -> Iterator[ModelPatches]:
-        """Put the patches in place; on exit, also by an exception, every layer is exactly as before.
+        """Install the patches; on exit, also after an exception, every layer is restored exactly.
 
-        exclusive: plans and probes are for every forward of the calling thread; otherwise the caller sets the turn.
+        exclusive: plans and probes apply to every forward of the calling thread; otherwise the caller sets the turn.
         """
         with self._installing:
             if self.installed:
@@ -123,10 +123,10 @@ class ModelPatches:
             self.installed = False
 
     def apply(self, plan: SkipPlan, measured_ffns: frozenset[int] = NOTHING) -> None:
-        """From the next forward on, skip `plan` and keep input and output of the FFNs in `measured_ffns`."""
+        """From the next forward on, skip `plan` and record input and output of the FFNs in `measured_ffns`."""
         if plan is self._plan and measured_ffns is self._measured:
             return  # the usual decode step: nothing changes
-        self._plan = self._measured = None  # should this be interrupted, the next call starts afresh
+        self._plan = self._measured = None  # after an interrupt, the next call sets all layers again
         for i, patch in enumerate(self.patches):
             patch.set_work(skip_attention=i in plan.attention, skip_ffn=i in plan.ffn, measure_ffn=i in measured_ffns)
             if patch.skip_attention:
@@ -138,7 +138,7 @@ class ModelPatches:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """What runs inside is one graph of the whole step, traced if need be for the plan of just now."""
+        """A context for the call of a compiled graph of the whole step, which may be traced for the current plan."""
         self.in_compiled_step = self.turn.compiled = True
         try:
             yield
@@ -147,7 +147,7 @@ class ModelPatches:
 
     @contextmanager
     def running(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Every layer runs its compiled form of `LayerPatch.forward` instead of that itself."""
+        """A context in which each layer runs the given compiled form of its `LayerPatch.forward`."""
         try:
             self.turn.compiled = True
             for patch, forward in zip(self.patches, forwards, strict=True):
@@ -159,12 +159,12 @@ class ModelPatches:
                 patch.layer.__dict__[patch.name] = patch.bound
 
     def set_probe(self, probe: SublayerProbe | None) -> None:
-        """From the next forward on, show every sublayer's input and output to `probe`."""
+        """From the next forward on, pass the input and output of every sublayer to `probe`."""
         for patch in self.patches:
             patch.set_probe(probe)
 
     def take_ffn_io(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Input and output, [B, S, D], of the FFNs measured in the last forward; forgets them."""
+        """Return and clear the input and output, [B, S, D], of the FFNs measured in the last forward, by layer."""
         taken = {patch.index: patch.ffn_io for patch in self.patches if patch.ffn_io is not None}
         for patch in self.patches:
             patch.ffn_io = None
@@ -175,7 +175,7 @@ _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()
 
 
 def _description(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """All that a proof of the layers rests on, to be compared: parts, forwards, dtypes and places in the cache."""
+    """All that the proof of the layers depends on, for comparison: parts, forwards, dtypes and cache slots."""
     made_of = (
         (
             *(layer.__dict__.get(name) for name in FORWARDS),
@@ -190,13 +190,15 @@ def _description(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 
 def patches_of(model: nn.Module) -> ModelPatches:
-    """The patches of a model, made at first use and kept as long as the model lives.
+    """The patches of a model, made at first use and kept while the model exists.
 
-    Raises UnsupportedModelError if its blocks cannot be skipped, ValueError if it is in training mode.
+    Raises UnsupportedModelError if its layers cannot be skipped, ValueError if it is in training mode.
     """
     model = unwrapped(model)
     if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode; skipping is for inference: call model.eval()")
+        raise ValueError(
+            f"{type(model).__name__} is in training mode; skipping needs inference mode: call model.eval()"
+        )
     decoder = find_decoder(model)
     _refuse_compiled_in_place(model, decoder)
     known = _PATCHES.get(decoder)
@@ -206,11 +208,11 @@ def patches_of(model: nn.Module) -> ModelPatches:
 
 
 def _refuse_compiled_in_place(model: nn.Module, decoder: nn.Module) -> None:
-    """`module.compile()` keeps a graph that does not see what is changed afterwards."""
+    """Refuse `module.compile()`, whose graph ignores later changes of the module."""
     parts = (model, decoder, *decoder_layers(model))
     compiled = [type(part).__name__ for part in parts if hf.is_compiled_in_place(part)]
     if compiled:
         raise ValueError(
-            f"{compiled[0]} was compiled in place by .compile(), whose graph would not follow the plan; load the model "
-            "anew, and let generate compile: cache_implementation='static'"
+            f"{compiled[0]} was compiled in place by .compile(), whose graph would ignore the plan; load the model "
+            "again and let generate compile it: cache_implementation='static'"
         )

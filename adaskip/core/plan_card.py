@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adaskip.core.plan_origin import PlanOrigin
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 SKIPPED, LIVE = "#", "."
 LAYERS_PER_LINE = 100
+IN_THE_FILE = ("weights_fingerprint", "config_fingerprint", "versions")
+"""Of a profile's provenance, what is told by the plan's file alone."""
 
 CARD = """---
 library_name: adaskip
@@ -31,7 +34,7 @@ library_name: adaskip
 from transformers import AutoModelForCausalLM
 from adaskip import SkipPlan, skipping
 
-model = AutoModelForCausalLM.from_pretrained({model!r}).eval()
+model = AutoModelForCausalLM.from_pretrained("{model}").eval()
 plan = SkipPlan.from_pretrained("this folder or repository")
 with skipping(model, plan):
     model.generate(...)
@@ -59,20 +62,19 @@ def summary(plan: SkipPlan, origin: PlanOrigin) -> dict[str, str]:
     """What there is to say of a plan, by headings."""
     scales = [scale for scale in plan.scales.values() if isinstance(scale, float)]
     spans = f"{min(scales):.3f} to {max(scales):.3f}" if scales else "all 1"
-    rows = {
+    return {
         "model": f"{origin.model} ({origin.num_layers} layers)",
         "phase": origin.phase,
         "skipped": f"{len(plan)} of {2 * origin.num_layers} sublayers",
         "strategy": _text({"name": origin.strategy, **origin.options}),
         "budget": _text(origin.budget),
         "scales": "affine" if len(scales) < len(plan.scales) else spans,
-        "profile": "none" if origin.profile is None else _text(origin.profile),
+        "profile": "none" if origin.profile is None else _text(origin.profile, leave_out=IN_THE_FILE),
         "weights": origin.weights_fingerprint,
         "configuration": origin.config_fingerprint,
         "adapter": origin.adapter or "none",
         "made with": _text(origin.versions),
     }
-    return rows
 
 
 def model_card(plan: SkipPlan, origin: PlanOrigin) -> str:
@@ -80,7 +82,7 @@ def model_card(plan: SkipPlan, origin: PlanOrigin) -> str:
     told = summary(plan, origin)
     on_hub = origin.model.count("/") == 1 and not origin.model.startswith((".", "/", "~"))
     return CARD.format(
-        base_model=f"base_model: {origin.model}\n" if on_hub else "",
+        base_model=f"base_model: {origin.model.partition('@')[0]}\n" if on_hub else "",
         model=origin.model,
         skipped=f"Skips {told['skipped']} in phase {origin.phase}",
         plan_map=plan_map(plan, origin.num_layers),
@@ -88,14 +90,14 @@ def model_card(plan: SkipPlan, origin: PlanOrigin) -> str:
     )
 
 
-def _text(record: Any) -> str:
+def _text(record: Mapping[str, Any], leave_out: Collection[str] = ()) -> str:
     """A mapping in one line; lists by their length beyond three entries."""
     parts = []
     for name, value in record.items():
+        if name in leave_out:
+            continue
         if isinstance(value, (list, tuple)):
             value = f"{len(value)} entries" if len(value) > 3 else " ".join(map(str, value))
-        elif isinstance(value, dict):
-            value = _text(value)
         if value not in (None, ""):
             parts.append(f"{name} {value}")
     return ", ".join(parts)

@@ -1,8 +1,8 @@
-"""Runs a decoder on a few tokens to see what its layers compute, all together and each alone.
+"""Runs a decoder on a few tokens to record what its layers compute, all together and each one alone.
 
-Alone means: the decoder runs, but every other layer only gives back what it put out before. A layer that then puts
-out something else depends on what other layers leave behind, such as shared keys and values, and these would be
-missing once their owner is skipped.
+"Alone" means that the decoder runs while every other layer only returns its recorded output. A layer whose output then
+differs depends on state that other layers leave behind, such as shared keys and values, which would be missing once
+those layers are skipped.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a stock layer was given and what it made of it, both [1, S, D]."""
+    """Input and output of a stock layer, both [1, S, D]."""
 
     hidden_states: Tensor
     output: Tensor
 
 
 class LayerProbe:
-    """The decoder of a model, run by `record` as it is and by `alone` with one layer at work.
+    """Runs the decoder of a model: `record` with all of its layers, `alone` with a single one.
 
-    model: where the embeddings are. slots: for each layer, the layer of the KV cache that its attention fills.
-    Whatever the model raises is an UnsupportedModelError here, except when memory runs out. Enter `quiet` first.
+    model: owns the embeddings. slots: for each layer, the index of the KV-cache layer that its attention fills.
+    Exceptions of the model become UnsupportedModelError, except out-of-memory errors. Enter `quiet` first.
     """
 
     def __init__(self, model: Any, decoder: Any, slots: tuple[int, ...]):
@@ -45,16 +45,16 @@ class LayerProbe:
         self.calls: list[LayerCall] = []
         self._inputs: Inputs = {}
         self._parameters = inspect.signature(decoder.forward).parameters
-        self._running: int | None = None  # the layer at work, whose fault an exception is
+        self._running: int | None = None  # the layer that runs now, to be named in an error
 
     def record(self) -> None:
-        """Keep what goes in and out of every layer, for random embeddings or, where these fail, for tokens."""
+        """Record input and output of every layer for random embeddings or, if these fail, for random tokens."""
         first: UnsupportedModelError | None = None
         for make in (self._random_embeddings, self._random_tokens):
             try:
                 inputs = make(seed=0)
                 calls = self._record(inputs)
-                self._record(make(seed=1))  # other values, for whatever layers may leave behind on the model
+                self._record(make(seed=1))  # other values, so that state left on the model no longer matches the record
             except UnsupportedModelError as error:
                 first = first or error
             else:
@@ -64,7 +64,7 @@ class LayerProbe:
         raise first
 
     def alone(self, index: int, forward: LayerForward) -> Tensor:
-        """What `forward(hidden_states, kwargs)` puts out as the only layer at work, in the place of layer `index`."""
+        """The output of `forward(hidden_states, kwargs)` in place of layer `index`, as the only layer that computes."""
         outputs: list[Any] = []
 
         def compute(hidden_states: Tensor, kwargs: dict[str, Any], layer: int) -> Any:
@@ -78,7 +78,7 @@ class LayerProbe:
         return outputs[0]
 
     def stock(self, index: int) -> LayerForward:
-        """The own computation of a layer."""
+        """The layer's own forward, called with (hidden_states, kwargs)."""
         layer = self.layers[index]
         forward = getattr(layer, forward_attribute(layer))
         return lambda hidden_states, kwargs: forward(hidden_states, **kwargs)
@@ -98,7 +98,7 @@ class LayerProbe:
         return calls
 
     def _run(self, inputs: Inputs, compute: Callable[[Tensor, dict[str, Any], int], Any]) -> DynamicCache:
-        """One forward of the decoder on an empty cache, which is returned, with `compute` in all of its layers."""
+        """Run one forward of the decoder with `compute` in place of every layer; returns the KV cache it filled."""
         order: list[int] = []
         finished: list[int] = []
 
@@ -123,7 +123,7 @@ class LayerProbe:
         return cache
 
     def _empty_cache(self) -> DynamicCache:
-        """What the decoder would make itself, if its layers fill that; else one that grows."""
+        """The cache that the decoder would make itself if its layers fit that, else a cache that grows."""
         config = getattr(self.decoder, "config", None)
         usual = getattr(config, "num_hidden_layers", None) == len(self.slots) == max(self.slots) + 1
         return DynamicCache(config=config) if usual else DynamicCache()
@@ -135,7 +135,7 @@ class LayerProbe:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Turn what the model raises into UnsupportedModelError, in the name of the layer at work or the decoder."""
+        """Turn exceptions of the model into UnsupportedModelError, which names the running layer or the decoder."""
         self._running = None
         try:
             yield
@@ -156,49 +156,49 @@ class LayerProbe:
             hidden_states, others = kwargs.pop("hidden_states", None), []
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
             found = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
-            raise UnsupportedModelError(f"{self._name(index)} is not given hidden states [B, S, D] but {found}")
+            raise UnsupportedModelError(f"{self._name(index)} receives {found} instead of hidden states [B, S, D]")
         if any(value is not None for value in others):
             kinds = ", ".join(type(value).__name__ for value in others)
             raise UnsupportedModelError(
-                f"{self._name(index)} is given more than the hidden states by position ({kinds}), "
-                "so what its sublayers need of that is not known"
+                f"{self._name(index)} receives more positional arguments than the hidden states ({kinds}), "
+                "so it is not known which of them its sublayers need"
             )
         return hidden_states, kwargs
 
     def _check_call(self, index: int, entry: Tensor, hidden_states: Tensor, output: Any) -> None:
-        """Refuse layers that do more, or less, than return new hidden states."""
+        """Refuse layers that do not simply return new hidden states."""
         name = self._name(index)
         if not isinstance(output, Tensor):
-            raise UnsupportedModelError(f"{name} returns {type(output).__name__} instead of the hidden states alone")
+            raise UnsupportedModelError(f"{name} returns {type(output).__name__} instead of only the hidden states")
         if output.is_meta:
             raise UnsupportedModelError(f"{name} computes on the meta device: its weights have no data")
         if output.shape != entry.shape or output.dtype != entry.dtype:
             raise UnsupportedModelError(
-                f"{name} makes {tuple(output.shape)} {output.dtype} of {tuple(entry.shape)} {entry.dtype}; "
-                "a layer with sublayers to skip leaves shape and dtype as they are"
+                f"{name} turns {tuple(entry.shape)} {entry.dtype} into {tuple(output.shape)} {output.dtype}; "
+                "a layer whose sublayers can be skipped keeps shape and dtype"
             )
         if not torch.equal(entry, hidden_states) and entry.isfinite().all():
-            raise UnsupportedModelError(f"{name} changes the hidden states that it is given in place")
+            raise UnsupportedModelError(f"{name} changes its input hidden states in place")
         if not output.isfinite().all():
-            raise UnsupportedModelError(f"{name} puts out NaN or infinity, so nothing can be proved of it")
+            raise UnsupportedModelError(f"{name} computes NaN or infinity, so nothing can be proved about it")
 
     def _check_order(self, order: list[int], finished: list[int]) -> None:
         if order != finished:
-            raise UnsupportedModelError(f"{type(self.decoder).__name__} goes on after one of its layers has failed")
+            raise UnsupportedModelError(f"{type(self.decoder).__name__} continues after one of its layers has failed")
         if order != list(range(len(self.layers))):
             called = ", ".join(map(str, order)) or "none"
             raise UnsupportedModelError(
-                f"{type(self.decoder).__name__} calls of its {len(self.layers)} layers, in this order: {called}; "
-                "only layers that each run once, one after the other, can be skipped"
+                f"{type(self.decoder).__name__} with {len(self.layers)} layers calls them in this order: {called}; "
+                "layers can be skipped only if each runs exactly once, in order"
             )
 
     def _check_cache(self, cache: DynamicCache) -> None:
-        """Refuse recurrent states and the placeholders of layers that use the K/V of others."""
+        """Refuse recurrent states, and placeholder cache layers of decoder layers that use the K/V of others."""
         odd = [x for x in cache.layers if hasattr(x, "recurrent_states") or not hasattr(x, "get_seq_length")]
         if odd:
             raise UnsupportedModelError(
                 f"{type(self.decoder).__name__} needs a cache with {type(odd[0]).__name__}, not only keys and values "
-                "of each layer: recurrent states and shared keys and values cannot go without their owner"
+                "per layer; layers with recurrent states or shared keys and values cannot be skipped"
             )
 
     def _check_slot(self, index: int, cache: DynamicCache) -> None:
@@ -206,12 +206,12 @@ class LayerProbe:
         filled = [slot for slot, layer in enumerate(layers) if int(layer.get_seq_length()) > 0]
         if filled not in ([], [self.slots[index]]):
             raise UnsupportedModelError(
-                f"the attention of {self._name(index)} fills layers {filled} of the KV cache, its layer_idx says "
+                f"the attention of {self._name(index)} fills layers {filled} of the KV cache, but its layer_idx is "
                 f"{self.slots[index]}"
             )
 
     def _embedding(self) -> Any:
-        """The module that makes hidden states of token ids; None if neither decoder nor model tells."""
+        """The embedding module; None if neither the decoder nor the model names one."""
         for owner in (self.decoder, self.model):
             with self._refusing():
                 get = getattr(owner, "get_input_embeddings", None)
@@ -221,7 +221,7 @@ class LayerProbe:
         return None
 
     def _random_embeddings(self, seed: int) -> Inputs:
-        """[1, S, D] in shape, dtype and device of what the embeddings put out, which need not be those of a weight."""
+        """Random inputs [1, S, D] with the shape, dtype and device of the embedding's output, not of its weight."""
         embedding = self._embedding()
         if embedding is None or ("input_ids" in self._parameters and "inputs_embeds" not in self._parameters):
             raise UnsupportedModelError(f"{type(self.decoder).__name__} takes no input embeddings")
@@ -229,13 +229,13 @@ class LayerProbe:
             ids = torch.zeros(1, TOKENS, dtype=torch.long, device=execution_device(embedding))
             made: Any = embedding(ids)
             if not isinstance(made, Tensor) or made.dim() != 3:
-                raise UnsupportedModelError(f"{type(embedding).__name__} does not make hidden states of token ids")
+                raise UnsupportedModelError(f"{type(embedding).__name__} does not turn token ids into hidden states")
             generator = torch.Generator(device="cpu").manual_seed(seed)
             noise = torch.randn(made.shape, generator=generator, device="cpu", dtype=torch.float32)
             return {"inputs_embeds": noise.to(device=made.device, dtype=made.dtype)}
 
     def _random_tokens(self, seed: int) -> Inputs:
-        """[1, S] ids of the first tokens of the vocabulary."""
+        """Random token ids [1, S]."""
         with self._refusing():
             size = getattr(getattr(self.decoder, "config", None), "vocab_size", None)
             size = size or getattr(self._embedding(), "num_embeddings", TOKENS)
@@ -245,14 +245,14 @@ class LayerProbe:
 
 
 def described(error: BaseException) -> str:
-    """An exception in one line."""
+    """The exception's class and message on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 @contextmanager
 def replaced_forwards(layers: list[nn.Module], forwards: list[LayerForward]) -> Iterator[None]:
-    """Put `forwards` in the place of the layers' own while the context lasts, also if one layer stands there twice."""
+    """Replace the layers' forwards by `forwards` while the context lasts; a layer may occur twice in the list."""
     saved: list[tuple[nn.Module, str, Any]] = []
     try:
         for layer, forward in zip(layers, forwards, strict=True):

@@ -1,9 +1,9 @@
-"""What a quantised weight holds, in a form that neither packing nor placement changes.
+"""Reads quantised weights as plain tensors that depend on neither their packing nor their device.
 
-Weights that are no plain tensor keep their content in different ways: tensor subclasses (torchao, quanto, DTensor) in
-inner tensors, bitsandbytes beside the parameter, and other modules in what they alone save. Each is brought to plain
-tensors here. bitsandbytes repacks 4-bit weights in the first forward on a CPU, rounds their statistics to bfloat16
-there, moves 8-bit statistics from the weight to the module, and casts biases to the dtype of the inputs.
+Quantised weights are stored in different ways: tensor subclasses (torchao, quanto, DTensor) use inner tensors,
+bitsandbytes uses attributes beside the parameter, and other modules use entries that only they save. In the first
+forward on a CPU, bitsandbytes repacks 4-bit weights and rounds their statistics to bfloat16, moves 8-bit statistics
+from the weight to the module, and casts biases to the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from adaskip.core import hf
 
 Content = Iterator[tuple[str, Tensor]]
-"""Names and plain tensors."""
+"""(name, plain tensor) pairs."""
 
 
 def plain_tensors(tensor: Tensor) -> Content:
-    """The content of one tensor: itself if it is plain, with the name ""; of a subclass its values or inner tensors.
+    """The content of one tensor: the tensor itself, with the name "", or the values or inner tensors of a subclass.
 
-    A sharded tensor is gathered, which all processes that hold a part must do together. A class that knows how to
-    dequantise is taken by its values, since its inner tensors may be packed for a device.
+    A sharded tensor is gathered, so all processes that hold a part must call this together. If a class can dequantise,
+    its values are used, since its inner tensors may be packed for a device.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):  # DTensor
@@ -36,7 +36,7 @@ def plain_tensors(tensor: Tensor) -> Content:
         yield f"({tensor.dtype})", tensor.dequantize()
     elif type(tensor) is Tensor:
         yield "", tensor
-    else:  # a subclass with a storage of its own, such as the parameters of bitsandbytes
+    else:  # a subclass that holds its data itself, such as the parameters of bitsandbytes
         with hf.without_torch_function():
             yield "", tensor.as_subclass(Tensor)
 
@@ -53,7 +53,7 @@ def _of_subclass(tensor: Any) -> Content:
 
 
 def is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether the module's weight is one of bitsandbytes' that is quantised by now."""
+    """Whether the module's weight is a bitsandbytes weight that has already been quantised."""
     weight = getattr(module, "weight", None)
     if type(weight).__module__.split(".")[0] != "bitsandbytes":
         return False
@@ -61,7 +61,7 @@ def is_bitsandbytes(module: nn.Module) -> bool:
 
 
 def bitsandbytes_tensors(module: nn.Module) -> Content:
-    """The weight of a bitsandbytes module as codes and statistics, and its bias, each by name."""
+    """The codes and statistics of a bitsandbytes module's weight, and its bias."""
     weight: Any = module.weight
     if getattr(weight, "quant_state", None) is None:
         yield "weight (int8)", weight.data.as_subclass(Tensor)
@@ -94,20 +94,20 @@ def _of_4bit(codes: Tensor, state: Any) -> Content:
 
 
 def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Codes and state as before the first forward on a CPU, by bitsandbytes' own inverse on a copy of the state."""
+    """Codes and state as before the first forward on a CPU, from bitsandbytes' own inverse and a copy of the state."""
     from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
         _convert_weight_packed_for_cpu_inverse,  # private: there is no public one
     )
 
     state = copy.copy(state)
-    absmax, state.original_nested = state.absmax.T, False  # its statistics are no longer nested, and stay so
+    absmax, state.original_nested = state.absmax.T, False  # repacked statistics are no longer nested
     codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
     state.absmax = absmax
     return codes, state
 
 
 def further_tensors(module: nn.Module) -> Content:
-    """What a module saves besides its parameters and buffers: packed weights, extra state."""
+    """Tensors that a module saves besides its parameters and buffers: packed weights, extra state."""
     if not hf.saves_more(module) or is_bitsandbytes(module):
         return
     saved = hf.saved_state(module)

@@ -1,7 +1,7 @@
-"""Runs a model unobserved: no hook of the user's fires, and nothing the run changes outlives it.
+"""Runs a model without side effects: user hooks do not fire, and the model's state is restored afterwards.
 
-Hooks that take part in the computation stay: those of the libraries that split, load or quantise models. Whose a hook
-is, the module that defines its function says.
+Hooks that are part of the computation stay active: those of libraries that split, load or quantise models. The module
+that defines a hook's function tells which library it belongs to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from adaskip.core import hf
 
-# packages whose hooks move, split, dequantise or position what a model computes; `transformers_modules` is remote code
+# packages whose hooks move, split or dequantise tensors of the computation; `transformers_modules` is remote code
 COMPUTING = frozenset({
     "torch", "torchao", "transformers", "transformers_modules", "accelerate", "peft", "adaskip", "deepspeed",
     "bitsandbytes", "optimum", "auto_gptq", "gptqmodel", "awq", "hqq", "compressed_tensors", "kernels",
@@ -27,10 +27,10 @@ COMPUTING = frozenset({
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Run parts of `model` by eager calls that leave it, its hooks and the random numbers as they were.
+    """A context for eager calls that leave `model`, its hooks and the random number generators unchanged.
 
-    Autocast is off, so that what is found does not depend on the caller. Instance attributes and buffers come back by
-    identity, save on modules with weights of their own: those may pack weights in place at their first forward.
+    Autocast is off, so that results do not depend on the caller. Instance attributes and buffers are restored by
+    identity, except on modules with weights of their own, which may pack their weights in place in the first forward.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -50,11 +50,11 @@ def _device_types(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Python's, NumPy's and torch's global generators go on from where they were."""
+    """Restore the state of Python's, NumPy's and torch's global random number generators on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     devices: dict[str, set[int]] = {}
     for parameter in model.parameters():
-        if parameter.device.type in ("cuda", "xpu"):  # the others have no generator for each device
+        if parameter.device.type in ("cuda", "xpu"):  # other device types have no generator per device
             devices.setdefault(parameter.device.type, set()).add(parameter.device.index or 0)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=()))
@@ -69,7 +69,7 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_attributes(model: nn.Module) -> Iterator[None]:
-    """Attributes, buffers and children of modules without weights of their own are the same objects afterwards."""
+    """On exit, restore the attributes, buffers and children of modules without weights of their own, by identity."""
     owners = [module for module in model.modules() if not hf.own_parameters(module)]
     holders: list[dict[str, Any]] = [held for module in owners for held in hf.holders(module)]
     saved = [dict(held) for held in holders]
@@ -84,9 +84,9 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_user_hooks(model: nn.Module) -> Iterator[None]:
-    """Forward hooks and pre-hooks of the user's, on any module of `model` or global, do not fire; their order is kept.
+    """Disable the user's forward hooks and pre-hooks, global and on any module of `model`; their order is kept.
 
-    The dictionaries of hooks stay the same objects, since handles refer to them.
+    The hook dictionaries stay the same objects, since hook handles refer to them.
     """
     held = list(hf.hook_dictionaries(model.modules()))
     saved = [dict(hooks) for hooks in held]
@@ -103,7 +103,7 @@ def without_user_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def computes(hook: Any) -> bool:
-    """Whether a hook is part of the model's computation, as far as the package that defines it tells."""
+    """Whether a hook is part of the model's computation, judged by the package that defines it."""
     while isinstance(hook, partial):
         hook = hook.func
     hook = getattr(hook, "__func__", hook)  # a bound method

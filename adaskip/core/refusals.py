@@ -1,4 +1,4 @@
-"""What is refused inside a `skipping` context before anything runs, because no plan could be followed there."""
+"""Refuses, inside a `skipping` context, the model methods and caches for which no plan can be followed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaskip.core.strategy import Strategy
 
 
 def refusals(model: Any, strategy: Strategy) -> dict[str, Callable[..., Any]]:
-    """Methods of `model` that refuse, all the time or where `strategy` changes its plan, by name."""
+    """Replacements, by name, for methods of `model` that always refuse or refuse if `strategy` changes its plan."""
     batching = {name: _refused(name) for name in CONTINUOUS_BATCHING if hasattr(model, name)}
     return {**batching, CANDIDATES: _checked_candidates(getattr(model, CANDIDATES), strategy)}
 
@@ -23,26 +23,26 @@ def _refused(name: str) -> Callable[..., Any]:
     def refuse(*args, **kwargs):
         raise ValueError(
             f"{name} (continuous batching, cache_implementation='paged') is not supported inside skipping(...): "
-            "its paged cache holds many requests at once, a plan belongs to one; use generate"
+            "its paged cache holds many requests at once, but a plan belongs to one; use generate"
         )
 
     return refuse
 
 
 def _checked_candidates(stock: Callable[..., Any], strategy: Strategy) -> Callable[..., Any]:
-    """What assisted decoding begins with, where drafts and prompt run under one plan; else a refusal."""
+    """The first step of assisted decoding, which refuses a strategy with different plans for prompt and answer."""
 
     @functools.wraps(stock)
     def candidates(*args, **kwargs):
         if getattr(kwargs.get("generation_config"), "assistant_early_exit", None) is not None:
             raise ValueError(
-                "assistant_early_exit drafts with this very model and is not supported inside skipping(...); "
-                "lossless(model, EarlyExit(...)) drafts so"
+                "assistant_early_exit drafts with the same model and is not supported inside skipping(...); "
+                "use lossless(model, EarlyExit(...)) for that"
             )
         if not strategy.one_plan:
             raise ValueError(
-                "assisted decoding reads prompt and drafted tokens in one forward, which takes one plan for all "
-                f"of them; {strategy.name} in phase {strategy.phase!r} changes its plan on the way "
+                "assisted decoding reads prompt and drafted tokens in one forward, which needs one plan for all "
+                f"of them; {strategy.name} in phase {strategy.phase!r} changes its plan during a request "
                 "(allowed: phase prefill, or a fixed set without a learning window in phase e2e)"
             )
         return stock(*args, **kwargs)
@@ -51,7 +51,7 @@ def _checked_candidates(stock: Callable[..., Any], strategy: Strategy) -> Callab
 
 
 def check_cache(cache: Any) -> None:
-    """Raise ValueError for what is no cache made of layers."""
+    """Raise ValueError unless `cache` is a transformers Cache that consists of layers."""
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise ValueError(
             "skipping needs a transformers Cache made of layers (DynamicCache, StaticCache); got "
@@ -61,8 +61,8 @@ def check_cache(cache: Any) -> None:
 
 @torch.compiler.disable()
 def refuse_compiled_call() -> None:
-    """Raise ValueError; not part of any graph."""
+    """Raise ValueError; runs outside of any compiled graph."""
     raise ValueError(
-        "a compiled model was called directly inside skipping(...), where its graph would keep the plan of its first "
+        "a compiled model was called directly inside skipping(...), but its graph would keep the plan of its first "
         "call; call the model itself, or generate with a static cache, which compiles a graph for each plan"
     )

@@ -1,7 +1,7 @@
-"""The state of one request: its decode step, its learning window and what it has learnt.
+"""The state of one request: its decode step, its learning window and the FFNs it has learnt to skip.
 
-A request lives as long as its KV cache. Chunks of one prompt, beams and further turns of a conversation belong to
-the same request; a new cache, or one that was emptied, begins a new one from the strategy's offline set.
+A request lives as long as its KV cache. Chunks of one prompt, beams and later turns of a conversation belong to
+the same request. A new or emptied cache begins a new request, which starts from the strategy's offline set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaskip.core.token_ids import is_end
 class LearningWindow:
     """IO similarity of FFNs over the first decoded tokens of a request.
 
-    In a batch one set serves all rows, so the mean runs over all tokens of all live rows: a row counts until it has
+    All rows of a batch share one set, so the mean is over all tokens of all live rows; a row is live until it has
     produced an end token. Everything stays on the device until the window closes, which costs one transfer.
     Paper: Eq. (5).
     """
@@ -32,7 +32,7 @@ class LearningWindow:
         self.live: Tensor | None = None  # [B, 1]
 
     def add(self, ffn_io: dict[int, tuple[Tensor, Tensor]], input_ids: Tensor | None) -> None:
-        """Fold one step's FFN inputs and outputs, layer -> two [B, q, D]. input_ids: [B, q], None for embeddings."""
+        """Add a step. ffn_io: input and output of FFNs by layer, [B, q, D]. input_ids: [B, q], None for embeddings."""
         self.layers = tuple(sorted(ffn_io))
         device = ffn_io[self.layers[0]][0].device
         a, b = (torch.stack([ffn_io[i][side].to(device) for i in self.layers]) for side in (0, 1))  # [F, B, q, D]
@@ -42,7 +42,7 @@ class LearningWindow:
         self.sums = step if self.sums is None else self.sums + step
 
     def _live(self, input_ids: Tensor | None, like: Tensor) -> Tensor:
-        """Which of the step's tokens belong to rows that have not produced an end token yet, [B, q]."""
+        """Mask [B, q] of the step's tokens in rows that have not produced an end token yet."""
         if input_ids is None or not self.eos_token_ids:
             return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device)
         ended = is_end(input_ids, self.eos_token_ids).cumsum(dim=-1) > 0
@@ -51,7 +51,7 @@ class LearningWindow:
         return alive.to(like.device)
 
     def close(self) -> dict[int, FFNSimilarity]:
-        """The window's means per FFN layer; empty if no live token was seen."""
+        """The means over the window, by layer of the FFN; empty if no live token was seen."""
         if self.sums is None:
             return {}
         similarity, ratio, count = self.sums.cpu().tolist()
@@ -61,7 +61,7 @@ class LearningWindow:
 
 @dataclass(frozen=True)
 class RequestTrace:
-    """What happened in one request: the plans of its last prompt and decode step, and the FFNs learnt online."""
+    """A record of one request: the plans of its last prompt and decode step, and the FFNs learnt online."""
 
     prefill_plan: SkipPlan
     decode_plan: SkipPlan
@@ -74,16 +74,16 @@ class Request:
     """Turns a strategy into the plan of each forward of one request."""
 
     def __init__(self, strategy: Strategy, eos_token_ids: tuple[int, ...], held: SkipPlan = EMPTY_PLAN):
-        """held: attention already without K/V in the request's cache, from an earlier context or a copied cache."""
+        """held: attentions that already lack K/V in the request's cache, from an earlier context or a copied cache."""
         self.strategy, self.eos_token_ids = strategy, eos_token_ids
         self.decode_steps = 0
         self.learnt = EMPTY_PLAN
         self.window: LearningWindow | None = None
         self.window_result: dict[int, FFNSimilarity] = {}
         self.prompt_plan = self.answer_plan = EMPTY_PLAN
-        self.released: SkipPlan | None = None  # the last plan whose skipped layers the cache has let go of
+        self.released: SkipPlan | None = None  # the last plan for which the cache has freed K/V
         self.num_forwards = 0
-        self._floor = held  # attention that cannot run any more: its K/V is gone
+        self._floor = held  # attentions that can no longer run because their K/V is gone
         self._merged: tuple[SkipPlan, SkipPlan, SkipPlan] | None = None
 
     def prefill(self) -> SkipPlan:
@@ -99,12 +99,12 @@ class Request:
         self.answer_plan = self._merge(self.strategy.decode_plan(self.decode_steps), self.learnt)
         if self.decode_steps == 1 and self.strategy.window_tokens:
             ffns = frozenset(range(self.strategy.num_layers)) - self.answer_plan.ffn
-            if ffns:  # else there is nothing left to learn
+            if ffns:  # without live FFNs there is nothing to learn
                 self.window = LearningWindow(self.strategy.window_tokens, ffns, self.eos_token_ids)
         return self.answer_plan
 
     def start_anew(self) -> None:
-        """Its cache was dropped: prompt and answer so far are read again, with K/V of every layer that runs then."""
+        """The cache was dropped: prompt and answer so far will be read again, which refills the K/V of live layers."""
         self.released = self._merged = None
         self._floor = EMPTY_PLAN
 
@@ -115,7 +115,7 @@ class Request:
         self.window = None
 
     def _merge(self, plan: SkipPlan, learnt: SkipPlan) -> SkipPlan:
-        """`plan` with what was learnt and what cannot come back; the same object as long as neither input changes."""
+        """`plan` with the learnt FFNs and the attentions whose K/V is gone; the same object while no input changes."""
         if self._merged is None or self._merged[0] is not plan or self._merged[1] is not learnt:
             self._check(plan)
             self._check(learnt)
@@ -125,9 +125,9 @@ class Request:
         return self._merged[2]
 
     def _check(self, plan: SkipPlan) -> None:
-        """What a strategy gives is checked when it changes: a class of the user's may give anything."""
+        """Check a plan when it changes: a strategy class of the user's may return anything."""
         if not isinstance(plan, SkipPlan):
-            raise ValueError(f"strategy {self.strategy.name} gave {type(plan).__name__} instead of a SkipPlan")
+            raise ValueError(f"strategy {self.strategy.name} returned {type(plan).__name__} instead of a SkipPlan")
         plan.check_fits(self.strategy.num_layers)
 
     @property

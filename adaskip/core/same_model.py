@@ -59,7 +59,7 @@ def check_same_model(
         raise error(f"{what} of {record.model} has {record.num_layers} layers, the model has {num_layers}")
     if record.hidden_size not in (None, known["hidden_size"]):
         raise error(
-            f"{what} of {record.model} has hidden size {record.hidden_size}, the model has {known['hidden_size']}"
+            f"{what} of {record.model} has hidden size {record.hidden_size}, but the model has {known['hidden_size']}"
         )
     differences = list(_differences(record, known))
     if not differences:
@@ -67,20 +67,21 @@ def check_same_model(
     told = f"{what} was made for {record.model}{', and '.join(differences)}"
     if not allow_other_weights:
         raise error(
-            f"{told}; {again}, or use it knowingly: allow_other_weights=True, on the command line --allow-other-weights"
+            f"{told}; {again}, or accept the difference with allow_other_weights=True (command line: "
+            "--allow-other-weights)"
         )
-    logger.warning("%s (%s); used all the same, since other weights are allowed", told, known["model"])
+    logger.warning("%s (%s); it is used anyway, because other weights are allowed", told, known["model"])
 
 
 def _differences(record: Any, known: Mapping[str, Any]) -> Iterator[str]:
     """What of weights, adapter and configuration is another; None in a record: not recorded."""
     weights, adapter, config = (known[name] for name in ("weights_fingerprint", "adapter", "config_fingerprint"))
     if weights != record.weights_fingerprint:
-        yield f" with weights {record.weights_fingerprint}, this model's weights are {weights}"
+        yield f" with weights {record.weights_fingerprint}, but this model's weights are {weights}"
     if record.adapter not in (None, adapter):
-        yield f" with adapter {record.adapter or 'none'!r} active, on this model it is {adapter or 'none'!r}"
+        yield f" with active adapter {record.adapter or 'none'!r}, but this model has {adapter or 'none'!r}"
     if record.config_fingerprint not in (None, config):
         yield (
-            f" with another configuration (such as rope, windows or norms: fingerprint {record.config_fingerprint}, "
-            f"this model's is {config})"
+            f" with another configuration (such as rope, windows or norms: its fingerprint is "
+            f"{record.config_fingerprint}, this model's is {config})"
         )

@@ -1,8 +1,8 @@
-"""One `skipping` context at work: which plan each forward of the model runs under.
+"""The state of one `skipping` context: chooses the plan under which each forward of the model runs.
 
-A plan is chosen before masks and positions are built: in `prepare_inputs_for_generation` when `generate` runs, in the
-decoder's own forward when the (uncompiled) model is called directly. All that a forward needs is one `Step`; it belongs
-to the thread that runs it, and forwards take turns.
+The plan is chosen before masks and positions are built: in `prepare_inputs_for_generation` if `generate` runs, in the
+decoder's own forward if the (uncompiled) model is called directly. One `Step` holds all that a forward needs; it
+belongs to the thread that runs it, and the forwards of several threads take turns.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from adaskip.core.strategy import Strategy
 logger = logging.getLogger(__name__)
 
 PROMPTS_WITHOUT_ANSWER = 8
-"""After so many prompts without a decoded token, phase decode warns that it has skipped nothing."""
+"""After this many prompts without a decoded token, a warning says that phase decode has skipped nothing."""
 
 
 class SkippingSession(StaysInPlace):
-    """One `skipping` context: it follows the requests that run through the model."""
+    """One `skipping` context, which tracks the requests that run through the model."""
 
     def __init__(
         self,
@@ -65,23 +65,23 @@ class SkippingSession(StaysInPlace):
 
     @property
     def last_request(self) -> RequestTrace:
-        """What happened in the request of the latest step, of whichever thread. Raises ValueError before the first."""
+        """A record of the request of the latest step in any thread. Raises ValueError before the first request."""
         if self._last is None:
             raise ValueError("no request has run in this context yet")
         return self._last.trace
 
     def trace(self, cache: Cache) -> RequestTrace:
-        """What happened in the request whose KV cache this is. Raises ValueError for a cache of no request here."""
+        """A record of the request with this KV cache. Raises ValueError if no request of this context has it."""
         if cache not in self._requests:
             raise ValueError("this KV cache belongs to no request of this context")
         return self._requests[cache].trace
 
     def prefilling(self):
-        """Direct calls of this thread inside are chunks of a prompt, also one-token chunks on a filled cache."""
+        """A context in which direct calls of this thread are chunks of a prompt, even one token on a filled cache."""
         return self._declared("prefill")
 
     def decoding(self):
-        """Direct calls of this thread inside are decode steps, also of several tokens (a verification) at once."""
+        """A context in which direct calls of this thread are decode steps, even of several tokens (a verification)."""
         return self._declared("decode")
 
     @contextmanager
@@ -93,7 +93,7 @@ class SkippingSession(StaysInPlace):
             self._here.kind = before
 
     def overrides(self) -> dict[str, Any]:
-        """What takes the place of methods of the model while the context lasts."""
+        """The replacements, by name, for methods of the model while the context lasts."""
         stock_generate: Any = self.model.generate
         own = {
             "generate": self.calls.counted(stock_generate, self._check_call),
@@ -103,14 +103,14 @@ class SkippingSession(StaysInPlace):
         return {**own, **refusals(self.model, self.strategy), PREFILL: self._marked_prefill()}
 
     def end(self, replaced: list[Place]) -> None:
-        """The context ends: wait for the forward that runs, put back what was `replaced`, refuse every further step."""
+        """End the context: wait for a running forward, restore what was `replaced`, and refuse every later step."""
         with self._turn:
             self.calls.end(replaced)
         if self._num_prompts and not self._num_decode_steps:
             self._warn_of_prompts_only()
 
     def _check_call(self) -> Callable[[], None]:
-        """Before a `generate`; returns what checks after it that the plan was in force."""
+        """Called before a `generate`; returns a function that checks after it that the plan was applied."""
         self._here.prepared = None
         before = self._here.num_forwards
 
@@ -141,7 +141,7 @@ class SkippingSession(StaysInPlace):
         stock: Any = self.model.prepare_inputs_for_generation
 
         @functools.wraps(stock)
-        def prepare_inputs_for_generation(input_ids, *args, **kwargs):  # generate passes all the rest by keyword
+        def prepare_inputs_for_generation(input_ids, *args, **kwargs):  # generate passes everything else by keyword
             self._check_open()
             cache = kwargs.get("past_key_values")
             uncached = cache is None and kwargs.get("use_cache") is False
@@ -160,13 +160,13 @@ class SkippingSession(StaysInPlace):
         return prepare_inputs_for_generation
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What `generate` runs its compiled steps by, in the place of the model's own method of that name."""
+        """Replaces the model's method of this name: returns the callable for the compiled steps of `generate`."""
         steps = compiled_steps(self.patches, compile_config)
 
         def compiled_call(**inputs):
             step = self._here.prepared
             if step is None or inputs.get("past_key_values") is not step.cache:
-                return self.model(**inputs)  # the model dropped its cache: this forward is no step of the graph's kind
+                return self.model(**inputs)  # the model dropped its cache, so no graph fits this forward
             self._here.prepared = None
 
             def run():
@@ -181,12 +181,12 @@ class SkippingSession(StaysInPlace):
         return compiled_call
 
     def forward(self, *args, **kwargs) -> Any:
-        """The decoder's forward under the plan of its step. Arguments and result are those of the stock forward."""
+        """The decoder's forward under the plan of its step, with the arguments and result of the stock forward."""
         if torch.compiler.is_compiling():
             if not self.patches.in_compiled_step:
                 refuse_compiled_call()
             return self._stock_forward(*args, **kwargs)
-        if self._here.compiled:  # a graph of single layers: the step has its turn already
+        if self._here.compiled:  # a step through graphs of single layers, which already has its turn
             self._here.compiled = False
             return self._stock_forward(*args, **kwargs)
         prepared, self._here.prepared = self._here.prepared, None
@@ -197,18 +197,18 @@ class SkippingSession(StaysInPlace):
         return self._direct(prepared, args, kwargs)
 
     def _direct(self, prepared: Step | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A forward whose plan is chosen by what reaches the decoder."""
+        """Run a forward whose plan depends on the arguments that reach the decoder."""
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         options = {**bound, **bound.get("kwargs", {})}
         ids, embeds = options.get("input_ids"), options.get("inputs_embeds")
         tokens = embeds if ids is None else ids
         if tokens is None:
-            return self._stock_forward(*args, **kwargs)  # which says what is missing
+            return self._stock_forward(*args, **kwargs)  # which raises an error that names the missing argument
         given = cache = options.get("past_key_values")
         if given is not None:
             check_cache(given)
         if cache is None and self._uses_cache(options):
-            cache = DynamicCache(config=self.decoder.config)  # what the decoder would make itself, but too late for us
+            cache = DynamicCache(config=self.decoder.config)  # the decoder would make the same one, but only later
         if prepared is not None and prepared.is_for(tokens):
             step = prepared if given is prepared.cache else self._read_again(prepared, cache, tokens.shape[1])
             if given is None and cache is not None:
@@ -225,25 +225,27 @@ class SkippingSession(StaysInPlace):
         return bool(getattr(self.decoder.config, "use_cache", False) if asked is None else asked)
 
     def _kind_of_direct_call(self, cache: Cache | None, num_tokens: int) -> StepKind:
-        """A single token on a filled cache is a decode step, everything else a prompt or a chunk of one."""
+        """One token on a filled cache is a decode step, everything else is a prompt or a chunk of one."""
         if self._here.kind is not None:
             return self._here.kind
         if cache is None or num_tokens > 1:
             return "prefill"
-        # Asking a static cache on CUDA for its length would wait for the device: there a known cache counts as filled.
+        # Reading the length of a static cache on CUDA would synchronise, so there a known cache counts as filled.
         known = self._requests.get(cache)
         if known is not None and known.num_forwards and _length_is_on_cuda(cache):
             return "decode"
         return "decode" if int(cache.get_seq_length()) > 0 else "prefill"
 
     def _run(self, step: Step, ids: Tensor | None, forward: Callable[[], Any]) -> Any:
-        """Run `forward` under the plan of `step`, in turn, and measure what its window asks for."""
+        """Wait for the turn, run `forward` under the plan of `step`, and add to its learning window."""
         with self._turn:
             self._check_open()
             if self.decoder.training:
                 raise ValueError(f"{type(self.model).__name__} was put in training mode inside skipping(...)")
             if self._running is not None:
-                raise ValueError("the model was called from inside its own forward, which skipping(...) cannot follow")
+                raise ValueError(
+                    "the model was called from inside its own forward, which is not supported inside skipping(...)"
+                )
             ffns = NOTHING if step.window is None else step.window.ffns
             turn, self._running, self._last = self.patches.turn, step, step.request
             turn.thread = threading.get_ident()
@@ -258,7 +260,7 @@ class SkippingSession(StaysInPlace):
                 return output
             except BaseException:
                 if ffns:
-                    self.patches.take_ffn_io()  # a step that failed half-way does not count
+                    self.patches.take_ffn_io()  # do not count a step that failed half-way
                 raise
             finally:
                 self._running = turn.thread = None
@@ -273,7 +275,7 @@ class SkippingSession(StaysInPlace):
 
     def _warn_of_prompts_only(self) -> None:
         if self.strategy.phase == "decode" and len(self.strategy.skipped):
-            self._num_decode_steps = 1  # said once
+            self._num_decode_steps = 1  # so that the warning comes once
             logger.warning(
                 "phase decode skips nothing while a prompt is read, and no token was decoded after the %d prompts so "
                 "far: scores of prompts (log-likelihoods) are the full model's; use phase prefill or e2e for them",
@@ -281,9 +283,9 @@ class SkippingSession(StaysInPlace):
             )
 
     def _begin(self, kind: StepKind, cache: Cache | None, *, began_here: bool = True) -> Step:
-        """Choose the plan of the coming forward, and let go of K/V that it no longer needs.
+        """Choose the plan of the next forward, and free K/V that it no longer needs.
 
-        began_here: whether an answer may go on here on a cache that no request of this context has filled.
+        began_here: whether the call may use a cache that no request of this context has filled.
         """
         request = None if cache is None else self._requests.get(cache)
         if request is None or kind == "prefill":
@@ -293,21 +295,21 @@ class SkippingSession(StaysInPlace):
     def _request_of(
         self, kind: StepKind, cache: Cache | None, known: Request | None, began_here: bool
     ) -> tuple[StepKind, Request]:
-        """The request that a cache belongs to, a new one if it is empty or unknown, and what the forward is of it."""
+        """(kind of the forward, its request): a new request if the cache is empty or unknown."""
         if cache is not None:
             check_cache(cache)
         filled = cache is not None and int(cache.get_seq_length()) > 0
         if known is None and not began_here and (cache is None or filled):
             raise ValueError(
-                "a generate that began before skipping(...) was entered is still running on this model, in another "
-                "thread; enter the context when it is done"
+                "a generate that began before skipping(...) was entered is still running on this model in another "
+                "thread; enter the context after it is done"
             )
         if cache is None:
-            return "prefill", Request(self.strategy, self.eos_token_ids)  # nothing before these tokens is kept
+            return "prefill", Request(self.strategy, self.eos_token_ids)  # without a cache every call is a new prompt
         if known is not None and filled:
             return kind, known
         if not filled:
-            kind = "prefill"  # whatever was intended
+            kind = "prefill"  # on an empty cache, whatever the caller declared
             restore_emptied(cache)
         request = Request(self.strategy, self.eos_token_ids, held=self.patches.held(cache))
         self._requests[cache] = request
@@ -323,24 +325,24 @@ class SkippingSession(StaysInPlace):
         return Step(kind, request, cache, plan, request.window if kind == "decode" else None)
 
     def _read_again(self, prepared: Step, cache: Cache | None, num_tokens: int) -> Step:
-        """The model dropped or swapped the cache of a request: prompt and answer so far are a new prefill of it."""
+        """The model dropped or replaced the request's cache: read prompt and answer so far as a new prefill."""
         if cache is not None and int(cache.get_seq_length()) > 0:
             raise ValueError(
-                f"{type(self.model).__name__} put another, filled KV cache in the place of the request's own, which "
-                "skipping(...) cannot follow"
+                f"{type(self.model).__name__} replaced the request's KV cache by another filled one, which is not "
+                "supported inside skipping(...)"
             )
         before = 0 if prepared.cache is None else int(prepared.cache.get_seq_length())
         if num_tokens <= before:
             raise ValueError(
-                f"{type(self.model).__name__} dropped the KV cache of {before} tokens and goes on with {num_tokens}, "
-                "without those before (a fault of this transformers release, mended in later ones)"
+                f"{type(self.model).__name__} dropped the KV cache of {before} tokens and continues with {num_tokens} "
+                "tokens, without the earlier ones (a bug of this transformers release, fixed in later ones)"
             )
         prepared.request.start_anew()
         return self._step("prefill", prepared.request, cache)
 
     def _check_open(self) -> None:
         if self.calls.ended:
-            raise ValueError("this skipping(...) context has ended; its model and its requests cannot go on with it")
+            raise ValueError("this skipping(...) context has ended; its requests cannot continue")
 
 
 def _length_is_on_cuda(cache: Cache) -> bool:

@@ -7,17 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROWS_PER_CHUNK = 128  # on the CPU, float32 copies of this many rows stay in the L2 cache
+ROWS_PER_CHUNK = 128  # float32 copies of this many rows fit into the L2 cache of a CPU
 
 
 def norm(x: Tensor) -> Tensor:
-    """|x| per token in float32 of [..., D], any floating dtype, without a float32 copy."""
+    """|x| per token in float32, without a float32 copy of x. x: [..., D], any floating dtype."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
 
 
 class RecentNorms:
-    """`norm`, remembered of the last three tensors: a sublayer's input is the output of the one before, and a layer's
-    input and output are those of its sublayers. So each tensor of the residual stream is read once."""
+    """`norm` with a cache for the last three tensors, so that each tensor of the residual stream is read only once.
+
+    The input of a sublayer is the output of the previous one, and a layer's input and output are those of its
+    sublayers.
+    """
 
     def __init__(self) -> None:
         self.known: list[tuple[Tensor, Tensor]] = []
@@ -30,7 +33,7 @@ class RecentNorms:
         return self.known[-1][1]
 
     def forget(self) -> None:
-        """Let go of the tensors."""
+        """Drop the references to the tensors."""
         self.known = []
 
 
@@ -39,10 +42,10 @@ def cosine_and_ratio(
 ) -> tuple[Tensor, Tensor]:
     """Per-token cos(a, b) and |b| / |a| in float32, without a host synchronisation.
 
-    a, b: [..., D], any floating dtype. change: b - a as the sublayer computed it, if at hand; it lets CUDA get by
-    with three norms and no float32 copies, since <a, b> = (|a|^2 + |b|^2 - |b - a|^2) / 2. norm_of: `norm`, or what
-    remembers it. Returns two tensors [...].
-    A token whose input or output is all zeros has similarity 0 and ratio 0: nothing can be said of it.
+    a, b: [..., D], any floating dtype. change: b - a as the sublayer computed it, if available. CUDA then needs only
+    three norms and no float32 copies, since <a, b> = (|a|^2 + |b|^2 - |b - a|^2) / 2. norm_of: `norm` or a
+    `RecentNorms`. Returns two tensors [...].
+    A token whose input or output is all zeros gets similarity 0 and ratio 0, as neither is defined.
     Paper: Eq. (1), and the summand of Eq. (3).
     """
     norm_a, norm_b = norm_of(a), norm_of(b)
@@ -57,6 +60,6 @@ def cosine_and_ratio(
 
 
 def _chunked_dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> of the rows of two [T, D] tensors, in float32."""
+    """Row-wise <a, b> of two [T, D] tensors, in float32."""
     chunks = zip(a.split(ROWS_PER_CHUNK), b.split(ROWS_PER_CHUNK), strict=True)
     return torch.cat([torch.linalg.vecdot(rows_a.float(), rows_b.float()) for rows_a, rows_b in chunks])

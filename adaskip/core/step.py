@@ -1,4 +1,4 @@
-"""One forward of one request, and what a thread is about to run."""
+"""One forward of one request, and the state that each thread keeps between calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from adaskip.core.request import LearningWindow, Request
 
 @dataclass(slots=True)
 class Step:
-    """One forward of one request. window: what measures FFNs in it. tokens: weakly, the ids or embeddings it is for."""
+    """One forward of one request.
+
+    window: the learning window that measures FFNs in this step, None for none. tokens: a weak reference to the token
+    ids or embeddings of the step.
+    """
 
     kind: StepKind
     request: Request
@@ -26,7 +30,7 @@ class Step:
     tokens: Callable[[], Tensor | None] = lambda: None
 
     def is_for(self, tokens: Tensor) -> bool:
-        """Whether `tokens`, which reach the decoder, are those that `generate` prepared the step for."""
+        """Whether the `tokens` that reach the decoder are those for which `generate` prepared the step."""
         prepared = self.tokens()
         if prepared is None:
             return False
@@ -36,14 +40,14 @@ class Step:
 
 
 class Here(threading.local):
-    """What belongs to the calling thread."""
+    """State of the calling thread."""
 
     prepared: Step | None = None
-    """The step that `generate` is about to run."""
+    """The step that `generate` has prepared and will run next."""
     kind: StepKind | None = None
-    """What direct calls are declared to be."""
+    """The kind declared for direct calls by `prefilling()` or `decoding()`."""
     prefilling: bool = False
-    """Whether `generate` is reading the prompt, perhaps in chunks."""
+    """Whether `generate` is reading the prompt, possibly in chunks."""
     num_forwards: int = 0
     compiled: bool = False
-    """Whether a compiled call of `generate`, which has its turn already, is about to enter the decoder."""
+    """Whether a compiled call of `generate`, which already has its turn, is about to enter the decoder."""

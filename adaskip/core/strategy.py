@@ -1,33 +1,34 @@
-"""What a strategy is: measurements in, skip plans out.
+"""The base class of strategies: they turn measurements into skip plans.
 
-A strategy is an immutable value without model, tokenizer or I/O. Everything that changes while a request runs (its
-decode step, its learning window) belongs to the request, so that one strategy serves any number of requests.
+A strategy is an immutable value without model, tokenizer or I/O. Everything that changes during a request (its decode
+step, its learning window) belongs to the request, so that one strategy serves any number of requests.
 
-Its class also declares what the command line, the tables and the plots show of it; `register_strategy` checks that.
+The class also declares its names for the command line, the tables and the plots; `register_strategy` checks them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from adaskip.common.own_options import own_option
 from adaskip.core.look import Look
 from adaskip.core.plan import EMPTY_PLAN, Budget, Phase, SkipPlan, check_phase
 
 
 def strategy_option(help: str, default: Any) -> Any:
-    """A field of a strategy that users may set on the command line, `--strategy-option NAME=VALUE`.
+    """A field of a strategy that users may set on the command line with `--strategy-option NAME=VALUE`.
 
-    Its type is bool, int, float or str, or one of them and None.
+    Its type is bool, int, float or str, or the union of one of them with None.
     """
-    return field(default=default, metadata={"help": help})
+    return own_option(help, default)
 
 
 @dataclass(frozen=True)
 class FFNSimilarity:
-    """IO similarity (Eq. 5) and scale of one FFN over a learning window."""
+    """Mean IO similarity (Eq. 5) and scale of one FFN over a learning window."""
 
     similarity: float
     scale: float
@@ -35,20 +36,20 @@ class FFNSimilarity:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
-    """Decides what is skipped in a model of `num_layers` layers, given a budget.
+    """Decides which sublayers of a model with `num_layers` layers are skipped under a budget.
 
-    phase "prefill": the prompt and the few answer tokens after it, with one set. "decode": generated tokens only, the
-    prompt is dense. "e2e": both.
+    phase: "prefill" skips in the prompt and, with the same set, in the few answer tokens after it; "decode" skips only
+    in generated tokens, the full model reads the prompt; "e2e" skips in both.
 
     Class attributes that a registered strategy declares:
 
-    name: as in `--strategy early_exit`. short_name: in the names of runs, as EE in `llama-EE-PREFILL`. label: in tables
-    and legends. look: in plots.
-    profile_type: the class of its field `profile` (`ImportanceProfile` or `SelectionProfile`), which is then measured,
-    or searched, before a run; None for a strategy without that field.
-    whole_layers: whether it can skip whole layers only, so that a budget is rounded to them.
-    in_paper: whether it is one of those in the paper's Tables 3 and 4. in_grid: whether `adaskip grid` and `adaskip
-    bench` run it by default, and tables and plots show it also where it was not run.
+    name: e.g. `early_exit` in `--strategy early_exit`. short_name: its part of run names, e.g. EE in
+    `llama-EE-PREFILL`. label: its name in tables and legends. look: its style in plots.
+    profile_type: the class of its field `profile` (`ImportanceProfile` or `SelectionProfile`), which is measured or
+    searched before a run; None for a strategy without that field.
+    whole_layers: whether it can only skip whole layers, so that a budget is rounded to whole layers.
+    in_paper: whether it is in the paper's Tables 3 and 4. in_grid: whether `adaskip grid` and `adaskip bench` run it by
+    default; tables and plots then list it even without a run.
     """
 
     name: ClassVar[str]
@@ -66,34 +67,34 @@ class Strategy(ABC):
 
     def __post_init__(self) -> None:
         check_phase(self.phase)
-        self.skipped.check_fits(self.num_layers)  # an impossible budget is refused here, not in the first request
+        self.skipped.check_fits(self.num_layers)  # refuse an impossible budget now rather than in the first request
 
     @property
     @abstractmethod
     def skipped(self) -> SkipPlan:
-        """The full set the budget buys."""
+        """The full set of skipped sublayers, as many as the budget says."""
 
     @property
     def prefill_plan(self) -> SkipPlan:
-        """What is skipped for the tokens of a prompt; the same object each time."""
+        """The plan for the tokens of a prompt; always the same object."""
         return EMPTY_PLAN if self.phase == "decode" else self.skipped
 
     def decode_plan(self, step: int) -> SkipPlan:
-        """What is skipped in decode step `step` (the first generated token is the input of step 1).
+        """The plan for decode step `step` (the first generated token is the input of step 1).
 
-        Return the same plan object as long as nothing changes: a step compares plans by identity, and another object
-        makes it set up every layer anew.
+        Return the same object while nothing changes: plans are compared by identity, and a new object makes the step
+        set up every layer again.
         """
         return self.skipped
 
     @property
     def is_steady(self) -> bool:
-        """Whether every step of an answer runs under `skipped`, known beforehand."""
+        """Whether every step of an answer runs under `skipped`, which is known in advance."""
         return type(self).decode_plan is Strategy.decode_plan and not self.window_tokens
 
     @property
     def one_plan(self) -> bool:
-        """Whether every forward of a request, prompt and answer, runs under the same plan, known beforehand."""
+        """Whether every forward of a request, prompt and answer, runs under one plan that is known in advance."""
         return self.is_steady and self.prefill_plan == self.skipped
 
     @property
@@ -102,13 +103,13 @@ class Strategy(ABC):
         return 0
 
     def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:
-        """FFNs that join the set for the rest of the request, from one request's window (layer -> similarity)."""
+        """The FFNs to skip from now on in one request, chosen from its learning window (layer -> similarity)."""
         return EMPTY_PLAN
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPlan(Strategy):
-    """A set chosen elsewhere: by hand, by a search, or read from a file."""
+    """Skip the sublayers of `plan`, which was chosen by hand or by a search, or read from a file."""
 
     name = "fixed"
 

@@ -1,4 +1,4 @@
-"""Token ids on their way in and out of `generate`: padding and end tokens."""
+"""Padding and end tokens for the token ids that go into and come out of `generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def end_token_ids(model: nn.Module, given: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """The tokens that end an answer: those given, else (as in `generate`) those of the model's generation config."""
+    """The tokens that end an answer: `given`, else (as in `generate`) those of the model's generation config."""
     if given is None or given == [] or given == ():
         given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if given is None:
@@ -19,7 +19,7 @@ def end_token_ids(model: nn.Module, given: int | Sequence[int] | None = None) ->
 
 
 def is_end(token_ids: Tensor, ends: Sequence[int]) -> Tensor:
-    """Where `token_ids` are end tokens, same shape; compares on the device, nothing is sent there."""
+    """A bool mask of the end tokens in `token_ids`, same shape; computed without a host-device copy."""
     found = torch.zeros_like(token_ids, dtype=torch.bool)
     for end in ends:
         found |= token_ids == end
@@ -27,16 +27,16 @@ def is_end(token_ids: Tensor, ends: Sequence[int]) -> Tensor:
 
 
 def left_padded(rows: Sequence[Tensor], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both int64 [B, S], of 1-D rows; pads in front, as generation needs them."""
+    """Token ids and attention mask, both int64 [B, S], of 1-D rows padded on the left, as generation needs them."""
     ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     return ids.to(device), mask.to(device)
 
 
 def right_padded(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same with pads behind, where causal attention never sees them; the mask is boolean.
+    """Token ids, int64 [B, S], and a bool mask of 1-D rows padded on the right, where causal attention ignores pads.
 
-    With dynamic rope a batch is rotated as its longest row is; batch rows of one length if that matters.
+    Dynamic rope rotates a whole batch by the length of its longest row; if that matters, batch rows of equal length.
     """
     ids = pad_sequence(list(rows), batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])

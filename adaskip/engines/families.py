@@ -54,7 +54,7 @@ class Family:
 PRE_NORM = Family("pre-norm")
 SANDWICH = Family("sandwich-norm", norm_adds_one=True)
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "phi3"), PRE_NORM),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "smollm3"), PRE_NORM),
     **dict.fromkeys(("gemma2", "gemma3_text"), SANDWICH),
     "glm4": Family("sandwich-norm (GLM)"),
     **dict.fromkeys(("olmo2", "olmo3"), Family("post-norm")),

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from adaskip.models.errors import ModelError, one_line, said_in_one_line
 from adaskip.models.gguf_file import check_gguf, is_gguf
+from adaskip.models.packaged import is_packaged, packaged_file
 
 __all__ = ["ModelError", "one_line", "said_in_one_line"]
 
@@ -40,14 +41,16 @@ def find_folder(
     """The local folder of a folder, a Hub cache folder (`models--org--name`) or a Hub id. A GGUF file: itself.
 
     Args:
-        checkpoint: an existing folder, a `.gguf` file, or `org/name`, or `org/name@revision`.
-        revision: commit, branch or tag of a Hub id that names none itself; None: main.
+        checkpoint: an existing folder, a `.gguf` file, `org/name`, `org/name@revision`, or `package:name/file.gguf`.
+        revision: commit, branch or tag of a Hub id that names none itself; None: main. Of a package, its version.
         offline: look for a Hub id in the local cache only.
         only_config: of a Hub id, get no more than its config.json.
 
     Raises:
-        ModelError: there is no such folder, or the Hub id is not in the cache or cannot be downloaded.
+        ModelError: there is no such folder or package, or the Hub id is not in the cache or cannot be downloaded.
     """
+    if is_packaged(checkpoint):
+        return packaged_file(str(checkpoint), revision)
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         return _snapshot_in_cache(path)

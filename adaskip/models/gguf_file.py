@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,13 @@ def gguf_options(path: Path) -> dict[str, Any]:
 def read_gguf_config(path: Path) -> PreTrainedConfig:
     """The architecture that a GGUF file describes; ModelError if transformers does not know it."""
     check_gguf(path)
+    held = path.stat()
+    return deepcopy(_parsed_config(path, held.st_size, held.st_mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _parsed_config(path: Path, size: int, mtime_ns: int) -> PreTrainedConfig:
+    """Reading a file's header takes seconds, and every cell of a grid asks for it."""
     with said_in_one_line(f"{path} is damaged or not usable"):
         return AutoConfig.from_pretrained(**gguf_options(path), local_files_only=True, trust_remote_code=False)
 

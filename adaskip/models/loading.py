@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -164,7 +165,7 @@ def load_source(
             *(source.checkpoint, source.name, limit, entry.max_prompt_tokens),
         )
     register_packed()
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     chat_template = wrapper(chat or source.chat, tokenizer)
     model = _load_weights(folder, config, attn_implementation, where)
     spec = ModelSpec(
@@ -218,7 +219,11 @@ def _load_weights(
     model_class: Any = LlamaForCausalLM if config.model_type == "llama" else AutoModelForCausalLM
     kind = check_weights(folder)
     options = {**where, **gguf_options(folder), "local_files_only": True}
-    if kind != "gguf":
+    if kind == "gguf":
+        options["quantization_config"] = GgufConfig(
+            dequantize=True
+        )  # also where kernels for packed weights are at hand
+    else:
         options["use_safetensors"] = kind == "safetensors"
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -235,8 +240,18 @@ def _load_weights(
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, padding in front; where it has no pad token the end of text serves."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or GGUF file, padding in front; where it has no pad token the end of text serves.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    return deepcopy(_read_tokenizer(folder, tokenizer_fingerprint(folder)))
+
+
+@lru_cache(maxsize=2)
+def _read_tokenizer(folder: Path, fingerprint: str) -> PreTrainedTokenizerBase:
+    """Reading a GGUF file's takes seconds, and records are counted with it before the model is loaded."""
     is_internlm = not is_gguf(folder) and read_config(folder)["model_type"] == internlm.MODEL_TYPE
     if is_internlm and not (folder / "tokenizer.model").is_file():
         raise ModelError(f"{folder} has no tokenizer.model, the SentencePiece model of InternLM's tokenizer")

@@ -23,6 +23,7 @@ class ModelEntry:
     chat: str = "none"
     stop_tokens: tuple[str, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    protocol: str | None = None
     shape: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from adaskip.models.checkpoints import (
 )
 from adaskip.models.companion_files import model_files
 from adaskip.models.gguf_file import is_gguf, read_gguf_config
+from adaskip.models.packaged import is_packaged
 from adaskip.models.registry import ModelEntry, registry, unknown_model
 
 NOT_IN_NAMES = re.compile(r"[^\w.+-]+")
@@ -40,8 +41,8 @@ class ModelSource:
     """The weights of one model, found when they are first asked for, and then kept.
 
     name: what its runs are called by. entry: what `configs/models.yaml` says of it, None where it is not there.
-    checkpoint: folder, GGUF file or Hub id. revision: commit, branch or tag of a Hub id. offline: of a Hub id look in
-    the local cache only.
+    checkpoint: folder, GGUF file, Hub id, or file of a package. revision: commit, branch or tag of a Hub id, version of
+    a package. offline: of a Hub id look in the local cache only.
     """
 
     name: str
@@ -52,7 +53,9 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether the checkpoint is a file or folder and not a Hub id."""
+        """Whether the checkpoint is a file or folder, not a Hub id nor in a package that is not installed."""
+        if is_packaged(self.checkpoint):
+            return self.here is not None
         return Path(self.checkpoint).expanduser().exists() or not HUB_ID.fullmatch(self.checkpoint)
 
     @cached_property
@@ -140,7 +143,7 @@ def find_source(
     """What `model` and `checkpoint` name; nothing is read or downloaded yet.
 
     Args:
-        model: a name of `configs/models.yaml`, or weights: a Hub id, a folder, or a .gguf file.
+        model: a name of `configs/models.yaml`, or weights: a Hub id, a folder, a .gguf file, or package:name/file.gguf.
         checkpoint: weights that stand for a model of that name; alone, the same as `model`.
         offline: look for a Hub id in the local cache only; None: unless it was given here.
 
@@ -174,7 +177,9 @@ def name_of(source: str) -> str:
     cache (`models--Qwen--Qwen2.5-7B-Instruct`, or a snapshot in it).
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if is_packaged(source):
+        name = path.stem
+    elif path.exists():
         path = path.resolve()
         cached = [part for part in path.parts if part.startswith("models--")]
         name = cached[-1].split("--")[-1] if cached and path.is_dir() else path.name
@@ -189,12 +194,12 @@ def _check_unlisted(given: str) -> None:
     path = Path(given).expanduser()
     if not given.strip():
         raise unknown_model(given)
-    if not path.exists():
+    if not path.exists() and not is_packaged(given):
         if given.startswith(LOCAL_PREFIXES) or given.lower().endswith(".gguf"):
             raise ModelError(f"model {given!r} does not exist: no such folder or .gguf file")
         if not HUB_ID.fullmatch(given):
             raise unknown_model(given)
-    elif path.is_file() and not is_gguf(path):
+    if path.is_file() and not is_gguf(path):
         raise ModelError(f"model {given!r} is a file; a folder with config.json and weights, or a .gguf file is needed")
     if (name := name_of(given)) in registry():
         raise ModelError(

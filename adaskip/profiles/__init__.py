@@ -1,1 +1,1 @@
-"""What was measured of a model and the sets chosen from it: data, saved and loaded."""
+"""Profiles: measurements of a model, and sets of sublayers chosen from them, with save and load."""

@@ -1,7 +1,7 @@
-"""The profile that stands in when nothing was measured.
+"""An assumed profile for timing models that have not been calibrated.
 
-Speed depends on how many sublayers of which kind are skipped and hardly on which; so a model without a profile gets
-a set like those the paper reports for its models, and every result says that it was assumed.
+Speed depends on the number of skipped sublayers of each kind and hardly on which ones. So a model without a profile
+gets a set like those the paper reports, and every result states that it was assumed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from adaskip.profiles.importance import ROUNDING, ImportanceProfile, SublayerMea
 ATTENTIONS_PER_FFN = 3
 ASSUMED = f"assumed: {ATTENTIONS_PER_FFN} attention sublayers to 1 FFN, from the last layer down; no FFN joins online"
 ASSUMED_SCALE = 1.05
-"""Any scale but 1, which would cost nothing to apply."""
+"""Any value other than 1: a scale of 1 would not be applied and so cost no time."""
 KINDS: tuple[SublayerKind, SublayerKind] = ("attention", "ffn")
 
 
 def assumed_ranking(num_layers: int) -> list[Sublayer]:
-    """All sublayers, those to be skipped first in front: mostly attention, late layers."""
+    """All sublayers in the order in which they are skipped: mostly attention, from the last layer down."""
     attention = [Sublayer("attention", layer) for layer in reversed(range(num_layers))]
     ffn = [Sublayer("ffn", layer) for layer in reversed(range(num_layers))]
     ranking: list[Sublayer] = []
@@ -28,10 +28,10 @@ def assumed_ranking(num_layers: int) -> list[Sublayer]:
 
 
 def assumed_profile(num_layers: int) -> ImportanceProfile:
-    """A profile that ranks as `assumed_ranking` does.
+    """A profile with the ranking of `assumed_ranking`.
 
-    Its similarities are above every cosine, as far as rounding may bring one, so that no FFN is more similar in a
-    learning window: what a window finds on random weights means nothing.
+    Its similarities are at least 1, above every cosine, so that no FFN exceeds them in a learning window and joins the
+    set: windows measured on random weights are meaningless.
     """
     ranking = assumed_ranking(num_layers)
     similarity = {sublayer: 1.0 + ROUNDING * (1.0 - rank / len(ranking)) for rank, sublayer in enumerate(ranking)}

@@ -1,4 +1,4 @@
-"""What the profiles have in common: checked fields, reading a file, and fitting a model."""
+"""Shared code of the profile classes: field checks, reading a file, and comparison with a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaskip.core.wrappers import unwrapped
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be, cannot be read, or was measured on another model."""
+    """A profile has invalid values, cannot be read, or was measured on another model."""
 
 
 def number(what: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
@@ -44,31 +44,33 @@ def whole(what: str, value: Any, least: int) -> int:
 
 
 def check_record(profile: Any) -> None:
-    """Raise ProfileError unless the fields that say what was measured on what have the types they should.
+    """Raise ProfileError unless the fields that record the model and the data have the right types.
 
-    Makes `data_ids` a tuple of strings.
+    Converts `data_ids` to a tuple of strings.
     """
     for name in ("model", "weights_fingerprint", "dtype", "attn_implementation", "dataset"):
         if not isinstance(getattr(profile, name), str):
-            raise ProfileError(f"{name} must be a text; got {getattr(profile, name)!r}")
+            raise ProfileError(f"{name} must be a string; got {getattr(profile, name)!r}")
     if isinstance(profile.data_ids, (str, Mapping)) or not isinstance(profile.data_ids, Iterable):
-        raise ProfileError(f"data_ids must be a list of texts; got {profile.data_ids!r}")
+        raise ProfileError(f"data_ids must be a list of strings; got {profile.data_ids!r}")
     ids = tuple(profile.data_ids)
     if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, (str, int))]:
-        raise ProfileError(f"data_ids must be texts; got {wrong[0]!r}")
+        raise ProfileError(f"data_ids must be strings; got {wrong[0]!r}")
     object.__setattr__(profile, "data_ids", tuple(map(str, ids)))
     if not isinstance(profile.versions, Mapping) or not all(isinstance(v, str) for v in profile.versions.values()):
-        raise ProfileError(f"versions must be texts by name; got {profile.versions!r}")
+        raise ProfileError(f"versions must map names to strings; got {profile.versions!r}")
     if profile.hidden_size is not None:
         whole("hidden_size", profile.hidden_size, 1)
     texts = dict.fromkeys(("adapter", "config_fingerprint", "tokenizer_files"), str)
     for name, kind in {**texts, "prompts_begin_with_bos": bool}.items():
         if not isinstance(value := getattr(profile, name), kind | None):
-            raise ProfileError(f"{name} must be {'a text' if kind is str else 'true or false'}, or null; got {value!r}")
+            raise ProfileError(
+                f"{name} must be {'a string' if kind is str else 'true or false'}, or null; got {value!r}"
+            )
 
 
 def built(kind: type, what: str, record: Any) -> Any:
-    """A dataclass `kind` of the fields in `record`; ProfileError if a field is missing or there is one too many."""
+    """`kind(**record)` for a dataclass `kind`; ProfileError if a field is missing or unknown. what: for the error."""
     if not isinstance(record, dict):
         raise ProfileError(f"{what} must be an object with fields; got {record!r}")
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
@@ -76,7 +78,7 @@ def built(kind: type, what: str, record: Any) -> Any:
     unknown = [name for name in record if name not in known]
     if missing or unknown:
         wrong = [f"lacks {', '.join(missing)}"] if missing else []
-        wrong += [f"has fields unknown here: {', '.join(unknown)}"] if unknown else []
+        wrong += [f"has unknown fields {', '.join(unknown)}"] if unknown else []
         raise ProfileError(f"{what} {' and '.join(wrong)}")
     return kind(**record)
 
@@ -84,7 +86,13 @@ def built(kind: type, what: str, record: Any) -> Any:
 def check_model(
     profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str, fingerprint: str | None = None
 ) -> None:
-    """`check_same_model` of a profile; raises ProfileError. fingerprint: that of the model's weights, if known."""
+    """Raise ProfileError unless `profile` was measured on `model`.
+
+    The number of layers and, if recorded, the hidden size must be equal. So must the fingerprint of the weights and, if
+    recorded, the active adapter and the fingerprint of the configuration; with allow_other_weights, differences in
+    these are only warned about. again: what to do instead, for the message. fingerprint: of the model's weights; None
+    to compute it.
+    """
     config: Any = unwrapped(model).config
     check_same_model(
         profile,

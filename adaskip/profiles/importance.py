@@ -1,8 +1,8 @@
-"""Importance of sublayers: IO similarity and scale, and the profile that keeps them.
+"""The importance profile of a model: IO similarity and scale of every sublayer.
 
-For a sublayer with input `a` and output `b` on the residual stream, similarity is cos(a, b) and scale is |b| / |a|,
-both per token and averaged over tokens. High similarity means little change: importance is its complement.
-Paper: Eq. (1)-(3).
+For a sublayer with input `a` and output `b` on the residual stream, the similarity is cos(a, b) and the scale is
+|b| / |a|, both computed per token and averaged over tokens. A sublayer of high similarity changes little, so it is of
+low importance. Paper: Eq. (1)-(3).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from adaskip.profiles.fields import ProfileError, built, check_model, check_reco
 __all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
 
 UNITS = ("attention", "ffn", "layer")
-ROUNDING = 1e-6  # by so much a mean of cosines may leave [-1, 1]
+ROUNDING = 1e-6  # a mean of cosines may be outside of [-1, 1] by this much
 
 
 @dataclass(frozen=True)
 class SublayerMeans:
-    """Token means of one kind of unit, one entry per decoder layer.
+    """Token means of one kind of unit (attention, FFN or whole layer), one entry per decoder layer.
 
-    similarity: cosines, in [-1, 1]. scale: ratios of norms, at least 0. Raises ProfileError for other values, NaN and
-    infinity among them.
+    similarity: cosines, in [-1, 1]. scale: ratios of norms, at least 0. Raises ProfileError for other values, including
+    NaN and infinity.
     """
 
     similarity: tuple[float, ...]
@@ -52,13 +52,14 @@ class SublayerMeans:
 class ImportanceProfile:
     """IO similarity and scale of every attention sublayer, FFN sublayer and whole layer of one model.
 
-    attention, ffn, layer: the means, per decoder layer. tokens: how many tokens they are means of. phase: whether
-    those were tokens of prompts ("prefill") or of the full model's own greedy answers to them, one token per forward
-    over a KV cache ("decode"); neither depends on the model's generation config. The rest says what was measured on
-    what, so that it can be trusted; None where it was not recorded. hidden_size: width of the residual stream.
-    adapter: `adapters.active_adapters`, "" for none. prompts_begin_with_bos: whether each prompt began with the model's
-    BOS token; None also for a model that has none. config_fingerprint: of the model's configuration. tokenizer_files:
-    digest of the checkpoint's tokenizer files, in profiles that a command kept beside its runs.
+    attention, ffn, layer: the means, per decoder layer. tokens: number of tokens in the means. phase: "prefill" for
+    tokens of prompts, "decode" for tokens of the full model's own greedy answers to them, one token per forward over a
+    KV cache; neither depends on the model's generation config.
+
+    The other fields record the model and the data; None means not recorded. hidden_size: width of the residual stream.
+    adapter: result of `adapters.active_adapters`, "" for none. prompts_begin_with_bos: whether every prompt began with
+    the model's BOS token; also None for a model without BOS. config_fingerprint: of the model's configuration.
+    tokenizer_files: digest of the checkpoint's tokenizer files, in profiles that a command keeps beside its runs.
     """
 
     FORMAT: ClassVar[str] = "adaskip-importance-profile/1"
@@ -111,22 +112,22 @@ class ImportanceProfile:
             yield Sublayer("ffn", layer)
 
     def ranking(self) -> list[Sublayer]:
-        """All 2M sublayers, the most similar first; equals in the order of computation."""
+        """All 2M sublayers, the most similar first; ties are in the order of computation."""
         return sorted(self.sublayers(), key=lambda sublayer: -self.similarity_of(sublayer))
 
     def check_num_layers(self, num_layers: int) -> None:
-        """Raise ProfileError unless the profile is of a model with that many layers."""
+        """Raise ProfileError unless the profile has `num_layers` layers."""
         if num_layers != self.num_layers:
-            raise ProfileError(f"profile of {self.model} has {self.num_layers} layers, the model has {num_layers}")
+            raise ProfileError(f"profile of {self.model} has {self.num_layers} layers, but the model has {num_layers}")
 
     def check_fits(
         self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
     ) -> None:
-        """Raise ProfileError unless `model` has the very weights, adapter and configuration it was measured on.
+        """Raise ProfileError unless `model` has the weights, adapter and configuration that it was measured on.
 
-        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) or
-        configuration is warned of and not refused. weights_fingerprint: the model's, where it is known; else it is
-        computed.
+        allow_other_weights: only warn if a model of the same depth and width has other weights (a fine-tune, a
+        quantised copy), another adapter or another configuration. weights_fingerprint: that of the model; None to
+        compute it.
         """
         known = weights_fingerprint
         check_model(
@@ -134,7 +135,7 @@ class ImportanceProfile:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the profile as JSON, whole or not at all."""
+        """Write the profile as JSON, atomically."""
         record = {"format": self.FORMAT, **asdict(self)}
         return write_text_atomic(path, json.dumps(record, indent=2) + "\n")
 
@@ -142,7 +143,7 @@ class ImportanceProfile:
     def load(
         cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False
     ) -> ImportanceProfile:
-        """Read a saved profile; with `model`, refuse one that was not measured on it, as `check_fits` does.
+        """Read a saved profile, and check with `check_fits` that it was measured on `model` if that is given.
 
         path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
 
@@ -154,7 +155,7 @@ class ImportanceProfile:
             means = {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}
             profile: ImportanceProfile = built(cls, "it", {**record, **means})
         except ProfileError as error:
-            raise ProfileError(f"{path} is not a whole importance profile: {error}") from error
+            raise ProfileError(f"{path} is not a valid importance profile: {error}") from error
         if model is not None:
             profile.check_fits(model, allow_other_weights=allow_other_weights)
         return profile

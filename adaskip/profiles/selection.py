@@ -1,4 +1,4 @@
-"""The profile of a calibrated selection: which sublayers are skipped at each count, and what finding out has cost."""
+"""The selection profile of strategy `calibrated`: the set of sublayers for each budget, and the cost of the search."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from adaskip.common.named_files import find_file, read_record
 from adaskip.core.plan import PHASES, Phase, SkipPlan, Sublayer, SublayerKind
 from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, whole
 
-ROUNDING = 1e-6  # nats; by so much the sum that is a divergence may fall below zero
+ROUNDING = 1e-6  # nats; rounding may make a divergence negative by this much
 KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 
 
 @dataclass(frozen=True)
 class Selected:
-    """The set chosen for one count.
+    """The set chosen for one number of sublayers.
 
-    attention, ffn: by layer, the scale that compensates it (Eq. 3), above 0. divergence: mean KL to the full model on
-    the calibration prompts, finite nats. found_by: "search", or the strategy whose set it is. Raises ProfileError for
-    other values.
+    attention, ffn: scale (Eq. 3, above 0) of each skipped sublayer, by layer. divergence: mean KL divergence from the
+    full model on the calibration prompts, in nats, finite. found_by: "search", or the name of the strategy whose set it
+    is. Raises ProfileError for other values.
     """
 
     attention: Mapping[int, float]
@@ -37,12 +37,12 @@ class Selected:
     def __post_init__(self) -> None:
         for kind in KINDS:
             if not isinstance(given := getattr(self, kind), Mapping):
-                raise ProfileError(f"{kind} must hold scales by layer; got {given!r}")
+                raise ProfileError(f"{kind} must map layers to scales; got {given!r}")
             scales = {whole_key("a layer", layer, 0): _scale(kind, layer, scale) for layer, scale in given.items()}
             object.__setattr__(self, kind, dict(sorted(scales.items())))
         object.__setattr__(self, "divergence", finite("a divergence", self.divergence, -ROUNDING))
         if not isinstance(self.found_by, str):
-            raise ProfileError(f"found_by must be a text; got {self.found_by!r}")
+            raise ProfileError(f"found_by must be a string; got {self.found_by!r}")
 
     @property
     def plan(self) -> SkipPlan:
@@ -50,7 +50,7 @@ class Selected:
 
 
 def whole_key(what: str, key: int | str, least: int) -> int:
-    """A key of a mapping as a whole number; JSON has texts for keys. ProfileError if it is none of at least `least`."""
+    """A key of a mapping (in JSON a string) as an int; ProfileError unless it is a whole number of at least `least`."""
     is_text = isinstance(key, str) and key.isascii() and key.isdigit() and str(int(key)) == key
     return whole(what, int(key) if is_text else key, least)
 
@@ -64,7 +64,7 @@ def _scale(kind: str, layer: int | str, scale: float) -> float:
 
 @dataclass(frozen=True)
 class SearchCost:
-    """What a selection took, and AdaSkip's calibration on the same prompts, run just before on the same machine."""
+    """The cost of a search, and of AdaSkip's calibration on the same prompts and machine, for comparison."""
 
     num_forwards: int
     num_tokens: int
@@ -79,15 +79,15 @@ class SearchCost:
 
     @property
     def multiple(self) -> float:
-        """Measured time over that of AdaSkip's calibration."""
+        """Time of the search divided by the time of AdaSkip's calibration."""
         return self.seconds / self.adaskip_seconds
 
 
 @dataclass(frozen=True)
 class SelectionProfile:
-    """The sets chosen for one model in one phase, by their number of sublayers, 1 upwards without a gap.
+    """The sets chosen for one model in one phase, by number of sublayers, from 1 up without gaps.
 
-    Other fields say what was measured on what, as in an `ImportanceProfile`.
+    The other fields record the model and the data, as in an `ImportanceProfile`.
     """
 
     FORMAT: ClassVar[str] = "adaskip-selection-profile/1"
@@ -115,19 +115,21 @@ class SelectionProfile:
         check_record(self)
         whole("num_layers", self.num_layers, 1)
         if self.phase not in PHASES:
-            raise ProfileError(f"phase of a selection is {', '.join(PHASES)}; got {self.phase!r}")
+            raise ProfileError(f"phase of a selection must be one of {', '.join(PHASES)}; got {self.phase!r}")
         selected = {whole_key("a number of sublayers", count, 1): chosen for count, chosen in self.selected.items()}
         object.__setattr__(self, "selected", dict(sorted(selected.items())))
         if not selected or list(self.selected) != list(range(1, len(selected) + 1)):
-            raise ProfileError(f"a selection has a set for each count from 1 on; got {list(self.selected)}")
+            raise ProfileError(
+                f"a selection must have a set for every number of sublayers from 1 up; got {list(self.selected)}"
+            )
         for count, chosen in selected.items():
             if len(chosen.plan) != count:
-                raise ProfileError(f"the set for {count} sublayers has {len(chosen.plan)}")
+                raise ProfileError(f"the set for {count} sublayers has {len(chosen.plan)} sublayers")
             _check_plan(chosen.plan, self.num_layers)
 
     @property
     def largest(self) -> int:
-        """The largest number of sublayers a set was chosen for."""
+        """The largest number of sublayers that has a set."""
         return len(self.selected)
 
     @property
@@ -137,18 +139,20 @@ class SelectionProfile:
         return all(a.attention <= b.attention and a.ffn <= b.ffn for a, b in pairwise(plans))
 
     def check_num_layers(self, num_layers: int) -> None:
-        """Raise ProfileError unless the selection is for a model with that many layers."""
+        """Raise ProfileError unless the selection has `num_layers` layers."""
         if num_layers != self.num_layers:
-            raise ProfileError(f"selection for {self.model} has {self.num_layers} layers, the model has {num_layers}")
+            raise ProfileError(
+                f"selection for {self.model} has {self.num_layers} layers, but the model has {num_layers}"
+            )
 
     def check_fits(
         self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
     ) -> None:
-        """Raise ProfileError unless `model` has the very weights, adapter and configuration it was made for.
+        """Raise ProfileError unless `model` has the weights, adapter and configuration that it was made for.
 
-        allow_other_weights: a model of the same depth and width but of other weights (a fine-tune, a quantised copy) or
-        configuration is warned of and not refused. weights_fingerprint: the model's, where it is known; else it is
-        computed.
+        allow_other_weights: only warn if a model of the same depth and width has other weights (a fine-tune, a
+        quantised copy), another adapter or another configuration. weights_fingerprint: that of the model; None to
+        compute it.
         """
         known = weights_fingerprint
         check_model(
@@ -156,14 +160,14 @@ class SelectionProfile:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the selection as JSON, whole or not at all."""
+        """Write the selection as JSON, atomically."""
         return write_text_atomic(path, json.dumps({"format": self.FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def load(
         cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False
     ) -> SelectionProfile:
-        """Read a saved selection; with `model`, refuse one that was made for another, as `check_fits` does.
+        """Read a saved selection, and check with `check_fits` that it was made for `model` if that is given.
 
         path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
 
@@ -174,18 +178,18 @@ class SelectionProfile:
         try:
             selection: SelectionProfile = built(cls, "it", {**record, **_parts(record)})
         except ProfileError as error:
-            raise ProfileError(f"{path} is not a whole selection profile: {error}") from error
+            raise ProfileError(f"{path} is not a valid selection profile: {error}") from error
         if model is not None:
             selection.check_fits(model, allow_other_weights=allow_other_weights)
         return selection
 
 
 def _parts(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a selection that are more than a number or a text, as far as the record has them."""
+    """The fields `selected` and `cost` of a record, if present, as objects."""
     parts: dict[str, Any] = {}
     if "selected" in record:
         if not isinstance(record["selected"], dict):
-            raise ProfileError(f"selected must hold sets by number of sublayers; got {record['selected']!r}")
+            raise ProfileError(f"selected must map numbers of sublayers to sets; got {record['selected']!r}")
         sets = record["selected"].items()
         parts["selected"] = {count: built(Selected, f"the set for {count}", chosen) for count, chosen in sets}
     if "cost" in record:

@@ -1,1 +1,1 @@
-"""Runs: from a line of options to a folder of records, one cell or the whole grid, stopped and continued at will."""
+"""Runs of one cell or the whole grid: from command-line options to a folder of records; resumable at any point."""

@@ -1,4 +1,4 @@
-"""What the profiles of a model are made on, and where they are kept."""
+"""The calibration data of a model's profiles, and the folder where profiles are kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, get_task
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.config import DataConfig, SharedConfig
 from adaskip.runs.records import Records, Sample, find_records, prompt_ids
@@ -16,36 +15,38 @@ from adaskip.runs.records import Records, Sample, find_records, prompt_ids
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples to calibrate on; they are read once, when first asked for.
+    """Samples for calibration; they are read once, at first use.
 
-    task: what importance is measured on. tasks: what a selection is searched on, samples of at most `max_length` words
-    that no run is scored on. num_samples: of either. folder: where profiles are kept, None where they are not.
+    task: the task for measuring importance. tasks: the tasks for searching a selection, with `num_searched` samples
+    that no run is scored on, prompts cut to `search_prompt_tokens` (None: to the model's limit). folder: where profiles
+    are kept; None to keep none.
     """
 
     records: Records
     task: str
     tasks: tuple[str, ...]
     num_samples: int
-    max_length: int
+    num_searched: int
+    search_prompt_tokens: int | None = None
     folder: Path | None = None
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        """What importance is measured on."""
+        """The samples for measuring importance."""
         return self.records.calibration(self.task, self.num_samples)
 
     @cached_property
     def searched(self) -> list[tuple[str, Sample]]:
-        """(task, sample): what a selection is searched on."""
-        return self.records.unscored(self.tasks, self.num_samples, self.max_length)
+        """The samples for searching a selection, as (task, sample)."""
+        return self.records.unscored(self.tasks, self.num_searched)
 
     def data(self, loaded: LoadedModel) -> Mapping[str, Any]:
-        """The samples as prompts, and what they are, by the names that `calibrate` takes."""
-        task = get_task(self.task)
+        """Keyword arguments for `calibrate`: the samples as prompts, and their description."""
+        benchmark = self.records.benchmark
         return {
-            "prompts": prompt_ids(self.samples, task, loaded),
+            "prompts": prompt_ids(benchmark, self.task, self.samples, loaded),
             "model_name": loaded.spec.name,
-            "dataset": task.name,
+            "dataset": benchmark.task(self.task).name,
             "data_ids": [sample["_id"] for sample in self.samples],
         }
 
@@ -56,13 +57,14 @@ def find_calibration(
     tasks: Sequence[str] = (),
     num_samples: int | None = None,
 ) -> Calibration:
-    """What a configuration calibrates on; its profiles are kept beside its runs if it has any."""
-    is_data = isinstance(config, DataConfig)
+    """The calibration data of a configuration; profiles are kept beside its runs if it has runs."""
+    setup = config.setup
     return Calibration(
         records or find_records(config),
-        task=config.setup.calibration_task,
+        task=setup.calibration_task,
         tasks=tuple(tasks),
-        num_samples=num_samples or config.setup.calibration_samples,
-        max_length=config.min_length if is_data else PAPER_MIN_LENGTH,
-        folder=config.runs_dir.parent / "profiles" if is_data else None,
+        num_samples=num_samples or setup.calibration_samples,
+        num_searched=num_samples or setup.search_samples,
+        search_prompt_tokens=setup.search_prompt_tokens,
+        folder=config.runs_dir.parent / "profiles" if isinstance(config, DataConfig) else None,
     )

@@ -1,34 +1,36 @@
-"""What a cell is: one model under one strategy in one phase at one budget, and how its run and its folder are called.
+"""Cells (one model with one strategy in one phase at one budget), the names of their runs, and the setup of phases.
 
-The names are the paper's artifact's (`llama-EE-PREFILL`); what a phase runs is data in `configs/phases.yaml`.
+Run names are those of the paper's artifact (`llama-EE-PREFILL`); `configs/phases.yaml` defines what a phase runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from adaskip.benchmarks.protocol import BENCHMARKS, Task
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
+from adaskip.common.plugins import PLUGINS
 from adaskip.core.plan import PHASES
 from adaskip.models.registry import registry
 from adaskip.strategies.names import SHORT_NAMES
-from adaskip.strategies.registry import PLUGINS
 
 MODELS = ("llama", "internlm", "vicuna")
-"""The paper's. Any other model is called by its entry in `configs/models.yaml`, or by what its weights are called."""
+"""The models of the paper. Any other model is named after its entry in `configs/models.yaml`, or after its weights."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the paper's tables."""
+    """One entry of a results table: a model, phase, strategy and budget."""
 
     model: str
     phase: str
     strategy: str
     sublayers: int
-    """Skipped sublayers; always 0 for the full model."""
+    """Number of skipped sublayers; always 0 for the full model."""
 
     def __post_init__(self) -> None:
         check_choice("phase", self.phase, PHASES)
@@ -39,12 +41,12 @@ class Cell:
 
     @property
     def run_name(self) -> str:
-        """The artifact's name, e.g. `llama-EE-PREFILL`; the budget is not in it."""
+        """The run name of the artifact, e.g. `llama-EE-PREFILL`; it does not contain the budget."""
         return run_name(self.model, self.phase, self.strategy)
 
     @property
     def label(self) -> str:
-        """Run name and budget, e.g. `llama-EE-PREFILL/8-sublayers`; also the folder below the output directory."""
+        """Run name and budget, e.g. `llama-EE-PREFILL/8-sublayers`: the folder below the output directory."""
         return f"{self.run_name}/{self.sublayers}-sublayers"
 
     def folder(self, output_dir: str | Path) -> Path:
@@ -57,9 +59,10 @@ def run_name(model: str, phase: str, strategy: str) -> str:
 
 
 def parse_run_name(name: str) -> tuple[str, str, str]:
-    """(model, phase, strategy) of a run name, its last two parts and the names of `configs/models.yaml` in any case.
+    """(model, phase, strategy) of a run name.
 
-    Other models are called as their weights, so that their names may hold hyphens, dots and capitals.
+    Case is ignored in the last two parts and in the names of `configs/models.yaml`. Other models are named after their
+    weights, so their names may contain hyphens, dots and capitals.
 
     Raises:
         ValueError: not of the form `<model>-<EE|SD|US|ADA|...>-<PREFILL|DECODE|E2E>`.
@@ -68,8 +71,8 @@ def parse_run_name(name: str) -> tuple[str, str, str]:
     model, short, phase = ["", "", "", *name.rsplit("-", 2)][-3:]
     if not model or short.upper() not in strategies or phase.lower() not in PHASES:
         raise ValueError(
-            f"{name!r} is no run name: expected <model>-<{'|'.join(strategies)}>-<{'|'.join(PHASES).upper()}>, "
-            f"e.g. llama-EE-PREFILL; {PLUGINS} names modules with strategies of other packages"
+            f"{name!r} is not a run name: expected <model>-<{'|'.join(strategies)}>-<{'|'.join(PHASES).upper()}>, "
+            f"e.g. llama-EE-PREFILL; to use strategies of other packages, list their modules in {PLUGINS}"
         )
     model = model.lower() if model.lower() in registry() else model
     return model, phase.lower(), strategies[short.upper()]
@@ -89,44 +92,80 @@ def grid(
 
 @dataclass(frozen=True)
 class PhaseSpec:
-    """What one phase of the experiments runs."""
+    """Tasks, answer cap and sample limit of one phase of the experiments."""
 
     tasks: tuple[str, ...]
     max_new_tokens: int
     limit: int | None
 
+    def cap(self, task: Task) -> int:
+        """Most new tokens of an answer to a task."""
+        return min(self.max_new_tokens, task.max_new_tokens)
+
 
 @dataclass(frozen=True)
 class Setup:
-    """One block of `configs/phases.yaml`: the experiments on real checkpoints, or on the testbed."""
+    """A protocol: one block of `configs/phases.yaml`, which explains the fields. records: options of the benchmark."""
 
+    name: str
     num_layers: int
     budgets: tuple[int, ...]
     batch_size: int
     calibration_task: str
     calibration_samples: int
+    search_samples: int
+    search_prompt_tokens: int | None
     phases: dict[str, PhaseSpec]
+    records: dict[str, Any]
+    longest_prompt_tokens: int | None
+    dtype: str | None
 
     def budgets_for(self, num_layers: int) -> tuple[int, ...]:
-        """The budgets in sublayers of a model of `num_layers` layers: of another depth the nearest whole layers."""
+        """The budgets, in sublayers, for a model of `num_layers` layers, scaled and rounded to whole layers."""
         if num_layers == self.num_layers:
             return self.budgets
         layers = (round(budget / 2 * num_layers / self.num_layers) for budget in self.budgets)
         return tuple(dict.fromkeys(2 * max(1, count) for count in layers))
 
 
+def protocols(benchmark: str | None = None) -> tuple[str, ...]:
+    """The protocols of `configs/phases.yaml`, all or those of a benchmark, its default first."""
+    blocks = {name: block for name, block in load_yaml("phases").items() if "phases" in block}
+    owners = {name: block.get("benchmark", "longbench") for name, block in blocks.items()}
+    return tuple(name for name, owner in owners.items() if benchmark in (None, owner))
+
+
+def find_setup(benchmark: str, protocol: str | None = None) -> Setup:
+    """A protocol of a benchmark, or its default one; of one without any in `configs/phases.yaml` the paper's budgets,
+    and all of its tasks in every phase."""
+    if known := protocols(benchmark):
+        return load_setup(protocol if protocol in known else known[0])
+    tasks = BENCHMARKS.find(benchmark).tasks
+    spec = PhaseSpec(tuple(task.name for task in tasks), max(task.max_new_tokens for task in tasks), limit=None)
+    phases = dict.fromkeys(PHASES, spec)
+    return replace(load_setup("paper"), name=benchmark, calibration_task=tasks[0].name, phases=phases, records={})
+
+
 def load_setup(name: str) -> Setup:
-    """The block `real` or `testbed` of `configs/phases.yaml`."""
+    """Read a protocol of `configs/phases.yaml`; ValueError for an unknown name."""
+    check_choice("protocol", name, protocols())
     block = load_yaml("phases")[name]
+    calibration, search = block["calibration"], block.get("search", {})
     phases = {
         phase: PhaseSpec(tuple(spec["tasks"]), spec["max_new_tokens"], spec["limit"])
         for phase, spec in block["phases"].items()
     }
     return Setup(
+        name=name,
         num_layers=block["num_layers"],
         budgets=tuple(block["budgets"]),
         batch_size=block["batch_size"],
-        calibration_task=block["calibration"]["task"],
-        calibration_samples=block["calibration"]["samples"],
+        calibration_task=calibration["task"],
+        calibration_samples=calibration["samples"],
+        search_samples=search.get("samples", calibration["samples"]),
+        search_prompt_tokens=search.get("prompt_tokens"),
         phases=phases,
+        records=block.get("records", {}),
+        longest_prompt_tokens=block.get("longest_prompt_tokens"),
+        dtype=block.get("dtype"),
     )

@@ -1,4 +1,4 @@
-"""What is refused before a model is loaded, which may take minutes: all that can be known to be wrong without it."""
+"""Checks of a run that need no model, made before one is loaded, which may take minutes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ UNKNOWN: dict[str, Any] = {
     **{"model": "", "weights_fingerprint": "", "dtype": "", "attn_implementation": ""},
     **{"dataset": "", "data_ids": ()},
 }
-"""Fields of a profile that stands for any."""
+"""Fields of a placeholder profile."""
 
 
 def check(job: Job) -> None:
-    """Refuse a run that cannot be; a finished one is not looked into any further.
+    """Refuse a run that cannot succeed; a finished run is not checked further.
 
-    Looks at the data, at the given profile or the data to make one of, at whether the weights are whole (a Hub id is
-    downloaded for that), and at whether the strategy can keep to its budget, unless `--target-speedup` is to choose it.
+    Checks the data, the given profile or the calibration data, the weight files (a Hub id is downloaded for that), and
+    whether the strategy can keep its budget, unless `--target-speedup` will choose the budget.
 
     Raises:
-        ValueError: any of these is missing, damaged or impossible; one line.
+        ValueError: one of these is missing, damaged or impossible.
     """
     if job.speedup is None and is_done(job):
         return
@@ -37,7 +37,7 @@ def check(job: Job) -> None:
 
 
 def build_strategies(job: Job, profile: Profile | None) -> list[Strategy | None]:
-    """The strategy of each part; ValueError if there is no such option of it, or it cannot keep to the job's budget."""
+    """The strategy of each part; ValueError for an unknown option, or a budget that the strategy cannot keep."""
     return [_build(job, part, profile) for part in job.parts]
 
 
@@ -54,7 +54,7 @@ def _build(job: Job, part: Part, profile: Profile | None) -> Strategy | None:
 
 
 def _profile_without_model(job: Job) -> Profile | None:
-    """The given profile; else, once the data to make one of is found to be there, one that stands for any."""
+    """The given profile; else a placeholder, after checking that the calibration data exists."""
     if job.given_profile is not None or job.calibration is None:
         return job.given_profile
     assert job.calibration.samples, "reads the data"
@@ -65,12 +65,13 @@ def _profile_without_model(job: Job) -> Profile | None:
 
 
 def _any_importance(depth: int) -> ImportanceProfile:
+    """A placeholder profile in which all sublayers are equal."""
     means = SublayerMeans((0.0,) * depth, (1.0,) * depth)
     return ImportanceProfile(attention=means, ffn=means, layer=means, tokens=1, phase="prefill", **UNKNOWN)
 
 
 def _any_selection(phase: Phase, depth: int) -> SelectionProfile:
-    """Of every number of sublayers: the first FFNs, and beyond those the first attentions."""
+    """A placeholder selection with a set for every number of sublayers: the first FFNs, then the first attentions."""
     selected = {}
     for count in range(1, 2 * depth):
         ffn, attention = (dict.fromkeys(range(size), 1.0) for size in (min(count, depth), max(0, count - depth)))

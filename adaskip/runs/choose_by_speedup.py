@@ -1,7 +1,7 @@
-"""Chooses a set by the speedup asked for: of a selection's sets, the least divergent one that reaches it.
+"""Chooses a set by a target speedup: among the sets of a selection, the least divergent one that reaches it.
 
-Speedups are predicted by the roofline, which knows nothing of the time that launching kernels takes: it is close where
-the sublayers keep the device busy, and too high for small models, short prompts and small batches.
+Speedups are predicted by the roofline model, which ignores the time of kernel launches. It is accurate if the sublayers
+keep the device busy, and too high for small models, short prompts and small batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adaskip.roofline.work import AttentionImplementation
 
 
 class UnreachableSpeedupError(ValueError):
-    """No set of the selection is predicted to be that fast."""
+    """No set of the selection is predicted to reach the target speedup."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Least times of a model's requests on a device. In phase "prefill" TTFT counts, in "decode" the time of the tokens
-    after the first, in "e2e" both."""
+    """Predicts the minimum time of requests on a device.
+
+    In phase "prefill" it counts TTFT, in "decode" the time of the tokens after the first, in "e2e" both.
+    """
 
     shape: ModelShape
     phase: Phase
@@ -43,10 +45,12 @@ class Predictor:
 
     def __post_init__(self) -> None:
         if self.phase == "decode" and all(request.new_tokens < 2 for request in self.requests):
-            raise ValueError("phase decode is timed over the tokens after the first; answers have 1 token at most")
+            raise ValueError(
+                "phase decode is timed over the tokens after the first, so answers need at least 2 tokens; all have 1"
+            )
 
     def speedup(self, plan: SkipPlan) -> float:
-        """Time of all requests in the full model over that without the sublayers of `plan` where the phase skips."""
+        """Time of all requests with the full model divided by their time under `plan`."""
         return self._seconds(EMPTY_PLAN) / self._seconds(plan)
 
     def _seconds(self, plan: SkipPlan) -> float:
@@ -68,18 +72,18 @@ class Predictor:
 
 
 def phase_seconds(phase: Phase, ttft_s: float, tpot_s: float | None, new_tokens: int) -> float:
-    """The part of a request's time that a phase is about; `tpot_s` is None if there was only one token."""
+    """The part of a request's time that counts in a phase; `tpot_s` is None if there was only one token."""
     decode_s = (new_tokens - 1) * (tpot_s or 0.0)
     return {"prefill": ttft_s, "decode": decode_s, "e2e": ttft_s + decode_s}[phase]
 
 
 def choose(profile: SelectionProfile, target: float, speedups: Mapping[int, float], where: str) -> int:
-    """The number of sublayers whose set diverges least among those that reach `target`; of equals the smaller set.
+    """The number of sublayers of the least divergent set that reaches `target`; the smaller set in a tie.
 
-    speedups: by number of sublayers. where: what they are predicted for, as an error says it.
+    speedups: predicted, by number of sublayers. where: phase and device of the prediction, for the error message.
 
     Raises:
-        UnreachableSpeedupError: no set reaches it.
+        UnreachableSpeedupError: no set reaches the target.
     """
     reaching = [count for count, speedup in speedups.items() if speedup >= target]
     if not reaching:

@@ -6,42 +6,61 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, TASKS, get_task, set_meant
+from adaskip.benchmarks.longbench import LongBench
+from adaskip.benchmarks.protocol import BENCHMARKS, Benchmark, build_benchmark
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
-from adaskip.common.paths import RUNS, TESTBED_RUNS, given_or_default
+from adaskip.common.own_options import options_help, parse_options
+from adaskip.common.paths import given_or_default
 from adaskip.core.plan import Budget
-from adaskip.models.registry import registry
+from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.source import find_source
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import MODELS, PHASES, Setup, load_setup
+from adaskip.runs.cells import MODELS, PHASES, Setup, find_setup, protocols
 from adaskip.strategies import (
     GRID_STRATEGIES,
     NAMES,
     SHORT_NAMES,
+    STRATEGIES,
     needs_selection,
-    options_help,
-    parse_options,
     strategy_name,
 )
-from adaskip.testbed import FAMILIES
+from adaskip.testbed.benchmark import Testbed
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
     f"{', '.join(registry())} (configs/models.yaml), or weights: a Hub id org/name[@revision], a folder, a .gguf file"
 )
-LONGBENCH_SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True}
-"""Choices of `--longbench-set`, and what they are to `longbench.load_records`."""
+FLAGS = ("data_dir", "longbench_set", "min_length", "max_length")
+"""Options of benchmarks that have a flag of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig:
     """What every command that loads a model needs."""
 
-    testbed: bool = option("the embedded small models and their generated tasks instead of real checkpoints", False)
+    benchmark: str | None = option(
+        lambda: (
+            f"tasks, records and scores: {', '.join(BENCHMARKS.all())}, or package.module:Class; if not given, "
+            f"{LongBench.name}"
+        )
+    )
+    testbed: bool = option(
+        "--benchmark testbed: the embedded small models and their generated tasks instead of real checkpoints", False
+    )
+    benchmark_option: tuple[str, ...] | None = option(
+        lambda: f"NAME=VALUE, options of the benchmark itself: {options_help(BENCHMARKS.all()) or 'none so far'}"
+    )
+    protocol: str | None = option(
+        lambda: (
+            f"which records are scored and how much of them: {', '.join(protocols())} (configs/phases.yaml); if not "
+            "given, the model's own (configs/models.yaml)"
+        )
+    )
     checkpoint: str | None = option("folder, .gguf file or Hub id of the weights instead of the named model's own")
     data_dir: str | None = option(
-        "folder of LongBench's jsonl files, its data.zip, or hub to download it; if not given, the local Hub cache"
+        "the benchmark's data: of LongBench a folder of its jsonl files, its data.zip, or hub to download it; if not "
+        "given, the local Hub cache"
     )
     device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
     dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
@@ -52,10 +71,9 @@ class SharedConfig:
     threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
 
     def __post_init__(self) -> None:
+        self._check_benchmark()
         if self.dtype is not None:
             check_choice("--dtype", self.dtype, DTYPES)
-        if self.testbed and self.data_dir is not None:
-            raise ValueError("--data-dir holds real LongBench data and --testbed generates its own: give one of them")
         if self.device is not None and self.device_map is not None:
             raise ValueError("--device and --device-map both say where the model goes: give one of them")
         for name in ("threads", "limit", "subset", "batch_size", "max_new_tokens", "jobs", "max_length"):
@@ -63,85 +81,79 @@ class SharedConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
-    @property
-    def setup(self) -> Setup:
-        """The defaults of `configs/phases.yaml` that hold here."""
-        return load_setup("testbed" if self.testbed else "real")
+    def _check_benchmark(self) -> None:
+        """Refuse a benchmark, options of it, a protocol or tasks that do not go together."""
+        given = self.benchmark and BENCHMARKS.name_of(self.benchmark)
+        if self.testbed and given not in (None, Testbed.name):
+            raise ValueError(f"--testbed is --benchmark {Testbed.name} and --benchmark {given} is given: leave one out")
+        name = Testbed.name if self.testbed else given or LongBench.name
+        object.__setattr__(self, "benchmark", name)
+        BENCHMARKS.find(name)
+        if self.protocol is not None:
+            check_choice(f"--protocol of benchmark {name}", self.protocol, protocols(name))
+        models = getattr(self, "models", ()) if isinstance(self, GridConfig) else ()
+        for setup in [self.setup_of(find_source(model, self.checkpoint).entry) for model in models] or [self.setup]:
+            self.find_benchmark(setup).check_tasks(getattr(self, "tasks", None) or ())
+
+    def find_benchmark(self, setup: Setup | None = None) -> Benchmark:
+        """The benchmark with its options, those that are given and else those of the setup.
+
+        Raises:
+            ValueError: an option is not one of the benchmark's, or its value is not allowed.
+        """
+        cls = BENCHMARKS.find(str(self.benchmark))
+        flags = {name: value for name in FLAGS if (value := getattr(self, name, None)) is not None}
+        own = parse_options(f"benchmark {cls.name}", cls, self.benchmark_option or (), "--benchmark-option")
+        if twice := sorted(flags.keys() & own.keys()):
+            raise ValueError(f"given by a flag of its own and by --benchmark-option: {', '.join(twice)}; give it once")
+        return build_benchmark(cls.name, **{**(setup or self.setup).records, **flags, **own})
+
+    def setup_of(self, entry: ModelEntry | None) -> Setup:
+        """The protocol that holds for a model; entry: what `configs/models.yaml` says of it."""
+        return find_setup(str(self.benchmark), self.protocol or (None if entry is None else entry.protocol))
 
     @property
-    def extended(self) -> bool | None:
-        """Which of LongBench's sets a task's name means, as `longbench.load_records` takes it."""
-        return None
+    def setup(self) -> Setup:
+        """Those for the one model that is given, or for models whose protocol is the paper's."""
+        model: str | None = getattr(self, "model", None)
+        return self.setup_of(None if model is None else find_source(model, self.checkpoint).entry)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SharedConfig):
     """What `run`, `grid` and `calibrate` share: the data, and where what is made of it is kept."""
 
-    tasks: tuple[str, ...] | None = option("LongBench tasks; if not given, the phase's")
-    longbench_set: str = option(
-        "what a task's name means: plain (LongBench's own set), extended (LongBench-E's) or auto (LongBench-E's where "
-        "there is one); a name that ends in _e is LongBench-E's",
-        "auto",
+    tasks: tuple[str, ...] | None = option("the benchmark's tasks; if not given, the phase's")
+    longbench_set: str | None = option(
+        "what a task's name means: plain (LongBench's own set), extended (LongBench-E's), auto (LongBench-E's where "
+        "there is one) or both (LongBench-E's, and of the plain one what is not in it); a name that ends in _e is "
+        "LongBench-E's; if not given, the protocol's, in the paper's auto"
     )
-    min_length: int = option(
+    min_length: int | None = option(
         "only records of more than N words, 0 for all; importance is measured on the paper's, the sets of calibrated "
-        "are searched on those that are left out",
-        PAPER_MIN_LENGTH,
+        "are searched on those that are left out; if not given, the protocol's, in the paper's 4000"
     )
     max_length: int | None = option(
         "only records of at most N words; importance is measured on such records, too; if not given, no limit"
     )
     max_prompt_tokens: int | None = option(
-        "longest prompt before wrapping, longer ones lose their middle; if not given, the model's own limit"
+        "longest prompt before wrapping; longer ones lose their middle or, in a protocol with longest_prompt_tokens, "
+        "are left out; if not given, the protocol's or the model's own limit"
     )
     output_dir: str | None = option(
-        "where runs go, with the folder of their profiles beside it; if not given, results/runs, or "
-        "results/testbed/runs with --testbed, in the checkout, or from a wheel in the current folder"
+        "where runs go, with the folder of their profiles beside it; if not given, results/runs, or of another "
+        "benchmark results/BENCHMARK/runs, in the checkout, or from a wheel in the current folder"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for task in self.tasks or ():
-            get_task(task)
         _refuse_repeats("task", self.tasks or ())
-        self._check_sets()
-
-    def _check_sets(self) -> None:
-        check_choice("--longbench-set", self.longbench_set, LONGBENCH_SETS)
-        self._check_lengths()
-        chosen = (self.longbench_set, self.min_length, self.max_length)
-        if self.testbed and chosen != ("auto", PAPER_MIN_LENGTH, None):
-            raise ValueError(
-                "--longbench-set, --min-length and --max-length choose among LongBench's records and --testbed "
-                f"generates its own: leave them out; given: {', '.join(map(str, chosen))}"
-            )
-        for task in self.tasks or ():
-            if task in TASKS and (meant := set_meant(task, self.extended)) != task and meant in (self.tasks or ()):
-                raise ValueError(
-                    f"--tasks {task} and {meant} are one set with --longbench-set {self.longbench_set}: give one of "
-                    f"them, or --longbench-set plain, by which {task} is LongBench's own"
-                )
-
-    def _check_lengths(self) -> None:
-        if self.min_length < 0:
-            raise ValueError(f"--min-length must be at least 0 words, not {self.min_length}")
-        if self.max_length is not None and self.max_length <= self.min_length:
-            raise ValueError(
-                f"--max-length {self.max_length} leaves no record, since --min-length {self.min_length} keeps those of "
-                "more words: give a larger --max-length or a smaller --min-length"
-            )
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
             raise ValueError(f"--max-prompt-tokens must be at least 2, not {self.max_prompt_tokens}")
 
     @property
-    def extended(self) -> bool | None:
-        """`--longbench-set` as `longbench.load_records` takes it."""
-        return LONGBENCH_SETS[self.longbench_set]
-
-    @property
     def runs_dir(self) -> Path:
-        return given_or_default(self.output_dir, TESTBED_RUNS if self.testbed else RUNS)
+        return given_or_default(self.output_dir, f"{BENCHMARKS.find(str(self.benchmark)).results_dir()}/runs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +203,7 @@ class StrategyConfig(DataConfig):
         False,
     )
     strategy_option: tuple[str, ...] | None = option(
-        lambda: f"NAME=VALUE, options of the strategy itself: {options_help()}"
+        lambda: f"NAME=VALUE, options of the strategy itself: {options_help(STRATEGIES)}"
     )
     learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
     beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
@@ -256,7 +268,8 @@ class StrategyConfig(DataConfig):
         """Fields of the strategy that were given a value of their own."""
         spelled = {"learning_window": self.learning_window, "beta_quantile": self.beta_quantile}
         given = {name: value for name, value in spelled.items() if value is not None}
-        options = parse_options(self.strategy, self.strategy_option or ())
+        cls = STRATEGIES.get(self.strategy)
+        options = parse_options(self.strategy, cls, self.strategy_option or (), "--strategy-option")
         if twice := sorted(given.keys() & options.keys()):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
             raise ValueError(f"given by {flags} and by --strategy-option: {', '.join(twice)}; give it once")
@@ -310,7 +323,7 @@ class GridConfig(WorkConfig):
     )
     budgets: tuple[int, ...] | None = option("sublayers; if not given, the setup's three")
     jobs: int | None = option(
-        "cells run at the same time; if not given, with --testbed on a CPU one per core, else one"
+        "cells run at the same time; if not given, of the testbed on a CPU one per core, else one"
     )
     dry_run: bool = option("print the cells, done or missing, and what they would cost; load and run nothing", False)
     estimate_for: str = option(f"GPU whose time the dry run estimates: {', '.join(known_devices())}", "L20")
@@ -333,8 +346,8 @@ class GridConfig(WorkConfig):
 
 def check_model(config: SharedConfig, model: str) -> None:
     """ValueError unless `model` is one that `--model` takes with the other options; nothing is read or downloaded."""
-    if config.testbed:
-        check_choice("model of --testbed", model, FAMILIES)
+    if models := BENCHMARKS.find(str(config.benchmark)).models:
+        check_choice(f"model of {config.benchmark}", model, models)
     find_source(model, config.checkpoint)
 
 

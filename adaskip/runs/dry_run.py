@@ -1,10 +1,9 @@
-"""What `adaskip grid --dry-run` prints: the cells, then what those that are left would take, and what is assumed."""
+"""The output of `adaskip grid --dry-run`: the cells, an estimate for the unfinished ones, and its assumptions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from adaskip.common.configs import load_yaml
 from adaskip.roofline import Ceilings, known_ceilings
 from adaskip.runs.config import GridConfig
 from adaskip.runs.estimate import (
@@ -22,9 +21,9 @@ EFFICIENCY = 0.5
 
 
 def dry_run(config: GridConfig) -> Iterator[str]:
-    """The lines to print; the testbed needs no GPU, so that its cost is not estimated."""
+    """Yield the lines to print. No cost is estimated for the small models that a benchmark brings: they need no GPU."""
     cells, ceilings = list(listing(config)), known_ceilings(config.estimate_for)
-    times = {} if config.testbed else {cell.label: seconds(cell, ceilings) for cell in cells}
+    times = {} if config.find_benchmark().models else {cell.label: seconds(cell, ceilings) for cell in cells}
     for cell in cells:
         time = f" {_time(times[cell.label]):>12}" if times else ""
         yield f"{cell.label:34} {cell.samples:6} samples{time}  {cell.state}"
@@ -51,28 +50,26 @@ def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> 
         f"{_time(total / EFFICIENCY)} at {100 * EFFICIENCY:.0f} %"
     )
     yield (
-        "assumed: 16-bit weights, batches of one, every answer as long as it may get, as many attentions as FFNs "
-        "skipped where importance decides; not counted: loading, tokenising, launching kernels. " + _samples(left)
+        "assumed: 16-bit weights, batches of one, answers at their maximum length, and equal numbers of attentions and "
+        "FFNs skipped if a profile decides; not counted: loading, tokenising, kernel launches. " + _samples(left)
     )
     for model, mine in by_model.items():
         weights, kv = gpu_bytes(mine[0])
         source = mine[0].job.loading.source
         place = source.checkpoint + ("" if source.weight_files is not None else ", not on this machine")
         yield f"{model}: {_size(weights)} of weights ({place}), and up to {_size(kv)} of K/V on the GPU"
-    data = (
-        ""
-        if all(cell.is_counted for cell in left)
-        else f", and {_size(load_yaml('longbench')['hub']['bytes'])} of LongBench's data"
-    )
+    download = 0 if all(cell.is_counted for cell in left) else left[0].job.records.benchmark.download_bytes
+    data = f", and {_size(download)} of data" if download else ""
     yield f"disk: the weights, about {_size(sum(map(result_bytes, left)))} of results{data}"
 
 
 def _samples(cells: Sequence[CellSize]) -> str:
     if all(cell.is_counted for cell in cells):
-        return f"Samples are counted; a word of theirs is taken as {TOKENS_PER_WORD} tokens, up to the model's limit."
+        return f"The samples were counted; a word is taken as {TOKENS_PER_WORD} tokens, up to the model's limit."
+    benchmark = cells[0].job.records.benchmark
     return (
-        "No data here: samples are LongBench-E's of more than 4000 words (configs/longbench.yaml), every prompt as "
-        "long as the model's limit."
+        f"The data was not found: numbers of samples are those that {benchmark.label or benchmark.name} states, and "
+        "every prompt is as long as the model's limit."
     )
 
 

@@ -1,7 +1,7 @@
-"""What a grid would cost, before anything is loaded: GPU time by the roofline, and bytes.
+"""Estimates the cost of a grid before anything is loaded: GPU time from the roofline model, and bytes.
 
-The time is what the least times of `adaskip.roofline` add up to: every live sublayer at the device's ceilings, every
-answer as long as it may get, nothing counted for loading, tokenising and launching kernels.
+The time is the sum of the minimum times of `adaskip.roofline`: every live sublayer runs at the device's ceilings, every
+answer has its maximum length, and loading, tokenising and kernel launches are not counted.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
-from adaskip.benchmarks.longbench import get_task
-from adaskip.benchmarks.longbench_files import HUB, MissingDataError
+from adaskip.benchmarks.protocol import HUB, Benchmark, MissingDataError
 from adaskip.calibration.divergence import ANSWER_TOKENS
 from adaskip.calibration.select import most_forwards
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan
@@ -24,22 +23,22 @@ from adaskip.runs.manifest import DONE, MISSING, find_state
 from adaskip.strategies import FULL, build
 
 TOKENS_PER_WORD = 1.4
-"""Assumed of a record's `length`, for the tokenizer is not loaded."""
+"""Assumed ratio for a record's `length` in words, since the tokenizer is not loaded."""
 RECORD_BYTES, BYTES_PER_NEW_TOKEN = 8192, 8
-"""Assumed of a saved record: references and plan, and each token of the answer."""
+"""Assumed size of a saved record: a fixed part for references and plan, and a part per token of the answer."""
 UNCHECKED = "unchecked"
-"""The state of a run that is there while its data is not."""
+"""The state of an existing run whose data is missing."""
 
 
 @dataclass(frozen=True)
 class TaskSize:
-    """How many samples a task has, and how many words each; None where the data is not there to be counted."""
+    """Number of samples of a task, and the number of words of each; words is None if the data is missing."""
 
     samples: int
     words: tuple[int, ...] | None = None
 
     def prompts(self, most: int) -> Counter[int]:
-        """How many prompts there are of each length in tokens, `most` at most; all so long if words are unknown."""
+        """Number of prompts by length in tokens, capped at `most`; if words are unknown, all have length `most`."""
         if self.words is None:
             return Counter({most: self.samples})
         return Counter(min(most, max(1, round(TOKENS_PER_WORD * words))) for words in self.words)
@@ -47,7 +46,7 @@ class TaskSize:
 
 @dataclass(frozen=True)
 class CellSize:
-    """One cell: whether it is done, and the samples of its tasks."""
+    """A cell with the state of its run and the sizes of its tasks."""
 
     job: Job
     state: str
@@ -67,45 +66,46 @@ class CellSize:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the samples were counted rather than taken from `configs/longbench.yaml`."""
+        """Whether the samples were counted rather than taken from what the benchmark says."""
         return all(size.words is not None for size in self.tasks.values())
 
 
 def listing(config: GridConfig) -> Iterator[CellSize]:
-    """Every cell of the grid and whether it is done as configured; loads and downloads nothing."""
+    """Yield every cell of the grid with the state of its run; loads and downloads nothing."""
     if config.data_dir == HUB:
         config = replace(config, data_dir=None)
     for cell in find_cells(config):
         job = resolve(cell)
         try:
-            sizes = {part.name: _size(part.samples) for part in job.parts}
+            sizes = {part.name: _size(part.benchmark, part.name, part.samples) for part in job.parts}
         except MissingDataError:
             state = MISSING if job.folder.read_manifest() is None else UNCHECKED
             yield CellSize(job, state, {task: _published_size(job, task) for task in job.answer_caps})
         else:
-            yield CellSize(replace(job), find_state(job), sizes)  # a copy, which does not hold the samples
+            yield CellSize(replace(job), find_state(job), sizes)  # a copy of the job without its cached samples
 
 
-def _size(samples: Sequence[dict]) -> TaskSize:
-    return TaskSize(len(samples), tuple(sample["length"] for sample in samples))
+def _size(benchmark: Benchmark, task: str, samples: Sequence[dict]) -> TaskSize:
+    words = (sample.get("length") or len(benchmark.prompt(task, sample).split()) for sample in samples)
+    return TaskSize(len(samples), tuple(words))
 
 
 def _published_size(job: Job, name: str) -> TaskSize:
-    number = get_task(name).num_long
+    number = job.records.benchmark.num_records(name) if job.records.prompt_limit is None else None
     if number is None:
-        raise MissingDataError(f"the number of samples of {name} is not known without the data: give --data-dir")
+        raise MissingDataError(f"the number of samples of {name} is unknown without its data; give --data-dir")
     return TaskSize(min(number, job.num_wanted or number))
 
 
 def seconds(cell: CellSize, ceilings: Ceilings) -> float:
-    """Least GPU time of the whole cell, one sample after the other."""
+    """Minimum GPU time of the whole cell, in batches of one sample."""
     job, shape = cell.job, cell.job.loading.shape
     most, sublayers = job.loading.max_prompt_tokens, job.cell.sublayers
     total = 0.0
     for task, size in cell.tasks.items():
         prompts, new_tokens = size.prompts(most), job.answer_caps[task]
         prefill_plan, decode_plan = assumed_plans(job, sublayers, shape.num_layers, new_tokens)
-        # A decode step takes time linear in its context: the mean prompt stands for all.
+        # The time of a decode step is linear in the context length, so the mean prompt length is enough.
         request = predict(
             shape,
             prefill_plan=prefill_plan,
@@ -120,7 +120,7 @@ def seconds(cell: CellSize, ceilings: Ceilings) -> float:
 
 
 def prefill_seconds(shape: ModelShape, plan: SkipPlan, prompts: Counter[int], ceilings: Ceilings) -> float:
-    """Least time of reading so many prompts of each length."""
+    """Minimum time of reading the prompts. prompts: number of prompts by length in tokens."""
     return sum(
         count
         * predict(
@@ -131,11 +131,11 @@ def prefill_seconds(shape: ModelShape, plan: SkipPlan, prompts: Counter[int], ce
 
 
 def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
-    """Least time of reading the calibration prompts of a cell's model; 0 where no profile has to be measured."""
+    """Minimum time of reading the calibration prompts of a job; 0 if no profile has to be measured."""
     if job.calibration is None or job.profile_name is not None:
         return 0.0
     try:
-        size = _size(job.calibration.samples)
+        size = _size(job.records.benchmark, job.calibration.task, job.calibration.samples)
     except MissingDataError:
         size = TaskSize(job.calibration.num_samples)
     prompts = size.prompts(job.loading.max_prompt_tokens)
@@ -143,13 +143,16 @@ def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
 
 
 def search_seconds(job: Job, ceilings: Ceilings) -> float:
-    """Least time of the search of a cell's phase, if nothing can be given up early; 0 for other strategies, and with a
-    profile. Each forward is taken as that of the full model on the longest prompt that no run is scored on."""
+    """Minimum time of a job's search if no contender is dropped early; 0 if no search is needed.
+
+    Every forward is estimated as one of the full model on the longest prompt that no run is scored on.
+    """
     if job.calibration is None or job.selection_phase is None or job.profile_name is not None:
         return 0.0
-    shape, count, answer = job.loading.shape, job.calibration.num_samples, _searched_answer(job)
-    words = TaskSize(count, (max(1, job.calibration.max_length),) * count)
-    (prompt,) = words.prompts(job.loading.max_prompt_tokens)
+    shape, count, answer = job.loading.shape, job.calibration.num_searched, _searched_answer(job)
+    words = job.records.unscored_words
+    size = TaskSize(count, None if words is None else (max(1, words),) * count)
+    (prompt,) = size.prompts(job.calibration.search_prompt_tokens or job.loading.max_prompt_tokens)
     full = {"prefill_plan": EMPTY_PLAN, "decode_plan": EMPTY_PLAN, "ceilings": ceilings}
     answered = predict(shape, prompt_tokens=prompt, new_tokens=answer, **full)
     searched = prompt + answer if job.phase != "decode" else answer
@@ -159,12 +162,12 @@ def search_seconds(job: Job, ceilings: Ceilings) -> float:
 
 
 def _searched_answer(job: Job) -> int:
-    """Tokens of the longest answers that a search compares."""
+    """Maximum length, in tokens, of the answers that a search compares."""
     return min(ANSWER_TOKENS, max(job.answer_caps.values()))
 
 
 def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) -> tuple[SkipPlan, DecodePlan]:
-    """(prefill, decode) plans of a cell; where measurement will decide, as many attentions as FFNs."""
+    """(prefill, decode) plans of a cell; if a profile will decide, equal numbers of attentions and FFNs."""
     if job.strategy == FULL:
         return EMPTY_PLAN, EMPTY_PLAN
     if job.calibration is not None:
@@ -183,7 +186,7 @@ def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) ->
 
 
 def result_bytes(cell: CellSize) -> int:
-    """About how large the cell's records get."""
+    """Approximate size of the cell's records."""
     return sum(
         size.samples * (RECORD_BYTES + BYTES_PER_NEW_TOKEN * cell.job.answer_caps[task])
         for task, size in cell.tasks.items()
@@ -191,7 +194,7 @@ def result_bytes(cell: CellSize) -> int:
 
 
 def gpu_bytes(cell: CellSize) -> tuple[int, int]:
-    """(bytes of the weights in 16 bits, bytes of K/V of the longest request under the full model)."""
+    """(bytes of the weights in 16 bits, bytes of K/V of the longest request with the full model)."""
     shape = cell.job.loading.shape
     longest = cell.job.loading.max_prompt_tokens + max(cell.job.answer_caps.values())
     return 2 * shape.num_parameters, longest * kv_bytes_per_token(shape, EMPTY_PLAN)

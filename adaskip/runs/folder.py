@@ -1,11 +1,11 @@
-"""A run's folder: a manifest and the records of each task, held by one run, safe against SIGKILL at any moment.
+"""The folder of a run: a manifest and the records of each task, locked by one run, safe against SIGKILL at any time.
 
-Every process of a run appends to part files of its own, `parts/<task>.<rank>-<host>-<pid>.jsonl`. At the start and at
-the end of a run they are merged: `<task>.jsonl` has the records in the order of the samples, `times/<task>.jsonl` how
-long they took, so that the records of equal runs are equal to the last byte, however many processes made them.
+Every process of a run appends to its own part files, `parts/<task>.<rank>-<host>-<pid>.jsonl`. They are merged at the
+start and at the end of a run: `<task>.jsonl` has the records in the order of the samples, and `times/<task>.jsonl` has
+their timings. So the records of equal runs are byte-identical, however many processes made them.
 
-A record is complete once its line ends in a newline. Batches are the unit of work: after a kill, a torn line and an
-unfinished batch are left out, so that the same batches are made again and the result equals an uninterrupted run's.
+A record is complete if its line ends in a newline. Batches are the unit of work: after a kill, truncated lines and
+incomplete batches are dropped and the same batches run again, so the result equals that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from adaskip.models.companion_files import FIELDS
 
 MANIFEST = "manifest.json"
 JOURNAL = ("started", "finished", "resumed")
-"""Manifest fields that tell when, not what."""
+"""Manifest fields with times, which do not describe what was run."""
 ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint", "weight_files")
-"""Manifest fields that may differ when a run is continued: they name places, not what is computed."""
-OPTIONAL = frozenset(FIELDS)
-"""Manifest fields that older runs do not have, and are not refused for."""
+"""Manifest fields that may differ when a run is continued: they describe where it runs, not what it computes."""
+OPTIONAL = frozenset({"benchmark", *FIELDS})
+"""Manifest fields that older runs may lack."""
 TIMES = ("ttft_s", "tpot_ms")
 """Record fields that differ from run to run."""
 
 
 class FolderError(ValueError):
-    """The folder holds another run than the one asked for, or files that are no records."""
+    """The folder contains a run with another configuration, or files that are not records."""
 
 
 class RunFolder:
@@ -45,7 +45,7 @@ class RunFolder:
         self.path = Path(path)
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the folder; a second process is refused with a `LockedError`."""
+        """A context that locks the folder; raises `LockedError` if another process has locked it."""
         return exclusive(self.path / ".lock")
 
     def read_manifest(self) -> dict[str, Any] | None:
@@ -61,34 +61,42 @@ class RunFolder:
             raise FolderError(f"{self.path / MANIFEST} is not a manifest; delete {self.path} to start again")
         return manifest
 
-    def check(self, wanted: Mapping[str, Any]) -> None:
+    def check(self, wanted: Mapping[str, Any], *, continues: bool = False) -> None:
         """Refuse to mix runs: every field of `wanted` must equal the manifest's, if there is one.
 
-        A finished run may have been made with other versions; an unfinished one must be continued with its own.
+        A finished run may have been made with other versions; an unfinished one, and one that continues with more
+        samples, must be continued with its own.
         """
         held = self.read_manifest()
         if held is None:
             return
-        free = {*JOURNAL, *ENVIRONMENT, *(OPTIONAL - held.keys())} | ({"versions"} if held.get("finished") else set())
+        free = {*JOURNAL, *ENVIRONMENT, *(OPTIONAL - held.keys())} | (
+            {"versions"} if held.get("finished") and not continues else set()
+        )
         if changes := _changes(held, wanted, free):
             raise FolderError(
                 f"{self.path} holds a run with another configuration ({changes}): "
                 "choose another --output-dir, or delete that folder"
             )
 
-    def start(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, or note in the one already there that its run is continued."""
-        self.check(manifest)
+    def start(self, manifest: Mapping[str, Any], size: Mapping[str, Any] | None = None) -> None:
+        """Write the manifest, or record in the existing one that the run is continued.
+
+        size: the fields that change if the run continues with more samples; None if it does not.
+        """
+        grows = size is not None
+        self.check(manifest, continues=grows)
         remove_torn(self.path / MANIFEST)
         held = self.read_manifest()
         if held is None:
-            self._write_manifest({**manifest, "started": _now(), "finished": None, "resumed": []})
-        elif not held["finished"]:
+            self._write_manifest({**manifest, **(size or {}), "started": _now(), "finished": None, "resumed": []})
+        elif grows or not held["finished"]:
             resumed = {"at": _now(), **{name: manifest.get(name) for name in ("git_commit", "processes")}}
-            self._write_manifest({**held, "resumed": [*held["resumed"], resumed]})
+            changed = {**(size or {}), "finished": None, "resumed": [*held["resumed"], resumed]}
+            self._write_manifest({**held, **changed})
 
     def finish(self) -> None:
-        """Mark the run finished, once."""
+        """Mark the run as finished, if it is not yet."""
         manifest = self.read_manifest()
         assert manifest is not None, "start() comes before finish()"
         if not manifest["finished"]:
@@ -101,11 +109,11 @@ class RunFolder:
         return self.path / "times" / f"{task}.jsonl"
 
     def part_paths(self, task: str) -> list[Path]:
-        """The files of a task that are not merged yet; their records hold their times, too."""
+        """The part files of a task that are not merged yet; their records include the timings."""
         return sorted(self.path.glob(f"parts/{task}.*.jsonl"))
 
     def append(self, task: str, records: Sequence[Mapping[str, Any]], rank: int = 0) -> None:
-        """Add one batch's records to this process's part and return only when they are on disk."""
+        """Append the records of one batch to this process's part file; returns when they are on disk."""
         path = self.path / "parts" / f"{task}.{rank}-{socket.gethostname()}-{os.getpid()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as handle:
@@ -114,22 +122,22 @@ class RunFolder:
             os.fsync(handle.fileno())
 
     def merge(self, task: str, ids: Sequence[str], batch_size: int) -> list[int]:
-        """Bring the whole batches of all processes together and return the first sample's index of each missing batch.
+        """Merge the complete batches of all processes; returns the index of the first sample of each missing batch.
 
-        Parts are removed only when the merged files are whole.
+        Part files are removed only after the merged files are written.
 
         Args:
-            ids: the task's samples in the data's order.
+            ids: ids of the task's samples in the order of the data.
 
         Raises:
-            FolderError: a whole line is no record, or the record of no such sample.
+            FolderError: a complete line is not a record, or not the record of one of these samples.
         """
         for path in (self.records_path(task), self.times_path(task)):
             remove_torn(path)
         parts = self.part_paths(task)
         place = {name: index for index, name in enumerate(ids)}
         if len(place) < len(ids):
-            raise FolderError(f"the samples of {task} have {len(place)} different ids for {len(ids)} samples")
+            raise FolderError(f"the {len(ids)} samples of {task} have only {len(place)} different ids")
         times = {line["id"]: line for line in _read_lines(self.times_path(task), place)}
         found: dict[int, dict[str, Any]] = {}
         for path in (self.records_path(task), *parts):
@@ -152,14 +160,14 @@ class RunFolder:
 
 
 def check_alike(manifests: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse processes that would not run the same thing; the main one's manifest comes first."""
+    """Refuse processes with different manifests. manifests: by rank, the main process first."""
     for rank, manifest in enumerate(manifests):
         if changes := _changes(manifests[0], manifest, ENVIRONMENT):
             raise FolderError(f"process {rank} of this launch differs from the main one ({changes})")
 
 
 def _changes(held: Mapping[str, Any], wanted: Mapping[str, Any], free: Iterable[str]) -> str:
-    """The fields of `wanted`, but for the `free` ones, that are not as in `held`; empty if there are none."""
+    """A description of the fields of `wanted`, except `free`, that differ from `held`; empty if none do."""
     differing = [name for name in wanted if name not in free and held.get(name) != wanted[name]]
     return "; ".join(f"{name} was {_short(held.get(name))}, is {_short(wanted[name])}" for name in differing)
 
@@ -169,17 +177,17 @@ def _missing_batches(found: Iterable[int], num_samples: int, batch_size: int) ->
 
 
 def _read_lines(path: Path, place: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; what follows the last newline is torn, or nothing."""
+    """Yield the records of the complete lines of a file; text after the last newline is a truncated line."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             known = record["id"] in place
         except (ValueError, KeyError, TypeError):
-            raise FolderError(f"line {number} of {path} is no record; delete that file to make it again") from None
+            raise FolderError(f"line {number} of {path} is not a record; delete that file to make it again") from None
         if not known:
             raise FolderError(
-                f"line {number} of {path} is sample {record['id']!r}, which the data has not; "
+                f"line {number} of {path} is of sample {record['id']!r}, which the data does not contain; "
                 "delete that file to make it again"
             )
         yield record

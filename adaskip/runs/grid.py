@@ -1,7 +1,7 @@
-"""Runs many cells side by side: one process per job, each with one CPU thread and its model kept loaded.
+"""Runs many cells in parallel worker processes, each with one CPU thread; a worker keeps its model loaded.
 
-A cell that fails is reported and the others go on; a process that dies (killed, out of memory) fails its cell and is
-replaced.
+If a cell fails, it is reported and the others continue. If a worker dies (killed, out of memory), its cell fails and
+the worker is replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adaskip.strategies import needs_selection
 
 @dataclass(frozen=True)
 class Queued:
-    """A cell and what it is called."""
+    """The configuration of a cell and its label."""
 
     label: str
     config: RunConfig
@@ -40,12 +40,12 @@ class Queued:
 
 @dataclass(frozen=True)
 class Done:
-    """A worker's cell is complete."""
+    """Message of a worker: its cell is complete."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker's cell did not end; the one line says why."""
+    """Message of a worker: its cell failed; `line` is the reason."""
 
     line: str
 
@@ -56,7 +56,7 @@ Message = Progress | Done | Failed
 
 
 class Bar(Protocol):
-    """What shows progress; `disable`: it shows nothing, so that finished cells are told line by line."""
+    """A progress bar. disable: it is not drawn, so finished cells are printed line by line."""
 
     disable: bool
 
@@ -65,7 +65,7 @@ class Bar(Protocol):
 
 @dataclass(frozen=True)
 class GridOutcome:
-    """Labels of the cells that are complete and of those that failed, and how many samples this call made."""
+    """Labels of the complete and of the failed cells, and the number of samples that this call made."""
 
     complete: tuple[str, ...]
     failed: tuple[str, ...]
@@ -73,10 +73,10 @@ class GridOutcome:
 
 
 def run_grid(config: GridConfig) -> GridOutcome:
-    """Bring every cell to its end; the finished ones are only checked.
+    """Run every cell to its end; finished cells are only checked.
 
     Raises:
-        ValueError: a cell cannot run, as far as can be known before a model is loaded; then none is begun.
+        ValueError: a check that needs no model failed for a cell; then no cell is started.
     """
     cells = searches_first(find_cells(config))
     jobs = min(config.jobs or default_jobs(config), len(cells))
@@ -95,12 +95,13 @@ def run_grid(config: GridConfig) -> GridOutcome:
 def run_cells(
     cells: Sequence[Queued], jobs: int, bar: Bar, weight: Callable[[RunConfig], float] = lambda cell: 1
 ) -> GridOutcome:
-    """Run cells in `jobs` processes. bar: is told of every sample. weight: what a sample of a cell counts there."""
+    """Run cells in `jobs` processes. bar: updated for every sample. weight: progress per sample of a cell."""
     return Pool(jobs, bar, weight).run(cells)
 
 
 def searches_first(cells: Sequence[RunConfig]) -> list[RunConfig]:
-    """The cells of each model, one of each selection ahead, so that no two workers wait for the same search."""
+    """The cells ordered by model, with one cell per needed search first, so that workers do not wait for the same
+    search."""
     models = list(dict.fromkeys(cell.model for cell in cells))
     searches: dict[tuple[str, str], RunConfig] = {}
     for cell in cells:
@@ -110,9 +111,9 @@ def searches_first(cells: Sequence[RunConfig]) -> list[RunConfig]:
 
 
 def default_jobs(config: GridConfig) -> int:
-    """One per CPU core for the testbed; one for real models, or if the cells share a GPU."""
+    """One job per CPU core for the small models that a benchmark brings, on a CPU; else one."""
     on_cpu = config.device == "cpu" or (config.device is None and not torch.cuda.is_available())
-    return (os.cpu_count() or 1) if config.testbed and on_cpu and config.device_map is None else 1
+    return (os.cpu_count() or 1) if config.find_benchmark().models and on_cpu and config.device_map is None else 1
 
 
 class Worker:
@@ -126,7 +127,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs,), daemon=True)
-        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: on Ctrl-C the parent alone decides
+        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that only the parent handles Ctrl-C
         self.process.start()
         signal.signal(signal.SIGINT, ours)
         theirs.close()
@@ -148,11 +149,11 @@ class Worker:
         self._start()
 
     def end(self) -> None:
-        """Tell the process to end, in the middle of a cell if need be: a run can be cut anywhere."""
+        """Terminate the process, even in the middle of a cell: a run can be stopped at any point."""
         self.process.terminate()
 
     def wait_for_end(self) -> None:
-        """Wait for the end, and make it one if that takes too long."""
+        """Wait for the process to end; kill it if that takes too long."""
         self.process.join(GRACE_S)
         self.process.kill()
         self.process.join()
@@ -160,7 +161,7 @@ class Worker:
 
 
 class Pool:
-    """A queue of cells and the workers that empty it."""
+    """A queue of cells and the workers that run them."""
 
     def __init__(self, jobs: int, bar: Bar, weight: Callable[[RunConfig], float]):
         self.jobs, self.bar, self.weight = jobs, bar, weight
@@ -188,7 +189,7 @@ class Pool:
         return GridOutcome(tuple(self.complete), tuple(self.failed), self.made)
 
     def _handle(self, worker: Worker, message: Message | None, queue: deque[Queued]) -> None:
-        assert worker.cell is not None, "only a worker with a cell has something to say"
+        assert worker.cell is not None, "only a worker with a cell sends messages"
         if isinstance(message, Progress):
             self.made += message.made
             self.bar.update((message.found + message.made) * self.weight(worker.cell.config))
@@ -207,15 +208,15 @@ class Pool:
             worker.assign(queue.popleft())
 
     def _tell(self, line: str, quiet: bool = False) -> None:
-        """One line above the bar; where there is no bar (a log file), finished cells are told as well."""
+        """Print a line above the bar, unless `quiet`."""
         if not quiet:
             number = len(self.complete) + len(self.failed)
             tqdm.write(f"[{number}] {line}", file=sys.stderr)
 
 
 def serve(connection: Connection) -> None:
-    """A worker's life: run every cell that arrives and report; end with the parent, however that ends."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # unlike the default, this tidies up
+    """Main loop of a worker: run every cell that arrives and report; end when the parent ends."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # unlike the default, this runs cleanup code
     disable_progress_bar()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.longbench import TaskSpec, get_task
+from torch import Tensor
+
+from adaskip.benchmarks.protocol import Benchmark, Task
 from adaskip.common.named_files import find_file
 from adaskip.core.plan import Phase, check_phase
+from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
@@ -20,7 +24,7 @@ from adaskip.runs.cells import Cell, grid
 from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.loading import Loading, find_loading
-from adaskip.runs.records import Records, Sample, find_records
+from adaskip.runs.records import Records, Sample, find_records, prompt_ids
 from adaskip.strategies import FULL, needs_profile, needs_selection, profile_type, strategy_class
 
 Profile = ImportanceProfile | SelectionProfile
@@ -28,20 +32,31 @@ Profile = ImportanceProfile | SelectionProfile
 
 @dataclass(frozen=True)
 class Part:
-    """One task of a job: its samples in the data's order, and how many tokens each may generate.
+    """One task of a job: its samples in the data's order, and how many tokens each may generate."""
 
-    set_name: the set of LongBench that they are of, `trec` or `trec_e`; None on the testbed.
-    """
-
+    benchmark: Benchmark
     name: str
-    task: TaskSpec
     samples: tuple[Sample, ...]
     max_new_tokens: int
-    set_name: str | None
+
+    @property
+    def task(self) -> Task:
+        return self.benchmark.task(self.name)
 
     @property
     def ids(self) -> list[str]:
         return [sample["_id"] for sample in self.samples]
+
+    @property
+    def template(self) -> str | list[str]:
+        """What makes its prompts of its samples: the task's template, or where that alone does not, the prompts."""
+        if type(self.benchmark).prompt is Benchmark.prompt:
+            return self.task.template
+        return [self.benchmark.prompt(self.name, sample) for sample in self.samples]
+
+    def prompt_ids(self, batch: Sequence[Sample], loaded: LoadedModel) -> list[Tensor]:
+        """The prompts of some of its samples, token ids, 1-D."""
+        return prompt_ids(self.benchmark, self.name, batch, loaded)
 
 
 @dataclass(frozen=True)
@@ -56,11 +71,13 @@ class SpeedupAsked:
 class Job:
     """A cell, and all that is needed to fill its folder. What is read from files is read once, when first asked for.
 
-    sublayers: the budget; None while a speedup is asked for and not yet chosen for. answer_caps: most new tokens of
-    each task's answers. calibration: what the profile is made on, None if the strategy uses none. up_to: the largest
-    set of a selection that is searched. profile_name: the profile that is given and that the strategy uses.
+    protocol: its name in `configs/phases.yaml`. sublayers: the budget; None while a speedup is asked for and not yet
+    chosen for. answer_caps: most new tokens of each task's answers. calibration: what the profile is made on, None if
+    the strategy uses none. up_to: the largest set of a selection that is searched. profile_name: the profile that is
+    given and that the strategy uses.
     """
 
+    protocol: str
     strategy: str
     phase: Phase
     sublayers: int | None
@@ -95,13 +112,12 @@ class Job:
         """Its tasks with their samples.
 
         Raises:
-            LongBenchError: the data is missing or damaged, or has no such samples.
+            BenchmarkError: the data is missing or damaged, or has no such samples.
         """
-        return tuple(self._part(task) for task in self.answer_caps)
-
-    def _part(self, task: str) -> Part:
-        samples = self.records.scored(task, self.limit, self.subset)
-        return Part(task, get_task(task), samples, self.answer_caps[task], self.records.set_name(task))
+        return tuple(
+            Part(self.records.benchmark, task, self.records.scored(task, self.limit, self.subset), cap)
+            for task, cap in self.answer_caps.items()
+        )
 
     @property
     def num_samples(self) -> int:
@@ -156,14 +172,16 @@ def resolve(config: RunConfig) -> Job:
     """
     loading = find_loading(config, config.model, config.max_prompt_tokens)
     loading.check_limit()
-    budgets = config.setup.budgets_for(loading.num_layers)
+    setup = config.setup
+    budgets = setup.budgets_for(loading.num_layers)
     sublayers = None if config.target_speedup is not None else _sublayers(config, loading.num_layers, budgets)
     wants_profile = needs_profile(config.strategy)
-    phase, spec = check_phase(config.phase), config.setup.phases[config.phase]
-    records = find_records(config)
+    phase, spec = check_phase(config.phase), setup.phases[config.phase]
+    records = find_records(config, loading)
     tasks = config.tasks or spec.tasks
-    caps = {task: config.max_new_tokens or min(spec.max_new_tokens, get_task(task).max_new_tokens) for task in tasks}
+    caps = {name: config.max_new_tokens or spec.cap(records.benchmark.task(name)) for name in tasks}
     return Job(
+        protocol=setup.name,
         strategy=config.strategy,
         phase=phase,
         sublayers=sublayers,
@@ -174,7 +192,7 @@ def resolve(config: RunConfig) -> Job:
         answer_caps=caps,
         limit=None if config.subset else config.limit or spec.limit,
         subset=config.subset,
-        batch_size=config.batch_size or config.setup.batch_size,
+        batch_size=config.batch_size or setup.batch_size,
         seed=config.seed,
         runs_dir=config.runs_dir,
         calibration=find_calibration(config, records, tasks) if wants_profile else None,
@@ -229,4 +247,5 @@ def find_cells(config: GridConfig) -> list[RunConfig]:
 
 
 def _budgets(config: WorkConfig, model: str) -> tuple[int, ...]:
-    return config.setup.budgets_for(find_loading(config, model).num_layers)
+    loading = find_loading(config, model)
+    return config.setup_of(loading.source.entry).budgets_for(loading.num_layers)

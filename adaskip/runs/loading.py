@@ -1,4 +1,4 @@
-"""How a model is loaded; the last one stays loaded, so that cells of one model share it."""
+"""Loads models, and keeps the last one loaded, so that cells of one model share it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adaskip import testbed
+from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.models.loading import (
     LoadedModel,
     ModelSource,
@@ -23,14 +23,15 @@ from adaskip.roofline import ModelShape
 from adaskip.runs.config import SharedConfig
 
 _held: dict[tuple[Any, ...], LoadedModel] = {}
-"""The last model, by all that it was loaded with."""
+"""The last loaded model, by all arguments it was loaded with."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """A model that is not loaded yet: its weights, where they go, and how it is prompted.
+    """How to load a model: its weights, their device and dtype, and how prompts are built.
 
-    chat: `none`, `template` or a text with `{prompt}`. limit: longest prompt before wrapping, None for the model's own.
+    chat: `none`, `template` or a text with `{prompt}`. limit: maximum prompt length in tokens before the chat wrapper
+    is added; None for the model's own limit.
     """
 
     source: ModelSource
@@ -48,30 +49,30 @@ class Loading:
 
     @cached_property
     def shape(self) -> ModelShape:
-        """For estimates."""
+        """The dimensions of the model, for estimates."""
         return ModelShape.of(self.source.config)
 
     @cached_property
     def max_prompt_tokens(self) -> int:
-        """Longest prompt before wrapping."""
+        """Maximum prompt length in tokens, before the chat wrapper is added."""
         return self.limit or prompt_limit(self.source.config, self.source.entry)
 
     @property
     def placement(self) -> dict[str, Any]:
-        """dtype and device map; ModelError if they are not to be had here."""
+        """dtype and device map; ModelError if this machine does not have the device."""
         return placement(self.device, self.dtype, self.device_map)
 
     def check_limit(self) -> None:
-        """ValueError if the given limit is more than the model was made to read."""
+        """Raise ValueError if the given limit exceeds the positions of the model."""
         most = positions_limit(self.source.config)
         if self.limit is not None and most is not None and self.limit > most:
             raise ValueError(
-                f"--max-prompt-tokens {self.limit} is more than {self.source.name} was made for: its positions less "
-                f"the room for an answer allow at most {most}"
+                f"--max-prompt-tokens {self.limit} is too large for {self.source.name}: its positions, minus those "
+                f"reserved for an answer, allow at most {most}"
             )
 
     def load(self) -> LoadedModel:
-        """The loaded model. Another one is let go of first: two of them may not fit into memory."""
+        """Load the model, or return it if it is already loaded. Another model is released first, to save memory."""
         options: dict[str, Any] = {
             "device": self.device,
             "dtype": self.dtype,
@@ -89,29 +90,31 @@ class Loading:
 
 def _release() -> None:
     _held.clear()
-    gc.collect()  # a model holds itself in circles
+    gc.collect()  # models contain reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def find_loading(config: SharedConfig, model: str, max_prompt_tokens: int | None = None) -> Loading:
-    """What a configuration says of loading the model that it calls `model`; nothing is read or downloaded yet.
+    """How to load the model that a configuration names `model`; nothing is read or downloaded yet.
 
     Raises:
         ModelError: there is no such model.
     """
-    own = str(testbed.checkpoint_dir(model)) if config.testbed and config.checkpoint is None else None
+    benchmark = BENCHMARKS.find(str(config.benchmark))
+    own = benchmark.checkpoint(model) if config.checkpoint is None else None
     source = find_source(model, config.checkpoint or own)
-    limit = max_prompt_tokens
-    if config.testbed and limit is None:
-        # The testbed's prompts were made for its models, so that a limit below the registry's is nothing to warn of.
+    setup = config.setup_of(source.entry)
+    limit = max_prompt_tokens or setup.longest_prompt_tokens
+    if benchmark.models and limit is None:
+        # Its prompts were made for its models, so a limit below the registry's needs no warning.
         limit = prompt_limit(source.config, source.entry)
     return Loading(
         source,
         device=config.device,
-        dtype=config.dtype,
+        dtype=config.dtype or setup.dtype,
         attn_implementation=config.attn_implementation,
         device_map=config.device_map,
-        chat=config.chat or ("none" if config.testbed else source.chat),  # the testbed's models saw bare prompts only
+        chat=config.chat or ("none" if benchmark.models else source.chat),
         limit=limit,
     )

@@ -1,4 +1,4 @@
-"""The manifest of a run: what was run, on what and with which code, so that it can be trusted and continued."""
+"""The manifest of a run: configuration, model, machine and code version, for checking and continuing the run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,32 @@ from adaskip.runs.records import fingerprint
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
 NEWER = (
-    *("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_strings", "templates_fingerprint"),
+    *(
+        "benchmark",
+        "benchmark_options",
+        "protocol",
+        "sets",
+        "min_length",
+        "max_prompt_tokens",
+        "stop_token_ids",
+        "stop_strings",
+        "templates_fingerprint",
+    ),
     *("weight_files", *FIELDS),
 )
-"""Fields that runs made before these existed do not have, and are not refused for."""
+"""Fields that older runs may lack."""
+SIZE = ("tasks", "limit", "subset", "data_fingerprint")
+"""Fields that change if a run continues with more samples of each task."""
 
 
 def describe_job(job: Job) -> dict[str, Any]:
-    """The part of the manifest that is known before the model is loaded."""
+    """The fields of the manifest that are known before the model is loaded."""
     loading, records = job.loading, job.records
     chat, limit = loading.chat, loading.limit
     return {
         "run_name": job.cell.run_name,
         "model": job.cell.model,
-        "testbed": records.is_testbed,
+        "protocol": job.protocol,
         "strategy": job.strategy,
         "strategy_options": job.strategy_options or None,
         "phase": job.phase,
@@ -54,9 +66,9 @@ def describe_job(job: Job) -> dict[str, Any]:
         "attn_implementation": loading.attn_implementation,
         **({} if chat == "template" else {"chat_template": None if chat == "none" else chat}),
         "max_prompt_tokens": loading.max_prompt_tokens,
-        **({} if limit is None or records.is_testbed else {"given_max_prompt_tokens": limit}),
+        **({} if limit is None or records.benchmark.models else {"given_max_prompt_tokens": limit}),
         "stop_strings": list(loading.source.stop_strings),
-        "templates_fingerprint": _digest({part.name: part.task.template for part in job.parts}),
+        "templates_fingerprint": _digest({part.name: part.template for part in job.parts}),
         **records.describe([part.name for part in job.parts]),
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
     }
@@ -65,7 +77,7 @@ def describe_job(job: Job) -> dict[str, Any]:
 def describe_run(
     job: Job, loaded: LoadedModel, profile: ImportanceProfile | SelectionProfile | None, profile_path: Path | None
 ) -> dict[str, Any]:
-    """The whole manifest but for its times."""
+    """All fields of the manifest except its times."""
     sublayers, depth = job.cell.sublayers, len(decoder_layers(loaded.model))
     return {
         **describe_job(job),
@@ -81,7 +93,7 @@ def describe_run(
 
 
 def describe_model(loaded: LoadedModel) -> dict[str, Any]:
-    """Which weights on which machine under which code."""
+    """The fields of the manifest that describe the weights, the machine and the code."""
     model = loaded.model
     return {
         "num_layers": len(decoder_layers(model)),
@@ -104,21 +116,20 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def is_done(job: Job) -> bool:
-    """Whether the folder's manifest says that this very job is finished."""
+    """Whether the manifest in the job's folder says that exactly this job is finished."""
     return find_state(job) == DONE
 
 
 def find_state(job: Job) -> str:
-    """`done`, `unfinished`, `missing`, or what the run in the job's folder was made otherwise with; loads no model.
+    """`done`, `unfinished`, `missing`, or the first field in which the run in the job's folder differs from the job.
 
-    Weights, configuration, end tokens and tokenizer are told apart by their files, where both the run's and the job's
-    are known. A profile that is not given but kept by the runs goes with these and the calibration data, and is not
-    looked at.
+    Loads no model. Weights, configuration, end tokens and tokenizer are compared by their files, if those of both the
+    run and the job are known. A kept profile depends only on these and on the calibration data, so it is not compared.
     """
     held = job.folder.read_manifest()
     if held is None:
         return MISSING
-    wanted = {**describe_job(job), **job.loading.source.model_files}
+    wanted = without_growth({**describe_job(job), **job.loading.source.model_files}, job, held)
     if (files := job.loading.source.weight_files) is not None:
         wanted["weight_files"] = files
     if (profile := job.given_profile) is not None:
@@ -126,16 +137,37 @@ def find_state(job: Job) -> str:
     for name, value in comparable(wanted, held).items():
         if held.get(name) != value:
             return f"other {name.replace('_', ' ')}: {json.dumps(held.get(name))}, here {json.dumps(value)}"
-    return DONE if held.get("finished") else UNFINISHED
+    return DONE if held.get("finished") and SIZE[0] in wanted else UNFINISHED
+
+
+def without_growth(wanted: Mapping[str, Any], job: Job, held: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of `wanted`, without those of size where the job goes on with more samples than the run `held`."""
+    grows = held is not None and _goes_on_from(job, held)
+    return {name: value for name, value in wanted.items() if not (grows and name in SIZE)}
+
+
+def _goes_on_from(job: Job, held: Mapping[str, Any]) -> bool:
+    """Whether the run `held` has the first samples of each of the job's tasks, fewer of some, in the same batches."""
+    asked, before = job.num_wanted, held.get("subset") or held.get("limit")
+    same_kind = bool(job.subset) == bool(held.get("subset"))
+    if not same_kind or not before or (asked is not None and asked <= before):
+        return False
+    smaller = replace(job, limit=held.get("limit"), subset=held.get("subset"))
+    cut = any(
+        len(few.samples) < len(many.samples) and len(few.samples) % job.batch_size
+        for few, many in zip(smaller.parts, job.parts, strict=True)
+    )
+    described = describe_job(smaller)
+    return not cut and all(described[name] == held.get(name) for name in SIZE)
 
 
 def comparable(wanted: Mapping[str, Any], held: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The fields of `wanted` that the manifest `held` must agree with: all but the newer ones that it does not have."""
+    """The fields of `wanted` in which the manifest `held` must agree: all except newer ones that `held` lacks."""
     return {name: value for name, value in wanted.items() if held is None or name in held or name not in NEWER}
 
 
 def _profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:
-    """SHA-256 over the measured numbers, or over the sets chosen."""
+    """SHA-256 over the measured numbers of a profile, or over the sets of a selection."""
     units = ("selected",) if isinstance(profile, SelectionProfile) else ("attention", "ffn", "layer")
     return _digest({unit: asdict(profile)[unit] for unit in units})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.common.choices import check_choice
+from adaskip.common.files import check_writable
+from adaskip.common.folders import scratch_folder
 from adaskip.common.named_files import find_file, published, read_format
 from adaskip.common.options import option
 from adaskip.core.fingerprint import portable_fingerprint
@@ -24,6 +25,7 @@ from adaskip.engines.export import export_to
 from adaskip.engines.registry import ENGINES, Export
 from adaskip.models.checkpoints import check_weights
 from adaskip.models.loading import load_source
+from adaskip.models.registry import registry
 from adaskip.models.source import ModelSource, find_source
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -39,7 +41,7 @@ class PlanConfig(StrategyConfig):
     """A plan to be saved: the set of a strategy for a model."""
 
     phase: str = option(f"phase in which sublayers are skipped: {', '.join(PHASES)}", "e2e")
-    output: str | None = option("folder that the plan is written to, with a model card", required=True)
+    output: str = option("folder that the plan is written to, with a model card", required=True)
     base_model: str | None = option("what the plan calls its model, as a Hub id; if not given, what --model names")
 
 
@@ -58,11 +60,11 @@ class ShowConfig:
 class ExportConfig:
     """A saved plan and the engine that its model is exported to."""
 
-    plan: str | None = option(
+    plan: str = option(
         "folder or file of a plan, org/name on the Hub, or a published name", required=True, positional=True
     )
-    to: str | None = option(f"engine: {', '.join(ENGINES)}", required=True)
-    output: str | None = option("what is written: a new folder", required=True)
+    to: str = option(f"engine: {', '.join(ENGINES)}", required=True)
+    output: str = option("what is written: a new folder", required=True)
     model: str | None = option(
         "weights of the model: a Hub id, a folder or a .gguf file; if not given, what the plan was made for"
     )
@@ -70,8 +72,7 @@ class ExportConfig:
     verify: bool = option("load both models afterwards, in float32 one by one, and compare their logits", True)
 
     def __post_init__(self) -> None:
-        if self.to is not None:
-            check_choice("engine", self.to, ENGINES)
+        check_choice("engine", self.to, ENGINES)
 
 
 def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
@@ -84,6 +85,8 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     if job.strategy == "full":
         raise ValueError("the full model skips nothing and has no plan; give another strategy")
     source.check()
+    folder = Path(config.output).absolute()
+    check_writable((folder if folder.is_dir() else folder.parent) / PLAN_FILE)
     if job.speedup is not None:
         job = job.with_sublayers(find_target(job).sublayers)
     loaded = job.loading.load()
@@ -103,7 +106,6 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
         base_model=config.base_model or source.checkpoint,
         allow_other_weights=job.allow_other_weights,
     )
-    assert config.output is not None, "required"
     return plan, plan.save_pretrained(config.output)
 
 
@@ -147,9 +149,6 @@ def _aligned(rows: Mapping[str, str]) -> list[str]:
 
 def export_plan(config: ExportConfig) -> dict[str, Any]:
     """`adaskip export`: write the model of a plan for an engine. Returns the report."""
-    assert config.plan is not None, "required"
-    assert config.to is not None, "required"
-    assert config.output is not None, "required"
     plan = SkipPlan.load(find_file(config.plan, PLAN_FILE))
     with _export(plan, config) as export:
         return export_to(config.to, export, config.output, verify=config.verify)
@@ -159,25 +158,25 @@ def export_plan(config: ExportConfig) -> dict[str, Any]:
 def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
     """The export of a plan; a checkpoint without safetensors is written as one beside the output meanwhile."""
     source = _source(plan, config)
-    phase = "e2e" if plan.origin is None else plan.origin.phase
-    strategy = FixedPlan(num_layers=source.num_layers, phase=phase, plan=plan)
+    depth, phase = (source.num_layers, "e2e") if plan.origin is None else (plan.origin.num_layers, plan.origin.phase)
+    strategy = FixedPlan(num_layers=depth, phase=phase, plan=plan)
     kind = check_weights(source.path)
     if kind == "bin":
         raise ExportError(f"{source.path} holds .bin weights; allowed: safetensors, or a .gguf file")
     if kind == "safetensors":
         checkpoint = Checkpoint(source.path, source.own_config)
-        _check(plan, checkpoint.identity, strategy.num_layers, config)
+        _check(plan, checkpoint.identity, source.num_layers, config)
         yield Export(strategy, checkpoint)
         return
     loaded = load_source(source, device="cpu", dtype="float32")
     known = identity(loaded.model, fingerprint=portable_fingerprint(loaded.model))
-    _check(plan, known, strategy.num_layers, config)
+    _check(plan, known, source.num_layers, config)
     if config.to == "gguf":
         del loaded
         yield Export(strategy, Checkpoint(source.path.parent, source.own_config), gguf_file=source.path)
         return
-    with tempfile.TemporaryDirectory(dir=_parent(config), prefix=".export-", suffix=".tmp") as folder:
-        checkpoint = save_in_memory(loaded.model, loaded.tokenizer, Path(folder))
+    with scratch_folder(Path(config.output).absolute(), "-source") as folder:
+        checkpoint = save_in_memory(loaded.model, loaded.tokenizer, folder)
         del loaded
         yield Export(strategy, checkpoint, gguf_file=source.path)
 
@@ -185,17 +184,11 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
 def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
     if config.model is None and plan.origin is None:
         raise ValueError(f"{config.plan} names no model: give --model")
-    return find_source(config.model if plan.origin is None else config.model or plan.origin.model)
+    name = config.model or (None if plan.origin is None else plan.origin.model)
+    return find_source(name) if name in registry() else find_source(checkpoint=name)
 
 
 def _check(plan: SkipPlan, known: Mapping[str, Any], num_layers: int, config: ExportConfig) -> None:
     """Refuse a plan that was made for another model."""
     if plan.origin is not None:
         check_plan(plan.origin, known, num_layers, allow_other_weights=config.allow_other_weights)
-
-
-def _parent(config: ExportConfig) -> Path:
-    """The folder of the output, made if need be: what is written there for a while is on the same file system."""
-    parent = Path(str(config.output)).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent

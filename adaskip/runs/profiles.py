@@ -1,7 +1,7 @@
-"""Gets the profile a strategy needs: the one the user names, or one made once and kept beside the runs.
+"""Provides the profile that a strategy needs: the one given by the user, or one made once and kept beside the runs.
 
-What `adaskip calibrate` makes is kept in the same place, so that a run of the same settings finds it, and the other way
-round. Nothing that a search measured is deleted before its profile is on disk.
+`adaskip calibrate` and runs keep profiles in the same place, so each finds those of the other with the same settings.
+The measurements of a search are deleted only after its profile is on disk.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from adaskip.benchmarks.longbench import get_task
-from adaskip.calibration.divergence import OBJECTIVE
+from adaskip.benchmarks.protocol import Benchmark
+from adaskip.calibration.divergence import OBJECTIVE_VERSION
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.files import check_writable, remove_torn
@@ -32,17 +32,17 @@ from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.config import CalibrateConfig
 from adaskip.runs.job import Job, Profile, find_profile
 from adaskip.runs.loading import find_loading
-from adaskip.runs.records import Sample, fingerprint, prompt_ids
+from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A profile to be found beside the runs, or to be made and kept there.
+    """A profile that is kept beside the runs, or that will be made and kept there.
 
-    phase: of a selection; None for importance. up_to: the largest set of a selection. batch_size: prompts that
-    importance is measured on together.
+    phase: of a selection; None for an importance profile. up_to: largest set of a selection, in sublayers. batch_size:
+    number of prompts per forward when importance is measured.
     """
 
     loaded: LoadedModel
@@ -53,19 +53,19 @@ class Wanted:
 
     @property
     def importance(self) -> Wanted:
-        """AdaSkip's profile, by which a selection's candidates and scales are chosen."""
+        """The importance profile from which a selection takes its candidates and scales."""
         return replace(self, phase=None)
 
     @property
     def samples(self) -> list[tuple[str, Sample]]:
-        """(task, sample): what it is made on."""
+        """The calibration samples, as (task, sample)."""
         if self.phase is not None:
             return self.calibration.searched
         return [(self.calibration.task, sample) for sample in self.calibration.samples]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that it depends on."""
+        """All that the profile depends on."""
         loaded = self.loaded
         depends_on: dict[str, Any] = {
             "weights": loaded.weights_fingerprint,
@@ -79,8 +79,9 @@ class Wanted:
         }
         if self.phase is not None:
             depends_on |= {
-                "objective": OBJECTIVE,
+                "objective": OBJECTIVE_VERSION,
                 "up_to": self.up_to,
+                **({} if (cut := self.calibration.search_prompt_tokens) is None else {"search_prompt_tokens": cut}),
                 "stop_token_ids": list(loaded.spec.stop_token_ids),
                 "selection_samples": fingerprint([{"task": task, **sample} for task, sample in self.samples]),
             }
@@ -90,15 +91,15 @@ class Wanted:
     def path(self) -> Path:
         """`<output_dir>/../profiles/<model>-<first 8 digits of a hash over its identity>.json`.
 
-        A selection's phase stands in its name: `<model>-selection-<phase>-<digits>.json`. Where the profile of that
-        name was made with another configuration or tokenizer of the same weights, the hash is over these, too.
+        For a selection: `<model>-selection-<phase>-<digits>.json`. If the profile of that name was made with another
+        configuration or tokenizer of the same weights, the hash also covers these.
         """
         usual = self._named(self.identity)
         return self._named(self.identity | self.files) if self._is_of_other_files(usual) else usual
 
     @property
     def files(self) -> dict[str, str | None]:
-        """What it depends on and its identity leaves out, for which profiles made earlier keep their names."""
+        """Dependencies that are not in `identity`, so that older profiles keep their names."""
         config = config_fingerprint(self.loaded.model.config)
         return {"config_fingerprint": config, "tokenizer_files": self.loaded.spec.tokenizer_files}
 
@@ -108,23 +109,23 @@ class Wanted:
         return self.calibration.folder / f"{self.stem}-{digest[:8]}.json"
 
     def _is_of_other_files(self, path: Path) -> bool:
-        """Whether the profile kept there says that it was made with another configuration or tokenizer."""
+        """Whether the profile at `path` records another configuration or tokenizer."""
         held = _read(path) if path.is_file() else {}
         return any(held.get(name) not in (None, value) for name, value in self.files.items())
 
     @property
     def stem(self) -> str:
-        """What its file's name begins with."""
+        """The beginning of the file name."""
         name = self.loaded.spec.name
         return name if self.phase is None else f"{name}-selection-{self.phase}"
 
 
 def profile_for(job: Job, loaded: LoadedModel) -> tuple[Profile, Path]:
-    """The profile that is given, or the kept one of this model, made first when there is none, and its path.
+    """The profile given by the user, or the kept one of this model, which is made if missing; and its path.
 
     Raises:
-        ValueError: the given profile is missing, of the wrong kind, or was measured on another model; other weights of
-            a model of the same shape are warned of and not refused with `--allow-other-weights`.
+        ValueError: the given profile is missing, of the wrong kind, or was measured on another model (with
+            `--allow-other-weights`, other weights of a model of the same shape only cause a warning).
     """
     if (given := job.given_profile) is None:
         return keep(wanted_by(job, loaded))
@@ -149,18 +150,18 @@ def wanted_by(job: Job, loaded: LoadedModel) -> Wanted:
 
 
 def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]:
-    """The kept profile and its path; it is made first where there is none, by one process at a time."""
+    """The kept profile and its path; if missing, it is made by one process while others wait."""
     path = wanted.path
-    with exclusive(path.with_suffix(".lock"), wait=True):  # whoever comes second finds the file
+    with exclusive(path.with_suffix(".lock"), wait=True):  # a second process then finds the file
         remove_torn(path)
         profile = _ensured(wanted, path, show_progress) if wanted.path == path else None
-    if profile is None:  # while this process waited, that file was made with another configuration or tokenizer
+    if profile is None:  # while this process waited, the file was made with another configuration or tokenizer
         return keep(wanted, show_progress=show_progress)
     return profile, path
 
 
 def _ensured(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
-    """The profile whose lock is held, made first where there is none."""
+    """The profile, which is made if missing; call this while holding its lock."""
     if not path.is_file():
         if others := _others_line(wanted, path):
             logger.warning("%s", others)
@@ -182,7 +183,7 @@ def _kept(wanted: Wanted, path: Path) -> Profile:
 
 
 def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
-    """Measure importance, or search where AdaSkip's own profile leads; a stopped search goes on from its progress."""
+    """Measure importance, or search a selection; a stopped search continues from its progress file."""
     loaded = wanted.loaded
     if wanted.phase is None:
         return measure(wanted.calibration, loaded, wanted.batch_size)
@@ -191,21 +192,23 @@ def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
     return search(
         loaded,
         wanted.phase,
+        wanted.calibration.records.benchmark,
         wanted.samples,
         importance=importance,
         up_to=wanted.up_to,
         progress_path=_progress_path(path),
         show_progress=show_progress,
+        prompt_tokens=wanted.calibration.search_prompt_tokens,
     )
 
 
 def _progress_path(path: Path) -> Path:
-    """Where a search keeps what it has measured, beside the profile it will make."""
+    """The progress file of a search, beside the profile that it will make."""
     return path.with_suffix(".partial.jsonl")
 
 
 def _others_line(wanted: Wanted, path: Path) -> str:
-    """What the most alike of the kept profiles of this model was made otherwise with; empty where there is none."""
+    """A line that names the most similar kept profile of this model and its differences; empty if there is none."""
     found = []
     for other in sorted(path.parent.glob(f"{wanted.stem}-????????.json")):
         held = _read(other)
@@ -223,7 +226,7 @@ def _others_line(wanted: Wanted, path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The fields of a kept profile; none of a file that is not one, which whoever asks for it is told."""
+    """The fields of a kept profile; empty for an invalid file, which raises an error only where it is used."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -232,7 +235,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _told(wanted: Wanted) -> dict[str, Any]:
-    """Of what a profile depends on, what its file tells, by the names there."""
+    """The dependencies of a profile that its file records, under the names in the file."""
     model = wanted.loaded.model
     return {
         "weights_fingerprint": wanted.loaded.weights_fingerprint,
@@ -252,18 +255,24 @@ def measure(calibration: Calibration, loaded: LoadedModel, batch_size: int = 1) 
 def search(
     loaded: LoadedModel,
     phase: Phase,
+    benchmark: Benchmark,
     samples: Sequence[tuple[str, Sample]],
     *,
     importance: ImportanceProfile,
     up_to: int,
     progress_path: Path,
     show_progress: bool = False,
+    prompt_tokens: int | None = None,
 ) -> SelectionProfile:
-    """Choose the sets of strategy calibrated. samples: (task, sample), none of which is scored."""
+    """Choose the sets of strategy calibrated.
+
+    samples: (task, sample), none of which is scored. prompt_tokens: longer prompts lose their middle; None: the model's
+    limit.
+    """
     tokenizer: Any = loaded.tokenizer
     return select(
         loaded.model,
-        [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in samples],
+        [prompt_ids(benchmark, task, [sample], loaded, prompt_tokens)[0] for task, sample in samples],
         phase,
         up_to=up_to,
         eos_token_ids=loaded.spec.stop_token_ids,
@@ -283,24 +292,24 @@ def _dataset(samples: Sequence[tuple[str, Sample]]) -> str:
 
 
 def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
-    """`adaskip calibrate`: make a model's profile and keep it where a run looks for it, and at `config.output`, too.
+    """`adaskip calibrate`: make a model's profile and keep it where runs look for it, and also at `config.output`.
 
-    Returns the profile and where it is.
+    Returns the profile and its paths.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    loading = find_loading(config, config.model, config.max_prompt_tokens)
+    loading, setup = find_loading(config, config.model, config.max_prompt_tokens), config.setup
     loading.check_limit()
     if config.output is not None:
         check_writable(Path(config.output))
     phase = None if config.select is None else check_phase(config.select)
-    tasks = () if phase is None else config.tasks or config.setup.phases[phase].tasks
+    tasks = () if phase is None else config.tasks or setup.phases[phase].tasks
     wanted = Wanted(
         loading.load(),
-        find_calibration(config, tasks=tasks, num_samples=config.samples),
+        find_calibration(config, find_records(config, loading), tasks, config.samples),
         phase,
-        up_to=config.up_to or max(config.setup.budgets_for(loading.num_layers)),
+        up_to=config.up_to or max(setup.budgets_for(loading.num_layers)),
         batch_size=config.batch_size,
     )
     profile, path = keep(wanted, show_progress=True)

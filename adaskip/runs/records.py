@@ -1,36 +1,25 @@
-"""Where samples come from, in LongBench's record format: LongBench, or the testbed's generated tasks."""
+"""The records of a benchmark that a run is scored, calibrated or searched on, and the prompts made of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adaskip import testbed
-from adaskip.benchmarks.longbench import (
-    PAPER_MIN_LENGTH,
-    TaskSpec,
-    as_dataset,
-    build_prompt_ids,
-    find_set,
-    load_records,
-    set_meant,
-)
-from adaskip.benchmarks.longbench_files import HUB, LongBenchError, MissingDataError, list_sets
-from adaskip.models.loading import LoadedModel
-from adaskip.runs.config import DataConfig, SharedConfig
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from adaskip.benchmarks.prompts import build_prompt_ids, build_reference_ids, count_tokens
+from adaskip.benchmarks.protocol import Benchmark, BenchmarkError
+from adaskip.models.loading import LoadedModel, ModelSource, load_tokenizer
+from adaskip.runs.config import SharedConfig
+from adaskip.runs.loading import Loading
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +27,20 @@ Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Records(ABC):
-    """Samples of tasks. seed: of the samples that are drawn at random."""
+class PromptLimit:
+    """Prompts of more than `tokens` tokens, before they are wrapped, are left out. source: whose tokenizer counts."""
 
-    is_testbed: ClassVar[bool]
-    seed: int
+    tokens: int
+    source: ModelSource
+
+
+@dataclass(frozen=True)
+class Records:
+    """A benchmark's samples within a `prompt_limit`. seed: of the samples that are drawn at random."""
+
+    benchmark: Benchmark
+    seed: int = 0
+    prompt_limit: PromptLimit | None = None
 
     def scored(self, task: str, limit: int | None = None, subset: int | None = None) -> tuple[Sample, ...]:
         """The samples a run is scored on.
@@ -52,14 +50,15 @@ class Records(ABC):
             subset: only so many drawn by the seed, or all where there are fewer. The draw depends on nothing but the
                 task's records and the seed, and a larger subset begins with the smaller one.
         """
-        samples = self._scored(task, None if subset else limit)
-        if subset:
-            samples = samples.shuffle(seed=self.seed).take(min(subset, len(samples)))
-        return tuple(samples.to_list())
+        if subset is None:
+            return self._fitting(task, limit)
+        samples = self._fitting(task, None)
+        drawn = np.random.default_rng(self.seed).permutation(len(samples))[:subset]
+        return tuple(samples[place] for place in drawn)
 
-    def unscored(self, tasks: Sequence[str], limit: int, max_length: int) -> list[tuple[str, Sample]]:
-        """(task, sample) of `limit` samples that no run is scored on, the tasks in turns: in LongBench those of at most
-        `max_length` words, the first in file order; in the testbed the calibration split.
+    def unscored(self, tasks: Sequence[str], limit: int) -> list[tuple[str, Sample]]:
+        """(task, sample) of `limit` samples that no run is scored on, the tasks in turns: of each the first that the
+        benchmark names, or with a `prompt_limit` that are beyond it.
 
         Raises:
             ValueError: there are fewer.
@@ -67,200 +66,147 @@ class Records(ABC):
         each = -(-limit // len(tasks))
         columns = []
         for task in tasks:
-            found = self._unscored(task, max_length)[:each]
+            found = self._left_out(task)[:each]
             if len(found) < each:
                 raise ValueError(
-                    f"strategy calibrated searches on {each} samples of {task} that no run is scored on, of at most "
-                    f"{max_length} words, and there are {len(found)}; --profile takes a selection made elsewhere"
+                    f"strategy calibrated searches on {each} samples of {task} that no run is scored on"
+                    f"{self._left_out_kind}, and there are {len(found)}; --profile takes a selection made elsewhere"
                 )
             columns.append([(task, sample) for sample in found])
         return [pair for row in zip(*columns, strict=True) for pair in row][:limit]
 
-    @abstractmethod
     def calibration(self, task: str, limit: int) -> tuple[Sample, ...]:
-        """The first `limit` samples of a calibration task, with a warning where there are fewer."""
-
-    @abstractmethod
-    def set_name(self, task: str) -> str | None:
-        """The set of LongBench that a task's samples are of, `trec` or `trec_e`; None on the testbed."""
-
-    @abstractmethod
-    def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
-        """What a manifest says of the choice among records."""
-
-    @abstractmethod
-    def _scored(self, task: str, limit: int | None) -> Dataset: ...
-
-    @abstractmethod
-    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]: ...
-
-
-@dataclass(frozen=True)
-class TestbedRecords(Records):
-    """The generated tasks of the embedded models."""
-
-    __test__: ClassVar[bool] = False  # no class of tests
-    is_testbed: ClassVar[bool] = True
-
-    def calibration(self, task: str, limit: int) -> tuple[Sample, ...]:
-        return tuple(_generated(task, "calibration", limit).to_list())
-
-    def set_name(self, task: str) -> None:
-        return None
-
-    def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
-        return {"sets": None, "min_length": None}
-
-    def _scored(self, task: str, limit: int | None) -> Dataset:
-        return _generated(task, "test", limit)
-
-    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]:
-        return tuple(testbed.records(task, split="calibration"))
-
-
-@dataclass(frozen=True)
-class LongBenchRecords(Records):
-    """LongBench's records of more than `min_length` and at most `max_length` words.
-
-    data_dir: see `longbench_files.list_sets`. extended: which set a task's name means, see `longbench.load_records`.
-    """
-
-    is_testbed: ClassVar[bool] = False
-    data_dir: str | None
-    extended: bool | None = None
-    min_length: int = PAPER_MIN_LENGTH
-    max_length: int | None = None
-
-    def calibration(self, task: str, limit: int) -> tuple[Sample, ...]:
-        """The first `limit` samples of a calibration task, filtered as in the paper, but of at most `max_length` words
-        (below the paper's least length: of more than `min_length`).
-
-        They are of the kind of set that the scored samples are of, plain or LongBench-E's, or, where the data has none
-        of that, of the other kind. Warns, once in a process, of that and of fewer samples.
-
-        Raises:
-            LongBenchError: the data has neither set, or no such samples in it.
-        """
-        extended = self.extended
-        if extended is not None:
-            extended = _kind_at_hand(task, self.data_dir, extended)
-        is_short = self.max_length is not None and self.max_length <= PAPER_MIN_LENGTH
-        least = self.min_length if is_short else PAPER_MIN_LENGTH
-        try:
-            samples = _records(task, self.data_dir, limit, least, self.max_length, extended)
-        except MissingDataError:
-            raise
-        except LongBenchError as error:
-            raise LongBenchError(f"to calibrate on {task}: {error}; --profile takes a profile made elsewhere") from None
+        """The first `limit` samples of a calibration task; warns, once in a process, where there are fewer."""
+        samples = _read(self.benchmark, "calibration_records", task, limit)[:limit]
         if len(samples) < limit:
-            _warn_of_few(task, len(samples), limit, _range(least, self.max_length))
-        return tuple(samples.to_list())
-
-    def set_name(self, task: str) -> str:
-        return _set_name(task, self.data_dir, self.extended)
+            _warn_of_few(task, len(samples), limit)
+        return samples
 
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
-        limit = {} if self.max_length is None else {"max_length": self.max_length}
-        return {"sets": {task: self.set_name(task) for task in tasks}, "min_length": self.min_length, **limit}
+        """The fields of a run's manifest that tell which records these are."""
+        limit = {} if self.prompt_limit is None else {"longest_prompt_tokens": self.prompt_limit.tokens}
+        options = self.benchmark.options or None
+        return {
+            **{"benchmark": self.benchmark.name, "benchmark_options": options},
+            **self.benchmark.describe(tasks),
+            **limit,
+        }
 
-    def _scored(self, task: str, limit: int | None) -> Dataset:
-        return _records(task, self.data_dir, limit, self.min_length, self.max_length, self.extended)
+    @property
+    def unscored_words(self) -> int | None:
+        """The most words of a sample that no run is scored on; None where that is not known."""
+        return self.benchmark.unscored_words if self.prompt_limit is None else None
 
-    def _unscored(self, task: str, max_length: int) -> tuple[Sample, ...]:
-        return _short_records(task, self.data_dir, max_length, self.extended)
+    @property
+    def _left_out_kind(self) -> str:
+        if self.prompt_limit is not None:
+            return f", with prompts of over {self.prompt_limit.tokens} tokens"
+        return "" if (words := self.unscored_words) is None else f", of at most {words} words"
 
+    def _fitting(self, task: str, limit: int | None) -> tuple[Sample, ...]:
+        """The first `limit` samples within the `prompt_limit`."""
+        if self.prompt_limit is None:
+            return _read(self.benchmark, "records", task, limit)[:limit]
+        most, counts = self.prompt_limit.tokens, self._prompt_tokens(task)
+        kept = tuple(sample for sample, count in counts if count <= most)
+        if not kept:
+            raise BenchmarkError(
+                f"{self.benchmark.name} has no record of {task} whose prompt has at most {most} tokens; the shortest "
+                f"has {min(count for _, count in counts)}"
+            )
+        return kept[:limit]
 
-def find_records(config: SharedConfig) -> Records:
-    """Where a configuration's samples come from."""
-    if config.testbed:
-        return TestbedRecords(config.seed)
-    if isinstance(config, DataConfig):
-        return LongBenchRecords(config.seed, config.data_dir, config.extended, config.min_length, config.max_length)
-    return LongBenchRecords(config.seed, config.data_dir, config.extended)
+    def _left_out(self, task: str) -> Sequence[Sample]:
+        if self.prompt_limit is None:
+            return _read(self.benchmark, "unscored_records", task)
+        return [sample for sample, count in self._prompt_tokens(task) if count > self.prompt_limit.tokens]
 
-
-@lru_cache(maxsize=16)
-def _generated(task: str, split: str, limit: int | None) -> Dataset:
-    return as_dataset(testbed.records(task, split=split, limit=limit))
-
-
-@lru_cache(maxsize=16)
-def _records(
-    task: str,
-    data_dir: str | None,
-    limit: int | None,
-    min_length: int,
-    max_length: int | None,
-    extended: bool | None,
-) -> Dataset:
-    with _said_where_to_get_data():
-        if max_length is None:
-            return load_records(task, data_dir, min_length or None, limit, extended)
-        records = load_records(task, data_dir, min_length or None, None, extended).to_list()
-    kept = [record for record in records if record["length"] <= max_length]
-    if not kept:
-        shortest = min(record["length"] for record in records)
-        raise LongBenchError(
-            f"{data_dir or HUB} holds no record of {task} {_range(min_length, max_length)}; the shortest of more than "
-            f"{min_length} words has {shortest}"
-        )
-    return as_dataset(kept[:limit])
+    def _prompt_tokens(self, task: str) -> tuple[tuple[Sample, int], ...]:
+        """Each sample with the tokens of its prompt."""
+        assert self.prompt_limit is not None, "there is a tokenizer to count with"
+        return _prompt_tokens(self.benchmark, task, self.prompt_limit.source.path)
 
 
-def _range(min_length: int, max_length: int | None) -> str:
-    return (
-        f"of over {min_length} words" if max_length is None else f"of over {min_length} and at most {max_length} words"
-    )
+def find_records(config: SharedConfig, loading: Loading | None = None) -> Records:
+    """The records that a configuration speaks of. loading: the model that they are for.
+
+    Raises:
+        ValueError: the protocol counts tokens of prompts, and it is not known of which model.
+    """
+    setup = config.setup if loading is None else config.setup_of(loading.source.entry)
+    limit = None
+    if setup.longest_prompt_tokens is not None:
+        if loading is None:
+            raise ValueError(f"protocol {setup.name} counts tokens of prompts, which this command cannot: leave it out")
+        limit = PromptLimit(loading.max_prompt_tokens, loading.source)
+    return Records(config.find_benchmark(setup), config.seed, limit)
 
 
-@lru_cache(maxsize=16)
-def _short_records(task: str, data_dir: str | None, max_length: int, extended: bool | None) -> tuple[Sample, ...]:
-    records = load_records(task, data_dir, min_length=None, extended=extended)
-    return tuple(record for record in records.to_list() if record["length"] <= max_length)
+@lru_cache(maxsize=32)
+def _read(benchmark: Benchmark, method: str, task: str, *limit: int | None) -> tuple[Sample, ...]:
+    """What a method of the benchmark returns, checked."""
+    samples = tuple(dict(record) for record in getattr(benchmark, method)(task, *limit))
+    for number, sample in enumerate(samples):
+        if problem := _problem(benchmark, sample):
+            raise BenchmarkError(f"record {number} of task {task} of benchmark {benchmark.name} {problem}")
+    if len({sample["_id"] for sample in samples}) < len(samples):
+        raise BenchmarkError(f"two records of task {task} of benchmark {benchmark.name} have the same '_id'")
+    return samples
 
 
-@lru_cache
-def _kind_at_hand(task: str, data_dir: str | None, extended: bool) -> bool:
-    """`extended` if the data has such a set of `task`, or has none at all; else the other kind."""
-    with _said_where_to_get_data():
-        sets = list_sets(data_dir)
-    wanted, other = set_meant(task, extended), set_meant(task, not extended)
-    if wanted in sets or other not in sets:
-        return extended
-    logger.warning("calibration on %s: %s has no %s", other, data_dir or HUB, wanted)
-    return not extended
+@lru_cache(maxsize=32)
+def _prompt_tokens(benchmark: Benchmark, task: str, folder: Path) -> tuple[tuple[Sample, int], ...]:
+    tokenizer = load_tokenizer(folder)
+    samples = _read(benchmark, "records", task, None)
+    return tuple((sample, count_tokens(benchmark.prompt(task, sample), tokenizer)) for sample in samples)
 
 
-@lru_cache
-def _warn_of_few(task: str, found: int, asked: int, kind: str) -> None:
-    logger.warning(
-        "calibration on %d samples of %s instead of %d: the data has no more %s", *(found, task, asked, kind)
-    )
-
-
-@lru_cache
-def _set_name(task: str, data_dir: str | None, extended: bool | None) -> str:
-    with _said_where_to_get_data():
-        return find_set(task, data_dir, extended).set_name
-
-
-@contextmanager
-def _said_where_to_get_data() -> Iterator[None]:
+def _problem(benchmark: Benchmark, sample: Sample) -> str:
+    """What is wrong with a record; empty if nothing is."""
+    if missing := [name for name in ("_id", "answers", *benchmark.kept) if name not in sample]:
+        return f"has no {', '.join(map(repr, missing))}; it has: {', '.join(sample)}"
+    if not isinstance(sample["_id"], str):
+        return f"has the '_id' {sample['_id']!r}, which must be a text"
+    answers = sample["answers"]
+    if not isinstance(answers, list | tuple) or not answers or not all(isinstance(text, str) for text in answers):
+        return "has 'answers' that are not a list of at least one text"
     try:
-        yield
-    except MissingDataError as error:
-        hint = "--data-dir takes any of these, --testbed the embedded models and tasks"
-        raise MissingDataError(f"{error}; {hint}") from None
+        json.dumps(sample, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        return f"holds what JSON cannot: {error}"
+    return ""
 
 
-def prompt_ids(samples: Sequence[Sample], task: TaskSpec, loaded: LoadedModel) -> list[Tensor]:
-    """The samples' prompts as the model is given them, 1-D token ids."""
-    spec = loaded.spec
-    tokenizer: Any = loaded.tokenizer
-    return [
-        torch.tensor(build_prompt_ids(sample, task, tokenizer, spec.max_prompt_tokens, spec.chat_template))
-        for sample in samples
-    ]
+@lru_cache
+def _warn_of_few(task: str, found: int, asked: int) -> None:
+    logger.warning("calibration on %d samples of %s instead of %d: the data has no more", found, task, asked)
+
+
+def prompt_ids(
+    benchmark: Benchmark, task: str, samples: Sequence[Sample], loaded: LoadedModel, most: int | None = None
+) -> list[Tensor]:
+    """The samples' prompts as the model is given them, 1-D token ids; `most` tokens, or the model's limit, are kept of
+    a longer one before it is wrapped."""
+    limit = min(loaded.spec.max_prompt_tokens, most or loaded.spec.max_prompt_tokens)
+    wrapper = loaded.spec.chat_template if benchmark.task(task).chat else None
+    texts = (benchmark.prompt(task, sample) for sample in samples)
+    return [torch.tensor(build_prompt_ids(text, loaded.tokenizer, limit, wrapper)) for text in texts]
+
+
+def reference_ids(
+    benchmark: Benchmark,
+    task: str,
+    samples: Sequence[Sample],
+    prompts: Sequence[Tensor],
+    max_tokens: int,
+    loaded: LoadedModel,
+) -> list[Tensor | None]:
+    """The samples' reference answers as they would follow their prompts, 1-D token ids; None for an empty one."""
+    made = (
+        build_reference_ids(benchmark.reference(task, sample), prompt.tolist(), loaded.tokenizer, max_tokens)
+        for sample, prompt in zip(samples, prompts, strict=True)
+    )
+    return [torch.tensor(ids) if ids else None for ids in made]
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -1,8 +1,8 @@
-"""Runs one cell: every sample of its tasks through the model under its strategy, continuing where a kill left it.
+"""Runs one cell: generates an answer for every sample of its tasks, and continues a run that was stopped.
 
-The folder is the only state. A batch is `batch_size` consecutive samples in the data's order, so that a run that was
-killed and continued, or split over processes, makes the same batches, and thereby the same predictions, as one that was
-not. Of several processes (`adaskip.common.processes`) the main one holds the folder, calibrates and merges.
+The folder is the only state. A batch is `batch_size` consecutive samples in the order of the data. So a run that was
+killed and continued, or split over processes, has the same batches and the same predictions as one that was not. With
+several processes (`adaskip.common.processes`), the main one locks the folder, calibrates and merges.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import TaskSpec
+from adaskip.benchmarks.protocol import Task
 from adaskip.common.errors import RunError
 from adaskip.common.processes import Processes, one_line
 from adaskip.core.generate import Generation, generate
@@ -28,9 +28,9 @@ from adaskip.runs.checks import build_strategies, check
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
-from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done
+from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done, without_growth
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.records import Sample, prompt_ids
+from adaskip.runs.records import Sample, reference_ids
 from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
 
@@ -41,7 +41,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of a run: samples that were already done, samples just made, or samples left to the other processes."""
+    """A step of a run: samples already done before, samples made now, and samples left to other processes."""
 
     found: int = 0
     made: int = 0
@@ -52,7 +52,7 @@ class Progress:
 class Outcome:
     """A finished cell: how many of its samples were done before, and how many this call made.
 
-    target: the speedup it was asked for, and what came of it; None where the budget was given.
+    target: the target speedup and its result; None if the budget was given.
     """
 
     cell: Cell
@@ -65,14 +65,14 @@ class Outcome:
 def run(
     config: RunConfig, *, show_progress: bool = False, watch: Callable[[Progress], object] | None = None
 ) -> Outcome:
-    """Run the cell to its end, or continue it; of a finished one the model is not loaded.
+    """Run or continue a cell until it is complete. If it is already finished, the model is not loaded.
 
     Args:
         show_progress: draw a progress bar if standard error is a terminal.
         watch: called after each step of this process.
 
     Raises:
-        ValueError: the configuration cannot be run, or its folder holds another run or is in use.
+        ValueError: the configuration is invalid, or its folder contains another run or is in use.
         RunError: generating or writing failed half-way.
         ProcessError: another process of the launch failed.
     """
@@ -108,11 +108,11 @@ def run(
 def _prepare(config: RunConfig, processes: Processes) -> None:
     if processes.size > 1 and config.device_map is not None:
         raise ValueError(
-            f"--device-map {config.device_map} spreads one model over the devices and {processes.size} processes load "
-            "one each: leave it out, or run in one process"
+            f"--device-map {config.device_map} spreads one model over all devices, but {processes.size} processes "
+            "would each load a model: leave it out, or run in one process"
         )
     if not processes.is_main:
-        logging.getLogger("adaskip").setLevel(logging.ERROR)  # the main process warns for all
+        logging.getLogger("adaskip").setLevel(logging.ERROR)  # only the main process logs warnings
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -120,20 +120,20 @@ def _prepare(config: RunConfig, processes: Processes) -> None:
 
 def _find_target(job: Job) -> Target:
     where = f"{run_name(job.loading.source.name, job.phase, job.strategy)} stopped before it chose its budget"
-    with one_line_if_it_fails(where, "nothing was written"):
+    with failure_as_run_error(where, "nothing was written"):
         return find_target(job)
 
 
 def _attain(job: Job, target: Target) -> Target:
-    failed = f"the run in {job.folder.path} is finished, its speedup could not be measured"
-    with one_line_if_it_fails(failed, "the same command tries again"):
+    failed = f"the run in {job.folder.path} is finished, but its speedup could not be measured"
+    with failure_as_run_error(failed, "run the same command again to retry"):
         attained = attain(job, target)
         attained.save(job.folder.path)
     return attained
 
 
 def execute(job: Job, processes: Processes) -> Iterator[Progress]:
-    """Do this process's share of what is left of a job whose folder is held, step by step."""
+    """Run this process's share of the remaining samples of a job, step by step; the folder must be locked."""
     if processes.from_main(lambda: _is_complete(job)):
         yield Progress(found=job.num_samples)
         return
@@ -156,12 +156,13 @@ def execute(job: Job, processes: Processes) -> Iterator[Progress]:
 
 
 def _is_complete(job: Job) -> bool:
-    """Whether nothing is left to do; before the model is loaded, refuse a folder that holds another run.
+    """Whether nothing is left to do; raises FolderError if the folder contains another run.
 
-    A finished run whose records were lost or cut is not complete.
+    A finished run with missing or truncated records is not complete.
     """
-    wanted = {**describe_job(job), **job.loading.source.model_files}
-    job.folder.check(comparable(wanted, job.folder.read_manifest()))
+    held = job.folder.read_manifest()
+    wanted = without_growth({**describe_job(job), **job.loading.source.model_files}, job, held)
+    job.folder.check(comparable(wanted, held))
     return is_done(job) and not _count(job, _merge(job))
 
 
@@ -173,9 +174,12 @@ def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple
 
 
 def _begin(job: Job, manifests: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Write the manifest and return the batches to be made, of each part."""
+    """Write the manifest and return the missing batches of each part."""
     check_alike(manifests)
-    job.folder.start(comparable(manifests[0], job.folder.read_manifest()))
+    held = job.folder.read_manifest()
+    manifest = comparable(manifests[0], held)
+    same = without_growth(manifest, job, held)
+    job.folder.start(same, {name: manifest[name] for name in manifest.keys() - same.keys()} or None)
     return _merge(job)
 
 
@@ -183,7 +187,7 @@ def _end(job: Job) -> None:
     if missing := _count(job, _merge(job)):
         raise RunError(
             f"{missing} samples of {job.cell.label} were made but are not in {job.folder.path}: it must be on a file "
-            "system that all machines of the launch share; the same command continues"
+            "system that all machines of the launch share; run the same command again to continue"
         )
     job.folder.finish()
 
@@ -193,7 +197,7 @@ def _merge(job: Job) -> list[list[int]]:
 
 
 def _count(job: Job, missing: Sequence[Sequence[int]]) -> int:
-    """Samples in the batches that begin at `missing`, of each part."""
+    """Number of samples in the batches that begin at the indices `missing` of each part."""
     return sum(
         len(part.samples[start : start + job.batch_size])
         for part, starts in zip(job.parts, missing, strict=True)
@@ -202,8 +206,8 @@ def _count(job: Job, missing: Sequence[Sequence[int]]) -> int:
 
 
 @contextmanager
-def one_line_if_it_fails(where: str, then: str) -> Iterator[None]:
-    """Turn a failure of the machine (out of memory among others, a RuntimeError of torch's) into a RunError."""
+def failure_as_run_error(where: str, then: str) -> Iterator[None]:
+    """Turn a failure of the machine (out of memory, other RuntimeErrors of torch, I/O errors) into a RunError."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -211,15 +215,15 @@ def one_line_if_it_fails(where: str, then: str) -> Iterator[None]:
 
 
 def _before_the_first_sample(job: Job) -> AbstractContextManager[None]:
-    return one_line_if_it_fails(f"{job.cell.label} stopped before its first sample", "nothing was written")
+    return failure_as_run_error(f"{job.cell.label} stopped before its first sample", "nothing was written")
 
 
 def _run_batch(job: Job, part: Part, start: int, loaded: LoadedModel, strategy: Strategy | None, rank: int) -> int:
-    """Make and save the records of one batch; how many they were."""
+    """Make and save the records of one batch; returns their number."""
     batch = part.samples[start : start + job.batch_size]
-    with one_line_if_it_fails(
+    with failure_as_run_error(
         f"{job.cell.label} stopped at {part.name}, samples {start} to {start + len(batch) - 1}",
-        "those made before are kept and the same command continues",
+        "earlier samples are kept; run the same command again to continue",
     ):
         records = make_records(part, batch, start, loaded, strategy)
         job.folder.append(part.name, records, rank)
@@ -229,9 +233,10 @@ def _run_batch(job: Job, part: Part, start: int, loaded: LoadedModel, strategy: 
 def make_records(
     part: Part, batch: Sequence[Sample], start: int, loaded: LoadedModel, strategy: Strategy | None
 ) -> list[Record]:
-    """Generate for a batch of samples, the first of which is number `start` of its task."""
+    """Generate answers for a batch of samples; `start` is the index of the first one in its task."""
     tokenizer: Any = loaded.tokenizer
-    prompts = prompt_ids(batch, part.task, loaded)
+    prompts = part.prompt_ids(batch, loaded)
+    references = reference_ids(part.benchmark, part.name, batch, prompts, part.max_new_tokens, loaded)
     generations = generate(
         loaded.model,
         strategy,
@@ -240,10 +245,17 @@ def make_records(
         eos_token_ids=stop_token_ids(part.task, loaded),
         pad_token_id=tokenizer.pad_token_id,
         min_new_tokens=part.task.min_new_tokens,
+        references=references,
     )
     return [
-        _record(part, start + offset, sample, len(prompt), generation, loaded)
-        for offset, (sample, prompt, generation) in enumerate(zip(batch, prompts, generations, strict=True))
+        {
+            **_record(part, start + offset, sample, len(prompt), generation, loaded),
+            "reference_loss": generation.reference_loss,
+            "reference_tokens": 0 if reference is None else len(reference),
+        }
+        for offset, (sample, prompt, reference, generation) in enumerate(
+            zip(batch, prompts, references, generations, strict=True)
+        )
     ]
 
 
@@ -256,8 +268,7 @@ def _record(
         "index": index,
         "prediction": decode(generation.token_ids, loaded),
         "references": sample["answers"],
-        "all_classes": sample["all_classes"],
-        "length": sample["length"],
+        **part.benchmark.kept_of(sample),
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(generation.token_ids),
         "ttft_s": generation.ttft_s,
@@ -268,8 +279,8 @@ def _record(
     }
 
 
-def stop_token_ids(task: TaskSpec, loaded: LoadedModel) -> list[int]:
-    """The tokens that end an answer: the model's, and a newline where the task says so."""
+def stop_token_ids(task: Task, loaded: LoadedModel) -> list[int]:
+    """The tokens that end an answer: those of the model, and a newline if the task requires it."""
     stops = list(loaded.spec.stop_token_ids)
     if task.stop_at_newline:
         stops.append(loaded.tokenizer.encode("\n", add_special_tokens=False)[-1])
@@ -277,7 +288,7 @@ def stop_token_ids(task: TaskSpec, loaded: LoadedModel) -> list[int]:
 
 
 def decode(token_ids: Sequence[int], loaded: LoadedModel) -> str:
-    """The answer's text, up to the first of the model's stop strings."""
+    """The text of an answer, up to the first stop string of the model."""
     text = str(loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True))
     for stop in loaded.spec.stop_strings:
         text = text.split(stop, 1)[0]

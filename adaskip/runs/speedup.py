@@ -1,7 +1,7 @@
-"""`--target-speedup`: the budget a run chooses for itself, and the speedup it then attains.
+"""`--target-speedup`: chooses the budget of a run by predicted speedup, and measures the attained speedup at its end.
 
-The choice is written to `speedup-<asked>[-<device>].json` in the run's folder as soon as that is there, so that a run
-that is continued keeps it, wherever and with whatever ceilings; what was attained joins it when the run ends.
+The choice is saved as `speedup-<asked>[-<device>].json` in the run's folder as soon as that exists, so that a continued
+run keeps it, even on another machine. The attained speedup is added when the run ends.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from adaskip.runs.cells import run_name
 from adaskip.runs.choose_by_speedup import Predictor, Request, choose, phase_seconds
 from adaskip.runs.job import Job, Part, SpeedupAsked
 from adaskip.runs.profiles import profile_for
-from adaskip.runs.records import Sample, prompt_ids
+from adaskip.runs.records import Sample
 from adaskip.strategies import Strategy, build
 
 PAIRS = 6
-"""Batches timed under the full model and the skipped one."""
+"""Number of batches that are timed with both the full and the skipped model."""
 
 
 @dataclass(frozen=True)
 class Attained:
-    """The median over pairs of time of the full model over time of the skipped one, and its 95 % interval."""
+    """The median, over pairs, of the full model's time divided by the skipped model's, and its 95 % interval."""
 
     speedup: float
     low: float | None
@@ -48,10 +48,10 @@ class Attained:
 
 @dataclass(frozen=True)
 class Target:
-    """A speedup asked for and the number of sublayers chosen for it.
+    """A target speedup and the number of sublayers chosen for it.
 
-    on: the device of `--speedup-on`, None for the present one. requests: by task, the mean prompt length and the cap of
-    the answers it was predicted for. attained: None until the run has ended.
+    on: the device of `--speedup-on`, None for this machine. requests: for each task, the mean prompt length and the
+    answer cap of the prediction. attained: None until the run has ended.
     """
 
     asked: float
@@ -65,7 +65,7 @@ class Target:
 
     @property
     def line(self) -> str:
-        """What a run says of it."""
+        """The line that a run prints about it."""
         told = f"speedup asked {self.asked:.2f}, predicted {self.predicted:.2f} on {self.ceilings.name}"
         if (attained := self.attained) is None:
             return told
@@ -73,12 +73,12 @@ class Target:
         return f"{told}, attained {attained.speedup:.2f}{interval} on {attained.device}, {self.sublayers} sublayers"
 
     def save(self, folder: Path) -> Path:
-        """Write it into a run's folder, whole or not at all."""
+        """Write it to the folder of a run, atomically."""
         return write_text_atomic(folder / _file_name(self.asked, self.on), json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Target:
-        """Read a saved target; ValueError if it is none."""
+        """Read a saved target; ValueError if the file is not one."""
         try:
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             fields["ceilings"] = Ceilings(**fields["ceilings"])
@@ -86,7 +86,7 @@ class Target:
             fields["attained"] = None if fields["attained"] is None else Attained(**fields["attained"])
             return cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no saved choice ({error}); delete it to choose again") from None
+            raise ValueError(f"{path} is not a saved choice ({error}); delete it to choose again") from None
 
 
 def _file_name(asked: float, on: str | None) -> str:
@@ -94,17 +94,19 @@ def _file_name(asked: float, on: str | None) -> str:
 
 
 def find_target(job: Job) -> Target:
-    """The choice that a run of this job made before, or a new one, which takes the model and its profile.
+    """The saved choice of an earlier run of this job, or a new one, for which the model and its profile are loaded.
 
     Raises:
-        UnreachableSpeedupError: no set of the profile is predicted to be that fast.
+        UnreachableSpeedupError: no set of the profile is predicted to reach the target.
     """
     assert job.speedup is not None
     name = _file_name(job.speedup.speedup, job.speedup.on)
     runs = job.runs_dir / run_name(job.loading.source.name, job.phase, job.strategy)
     held = sorted(runs.glob(f"*-sublayers/{name}"))
     if len(held) > 1:
-        raise ValueError(f"several runs chose for this speedup: {', '.join(map(str, held))}; delete all but one")
+        raise ValueError(
+            f"several runs have a choice for this speedup: {', '.join(map(str, held))}; delete all but one"
+        )
     return Target.load(held[0]) if held else _choose(job, job.speedup)
 
 
@@ -128,12 +130,12 @@ def _choose(job: Job, asked: SpeedupAsked) -> Target:
 
 
 def _typical_request(part: Part, loaded: LoadedModel) -> Request:
-    lengths = [len(prompt) for prompt in prompt_ids(part.samples, part.task, loaded)]
+    lengths = [len(prompt) for prompt in part.prompt_ids(part.samples, loaded)]
     return Request(round(mean(lengths)), part.max_new_tokens, len(lengths))
 
 
 def _predictor(job: Job, on: str | None, loaded: LoadedModel, requests: Sequence[Request]) -> Predictor:
-    """For a named device in the 16 bits of its data sheet, for the present one in the model's own dtype."""
+    """For a named device with 16-bit values as in its data sheet; for this machine with the model's own dtype."""
     model = loaded.model
     return Predictor(
         shape=ModelShape.of(model.config),
@@ -147,10 +149,10 @@ def _predictor(job: Job, on: str | None, loaded: LoadedModel, requests: Sequence
 
 
 def attain(job: Job, target: Target) -> Target:
-    """Time the first batches of the job's tasks, in turn, under the full model and its skipped set, side by side.
+    """Time the first batches of the job's tasks in pairs, with the full model and with the chosen set.
 
-    Every answer has the length of its cap, so that both make as many tokens. One pair beforehand warms up; which of a
-    pair goes first alternates.
+    Every answer has the length of its cap, so that both generate the same number of tokens. One extra pair warms up;
+    the order within pairs alternates.
     """
     loaded = job.loading.load()
     profile, _ = profile_for(job, loaded)
@@ -175,7 +177,7 @@ def attain(job: Job, target: Target) -> Target:
 
 
 def _first_batches(job: Job) -> list[tuple[Part, Sequence[Sample]]]:
-    """One batch to warm up with and `PAIRS` to time, from the tasks in turn, from the beginning again if they end."""
+    """One warm-up batch and `PAIRS` batches to time, alternating between tasks, repeated if there are too few."""
     starts = range(0, max(len(part.samples) for part in job.parts), job.batch_size)
     batches = zip_longest(
         *([(part, part.samples[start : start + job.batch_size]) for start in starts] for part in job.parts)
@@ -189,7 +191,7 @@ def _seconds(job: Job, part: Part, batch: Sequence[Sample], loaded: LoadedModel,
     generation, *_ = generate(
         loaded.model,
         strategy,
-        prompt_ids(batch, part.task, loaded),
+        part.prompt_ids(batch, loaded),
         max_new_tokens=part.max_new_tokens,
         min_new_tokens=part.max_new_tokens,
         eos_token_ids=loaded.spec.stop_token_ids,

@@ -1,4 +1,4 @@
-"""Which requests can be verified several tokens at a time."""
+"""Refuses requests whose tokens cannot be verified several at a time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def check_request(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> None:
-    """Raise ValueError, in one line, for what cannot be verified several tokens at a time."""
+    """Raise ValueError for a request whose tokens cannot be verified several at a time."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"lossless decodes greedily or by sampling, with one beam; got {mode.value}")
     if len(input_ids) != 1:
         raise ValueError(
-            f"lossless decodes one sequence at a time (rows accept different numbers of tokens); got {len(input_ids)}"
+            f"lossless decodes one sequence at a time (rows would accept different numbers of tokens); got "
+            f"{len(input_ids)}"
         )
     cache = model_kwargs.get("past_key_values")
     if cache is None or not model_kwargs.get("use_cache"):
@@ -36,15 +37,17 @@ def check_request(
     if not croppable or cache.offloading:
         held = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(
-            "lossless takes rejected tokens back out of the KV cache: it needs a DynamicCache on the device, filled by "
+            "lossless removes rejected tokens from the KV cache, so it needs a DynamicCache on the device, filled by "
             f"the full model; got {type(cache).__name__}{' with offloading' * cache.offloading} of {held}"
         )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-        raise ValueError("lossless returns scores and logits, no attentions or hidden states; leave those outputs off")
+        raise ValueError(
+            "lossless returns scores and logits but no attentions or hidden states; leave these outputs off"
+        )
     if DynamicSlidingWindowLayer in kinds and not _masks_slide(model):
         raise ValueError(
-            f"the configuration of {type(model).__name__} names a sliding_window, so its KV cache drops tokens that "
-            "its masks still show; lossless cannot follow that. Remove sliding_window from the configuration"
+            f"the configuration of {type(model).__name__} has a sliding_window, so its KV cache drops tokens that its "
+            "masks do not hide, which lossless does not support; remove sliding_window from the configuration"
         )
     _check_arguments(model)
     _check_adapters(model)
@@ -52,13 +55,14 @@ def check_request(
 
 
 def _masks_slide(model: PreTrainedModel) -> bool:
-    """Whether the model's own code makes masks with a window: only such a decoder sees what its sliding cache keeps."""
+    """Whether the model's own code builds sliding-window masks, which match the contents of a sliding cache."""
     modules = (sys.modules.get(cls.__module__) for cls in type(find_decoder(model)).__mro__)
     return any(hasattr(module, SLIDING_MASK) for module in modules)
 
 
 def _check_rope(model: PreTrainedModel, prompt_length: int, max_length: int) -> None:
-    """Refuse rotary positions that depend on the tokens of one forward: several at once are not one by one."""
+    """Refuse rotary positions that depend on the length of a forward: several tokens at once would differ from one by
+    one."""
     rope: Any = getattr(find_decoder(model), "rotary_emb", None)
     kind = getattr(rope, "rope_type", None)
     if kind == "dynamic":
@@ -69,22 +73,22 @@ def _check_rope(model: PreTrainedModel, prompt_length: int, max_length: int) -> 
         return
     if max_length > limit and (kind == "dynamic" or prompt_length <= limit):
         raise ValueError(
-            f"{kind} rotary positions change at {limit} tokens, where several tokens at once are not computed as one "
-            f"by one; this request may reach {max_length} tokens, allowed are {limit}"
+            f"{kind} rotary positions change at {limit} tokens, so several tokens at once would be computed "
+            f"differently than one by one; this request may reach {max_length} tokens, allowed: {limit}"
         )
 
 
 def _check_arguments(model: PreTrainedModel) -> None:
-    """Refuse models that change the arguments of a forward from token to token in a way of their own."""
+    """Refuse models with their own method to update the arguments of a forward from token to token."""
     if changes_arguments(model):
         raise ValueError(
-            f"{type(model).__name__} changes its arguments after every token by a method of its own, which several "
-            "tokens at once would miss; lossless takes models that leave it to transformers"
+            f"{type(model).__name__} updates its arguments after every token with its own method, which several tokens "
+            "at once would miss; lossless supports models that use the method of transformers"
         )
 
 
 def _check_adapters(model: PreTrainedModel) -> None:
-    """Refuse adapters that treat a token by its place in the forward, and so several at once not as one by one."""
+    """Refuse adapters whose effect on a token depends on its position in the forward."""
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "alora_invocation_tokens", None) is not None:
@@ -92,6 +96,6 @@ def _check_adapters(model: PreTrainedModel) -> None:
         elif kind != "XLORA":
             continue
         raise ValueError(
-            f"adapter {name!r} is {kind}, which treats a token by its place in the forward: several tokens at once are "
-            "not computed as one by one; plain LoRA can be verified"
+            f"adapter {name!r} is {kind}, whose effect on a token depends on its position in the forward, so several "
+            "tokens at once would be computed differently than one by one; plain LoRA is supported"
         )

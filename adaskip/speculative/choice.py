@@ -1,4 +1,4 @@
-"""How a token is drafted and how it is accepted: greedily, or by speculative sampling."""
+"""Drafts and accepts tokens, greedily or by speculative sampling."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 @dataclass
 class DraftedToken:
-    """token: its id. probabilities: the draft's distribution, [V], that it was drawn from; None when greedy."""
+    """token: its id. probabilities: the draft's distribution that it was sampled from, [V]; None if greedy."""
 
     token: int
     probabilities: Tensor | None
 
 
 class Chooser(Protocol):
-    """Draws tokens from processed scores [1, V]."""
+    """Chooses tokens from processed scores [1, V]."""
 
     def draft(self, scores: Tensor) -> DraftedToken: ...
 
     def verify(self, scores: Tensor, drafted: DraftedToken | None) -> Tensor:
-        """The token, [1], of the full model: `drafted` if it is accepted."""
+        """The token of the full model, [1]; it is `drafted` if that is accepted."""
         ...
 
 
 class Greedy:
-    """The likeliest token; a drafted one is accepted if it is that."""
+    """The most likely token; a drafted token is accepted if it is that token."""
 
     def draft(self, scores: Tensor) -> DraftedToken:
         return DraftedToken(int(scores.argmax(dim=-1)), None)
@@ -38,15 +38,15 @@ class Greedy:
 
 
 class Sampling:
-    """Speculative sampling: tokens are distributed as if the full model had drawn them.
+    """Speculative sampling: tokens are distributed as if the full model had sampled them.
 
-    A drafted token x is accepted with probability min(1, p(x) / q(x)), p the full model's and q the draft's
-    distribution; otherwise a token is drawn from max(0, p - q), normalised.
+    With p the full model's and q the draft's distribution, a drafted token x is accepted with probability
+    min(1, p(x) / q(x)); otherwise a token is sampled from max(0, p - q), normalised.
     Paper: Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2.
     """
 
     def draft(self, scores: Tensor) -> DraftedToken:
-        # a draft that overflowed is a bad one, not an error
+        # an overflow makes a bad draft, not an error
         probabilities = scores.nan_to_num(nan=torch.finfo(scores.dtype).min).softmax(dim=-1)[0]
         return DraftedToken(int(torch.multinomial(probabilities, num_samples=1)), probabilities)
 
@@ -59,5 +59,5 @@ class Sampling:
         if torch.rand((), device=p.device) * q[drafted.token] < p[drafted.token]:
             return torch.tensor([drafted.token], device=p.device)
         residual = (p - q).clamp(min=0)
-        # rounding alone can reject a token where p and q are the same
+        # if p and q are equal, rounding can still reject a token
         return torch.multinomial(residual if residual.any() else p, num_samples=1)

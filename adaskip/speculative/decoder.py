@@ -1,4 +1,4 @@
-"""`lossless(model, strategy)`: the decoding method to give `generate`."""
+"""`lossless(model, strategy)`: a custom decoding method for `generate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaskip.core.strategy import Strategy
 from adaskip.core.wrappers import unwrapped
 from adaskip.speculative.checks import check_request
 from adaskip.speculative.draft_length import AdaptiveDraftLength, FixedDraftLength
-from adaskip.speculative.forwards import Forwards
+from adaskip.speculative.forwards import ForwardRunner
 from adaskip.speculative.generate_call import SignatureOfDecodingMethod, streamer_of_generate
 from adaskip.speculative.lossless_generate import lossless_generate
 from adaskip.speculative.processors import check_stateless, for_draft
@@ -35,41 +35,41 @@ def lossless(
     streamer: BaseStreamer | None = None,
     stateless: Iterable[type] = (),
 ) -> LosslessDecoder:
-    """The full model's output, drafted by the skipped model. Two ways to use it:
+    """Decode with the skipped model as draft and the full model as verifier. Two ways to use it:
 
         model.generate(**inputs, custom_generate=lossless(model, strategy))
 
-        with lossless(model, strategy):  # whoever calls the model's generate: pipelines, other libraries
+        with lossless(model, strategy):  # for code that calls the model's generate: pipelines, other libraries
             model.generate(**inputs, streamer=streamer, stop_strings=["User:"], tokenizer=tokenizer)
 
-    Greedy decoding gives the tokens of the full model; sampling draws from the full model's distribution (other draws
-    than without drafting, the same ones for the same seed). Logits processors, stopping criteria and streamers act as
-    in `generate`: each is called once for every token, in order. One sequence at a time, with or without left padding,
-    on a dynamic KV cache; anything else is refused with a ValueError.
+    Greedy decoding returns the tokens of the full model. Sampling follows the full model's distribution; the same seed
+    gives the same tokens, but other tokens than without drafting. Logits processors, stopping criteria and streamers
+    work as in `generate`: each is called once per token, in order. Supported is one sequence at a time, with or without
+    left padding, on a dynamic KV cache; everything else raises ValueError.
 
-    Identical means: in exact arithmetic. Verifying several tokens at once sums in another order than one at a time, so
-    where two tokens are equally likely up to rounding, either may win, as with any other batch size or kernel. float32
-    leaves hardly any such ties, bfloat16 some.
+    The output is identical in exact arithmetic. Verifying several tokens at once sums in a different order than one at
+    a time, so if two tokens are equally likely up to rounding, either may be chosen, as with another batch size or
+    kernel. Such ties are very rare in float32 and rare in bfloat16.
 
-    model: also a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
-    strategy: its `decode_plan` drafts; online learning is off, since the verification mends what the draft gets wrong.
-    Of a plan, its set drafts, also one made for other weights of this shape, with a warning.
-    gamma: tokens of every draft; default: as many as pay, by the acceptance seen so far (`AdaptiveDraftLength`).
-    draft_cost: time that one drafted token costs, in decode steps of the full model; default: the share of sublayers
-    that still run, as if all sublayers cost alike and verifying a few tokens cost as much as decoding one.
-    streamer: for calls of `generate` that are given none.
-    stateless: further classes of logits processors that keep no state from call to call. They act on drafts, too, as
-    the stateless ones of transformers do, and more drafted tokens are accepted. One that does keep state makes the
-    output wrong.
+    model: may be a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
+    strategy: its `decode_plan` drafts. Online learning is off, since verification corrects a wrong draft.
+    A plan drafts with its set; if it was made for other weights of this shape, a warning is logged.
+    gamma: number of tokens of every draft; default: adapted to the acceptance so far (`AdaptiveDraftLength`).
+    draft_cost: time of one drafted token, in decode steps of the full model; default: the share of sublayers that still
+    run, which assumes that all sublayers cost the same and that verifying a few tokens costs as much as decoding one.
+    streamer: used for calls of `generate` without a streamer.
+    stateless: further classes of logits processors that keep no state between calls. Like the stateless processors of
+    transformers they are applied to drafts, too, so that more drafted tokens are accepted. A class that does keep state
+    makes the output wrong.
 
-    `stop_strings` and `token_healing` need a tokenizer, which transformers passes to no `custom_generate`: use them
-    inside the context, or give `StopStringCriteria(tokenizer, stop_strings)` among the stopping_criteria.
+    `stop_strings` and `token_healing` need a tokenizer, which transformers does not pass to a `custom_generate`: use
+    them inside the context, or pass `StopStringCriteria(tokenizer, stop_strings)` in stopping_criteria.
 
-    One request of a model runs at a time: a second thread's is refused with a ValueError, and the first goes on.
-    Continuous batching (`generate_batch`, `cache_implementation="paged"`) knows no decoding methods: it runs the full
-    model, inside the context, too.
+    A model runs one request at a time: a request from a second thread raises ValueError, and the first continues.
+    Continuous batching (`generate_batch`, `cache_implementation="paged"`) does not use decoding methods: it runs the
+    full model, even inside the context.
 
-    Raises UnsupportedModelError and ValueError as `skipping` does.
+    Raises UnsupportedModelError and ValueError like `skipping`.
     """
     strategy = strategy_of(strategy, unwrapped(model), allow_other_weights=True)
     return LosslessDecoder(
@@ -78,9 +78,9 @@ def lossless(
 
 
 class LosslessDecoder:
-    """A decoding method for `generate`, and a context. statistics: of all its requests; last_request: of the latest.
+    """A decoding method for `generate`, and a context manager.
 
-    A copy decodes for a copy of the model.
+    statistics: of all requests so far; last_request: of the latest one. A copy of it works for a copy of the model.
     """
 
     __signature__ = SignatureOfDecodingMethod()
@@ -99,15 +99,15 @@ class LosslessDecoder:
         self.strategy, self.gamma, self.streamer, self.stateless = strategy, gamma, streamer, stateless
         if not hasattr(self.model, "prepare_inputs_for_generation"):
             raise ValueError(
-                f"{type(self.model).__name__} cannot generate; give the model with its language-model head"
+                f"{type(self.model).__name__} cannot generate; pass the model with its language-model head"
             )
         num_layers = len(self._patches().patches)
         if gamma is not None and (gamma < 1 or draft_cost is not None):
             raise ValueError(
-                f"gamma is a fixed draft length of at least 1 token, without draft_cost; got {gamma}, {draft_cost}"
+                f"gamma must be at least 1 and excludes draft_cost; got gamma={gamma}, draft_cost={draft_cost}"
             )
         if draft_cost is not None and not draft_cost > 0:
-            raise ValueError(f"draft_cost is a positive multiple of a decode step; got {draft_cost}")
+            raise ValueError(f"draft_cost must be above 0 (in decode steps); got {draft_cost}")
         live = 1.0 - len(strategy.skipped) / (2 * num_layers)
         self.draft_cost = live if draft_cost is None else draft_cost
         self.statistics = DraftStatistics()
@@ -126,7 +126,7 @@ class LosslessDecoder:
         context.__exit__(*exception)
 
     def _patches(self) -> ModelPatches:
-        """Of the model as it is now: it may have been changed, or this decoder copied together with it."""
+        """The patches of the model in its current state: it may have changed, or been copied with this decoder."""
         patches = patches_of(self.model)
         if self.strategy.num_layers != len(patches.patches):
             raise ValueError(
@@ -146,15 +146,15 @@ class LosslessDecoder:
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """Called by `generate`. input_ids: [1, S]. Returns what `generate` returns for one beam."""
         if model is not self.model:
-            raise ValueError("this lossless(...) was made for another model object; make one for the model at hand")
+            raise ValueError("this lossless(...) was made for another model object; make one for this model")
         given = streamer_of_generate()
         if given is not None and self.streamer is not None and given is not self.streamer:
-            raise ValueError("lossless(...) and generate were given two streamers; give one of them one")
+            raise ValueError("lossless(...) and generate were given different streamers; pass only one")
         check_request(model, input_ids, generation_config, model_kwargs)
         request = DraftStatistics(requests=1)
         with self._patches().install() as patches:
             self.last_request = request
-            forwards = Forwards(model, patches, input_ids, generation_config, model_kwargs)
+            forwards = ForwardRunner(model, patches, input_ids, generation_config, model_kwargs)
             rounds = Rounds(
                 forwards=forwards,
                 strategy=self.strategy,

@@ -1,4 +1,4 @@
-"""The forwards of one request, the full model's and the draft's, on one KV cache."""
+"""Runs the forwards of one request, of the full model and of the draft, on one KV cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from adaskip.core.patching import ModelPatches
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 
 
-class Forwards:
-    """The forwards of one request, all on its one KV cache."""
+class ForwardRunner:
+    """Runs the prefill, draft and verification forwards of one request on its KV cache."""
 
     def __init__(
         self,
@@ -34,16 +34,16 @@ class Forwards:
         self._views: dict[frozenset[int], DynamicCache] = {}
 
     def prefill(self, input_ids: Tensor) -> Tensor:
-        """Run the prompt through the full model; logits of its last token, [1, V]."""
+        """Run the prompt through the full model and return the logits of its last token, [1, V]."""
         logits = hf.prefill(self.model, input_ids, self.config, self.kwargs).logits[0, -1:]
-        hf.keep_what_leaves_the_window(self.cache)  # a draft pushes tokens out that are taken back later
+        hf.keep_what_leaves_the_window(self.cache)  # K/V that a draft pushes out of the window are needed again
         self._grow(self.config.max_length - self.prompt_length)
         return logits.to(input_ids.device, torch.float32, copy=True)
 
     def _grow(self, room: int) -> None:
-        """Make arguments with a value a token long enough for the longest answer; each forward takes the part it needs.
+        """Extend per-token arguments to the longest possible answer; each forward takes the part it needs.
 
-        What the values of answer tokens are: transformers' `GenerationMixin._update_model_kwargs_for_generation`.
+        The values for answer tokens are those of transformers' `GenerationMixin._update_model_kwargs_for_generation`.
         """
         for name in ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"):
             given = self.kwargs.get(name)
@@ -60,12 +60,12 @@ class Forwards:
             self.kwargs[name] = torch.cat([given, more], dim=-1)
 
     def verify(self, ids: Tensor, num_new: int) -> Tensor:
-        """Logits of the full model after each of the last `num_new` tokens of ids [1, S], [num_new, V]."""
+        """Logits [num_new, V] of the full model after each of the last `num_new` tokens of `ids` [1, S]."""
         self.patches.apply(EMPTY_PLAN)
         return self._run(ids, num_new, self.cache)
 
     def draft(self, ids: Tensor, plan: SkipPlan) -> Tensor:
-        """Logits of the skipped model after the last token of ids [1, S], [1, V]."""
+        """Logits [1, V] of the skipped model after the last token of `ids` [1, S]."""
         self.patches.apply(plan)
         return self._run(ids, 1, self._view(plan.attention))
 
@@ -81,7 +81,7 @@ class Forwards:
         return logits.to(ids.device, torch.float32, copy=True)
 
     def _view(self, skipped: frozenset[int]) -> DynamicCache:
-        """The cache as the draft sees it: the same layers, stand-ins for the skipped ones."""
+        """The cache of the draft: the same layers, with a `SkippedLayer` for each skipped attention."""
         if skipped not in self._views:
             view: Any = copy.copy(self.cache)
             view.layers = list(self.cache.layers)
@@ -92,25 +92,26 @@ class Forwards:
         return self._views[skipped]
 
     def forget_draft(self, plan: SkipPlan, drafted: int) -> None:
-        """Remove what a draft of `drafted` tokens wrote into the layers that it did not skip."""
+        """Remove the K/V that a draft of `drafted` tokens wrote to the layers it did not skip."""
         skipped = self.patches.slots_of(plan.attention)
         for slot in self.patches.slots:
             if slot not in skipped:
                 self.cache.layers[slot].crop(-drafted)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forget_rejected(self, rejected: int) -> None:
-        """Remove the last `rejected` tokens; also lets sliding layers shrink to their window again."""
+        """Remove the last `rejected` tokens from the cache; sliding layers then shrink to their window again."""
         self.cache.crop(-rejected)
 
     def stop_recording(self) -> None:
-        """Sliding layers behave as before: a cache may live on after the request."""
+        """Restore the behaviour of sliding layers: the cache may be used after the request."""
         hf.stop_keeping(self.cache)
 
 
 class _DraftSlidingLayer(DynamicSlidingWindowLayer):
-    """The same layer, state and all, which shows the attention no more than masks expect while it records.
+    """A sliding layer that shares the state of `layer` but returns no more K/V than the masks expect.
 
-    transformers 5.17 shows everything; with several forwards between two crops that is more than the mask's length.
+    While it keeps past K/V, transformers 5.17 returns all of them; after several forwards without a crop these are more
+    than the length of the mask.
     """
 
     def __init__(self, layer: DynamicSlidingWindowLayer):

@@ -1,4 +1,4 @@
-"""`with lossless(model, strategy):` - whoever calls the model's `generate` decodes by drafting, pipelines included."""
+"""`with lossless(model, strategy):` makes every `generate` call of the model draft and verify, even in pipelines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from adaskip.speculative.generate_call import TOKENIZER
 
 
 class _Override:
-    """A method of one model object while the context lasts. A copy of the model would keep it, so there is none."""
+    """A method of one model object while the context lasts. Refuses copies: a copy of the model would keep it."""
 
     def __init__(self, stock: Any):
         self.stock = stock
         functools.update_wrapper(self, stock)  # pyright: ignore[reportArgumentType]
 
     def __reduce_ex__(self, protocol):
-        raise ValueError("the model is inside `with lossless(...)`; copy or pickle it after the context")
+        raise ValueError("the model is inside `with lossless(...)`; copy or pickle it outside of the context")
 
 
 class _Generate(_Override):
@@ -35,9 +35,9 @@ class _Generate(_Override):
 
     def __call__(self, *args, tokenizer: Any = None, custom_generate: Any = None, **kwargs):
         if custom_generate is not None and custom_generate is not self.decoder:
-            raise ValueError("inside `with lossless(...)` generate decodes by that; leave custom_generate off")
+            raise ValueError("inside `with lossless(...)` generate uses lossless; leave custom_generate out")
         if kwargs.get("cache_implementation") == "paged":
-            raise ValueError("lossless needs a dynamic KV cache; cache_implementation='paged' leaves it out")
+            raise ValueError("lossless needs a dynamic KV cache; got cache_implementation='paged'")
         before = TOKENIZER.set(tokenizer)
         try:
             return self.stock(*args, custom_generate=self.decoder, **kwargs)
@@ -46,7 +46,7 @@ class _Generate(_Override):
 
 
 class _WithTokenizer(_Override):
-    """A method that `generate` calls without the tokenizer it was given: the method gets it all the same."""
+    """A method that `generate` calls without its tokenizer; this override adds the tokenizer."""
 
     def __call__(self, *args, **kwargs):
         bound = inspect.signature(self.stock).bind(*args, **kwargs)
@@ -57,9 +57,9 @@ class _WithTokenizer(_Override):
 
 @contextmanager
 def lossless_generate(model: PreTrainedModel, decoder: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, `model.generate` decodes by `decoder`; on exit the model is exactly as before.
+    """A context in which `model.generate` uses `decoder`; on exit the model is restored exactly.
 
-    Raises ValueError if the model is inside such a context already.
+    Raises ValueError if the model is already inside such a context.
     """
     if isinstance(model.__dict__.get("generate"), _Generate):
         raise ValueError("the model is already inside `with lossless(...)`; contexts do not nest")

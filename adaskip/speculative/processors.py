@@ -1,9 +1,10 @@
-"""Which logits processors may see a draft.
+"""Selects the logits processors that may be applied to a draft.
 
-A drafted token may be rejected, and a processor that keeps state (the place in a grammar, counts of tokens, a second KV
-cache) must never have seen it. No copy is safe in general: state can live in a class, a closure or another library. So
-a draft is processed only by those that keep none; all others see each kept token once, in order, in the verification.
-Leaving one out of the draft costs accepted tokens, never correctness: a draft may be drawn from any distribution.
+A drafted token may be rejected, so a processor with state (a position in a grammar, token counts, a second KV cache)
+must never see it. Copying a processor is not safe in general: its state may be in a class, a closure or another
+library. So only stateless processors are applied to a draft. All others see each kept token once, in order, in the
+verification. Leaving a processor out of the draft lowers the acceptance rate but never changes the output: a draft may
+be sampled from any distribution.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ _NAMES = (
     *("NoBadWordsLogitsProcessor", "NoRepeatNGramLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
     *("SequenceBiasLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor"),
     *("TemperatureLogitsWarper", "TopHLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TypicalLogitsWarper"),
-    "WatermarkLogitsProcessor",  # its generator is seeded afresh from the tokens in every call
+    "WatermarkLogitsProcessor",  # it seeds its generator from the tokens in every call
 )
 STATELESS = frozenset(getattr(logits_process, name) for name in _NAMES if hasattr(logits_process, name))
-"""Those of transformers whose scores depend on the token ids and scores of the call alone. Not among them: classifier-
-free guidance and SynthID (state), `PrefixConstrainedLogitsProcessor` (calls a function of the user's)."""
+"""Processors of transformers whose result depends only on the token ids and scores of the call. Not included:
+classifier-free guidance and SynthID (state), `PrefixConstrainedLogitsProcessor` (calls a function of the user's)."""
 
 
 def check_stateless(classes: Iterable[type]) -> frozenset[type]:
-    """The user's classes of processors without state; raises ValueError for what is no class of processors."""
+    """The user's stateless processor classes as a set; ValueError for anything that is not such a class."""
     given = tuple(classes)
     if wrong := [each for each in given if not (isinstance(each, type) and "__call__" in dir(each))]:
-        raise ValueError(f"stateless names classes of logits processors, whose objects can be called; got {wrong}")
+        raise ValueError(f"stateless must list classes of logits processors, which define __call__; got {wrong}")
     return frozenset(given)
 
 
 def for_draft(processors: LogitsProcessorList, stateless: frozenset[type]) -> LogitsProcessorList:
-    """The processors that act on a draft: of exactly these classes, since a subclass may keep state."""
+    """The processors that are applied to drafts; subclasses are left out, since they may keep state."""
     return LogitsProcessorList(each for each in processors if type(each) in STATELESS | stateless)

@@ -1,4 +1,4 @@
-"""The rounds of one request: draft some tokens, verify them, keep those accepted and one more."""
+"""The decoding loop of one request: draft some tokens, verify them, keep the accepted ones and one more."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import end_token_ids
 from adaskip.speculative.choice import Chooser, DraftedToken, Greedy, Sampling
 from adaskip.speculative.draft_length import DraftLength
-from adaskip.speculative.forwards import Forwards
+from adaskip.speculative.forwards import ForwardRunner
 from adaskip.speculative.statistics import DraftStatistics
 
 
 class Rounds:
-    """One request from its prompt to its last token. scores, logits: per answer token, [1, V], if the config asks."""
+    """Decodes one request in rounds of drafting and verification.
+
+    scores, logits: one [1, V] tensor per answer token, if the generation config asks for them; else None.
+    """
 
     def __init__(
         self,
         *,
-        forwards: Forwards,
+        forwards: ForwardRunner,
         strategy: Strategy,
         length: DraftLength,
         process: Callable[..., Any],
@@ -46,7 +49,7 @@ class Rounds:
         self.logits: tuple[Tensor, ...] | None = () if returned and config.output_logits else None
 
     def run(self, ids: Tensor) -> Tensor:
-        """Decode until the stopping criteria say so. ids: the prompt, [1, S]; returns prompt and answer."""
+        """Decode until a stopping criterion is met. ids: the prompt, [1, S]. Returns prompt and answer, [1, S']."""
         prompt_length = ids.shape[1]
         ids, finished = self._accept(ids, [], self.forwards.prefill(ids))
         while not finished:
@@ -65,9 +68,9 @@ class Rounds:
         return ids
 
     def _draft(self, ids: Tensor, step: int) -> list[DraftedToken]:
-        """Draft until the length is reached, an end token drafted, or only the verification's own token fits.
+        """Draft until the draft length is reached, an end token is drafted, or only one more token may follow.
 
-        Here only processors without state are called (`for_draft`).
+        Only stateless processors are called here (`for_draft`).
         """
         wanted = min(self.length.next(), self.max_length - ids.shape[1] - 1)
         if wanted < 1:
@@ -84,13 +87,13 @@ class Rounds:
         return drafted
 
     def _accept(self, ids: Tensor, drafted: list[DraftedToken], logits: Tensor) -> tuple[Tensor, bool]:
-        """Append accepted tokens and the full model's own one; whether the answer is finished.
+        """Append the accepted tokens and one token of the full model; returns (ids, whether the answer is finished).
 
-        logits: of the full model, [len(drafted) + 1, V]. Processors, criteria and streamer see what they would see if
-        the full model decoded alone.
+        logits: of the full model, [len(drafted) + 1, V]. Processors, criteria and streamer are called as if the full
+        model decoded alone.
         """
         for i, row in enumerate(logits.split(1)):
-            row = row.clone()  # a processor may change it, and returned ones must not keep those of the whole draft
+            row = row.clone()  # a processor may change it in place, and returned rows must not keep all logits alive
             scores: Tensor = self.process(ids, row)
             if self.logits is not None:
                 self.logits += (row,)

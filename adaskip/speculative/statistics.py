@@ -1,4 +1,4 @@
-"""What drafting and verifying took, and what it brought."""
+"""Counts and times of drafting and verification."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class DraftStatistics:
-    """Counts and times of the rounds of one request, or summed over several; prefills are not in it.
+    """Counts and times of the rounds of one request, or summed over several; prefills are not included.
 
-    A token counts as judged up to and including the first one that was not accepted. draft_s, verify_s: seconds,
-    taken when the tokens are known on the host, so a device has done its work.
+    The judged tokens of a draft are the accepted ones and the first rejected one. draft_s, verify_s: seconds until the
+    tokens are known on the host, so the device has finished its work.
     """
 
     requests: int = 0
     new_tokens: int = 0
-    """Tokens of the verifications; the first token of an answer is the prefill's."""
+    """Tokens from verifications; the first token of an answer comes from the prefill and is not counted."""
     draft_forwards: int = 0
     verify_forwards: int = 0
-    """Forwards of the full model after the prefill, rounds without a draft included."""
+    """Forwards of the full model after the prefill, including rounds without a draft."""
     accepted: int = 0
     judged: int = 0
     draft_s: float = 0.0
@@ -26,12 +26,12 @@ class DraftStatistics:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted tokens / judged tokens, the estimate of a; None before the first draft."""
+        """Accepted tokens / judged tokens; None before the first draft."""
         return self.accepted / self.judged if self.judged else None
 
     @property
     def tokens_per_verify(self) -> float | None:
-        """New tokens for each forward of the full model; None before the first."""
+        """New tokens per forward of the full model; None before the first."""
         return self.new_tokens / self.verify_forwards if self.verify_forwards else None
 
     def __iadd__(self, other: DraftStatistics) -> DraftStatistics:

@@ -1,4 +1,4 @@
-"""The strategies, and how one is built by name."""
+"""The strategies, and `build`, which makes one by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from adaskip.strategies.adaskip import AdaSkip
 from adaskip.strategies.calibrated import CalibratedSkip
 from adaskip.strategies.early_exit import EarlyExit
 from adaskip.strategies.names import GRID_STRATEGIES, LABELS, LOOKS, NAMES, PAPER_STRATEGIES, SHORT_NAMES, STRATEGIES
-from adaskip.strategies.options import options_help, parse_options
 from adaskip.strategies.registry import (
     FULL,
     needs_profile,
@@ -31,7 +30,7 @@ from adaskip.strategies.whole_layer_similarity import LeastSkip, MostSkip
 
 for _strategy in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, CalibratedSkip, MostSkip, LeastSkip):
     register_strategy(_strategy)  # in the order of tables and help texts
-for _module in iter_modules(__path__):  # a further file registers its strategy itself
+for _module in iter_modules(__path__):  # a new file in this folder registers its strategy when imported
     import_module(f"{__name__}.{_module.name}")
 
 
@@ -47,8 +46,9 @@ def build(
 ) -> Strategy | None:
     """The strategy of that name, or None for "full".
 
-    profile and max_decode_steps go to the strategies that use them; options are further fields of the class (for
-    example learning_window). Raises ValueError for an unknown name, option or budget, or a profile that is missing.
+    profile and max_decode_steps are passed to the strategies that use them. options: other fields of the class, e.g.
+    learning_window. Raises ValueError for an unknown name or option, a budget that the strategy cannot keep, or a
+    missing or wrong profile.
     """
     if name == FULL:
         if budget.num_sublayers(num_layers):
@@ -61,9 +61,9 @@ def build(
     expected = cls.profile_type
     if expected is not None:
         if profile is None:
-            raise ValueError(f"{name} chooses by measurement: give the profile of a calibration")
+            raise ValueError(f"{name} needs a profile ({expected.__name__}); none was given")
         if not isinstance(profile, expected):
-            raise ValueError(f"{name} needs {expected.__name__}, not {type(profile).__name__}")
+            raise ValueError(f"{name} needs a profile of type {expected.__name__}; got {type(profile).__name__}")
         options["profile"] = profile
     if max_decode_steps is not None and "max_decode_steps" in known:
         options["max_decode_steps"] = max_decode_steps
@@ -93,8 +93,6 @@ __all__ = [
     "build",
     "needs_profile",
     "needs_selection",
-    "options_help",
-    "parse_options",
     "profile_type",
     "register_strategy",
     "strategy_class",

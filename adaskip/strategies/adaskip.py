@@ -1,4 +1,4 @@
-"""AdaSkip: the most similar sublayers, found offline, and further FFNs learnt from each request's first tokens."""
+"""AdaSkip: skips the sublayers of highest offline similarity, and more FFNs learnt from a request's first tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LEARNING_WINDOW = 20  # P, as in the paper's experiments
 class AdaSkip(Strategy):
     """Skip the sublayers of highest offline IO similarity, each compensated by its offline scale.
 
-    While decoding (phases decode and e2e), the FFNs outside the set run and are measured over the first
-    `learning_window` tokens of a request; those more similar than `beta` join the set for the rest of it.
+    While decoding (phases decode and e2e), the FFNs outside the set are measured over the first `learning_window`
+    tokens of a request. Those whose similarity exceeds `beta` join the set for the rest of the request.
 
-    profile: the offline importance learning. learning_window: P; 0 switches online learning off. beta_quantile: beta is
-    this quantile of the offline similarities of all FFNs (0.5: the median) instead of the paper's threshold.
-    Paper: Eq. (2)-(5).
+    profile: result of the offline importance learning. learning_window: P of the paper; 0 disables online learning.
+    beta_quantile: use this quantile of the offline similarities of all FFNs (0.5: the median) as beta, instead of the
+    paper's threshold. Paper: Eq. (2)-(5).
     """
 
     name = "adaskip"
@@ -37,9 +37,9 @@ class AdaSkip(Strategy):
     in_grid = True
 
     profile: ImportanceProfile
-    learning_window: int = strategy_option("tokens of an answer it learns from, 0 for none", LEARNING_WINDOW)
+    learning_window: int = strategy_option("length of the learning window in tokens, 0 for none", LEARNING_WINDOW)
     beta_quantile: float | None = strategy_option(
-        "its beta as a quantile of the FFNs' similarities; if not given, the paper's threshold", None
+        "beta as a quantile of the FFNs' similarities; default: the paper's threshold", None
     )
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class AdaSkip(Strategy):
             if len(chosen) == count:
                 break
             if sublayer.kind == "attention":
-                if live_attention == 1:  # one attention has to hold the cache's length
+                if live_attention == 1:  # one live attention must keep the length of the KV cache
                     continue
                 live_attention -= 1
             chosen[sublayer] = self.profile.scale_of(sublayer)
@@ -67,9 +67,9 @@ class AdaSkip(Strategy):
 
     @cached_property
     def beta(self) -> float:
-        """The threshold: the least offline similarity in the set (the paper's), or the quantile that was asked for.
+        """The threshold: the lowest offline similarity in the set (as in the paper), or the `beta_quantile`.
 
-        Above every similarity if the set is empty.
+        Infinite if the set is empty.
         """
         if self.beta_quantile is not None and self.skipped:
             return float(np.quantile(self.profile.ffn.similarity, self.beta_quantile))
@@ -79,11 +79,11 @@ class AdaSkip(Strategy):
 
     @property
     def window_tokens(self) -> int:
-        """P; none in the prefill phase, whose few answer tokens use the prompt's set."""
+        """P; 0 in the prefill phase, whose few answer tokens use the set of the prompt."""
         return 0 if self.phase == "prefill" or not self.skipped else self.learning_window
 
     def learn(self, window: Mapping[int, FFNSimilarity]) -> SkipPlan:
-        """FFNs whose similarity in the window is above `beta`, with the scale measured there."""
+        """FFNs whose similarity in the window is above `beta`, with the scales measured in the window."""
         joining = {
             Sublayer("ffn", layer): measured.scale
             for layer, measured in window.items()

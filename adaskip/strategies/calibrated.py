@@ -1,4 +1,4 @@
-"""Calibrated skipping: the sublayers whose absence changes the model's output least, found by a search beforehand."""
+"""Calibrated skipping: skips the set that changes the model's output least, found by a search in advance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from adaskip.profiles.selection import SelectionProfile
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedSkip(Strategy):
-    """Skip the set that a search on the calibration prompts chose for this phase and budget, each sublayer
-    compensated by its offline scale, as in AdaSkip.
+    """Skip the set that a search on calibration prompts chose for this phase and budget.
 
-    There is no online window: its threshold is the least similarity in the set, which says nothing here, since the set
-    was not chosen by similarity. So at the same budget inference costs what AdaSkip's costs, without its window.
+    Each sublayer is compensated by its offline scale, as in AdaSkip. There is no online window: its threshold, the
+    lowest similarity in the set, is meaningless for a set that was not chosen by similarity. So at the same budget,
+    inference costs the same as with AdaSkip without its window.
 
-    profile: the profile of the search (`adaskip.calibration.select`).
+    profile: the result of the search (`adaskip.calibration.select`).
     """
 
     name = "calibrated"
@@ -36,13 +36,16 @@ class CalibratedSkip(Strategy):
         selection, count = self.profile, self.budget.num_sublayers(self.num_layers)
         if selection.num_layers != self.num_layers:
             raise ValueError(
-                f"selection of {selection.model} is for {selection.num_layers} layers, the model has {self.num_layers}"
+                f"selection for {selection.model} has {selection.num_layers} layers, but the model has "
+                f"{self.num_layers}"
             )
         if selection.phase != self.phase:
-            raise ValueError(f"selection was made for phase {selection.phase}, not for {self.phase}; select for it")
+            raise ValueError(
+                f"selection was made for phase {selection.phase}, not for {self.phase}; run select for that phase"
+            )
         if count > selection.largest:
             raise ValueError(
-                f"the selection goes up to {selection.largest} sublayers; budget {self.budget} asks for {count}; "
-                "adaskip calibrate --select --up-to searches further"
+                f"the selection has sets of up to {selection.largest} sublayers, budget {self.budget} needs {count}; "
+                "adaskip calibrate --select PHASE --up-to N searches larger sets"
             )
         return selection.selected[count].plan if count else EMPTY_PLAN

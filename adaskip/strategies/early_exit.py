@@ -1,4 +1,4 @@
-"""Early Exit: the last n layers, always."""
+"""Early Exit: skips the last n layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaskip.core.strategy import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExit(Strategy):
-    """Leave the model n layers before its end."""
+    """Skip the last n layers, so that the model's output is taken n layers before its end."""
 
     name = "early_exit"
     short_name = "EE"

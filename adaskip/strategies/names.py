@@ -1,6 +1,6 @@
-"""What the registered strategies declare, by name, and the lists that tables and grids run over.
+"""Names, labels and looks of the registered strategies, and the lists of strategies for tables and grids.
 
-Each is a view that is up to date: a strategy that is registered later is in it. The full model comes first.
+Each is a live view, which also contains strategies that are registered later. The full model comes first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ V = TypeVar("V")
 
 
 class Declared(Mapping[str, V]):
-    """By strategy name, one thing that each strategy declares. full: the full model's entries."""
+    """Maps each strategy name to one of its declarations. full: the entries of the full model."""
 
     def __init__(self, of: Callable[[type[Strategy]], V], full: Mapping[str, V]):
         self._of, self._full = of, full
@@ -38,7 +38,7 @@ class Declared(Mapping[str, V]):
 
 
 class Names(Sequence[str]):
-    """The full model and every strategy that declares something."""
+    """The full model and the names of all strategies for which `which` is true."""
 
     def __init__(self, which: Callable[[type[Strategy]], bool]):
         self._which = which
@@ -61,16 +61,16 @@ class Names(Sequence[str]):
 
 
 STRATEGIES: Mapping[str, type[Strategy]] = Declared(lambda cls: cls, full={})
-"""The classes; the full model has none."""
+"""The strategy classes; the full model has none."""
 NAMES: Sequence[str] = Names(lambda cls: True)
-"""Every name that `--strategy` takes."""
+"""Every name that `--strategy` accepts."""
 SHORT_NAMES: Mapping[str, str] = Declared(lambda cls: cls.short_name, full={FULL: FULL_SHORT_NAME})
-"""As the names of runs use them."""
+"""Names in the names of runs."""
 LABELS: Mapping[str, str] = Declared(lambda cls: cls.label, full={FULL: FULL_LABEL})
-"""As tables and legends write them."""
+"""Names in tables and legends."""
 LOOKS: Mapping[str, Look] = Declared(lambda cls: cls.look, full={})
-"""As plots draw them; the full model is a line of its own."""
+"""Styles in plots; the full model has none, plots draw it as a reference line."""
 PAPER_STRATEGIES: Sequence[str] = Names(lambda cls: cls.in_paper)
 """The strategies of the paper's Tables 3 and 4."""
 GRID_STRATEGIES: Sequence[str] = Names(lambda cls: cls.in_grid)
-"""Those that `adaskip grid` runs by default."""
+"""The strategies that `adaskip grid` runs by default."""

@@ -1,28 +1,12 @@
-"""The strategies by name: the library's own, and those that other packages register.
-
-A package outside has three ways to make its strategies known to the command line and the scripts in `eval/`:
-
-- an entry point in the group `adaskip.strategies`, whose value is `package.module:Class`;
-- the environment variable `ADASKIP_PLUGINS`, a comma-separated list of `package.module` (which calls
-  `register_strategy`) or `package.module:Class`;
-- `--strategy package.module:Class`, which adds that to `ADASKIP_PLUGINS`, so that worker processes know it, too.
-
-Plugins are imported when a strategy is first looked up, not when the library is imported.
-"""
+"""The strategies by name: the library's own, and those that other packages register (see `common.plugins`)."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from dataclasses import fields
+from typing import TypeVar
 
+from adaskip.common.plugins import Registry, check_declared, check_pattern
 from adaskip.core.look import Look
 from adaskip.core.strategy import Strategy
 from adaskip.profiles.importance import ImportanceProfile
@@ -30,56 +14,13 @@ from adaskip.profiles.selection import SelectionProfile
 
 FULL, FULL_SHORT_NAME, FULL_LABEL = "full", "FULL", "Full model"
 """The unskipped model wherever a strategy is named: it is none, but has names like one."""
-GROUP = "adaskip.strategies"
-"""The group of entry points."""
-PLUGINS = "ADASKIP_PLUGINS"
-"""The environment variable."""
 PROFILE_TYPES = (ImportanceProfile, SelectionProfile)
-NAME, SHORT_NAME = re.compile(r"[a-z][a-z0-9_]*"), re.compile(r"[A-Z][A-Z0-9_]*")
-
-S = TypeVar("S", bound=type[Strategy])
-_registered: dict[str, type[Strategy]] = {}
-_loaded: set[str] = set()
-"""Entry points and values of `ADASKIP_PLUGINS` that were imported, or are being imported now."""
+SHORT_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
-def register_strategy(cls: S) -> S:
-    """Make a strategy known by its name to the command line, the tables and the plots; also a decorator.
-
-    Put it above `@dataclass(frozen=True, kw_only=True)`. To register the same class again changes nothing.
-
-    Raises:
-        ValueError: it is not a concrete, frozen dataclass derived from `Strategy`, lacks a declaration, declares
-            something impossible, or has the name, short name or label of another strategy.
-    """
-    _check_class(cls)
-    _check_declared(cls)
-    if _registered.get(cls.name) is cls:
-        return cls
-    _check_free(cls)
-    _registered[cls.name] = cls
-    return cls
-
-
-def _check_class(cls: Any) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
-        raise ValueError(f"register_strategy takes a class derived from adaskip.core.strategy.Strategy; got {cls!r}")
-    if inspect.isabstract(cls):
-        missing = ", ".join(sorted(cls.__abstractmethods__))
-        raise ValueError(f"{cls.__name__} is abstract: define {missing}")
-    parameters = cls.__dict__.get("__dataclass_params__")  # its own, not those of a base class
-    if not is_dataclass(cls) or parameters is None or not parameters.frozen:
-        raise ValueError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True, kw_only=True)")
-
-
-def _check_declared(cls: type[Strategy]) -> None:
-    for attribute, kind in (("name", str), ("short_name", str), ("label", str), ("look", Look)):
-        value = getattr(cls, attribute, None)
-        if not isinstance(value, kind) or not value:
-            raise ValueError(f"{cls.__name__} must declare {attribute}, a {kind.__name__}; got {value!r}")
-    for attribute, pattern in (("name", NAME), ("short_name", SHORT_NAME)):
-        if not pattern.fullmatch(value := getattr(cls, attribute)):
-            raise ValueError(f"{cls.__name__} declares {attribute} {value!r}; allowed: {pattern.pattern}")
+def _check(cls: type[Strategy]) -> None:
+    check_declared(cls, "look", Look)
+    check_pattern(cls, "short_name", SHORT_NAME)
     for attribute in ("whole_layers", "in_paper", "in_grid"):
         if not isinstance(value := getattr(cls, attribute), bool):
             raise ValueError(f"{cls.__name__} must declare {attribute} as True or False; got {value!r}")
@@ -92,88 +33,45 @@ def _check_declared(cls: type[Strategy]) -> None:
         raise ValueError(f"{cls.__name__} has {what}; a strategy that needs a profile has both")
 
 
-def _check_free(cls: type[Strategy]) -> None:
-    full = {"name": FULL, "short_name": FULL_SHORT_NAME, "label": FULL_LABEL}
-    for attribute, of_full in full.items():
-        taken = {of_full: "the full model"}
-        taken |= {getattr(other, attribute): other.__name__ for other in _registered.values()}
-        if (value := getattr(cls, attribute)) in taken:
-            what = attribute.replace("_", " ")
-            raise ValueError(
-                f"{cls.__name__} cannot be registered: {what} {value!r} is taken by {taken[value]}; "
-                f"taken: {', '.join(taken)}"
-            )
+_full = {"name": FULL, "short_name": FULL_SHORT_NAME, "label": FULL_LABEL}
+registry = Registry(
+    "strategy",
+    "adaskip.strategies",
+    Strategy,
+    _check,
+    unique=tuple(_full),
+    reserved={attribute: {value: "the full model"} for attribute, value in _full.items()},
+)
+
+
+S = TypeVar("S", bound=type[Strategy])
+
+
+def register_strategy(cls: S) -> S:
+    """Make a strategy known by its name to the command line, the tables and the plots; also a decorator.
+
+    Put it above `@dataclass(frozen=True, kw_only=True)`. To register the same class again changes nothing.
+
+    Raises:
+        ValueError: it is not a concrete, frozen dataclass derived from `Strategy`, lacks a declaration, declares
+            something impossible, or has the name, short name or label of another strategy.
+    """
+    return registry.register(cls)
 
 
 def registered() -> dict[str, type[Strategy]]:
-    """Every strategy by name, the library's own first; imports the plugins not imported so far.
-
-    Raises:
-        ValueError: a plugin cannot be imported, or its strategy cannot be registered.
-    """
-    for where, plugin in _plugins():
-        if where not in _loaded:
-            _loaded.add(where)
-            try:
-                _import(where, plugin)
-            except BaseException:
-                _loaded.discard(where)
-                raise
-    return dict(_registered)
-
-
-def _plugins() -> Iterator[tuple[str, str]]:
-    """Where each plugin is named, and what it is: `package.module` or `package.module:Class`."""
-    yield from _entry_points()
-    for plugin in filter(None, (each.strip() for each in os.environ.get(PLUGINS, "").split(","))):
-        yield f"{PLUGINS}={plugin}", plugin
-
-
-@cache
-def _entry_points() -> tuple[tuple[str, str], ...]:
-    found = sorted((point.name, point.value) for point in entry_points(group=GROUP))
-    return tuple((f"entry point {name} = {value} of group {GROUP}", value) for name, value in found)
-
-
-def _import(where: str, plugin: str) -> type[Strategy] | None:
-    """Import a plugin and register the class it names, if it names one."""
-    module_name, _, class_name = plugin.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # another package's own code
-        raise ValueError(f"{where}: importing {module_name} raised {type(error).__name__}: {error}") from error
-    if not class_name:
-        return None
-    if not hasattr(module, class_name):
-        raise ValueError(f"{where}: module {module_name} has no class {class_name}")
-    return register_strategy(getattr(module, class_name))
+    """Every strategy by name, the library's own first; ValueError for a plugin that cannot be used."""
+    return registry.all()
 
 
 def strategy_name(given: str) -> str:
-    """The name of a strategy given by name or as `package.module:Class`, which is imported and registered.
-
-    A name is returned as it is, whether there is such a strategy or not.
-    """
-    if ":" not in given:
-        return given
-    cls = _import(f"strategy {given}", given)
-    if cls is None:
-        raise ValueError(f"strategy {given!r} names no class; expected package.module:Class")
-    known = [each.strip() for each in os.environ.get(PLUGINS, "").split(",") if each.strip()]
-    if given not in known:
-        os.environ[PLUGINS] = ",".join([*known, given])  # for the processes that this one starts
-    return cls.name
+    """The name of a strategy given by name or as `package.module:Class`, which is imported and registered."""
+    return registry.name_of(given)
 
 
 def strategy_class(name: str) -> type[Strategy]:
     """The class of a strategy name; ValueError with the nearest and all names if there is none."""
-    known = registered()
-    if name in known:
-        return known[name]
-    names = (FULL, *known)
-    near = get_close_matches(name, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown strategy {name!r}.{hint} Available: {', '.join(names)}")
+    return registry.find(name, also=(FULL,))
 
 
 def profile_type(name: str) -> type[ImportanceProfile] | type[SelectionProfile] | None:

@@ -1,4 +1,4 @@
-"""SkipDecode: the layers after the first one, more of them the longer the answer gets."""
+"""SkipDecode: skips layers from the second one on, more of them as the answer gets longer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_DECODE_STEPS = 512  # the paper's output cap
 
 @dataclass(frozen=True, kw_only=True)
 class SkipDecode(Strategy):
-    """Skip layers 1..n of the prompt; while decoding, one layer at the first step and all n at the last.
+    """Skip layers 1..n in the prompt; while decoding, skip one layer at the first step and all n at the last.
 
-    max_decode_steps: T_max, the step at which all n layers are skipped.
+    max_decode_steps: T_max, the step from which on all n layers are skipped.
 
-    End to end, the prompt leaves no K/V in layers 1..n and an attention without it cannot come back, so there the
-    schedule moves the FFNs alone: the attentions of layers 1..n stay skipped for the life of the cache.
+    In phase e2e the prompt leaves no K/V in layers 1..n, and an attention without K/V cannot run again. So there the
+    schedule changes only the FFNs, and the attentions of layers 1..n stay skipped as long as the cache exists.
     """
 
     name = "skipdecode"
@@ -47,7 +47,7 @@ class SkipDecode(Strategy):
 
     @cached_property
     def _schedule(self) -> tuple[SkipPlan, ...]:
-        """Plan by number of skipped layers, 0..n."""
+        """The plan for each number of skipped layers, 0..n."""
         return tuple(self._first(n) for n in range(self._num_whole_layers + 1))
 
     @staticmethod
@@ -55,7 +55,7 @@ class SkipDecode(Strategy):
         return SkipPlan.of_layers(range(1, n + 1))
 
     def decode_plan(self, step: int) -> SkipPlan:
-        """ceil(t / T_max * (n - 1)) + 1 layers at step t; in the prefill phase the prompt's n layers throughout."""
+        """ceil(t / T_max * (n - 1)) + 1 layers at step t; in the prefill phase always n layers, as in the prompt."""
         n = self._num_whole_layers
         if self.phase == "prefill" or n == 0:
             return self.skipped
@@ -63,5 +63,5 @@ class SkipDecode(Strategy):
 
     @property
     def is_steady(self) -> bool:
-        """In the prefill phase, and with a schedule of a single entry."""
+        """True in the prefill phase, and if the schedule has a single entry."""
         return self.phase == "prefill" or self._num_whole_layers <= 1

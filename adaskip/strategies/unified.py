@@ -1,4 +1,4 @@
-"""Unified Skipping: n layers, evenly spaced, never the first or the last."""
+"""Unified Skipping: skips n evenly spaced layers, never the first or the last."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from adaskip.core.strategy import Strategy
 class UnifiedSkipping(Strategy):
     """Skip layers 1 + floor(i * M / n), i = 0..n-1.
 
-    From n = M / 2 on that formula would reach the last layer; there the n layers are spread over the M - 2 inner ones
-    in the same way. It is exactly n layers for every allowed n.
+    For n >= M / 2 that formula would reach the last layer, so the n layers are then spread in the same way over the
+    M - 2 inner ones. Exactly n layers are skipped for every allowed n.
     """
 
     name = "unified"

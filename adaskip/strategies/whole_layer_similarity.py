@@ -1,4 +1,4 @@
-"""MostSkip and LeastSkip: whole layers by IO similarity, the check that similarity measures importance."""
+"""MostSkip and LeastSkip: skip the most or least similar whole layers, to check that similarity measures importance."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from adaskip.benchmarks.longbench import TASKS, build_prompt_ids
+from adaskip.benchmarks.longbench import TASKS
+from adaskip.benchmarks.prompts import build_prompt_ids
 from adaskip.benchmarks.scoring import score_sample
 from adaskip.core.generate import generate
 from adaskip.testbed import FAMILIES, checkpoint_dir, records
@@ -30,10 +31,9 @@ def predictions(
     """Greedy answers of the full model."""
     texts = []
     for start in range(0, len(samples), batch_size):
-        prompts = [
-            torch.tensor(build_prompt_ids(sample, TASKS[task], tokenizer, model.config.max_position_embeddings))
-            for sample in samples[start : start + batch_size]
-        ]
+        asked = [TASKS[task].template.format(**sample) for sample in samples[start : start + batch_size]]
+        limit = model.config.max_position_embeddings
+        prompts = [torch.tensor(build_prompt_ids(text, tokenizer, limit)) for text in asked]
         answers = generate(
             model,
             None,

@@ -116,7 +116,7 @@ def test_prompts_are_cut_at_the_limit_given_and_the_manifest_says_so(folder, giv
     assert cli.main(run(folder, *given, *short)) == 2
     assert "max_prompt_tokens was 10, is 32256" in capsys.readouterr().err
     assert cli.main(run(folder, *given, "--max-prompt-tokens", "32257")) == 2
-    assert "--max-prompt-tokens 32257 is more than" in capsys.readouterr().err
+    assert "--max-prompt-tokens 32257 is too large" in capsys.readouterr().err
 
 
 def test_only_short_records_can_be_had_to_run_and_to_calibrate_on(folder, given, tmp_path, away, capsys):

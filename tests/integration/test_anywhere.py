@@ -94,7 +94,7 @@ def test_studies_look_for_what_is_saved_in_the_checkout(checkout, tmp_path, scri
 def test_real_tables_point_to_the_testbeds_runs(ran, tmp_path):
     ended = python(ran / "eval/tables.py", cwd=tmp_path, path=ran, expect=2)
     (line,) = ended.stderr.splitlines()
-    assert line.endswith(f"there are some in {ran}/results/testbed/runs: give --testbed")
+    assert line.endswith(f"there are some in {ran}/results/testbed/runs: give --benchmark testbed")
 
 
 @pytest.mark.slow

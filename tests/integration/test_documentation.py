@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from adaskip.core import blocks
-from adaskip.strategies import registry
+from adaskip.strategies.registry import registry
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -28,7 +28,7 @@ def run_from_the_root(source: str, page: Path, monkeypatch: pytest.MonkeyPatch) 
     module = ModuleType("page")  # dataclasses look their module up
     monkeypatch.setitem(sys.modules, "page", module)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # what a page registers is forgotten
+    monkeypatch.setattr(registry, "classes", dict(registry.classes))  # what a page registers is forgotten
     monkeypatch.setattr(blocks, "_structures", dict(blocks._structures))
     exec(compile(source, page.name, "exec"), vars(module))
 

@@ -44,8 +44,8 @@ def measured(monkeypatch) -> list[str]:
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
     """A search takes as long as it has samples; six show what the setup's twenty would."""
-    setup = config.load_setup
-    monkeypatch.setattr(config, "load_setup", lambda name: replace(setup(name), calibration_samples=6))
+    setup = config.find_setup
+    monkeypatch.setattr(config, "find_setup", lambda benchmark: replace(setup(benchmark), calibration_samples=6))
 
 
 CALIBRATE = {"adaskip": [], "calibrated": ["--select", "decode"]}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from adaskip import cli
-from adaskip.strategies import registry
+from adaskip.common.plugins import PLUGINS
+from adaskip.strategies.registry import registry
 from tests.outside_strategy import COLOR, LABEL, MODULE, NAME, SHORT_NAME, install, write_module
 from tests.tiny_runs import ROOT, cell, records
 
@@ -126,8 +127,8 @@ class Measured(Strategy):
         layer = self.profile.num_layers - 1
         return adaskip.SkipPlan(ffn=frozenset({{layer}}))
 """
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setenv(registry.PLUGINS, "")
+    monkeypatch.setattr(registry, "classes", dict(registry.classes))
+    monkeypatch.setenv(PLUGINS, "")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / f"measured_{what}.py").write_text(source, encoding="utf-8")
     argv = ["run", *cell(f"measured_{what}:Measured", "decode", "1"), *options, "--limit", "1"]

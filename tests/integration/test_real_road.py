@@ -178,7 +178,7 @@ def test_the_dry_run_needs_neither_weights_nor_data(tmp_path, monkeypatch, capsy
     assert lines[count] == f"0 of {count} cells done in results/runs"
     assert "on one L20" in lines[count + 1]
     assert "a lower bound" in lines[count + 1]
-    assert "No data here" in lines[count + 2]
+    assert "The data was not found" in lines[count + 2]
     assert lines[count + 3].startswith(
         "llama: 16.1 GB of weights (meta-llama/Llama-3.1-8B-Instruct, not on this machine)"
     )
@@ -191,7 +191,7 @@ def test_the_dry_run_counts_samples_and_words_where_there_is_data(tmp_path, data
     assert cli.main([*given, "--output-dir", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert output.count(f"{2 * NUM_SAMPLES} samples") == len(GRID_STRATEGIES)
-    assert "Samples are counted; a word of theirs is taken as 1.4 tokens" in output
+    assert "The samples were counted; a word is taken as 1.4 tokens" in output
     assert "not on this machine" not in output
     assert "LongBench's data" not in output
 
@@ -211,7 +211,7 @@ def test_a_dry_run_for_a_faster_gpu_takes_less(tmp_path, capsys):
 def test_a_dry_run_of_a_task_of_unknown_size_asks_for_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert cli.main([*GRID, "--tasks", "hotpotqa"]) == 2
-    assert "the number of samples of hotpotqa is not known without the data: give --data-dir" in capsys.readouterr().err
+    assert "the number of samples of hotpotqa is unknown without its data; give --data-dir" in capsys.readouterr().err
 
 
 def test_the_dry_run_counts_the_searches_of_calibrated(tmp_path, capsys):

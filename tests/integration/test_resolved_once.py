@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from adaskip import cli
+from adaskip.benchmarks import longbench
 from adaskip.models import checkpoints, loading, source
 from adaskip.profiles import fields, fingerprint
 from adaskip.runs import loading as held
@@ -18,7 +19,7 @@ WATCHED = {
     "architecture": [(source, "read_architecture")],
     "weights": [(module, "weights_fingerprint") for module in (fingerprint, fields, loading)],
     "weight files": [(module, "weight_files_fingerprint") for module in (source, loading)],
-    "calibration": [(records.LongBenchRecords, "calibration")],
+    "calibration": [(longbench.LongBench, "calibration_records")],
 }
 
 
@@ -27,6 +28,7 @@ def counted(monkeypatch) -> Counter:
     """How often each thing was worked out."""
     calls: Counter = Counter()
     monkeypatch.setattr(held, "_held", {})
+    records._read.cache_clear()
 
     def watch(what, place, name):
         original = getattr(place, name)

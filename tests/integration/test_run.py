@@ -121,6 +121,60 @@ def state_of(options, capsys, *given) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size", ["--limit", "--subset"])
+def test_a_run_goes_on_with_more_samples(options, tmp_path, capsys, size):
+    """It makes those that are missing, and its records are those of a run that was given all of them at once."""
+    argv = ["run", *cell(), *options, size]
+    assert cli.main([*argv, "2"]) == 0
+    assert "unfinished" in state_of(options, capsys, size, "4")
+    assert cli.main([*argv, "4"]) == 0
+    assert "8 samples, 4 of them before" in capsys.readouterr().out
+    folder = tmp_path / "runs/llama-EE-DECODE/2-sublayers"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["tasks"] == {"gov_report": 4, "multi_news": 4}
+    assert manifest["finished"]
+    assert len(manifest["resumed"]) == 1
+    at_once = tmp_path / "at_once"
+    assert cli.main([*argv, "4", "--output-dir", str(at_once)]) == 0
+    assert records(folder) == records(at_once / "llama-EE-DECODE/2-sublayers")
+    assert cli.main([*argv, "4"]) == 0
+    assert "8 samples, 8 of them before" in capsys.readouterr().out
+
+
+def test_a_run_of_few_samples_goes_on_to_all_of_them(options, tmp_path, capsys):
+    assert cli.main(["run", *cell(), *options, "--limit", "2"]) == 0
+    assert cli.main(["run", *cell(), *options]) == 0
+    assert f"{2 * NUM_SAMPLES} samples, 4 of them before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("--limit", "4"), ("--limit", "2")),
+        (("--limit", "2"), ("--subset", "4")),
+        (("--subset", "2"), ("--subset", "4", "--seed", "1")),
+        (("--limit", "3", "--batch-size", "2"), ("--limit", "5", "--batch-size", "2")),  # the last batch is cut
+    ],
+    ids=" ".join,
+)
+def test_a_run_whose_samples_are_not_the_first_of_those_wanted_does_not_go_on(options, capsys, before, after):
+    assert cli.main(["run", *cell(), *options, *before]) == 0
+    capsys.readouterr()
+    assert cli.main(["run", *cell(), *options, *after]) == 2
+    assert "holds a run with another configuration" in error_of(capsys)
+
+
+@pytest.mark.parametrize("field", ["data_fingerprint", "versions"])
+def test_a_run_of_other_data_or_versions_does_not_go_on(options, tmp_path, capsys, field):
+    assert cli.main(["run", *cell(), *options, "--limit", "2"]) == 0
+    path = tmp_path / "runs/llama-EE-DECODE/2-sublayers/manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, field: "another"}))
+    capsys.readouterr()
+    assert cli.main(["run", *cell(), *options, "--limit", "4"]) == 2
+    assert f"{field} was" in error_of(capsys)
+
+
 def test_a_cell_of_other_weights_or_settings_does_not_count_as_done(options, checkpoint, tmp_path, capsys):
     assert cli.main(["run", *cell(), *options]) == 0
     capsys.readouterr()
@@ -268,7 +322,7 @@ def test_the_testbed_is_one_more_checkpoint_and_its_records(tmp_path):
     assert cli.main([*argv, *given]) == 0
     folder = tmp_path / "runs/vicuna-ADA-E2E/2-sublayers"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["testbed"]
+    assert manifest["benchmark"] == "testbed"
     assert manifest["chat_template"] is None
     assert manifest["tasks"] == {"gov_report": 2, "multi_news": 2}
     expected = testbed.records("gov_report", limit=2)

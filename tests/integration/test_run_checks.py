@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaskip import cli
-from adaskip.benchmarks import longbench
+from adaskip.benchmarks import longbench_tasks
 from adaskip.runs import loading
 from adaskip.runs.checks import check
 from adaskip.runs.config import RunConfig
@@ -214,8 +214,8 @@ def test_an_unfinished_run_with_other_stop_tokens_is_not_continued(options, tmp_
 def test_another_template_is_another_run(options, capsys, monkeypatch):
     argv = ["run", *cell(), *options]
     assert cli.main(argv) == 0
-    task = replace(longbench.TASKS["gov_report"], template="{context}")
-    monkeypatch.setitem(longbench.TASKS, "gov_report", task)
+    task = replace(longbench_tasks.TASKS["gov_report"], template="{context}")
+    monkeypatch.setitem(longbench_tasks.TASKS, "gov_report", task)
     capsys.readouterr()
     assert cli.main(argv) == 2
     assert "templates_fingerprint was" in error_of(capsys)
@@ -306,5 +306,5 @@ def test_warnings_are_shown_on_standard_error(own, tmp_path):
     )
     assert sorted(ended.stderr.splitlines()) == [
         f"{checkpoint} was made for fewer tokens than llama: prompts are cut at 256, not at 31500",
-        "calibration on 5 samples of qasper instead of 20: the data has no more of over 4000 words",
+        "calibration on 5 samples of qasper instead of 20: the data has no more",
     ]

@@ -90,7 +90,7 @@ def test_a_signal_ends_the_run_cleanly_with_a_hint(options, tmp_path, number):
     wait_for_records(tmp_path / "runs/llama-EE-DECODE/2-sublayers", 1, process)
     process.send_signal(number)
     _, error = process.communicate()
-    assert error == f"stopped by {number.name}; the same command continues\n"
+    assert error == f"stopped by {number.name}; run the same command again to continue\n"
     assert process.returncode == 128 + number
     assert not (tmp_path / "runs/llama-EE-DECODE/2-sublayers/.lock").exists()
 
@@ -144,7 +144,7 @@ def test_ctrl_c_ends_a_grid_with_one_line(options, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers, too
     _, error = process.communicate()
     lines = [line for line in error.splitlines() if not line.endswith(" complete")]
-    assert lines == ["stopped by SIGINT; the same command continues"]
+    assert lines == ["stopped by SIGINT; run the same command again to continue"]
     assert process.returncode == 130
 
 

@@ -139,7 +139,7 @@ def test_a_killed_process_ends_the_others_and_any_number_continues(launch, whole
         assert codes.pop(rank) == -signal.SIGKILL
         assert set(codes) <= {1}, (codes, errors)
         assert len(errors) == (0 if rank == 0 else 1), errors  # the main process speaks, if it lives
-        assert all("a process of this launch is gone" in line for line in errors)
+        assert all("a process of this launch died" in line for line in errors)
         assert not json.loads((folder / "manifest.json").read_text())["finished"]
     assert list(folder.glob("parts/*.jsonl"))
     assert launch(last, argv) == ([0] * last, [])
@@ -186,7 +186,7 @@ def test_a_device_map_and_several_processes_are_refused(launch, options):
     assert codes == [2, 2]
     assert len(errors) == 1, errors
     assert errors[0].startswith(
-        "error: --device-map auto spreads one model over the devices and 2 processes load one each"
+        "error: --device-map auto spreads one model over all devices, but 2 processes would each load a model"
     )
 
 
@@ -203,7 +203,7 @@ def test_a_launch_that_started_one_process_only_is_warned_of(options, monkeypatc
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     processes._check_launch.cache_clear()
     assert cli.main([*ARGV, *options, "--limit", "1"]) == 0
-    assert "asked for several processes and started one" in caplog.text
+    assert "asked for several processes but started one" in caplog.text
 
 
 def accelerate(*argv: str) -> subprocess.Popen:

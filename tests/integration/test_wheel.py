@@ -105,7 +105,8 @@ def test_the_wheel_holds_the_package_and_its_configs_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "adaskip").rglob("*.py")}
     configs = {f"adaskip/packaged_configs/{path.name}" for path in (ROOT / "configs").iterdir()}
-    assert names == modules | configs | {"adaskip/py.typed"}
+    published = {str(path.relative_to(ROOT)) for path in (ROOT / "adaskip/profiles/published").glob("*.json")}
+    assert names == modules | configs | published | {"adaskip/py.typed"}
 
 
 def test_the_base_dependencies_alone_calibrate_and_run_a_local_checkpoint(base, checkpoint, tmp_path):
@@ -119,7 +120,9 @@ def test_the_base_dependencies_alone_give_help_and_say_what_a_run_needs(base, ch
     assert "calibrate" in alone(base, "-m", "adaskip", "--help", cwd=tmp_path).stdout
     argv = ["-m", "adaskip", "run", *cell("adaskip"), "--checkpoint", checkpoint, "--data-dir", data_dir]
     ended = alone(base, *argv, cwd=tmp_path, expect=2)
-    assert ended.stderr == "error: datasets is not installed, which this needs: pip install 'adaskip[paper]'\n"
+    assert (
+        ended.stderr == "error: this needs the package datasets, which is not installed: pip install 'adaskip[paper]'\n"
+    )
 
 
 def test_the_metadata_holds_one_version_and_a_lean_base(base):

@@ -14,7 +14,7 @@ from adaskip.cli import main
 from adaskip.common.options import resolve
 from adaskip.core import context, patching
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
-from adaskip.models.loading import architecture
+from adaskip.models.loading import architecture, registry
 from adaskip.profiles.assumed import assumed_profile, assumed_ranking
 from adaskip.roofline import Ceilings
 from adaskip.strategies import AdaSkip, FixedPlan, SkipDecode, build
@@ -336,7 +336,7 @@ def test_without_cuda_a_gpu_figure_is_one_line(capsys, tmp_path):
 
 def test_speed_scripts_name_their_model_and_nothing_else():
     names = {path.name: path.read_text() for path in (ROOT / "speed").glob("run_*_speed.py")}
-    assert names.keys() == {f"run_{model}_speed.py" for model in ("llama", "internlm", "vicuna")}
+    assert names.keys() == {f"run_{model}_speed.py" for model in registry()}
     for name, text in names.items():
         assert f'run_speed(model="{name.split("_")[1]}")' in text
 

@@ -108,7 +108,7 @@ def test_a_selection_of_another_depth_is_refused(here, monkeypatch):
     monkeypatch.setattr(subject_module, "SMALL_SHAPE", small)
     path = str(selection_of(LAYERS, "e2e").save(here / "e2e.json"))
     subject = load_subject(BenchConfig(model="llama-100m", random_weights=True, device="cpu", selection=(path,)))
-    with pytest.raises(ValueError, match="is for 16 layers, the model has 12"):
+    with pytest.raises(ValueError, match="has 16 layers, but the model has 12"):
         strategy_of(subject, "calibrated", "e2e")
 
 
@@ -117,7 +117,7 @@ def test_a_budget_beyond_the_selection_is_refused(here, llama):
     path = replace(whole, selected={n: whole.selected[n] for n in range(1, 5)}).save(here / "named.json")
     subject = load_subject(config_of(selection=(str(path),)))
     assert isinstance(strategy_of(subject, "calibrated"), CalibratedSkip)
-    with pytest.raises(ValueError, match=r"goes up to 4 sublayers; budget .* asks for 6"):
+    with pytest.raises(ValueError, match=r"of up to 4 sublayers, budget .* needs 6"):
         Trials(subject, "wall").strategy(Cell("calibrated", "prefill", 6), WORKLOAD)
 
 

@@ -93,7 +93,7 @@ def test_cache_slots_are_the_indices_of_the_attention():
 def test_an_index_that_is_none_is_refused(index):
     layers = random_model("llama").model.layers
     layers[1].self_attn.layer_idx = index
-    with pytest.raises(UnsupportedModelError, match=r"LlamaDecoderLayer at position 1 has layer_idx .* no index"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaDecoderLayer at position 1 has layer_idx .* not an index"):
         cache_slots(layers)
 
 

@@ -62,7 +62,7 @@ def test_every_family_is_proved_and_left_as_it_was(family, dtype):
 def test_a_layer_that_returns_more_than_hidden_states_is_refused(index, change, what):
     model = random_model("llama")
     replace_output(model, index, change)
-    assert_refused(model, rf"LlamaDecoderLayer \(layer {index}\) returns {what} instead of the hidden states")
+    assert_refused(model, rf"LlamaDecoderLayer \(layer {index}\) returns {what} instead of only the hidden states")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,9 @@ def test_a_sublayer_that_fails_only_by_itself_is_refused():
         return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
     layer.self_attn.forward, layer.forward = picky, forward
-    assert_refused(model, r"layer 1\) has the parts of a pre-norm block, which do not run one by one: .*position_ids")
+    assert_refused(
+        model, r"layer 1\) has the parts of a pre-norm block, but they cannot run one by one: .*position_ids"
+    )
 
 
 def rewire(model, loop):
@@ -151,7 +153,7 @@ def test_the_rewired_decoder_is_proved_when_it_runs_its_layers_in_order():
 def test_layers_that_do_not_run_once_each_in_order_are_refused(order):
     model = rewire(random_model("llama"), lambda layers, h, kwargs: in_order([layers[i] for i in order], h, kwargs))
     called = ", ".join(map(str, order)) or "none"
-    assert_refused(model, f"LlamaModel calls of its 4 layers, in this order: {called};")
+    assert_refused(model, f"LlamaModel with 4 layers calls them in this order: {called};")
 
 
 def test_layers_dropped_at_random_are_refused():
@@ -159,7 +161,7 @@ def test_layers_dropped_at_random_are_refused():
         kept = [layer for layer in layers if torch.rand(()) > 0.5]
         return in_order(kept, hidden_states, kwargs)
 
-    assert_refused(rewire(random_model("llama"), loop), "LlamaModel calls of its 4 layers, in this order")
+    assert_refused(rewire(random_model("llama"), loop), "LlamaModel with 4 layers calls them in this order")
 
 
 def test_more_positional_arguments_are_refused_unless_they_are_none():
@@ -175,7 +177,7 @@ def test_more_positional_arguments_are_refused_unless_they_are_none():
 
     model = takes_one_more(random_model("llama"))
     rewire(model, lambda layers, h, kwargs: loop(layers, h, kwargs, torch.ones(1)))
-    assert_refused(model, r"LlamaDecoderLayer \(layer 0\) is given more than the hidden states by position \(Tensor\)")
+    assert_refused(model, r"\(layer 0\) receives more positional arguments than the hidden states \(Tensor\)")
     rewire(model, lambda layers, h, kwargs: loop(layers, h, kwargs, None))
     assert_refused(model, "missing 1 required positional argument")  # this layer cannot do without
 
@@ -191,7 +193,7 @@ def test_hidden_states_passed_by_name_are_found():
 
 def test_layers_that_are_not_given_hidden_states_are_refused():
     model = rewire(random_model("llama"), lambda layers, h, kwargs: layers[0]((h, h), **kwargs))
-    assert_refused(model, r"LlamaDecoderLayer \(layer 0\) is not given hidden states \[B, S, D\] but tuple")
+    assert_refused(model, r"LlamaDecoderLayer \(layer 0\) receives tuple instead of hidden states \[B, S, D\]")
 
 
 def test_a_decoder_that_goes_on_after_a_failed_layer_is_refused():
@@ -209,13 +211,13 @@ def test_a_decoder_that_goes_on_after_a_failed_layer_is_refused():
         raise RuntimeError
 
     model.model.layers[1].forward = fails
-    assert_refused(model, "LlamaModel goes on after one of its layers has failed")
+    assert_refused(model, "LlamaModel continues after one of its layers has failed")
 
 
 def test_nan_proves_nothing():
     model = random_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
-    assert_refused(model, r"LlamaDecoderLayer \(layer 2\) puts out NaN or infinity")
+    assert_refused(model, r"LlamaDecoderLayer \(layer 2\) computes NaN or infinity")
 
 
 def test_large_activations_that_only_noise_makes_are_not_held_against_a_model():
@@ -233,13 +235,13 @@ def test_a_layer_that_works_in_place_is_refused():
     layer = model.model.layers[1]
     stock = layer.forward
     layer.forward = lambda hidden_states, **kwargs: hidden_states.copy_(stock(hidden_states, **kwargs))
-    assert_refused(model, r"LlamaDecoderLayer \(layer 1\) changes the hidden states that it is given in place")
+    assert_refused(model, r"LlamaDecoderLayer \(layer 1\) changes its input hidden states in place")
 
 
 def test_a_layer_that_scales_its_output_is_refused_with_the_factor():
     model = random_model("llama")
     replace_output(model, 1, lambda h: 0.5 * h)
-    assert_refused(model, r"layer 1\) .*computes something else \(its output is that of the two sublayers times 0.5\)")
+    assert_refused(model, r"layer 1\) .*computes something else \(its output is the sublayers' output times 0.5\)")
 
 
 def test_weights_of_the_layer_itself_are_refused_even_where_they_do_nothing_yet():
@@ -251,7 +253,7 @@ def test_weights_of_the_layer_itself_are_refused_even_where_they_do_nothing_yet(
 def test_a_layer_that_depends_on_chance_is_refused():
     model = random_model("llama")
     replace_output(model, 2, lambda h: h + torch.rand(()))
-    assert_refused(model, r"layer 2\) puts out something else when it runs alone.*depends on chance")
+    assert_refused(model, r"layer 2\) computes a different output when it runs alone.*random numbers")
 
 
 def shared_attention(layer, source):
@@ -268,7 +270,7 @@ def shared_attention(layer, source):
 def test_keys_shared_by_way_of_the_cache_are_refused():
     model = random_model("llama")
     shared_attention(model.model.layers[3], lambda cache: cache.layers[1].keys)
-    assert_refused(model, r"layer 3\) puts out something else when it runs alone .*shared keys and values")
+    assert_refused(model, r"layer 3\) computes a different output when it runs alone .*shared keys and values")
 
 
 def test_keys_left_on_a_module_are_refused():
@@ -277,7 +279,7 @@ def test_keys_left_on_a_module_are_refused():
     store.k_proj.forward = lambda x, stock=store.k_proj.forward: store.kept.append(stock(x)) or store.kept[-1]
     store.kept = []
     shared_attention(model.model.layers[3], lambda cache: store.kept[-1])
-    with pytest.raises(UnsupportedModelError, match=r"layer 3\) puts out something else when it runs alone"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 3\) computes a different output when it runs alone"):
         find_structure(model)
 
 
@@ -294,7 +296,7 @@ def test_an_attention_that_fills_another_layer_of_the_cache_is_refused():
             attention.layer_idx = 7
 
     model.model.layers[3].self_attn.forward = forward
-    assert_refused(model, r"layer 3\) fills layers \[3\] of the KV cache, its layer_idx says 7")
+    assert_refused(model, r"layer 3\) fills layers \[3\] of the KV cache, but its layer_idx is 7")
 
 
 def test_layers_with_other_indices_are_proved_and_say_where_their_keys_go():

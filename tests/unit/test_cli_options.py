@@ -145,12 +145,18 @@ def test_the_full_model_has_no_budget():
         ({"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"}, "lcc and lcc_e are one set with .* extended: give"),
         ({"budget": 4, "longbench_set": "e"}, "unknown --longbench-set 'e'.* Allowed: auto, plain, extended"),
         ({"budget": 4, "min_length": -1}, "--min-length must be at least 0 words, not -1"),
+        ({"budget": 4, "testbed": True, "min_length": 0}, "benchmark testbed has no option min_length; allowed: none"),
         (
-            {"budget": 4, "testbed": True, "min_length": 0},
-            "--testbed generates its own: leave them out; given: auto, 0",
+            {"budget": 4, "testbed": True, "longbench_set": "plain", "max_length": 9},
+            "no option longbench_set, max_length",
         ),
-        ({"budget": 4, "testbed": True, "longbench_set": "plain"}, "--testbed generates its own: leave them out"),
-        ({"budget": 4, "testbed": True, "data_dir": "x"}, "give one of them"),
+        ({"budget": 4, "testbed": True, "data_dir": "x"}, "benchmark testbed has no option data_dir"),
+        ({"budget": 4, "testbed": True, "tasks": ("narrativeqa",)}, "unknown task of testbed 'narrativeqa'"),
+        (
+            {"budget": 4, "testbed": True, "benchmark": "longbench"},
+            "--testbed is --benchmark testbed and --benchmark l",
+        ),
+        ({"budget": 4, "benchmark": "longbensh"}, "unknown benchmark 'longbensh'. Did you mean 'longbench'"),
         ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give one of them"),
     ],
 )
@@ -167,6 +173,7 @@ def test_a_task_and_its_longbench_e_set_are_two_where_the_plain_name_means_the_p
 def test_the_output_directory_follows_the_testbed():
     assert str(RunConfig(**CELL, budget=8).runs_dir) == "results/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True).runs_dir) == "results/testbed/runs"
+    assert str(RunConfig(**CELL, budget=8, benchmark="testbed").runs_dir) == "results/testbed/runs"
     assert str(RunConfig(**CELL, budget=8, testbed=True, output_dir="x").runs_dir) == "x"
 
 
@@ -217,7 +224,7 @@ def test_the_workers_of_a_grid_begin_with_one_cell_of_each_search():
     ("num_layers", "budgets"), [(32, (8, 12, 16)), (28, (8, 10, 14)), (8, (2, 4)), (2, (2,)), (80, (20, 30, 40))]
 )
 def test_the_setups_budgets_are_the_nearest_whole_layers_of_another_depth(num_layers, budgets):
-    assert load_setup("real").budgets_for(num_layers) == budgets
+    assert load_setup("paper").budgets_for(num_layers) == budgets
 
 
 @pytest.mark.parametrize("strategy", ["early_exit", "adaskip"])

@@ -104,7 +104,7 @@ def test_moments_are_those_of_the_stream_around_each_sublayer():
 
 
 def test_nothing_seen_is_nothing_fitted():
-    with pytest.raises(ValueError, match="no token was seen"):
+    with pytest.raises(ValueError, match="no tokens were added"):
         StreamMoments().affine()
 
 

@@ -67,7 +67,7 @@ def test_cache_slots_follow_layers_that_are_numbered_anew():
     model.model.layers = nn.ModuleList([layer for i, layer in enumerate(model.model.layers) if i != 2])
     model.config.num_hidden_layers = 5
     strategy = FixedPlan(num_layers=5, plan=SkipPlan(attention={4}))
-    with skipping(model, strategy), pytest.raises(ValueError, match="slots up to 5"):
+    with skipping(model, strategy), pytest.raises(ValueError, match="indices up to 5"):
         greedy(model)
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = i
@@ -135,7 +135,7 @@ def test_an_affine_of_another_width_is_refused_and_leaves_no_trace(width):
     model = random_model("llama")
     wrong = SkipPlan.of_sublayers({Sublayer("ffn", 2): Affine([1.5] * width, [0.5] * width)})
     right = SkipPlan.of_sublayers({Sublayer("ffn", 2): Affine([1.5] * WIDTH, [0.5] * WIDTH)})
-    with pytest.raises(ValueError, match=rf"has {width} channels; the hidden states have {WIDTH}"):
+    with pytest.raises(ValueError, match=rf"has {width} channels, but the hidden states have {WIDTH}"):
         logits(model, wrong)
     expected = ReferenceDecoder(model).run(IDS[0].tolist(), right)
     assert (logits(model, right)[0] - expected).abs().max() < 1e-5
@@ -161,8 +161,8 @@ class Given(Strategy):
         (SkipPlan(ffn={9}), "layers .9., but the model has layers 0..3"),
         (SkipPlan(attention={9}), "layers .9., but the model has layers 0..3"),
         (SkipPlan(attention={0, 1, 2, 3}), "at least one must stay live"),
-        (None, "strategy given gave NoneType instead of a SkipPlan"),
-        ({"ffn": [1]}, "strategy given gave dict instead of a SkipPlan"),
+        (None, "strategy given returned NoneType instead of a SkipPlan"),
+        ({"ffn": [1]}, "strategy given returned dict instead of a SkipPlan"),
     ],
     ids=str,
 )
@@ -227,7 +227,7 @@ def test_loops_by_hand_decode_as_generate_does(phase, slices, outside):
 def test_lossless_refuses_a_sliding_cache_under_masks_without_a_window(family):
     model = random_model(family)
     model.config.sliding_window = 5
-    with pytest.raises(ValueError, match="names a sliding_window"):
+    with pytest.raises(ValueError, match="has a sliding_window"):
         greedy(model, custom_generate=lossless(model, fixed()))
 
 

@@ -88,7 +88,7 @@ def test_profile_survives_its_file(tmp_path):
 
 def test_profile_of_another_model_is_refused(tmp_path):
     model = random_model("llama", num_layers=2)
-    with pytest.raises(ProfileError, match="has 3 layers, the model has 2"):
+    with pytest.raises(ProfileError, match="has 3 layers, but the model has 2"):
         ImportanceProfile.load(profile_of([0.1] * 3, [0.1] * 3).save(tmp_path / "p.json"), model)
     with pytest.raises(ProfileError, match="calibrate this model"):
         ImportanceProfile.load(profile_of([0.1] * 2, [0.1] * 2).save(tmp_path / "p.json"), model)
@@ -100,7 +100,7 @@ def test_profile_of_another_model_is_refused(tmp_path):
         ("{", "is not JSON"),
         ("[]", "not an importance profile"),
         ('{"format": "other"}', "format is 'other'"),
-        ('{"format": "adaskip-importance-profile/1"}', "not a whole importance profile"),
+        ('{"format": "adaskip-importance-profile/1"}', "not a valid importance profile"),
     ],
 )
 def test_broken_file_is_one_clear_error(tmp_path, text, message):

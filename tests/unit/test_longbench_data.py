@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from adaskip.benchmarks import longbench_files
-from adaskip.benchmarks.longbench import HUB, LongBenchError, find_set, load_records
+from adaskip.benchmarks.longbench import HUB, find_set, load_records
 from adaskip.benchmarks.longbench_files import check_sha256, list_sets
+from adaskip.benchmarks.protocol import BenchmarkError
 
 REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
 
@@ -45,7 +46,7 @@ def write_zip(path: Path, sets: dict[str, list]) -> Path:
 
 
 def failure(*arguments, **options) -> str:
-    with pytest.raises(LongBenchError) as caught:
+    with pytest.raises(BenchmarkError) as caught:
         load_records(*arguments, **options)
     line = str(caught.value)
     assert "\n" not in line

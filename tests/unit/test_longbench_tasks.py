@@ -6,6 +6,7 @@ import json
 import pytest
 
 from adaskip.benchmarks.longbench import EXTENDED_TASKS, TASKS, LongBenchError, TaskSpec, get_task, set_meant
+from adaskip.benchmarks.protocol import BenchmarkError
 from adaskip.benchmarks.scoring import METRICS
 from adaskip.common import configs
 from adaskip.common.configs import ConfigError, load_yaml
@@ -127,8 +128,8 @@ def test_unknown_task_is_one_line_with_what_is_allowed(name, says):
 
 
 def test_spec_refuses_a_template_without_context():
-    with pytest.raises(ConfigError, match=r"no \{context\}"):
-        TaskSpec("new", "{input}", 32, "qa_f1", "en")
+    with pytest.raises(BenchmarkError, match=r"no \{context\}"):
+        TaskSpec(name="new", template="{input}", max_new_tokens=32, metric="qa_f1", language="en")
 
 
 @pytest.mark.parametrize(

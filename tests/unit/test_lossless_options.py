@@ -75,7 +75,7 @@ def test_prompts_of_embeddings_with_every_way_to_say_the_length(options):
 
 
 REFUSED = {
-    "assistant_model": ({"assistant_model": random_model("llama", num_layers=1)}, "leave assistant_model off"),
+    "assistant_model": ({"assistant_model": random_model("llama", num_layers=1)}, "leave assistant_model out"),
     "assistant_early_exit": ({"assistant_early_exit": 2}, "got assisted_generation"),
     "synced_gpus": ({"synced_gpus": True}, "synced_gpus"),
     "dola_layers": ({"dola_layers": "low"}, "got dola_generation"),

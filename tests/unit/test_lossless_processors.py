@@ -286,7 +286,7 @@ def test_the_processors_of_a_draft_keep_their_order():
 
 @pytest.mark.parametrize("wrong", [Favour(), "Favour", object])
 def test_what_is_named_stateless_must_be_a_class_of_processors(wrong):
-    with pytest.raises(ValueError, match="stateless names classes of logits processors"):
+    with pytest.raises(ValueError, match="stateless must list classes of logits processors"):
         lossless(MODELS["llama"], fixed(), stateless=[wrong])
 
 

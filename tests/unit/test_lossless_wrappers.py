@@ -126,7 +126,7 @@ def test_a_model_that_changes_its_arguments_in_a_way_of_its_own_is_refused(monke
             return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     model.__class__ = Special
-    with pytest.raises(ValueError, match="Special changes its arguments after every token"):
+    with pytest.raises(ValueError, match="Special updates its arguments after every token"):
         generated(model, random_prompts([5])[0], lossless(model, fixed()))
 
 

@@ -75,7 +75,7 @@ def test_qa_f1_zh_by_hand(prediction, reference, expected):
 
 def test_chinese_metrics_name_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(MissingPackageError, match=r"jieba is not installed, .*: pip install 'adaskip\[zh\]'"):
+    with pytest.raises(MissingPackageError, match=r"the package jieba, .*: pip install 'adaskip\[zh\]'"):
         metrics.qa_f1_zh("北京", "北京")
 
 

@@ -69,7 +69,10 @@ def test_a_hub_id_of_the_registry_has_its_entrys_settings_and_pinned_revision():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("lama", "unknown model 'lama'. Did you mean 'llama'? Allowed: llama, internlm, vicuna, a Hub id org/name"),
+        (
+            "lama",
+            "unknown model 'lama'. Did you mean 'llama'? Allowed: llama, internlm, vicuna, smollm2, a Hub id org/name",
+        ),
         ("./nowhere", "model './nowhere' does not exist: no such folder or .gguf file"),
         ("/no/where", "model '/no/where' does not exist"),
         ("org/file.gguf", "model 'org/file.gguf' does not exist"),

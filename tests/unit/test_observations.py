@@ -231,5 +231,5 @@ def test_windows_are_the_sums_of_an_answers_first_tokens():
 
 @pytest.mark.parametrize(("phase", "windows"), [("prefill", [5]), ("decode", [0])])
 def test_windows_are_of_decoded_tokens(phase, windows):
-    with pytest.raises(ValueError, match="windows are counts of decoded tokens"):
+    with pytest.raises(ValueError, match="windows are numbers of decoded tokens"):
         list(measure(random_model("llama"), random_prompts([4]), phase=phase, windows=windows))

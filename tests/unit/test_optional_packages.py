@@ -13,7 +13,8 @@ import pytest
 
 import adaskip
 from adaskip.common.optional import EXTRAS, MissingPackageError, missing_package, optional_import
-from tests.tiny_runs import ROOT
+from adaskip.testbed import checkpoint_dir
+from tests.tiny_runs import ROOT, make_data
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN_EXTRAS = ("paper", "zh", "gguf")
@@ -57,12 +58,11 @@ def test_the_library_works_with_the_base_dependencies_alone():
 @pytest.mark.parametrize(
     ("command", "package"),
     [
-        ("-m adaskip run --testbed --model llama --phase prefill --strategy full", "datasets"),
+        ("-m adaskip run --model llama --checkpoint MODEL --phase prefill --strategy full --data-dir DATA", "datasets"),
         ("eval/eval.py --testbed --model llama-EE-PREFILL", "rich"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ("-m adaskip calibrate --testbed --model llama", "datasets"),
                 ("-m adaskip bench --figure overhead_testbed", "rich"),
                 ("eval/tables.py --testbed", "rich"),
                 ("observations/ob1.py --testbed", "rich"),
@@ -72,9 +72,14 @@ def test_the_library_works_with_the_base_dependencies_alone():
     ],
 )
 def test_a_command_that_needs_a_missing_package_is_one_line(command, package, tmp_path):
+    if "DATA" in command:
+        command = command.replace("DATA", str(make_data(tmp_path))).replace("MODEL", str(checkpoint_dir("llama")))
     ended = hidden(*command.split())
     assert ended.returncode == 2
-    assert ended.stderr == f"error: {package} is not installed, which this needs: pip install 'adaskip[paper]'\n"
+    assert (
+        ended.stderr
+        == f"error: this needs the package {package}, which is not installed: pip install 'adaskip[paper]'\n"
+    )
 
 
 def test_the_commands_help_needs_the_base_dependencies_only():
@@ -90,7 +95,7 @@ def test_a_score_that_needs_a_missing_package_is_no_zero(name, monkeypatch):
     metrics._rouge_l.cache_clear()
     for package in ("rouge", "rouge_score", "rouge_score.rouge_scorer", "jieba"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match="is not installed, which this needs: pip install 'adaskip"):
+    with pytest.raises(MissingPackageError, match="which is not installed: pip install 'adaskip"):
         getattr(metrics, name)("a b c", "a b d", None)
 
 

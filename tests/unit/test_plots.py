@@ -15,20 +15,18 @@ from adaskip.strategies.names import GRID_STRATEGIES
 from adaskip.studies.plots.score_curves import plot_retention, plot_scores
 from adaskip.studies.plots.skip_maps import ONLINE, plot_skip_map, skip_shares
 from adaskip.studies.plots.style import LOOKS
-from adaskip.studies.tables.entries import PhaseEntries
+from adaskip.studies.tables.results import Results, load_results
 from adaskip.studies.tables.runs import load_run
-from adaskip.studies.tables.scoreboard import load_scoreboard
 from tests.saved_runs import write_run
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory) -> list[PhaseEntries]:
+def results(tmp_path_factory) -> Results:
     runs_dir = tmp_path_factory.mktemp("runs")
     for number, strategy in enumerate(GRID_STRATEGIES):
         cell = Cell("llama", "e2e", strategy, 0 if strategy == "full" else 4)
         write_run(runs_dir, cell, 1 - 0.2 * number, num_samples=4)
-    board = load_scoreboard(runs_dir)
-    return [PhaseEntries(board, phase) for phase in ("prefill", "decode", "e2e")]
+    return load_results(runs_dir)
 
 
 def test_looks_differ_in_colour_marker_and_dashes():
@@ -38,10 +36,10 @@ def test_looks_differ_in_colour_marker_and_dashes():
         assert one.dashes != other.dashes
 
 
-def test_figures_are_written_as_png_and_svg_and_twice_the_same(tables, tmp_path):
+def test_figures_are_written_as_png_and_svg_and_twice_the_same(results, tmp_path):
     def draw(out_dir):
-        written = [*plot_scores(tables[2], out_dir), *plot_retention(tables, out_dir)]
-        return written + plot_skip_map(tables[0].board, "llama", out_dir)
+        written = [*plot_scores(results, "e2e", out_dir), *plot_retention(results, out_dir)]
+        return written + plot_skip_map(results, "llama", out_dir)
 
     first, second = draw(tmp_path / "first"), draw(tmp_path / "second")
     names = [f"{stem}.{kind}" for stem in ("scores_e2e", "retention", "skip_map_llama") for kind in ("png", "svg")]
@@ -53,15 +51,15 @@ def test_figures_are_written_as_png_and_svg_and_twice_the_same(tables, tmp_path)
         assert np.asarray(Image.open(path).convert("L")).std() > 5  # something is drawn
 
 
-def test_a_phase_or_a_model_that_was_not_run_has_no_figure(tables, tmp_path):
-    assert plot_scores(tables[0], tmp_path) == []
-    assert plot_skip_map(tables[0].board, "vicuna", tmp_path) == []
+def test_a_phase_or_a_model_that_was_not_run_has_no_figure(results, tmp_path):
+    assert plot_scores(results, "prefill", tmp_path) == []
+    assert plot_skip_map(results, "vicuna", tmp_path) == []
     assert not list(tmp_path.iterdir())
 
 
-def test_drawing_leaves_the_users_style_alone(tables, tmp_path):
+def test_drawing_leaves_the_users_style_alone(results, tmp_path):
     before = dict(matplotlib.rcParams)
-    plot_scores(tables[2], tmp_path)
+    plot_scores(results, "e2e", tmp_path)
     assert dict(matplotlib.rcParams) == before
 
 

@@ -45,7 +45,7 @@ def test_rounding_may_bring_a_mean_of_cosines_a_little_above_1():
     [({"divergence": value}, "a divergence must be") for value in (-0.1, NAN, INFINITY, *NOT_NUMBERS)]
     + [({"ffn": {1: value}}, "the scale of ffn 1 must be") for value in (0.0, -1.0, NAN, INFINITY, *NOT_NUMBERS)]
     + [({"ffn": {key: 1.0}}, "a layer must be a whole number") for key in (-1, "-1", "x", "01", " 1", 1.0, True, None)]
-    + [({"attention": [1]}, "attention must hold scales by layer"), ({"found_by": 3}, "found_by must be a text")],
+    + [({"attention": [1]}, "attention must map layers to scales"), ({"found_by": 3}, "found_by must be a string")],
 )
 def test_a_chosen_set_has_scales_above_0_and_a_divergence(fields, message):
     good = {"attention": {}, "ffn": {1: 1.0}, "divergence": 0.1, "found_by": "search"}
@@ -123,7 +123,7 @@ def refused_in_one_line(profile, change, path):
     path.write_text(json.dumps(changed(json.loads(path.read_text()), *change)))
     with pytest.raises(ProfileError) as error:
         type(profile).load(path)
-    assert str(error.value).startswith(f"{path} is not a whole ")
+    assert str(error.value).startswith(f"{path} is not a valid ")
     assert "\n" not in str(error.value)
 
 
@@ -155,7 +155,7 @@ def measured():
 
 def test_a_profile_of_other_weights_can_be_used_knowingly(measured, tmp_path, caplog):
     path, other = measured.save(tmp_path / "p.json"), random_model("llama", seed=1)
-    with pytest.raises(ProfileError, match="allow_other_weights=True, on the command line --allow-other-weights"):
+    with pytest.raises(ProfileError, match=r"allow_other_weights=True \(command line: --allow-other-weights\)"):
         ImportanceProfile.load(path, other)
     with caplog.at_level(logging.WARNING):
         assert ImportanceProfile.load(path, other, allow_other_weights=True) == measured
@@ -174,7 +174,7 @@ def test_nothing_is_said_where_the_weights_are_the_same(measured, tmp_path, capl
 
 def test_a_selection_of_other_weights_can_be_used_knowingly(tmp_path, caplog):
     path = selection_of(4, "decode").save(tmp_path / "s.json")
-    with pytest.raises(ProfileError, match="select for this model, or use it knowingly"):
+    with pytest.raises(ProfileError, match="select for this model, or accept the difference"):
         SelectionProfile.load(path, random_model("llama"))
     with caplog.at_level(logging.WARNING):
         SelectionProfile.load(path, random_model("llama"), allow_other_weights=True)
@@ -183,12 +183,12 @@ def test_a_selection_of_other_weights_can_be_used_knowingly(tmp_path, caplog):
 
 def test_depth_and_width_must_agree_even_then(measured, tmp_path):
     path = measured.save(tmp_path / "p.json")
-    with pytest.raises(ProfileError, match="has 4 layers, the model has 2"):
+    with pytest.raises(ProfileError, match="has 4 layers, but the model has 2"):
         ImportanceProfile.load(path, random_model("llama", num_layers=2), allow_other_weights=True)
     with pytest.raises(ProfileError, match="has hidden size 16, the model has 32"):
         ImportanceProfile.load(path, random_model("llama", hidden_size=32), allow_other_weights=True)
     selection = selection_of(2, "decode").save(tmp_path / "s.json")
-    with pytest.raises(ProfileError, match="has 2 layers, the model has 4"):
+    with pytest.raises(ProfileError, match="has 2 layers, but the model has 4"):
         SelectionProfile.load(selection, random_model("llama"), allow_other_weights=True)
 
 
@@ -220,7 +220,7 @@ def test_a_profile_says_which_adapter_was_active_and_is_refused_under_another(tm
     path = profile.save(tmp_path / "p.json")
     assert ImportanceProfile.load(path, model) == profile
     layer.disable_adapters = True
-    with pytest.raises(ProfileError, match="with adapter 'two x2' active, on this model it is 'none'"):
+    with pytest.raises(ProfileError, match="with active adapter 'two x2', but this model has 'none'"):
         ImportanceProfile.load(path, model)
     ImportanceProfile.load(path, model, allow_other_weights=True)
     layer.disable_adapters, layer.merged = False, True

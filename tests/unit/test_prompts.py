@@ -1,8 +1,11 @@
 """Prompt ids equal an independent straight-line version of LongBench's pred.py, over odd cases."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +14,11 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adaskip.benchmarks.longbench import TASKS, LongBenchError, build_prompt_ids, load_records
+from adaskip.benchmarks import prompts
+from adaskip.benchmarks.longbench import TASKS, LongBench, load_records
+from adaskip.benchmarks.prompts import build_reference_ids
 from adaskip.models.internlm import InternLMTokenizer
+from adaskip.runs.records import prompt_ids
 from tests.internlm_reference import clean_up, train_tokenizer
 
 REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
@@ -103,6 +109,14 @@ def record(context: str, question: str = "Who?") -> dict:
     return {"input": question, "context": context, "answers": ["x"], "length": 1, "all_classes": None, "_id": "id1"}
 
 
+def build_prompt_ids(sample, spec, tokenizer, limit, chat_template=None) -> list[int]:
+    """What a run of LongBench gives a model of that tokenizer, limit and wrapper."""
+    model = SimpleNamespace(max_prompt_tokens=limit, chat_template=chat_template)
+    loaded: Any = SimpleNamespace(tokenizer=tokenizer, spec=model)
+    (ids,) = prompt_ids(LongBench(), spec.name, [sample], loaded)
+    return ids.tolist()
+
+
 def num_tokens(sample, task, tokenizer) -> int:
     return len(tokenizer(task.template.format(**sample)).input_ids)
 
@@ -139,13 +153,12 @@ def test_one_token_over_costs_the_middle_and_keeps_both_ends():
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
-    spec = TASKS["lcc"].__class__("words", "{context}", 32, "qa_f1", "en")
     text = " ".join(words)
 
-    assert build_prompt_ids(record(text), spec, fast, 9) == list(range(1, 10))
+    assert prompts.build_prompt_ids(text, fast, 9) == list(range(1, 10))
     # the joined halves have no space between them: "four" + "six" becomes one unknown word, as in the original
-    assert build_prompt_ids(record(text), spec, fast, 8) == [1, 2, 3, 0, 7, 8, 9]
-    assert build_prompt_ids(record(text), spec, fast, 9, "A {prompt} B") == [10, *range(1, 10), 11]
+    assert prompts.build_prompt_ids(text, fast, 8) == [1, 2, 3, 0, 7, 8, 9]
+    assert prompts.build_prompt_ids(text, fast, 9, "A {prompt} B") == [10, *range(1, 10), 11]
 
 
 def test_the_odd_half_is_rounded_down(tokenizer):
@@ -178,6 +191,29 @@ def test_real_records_equal_the_straight_line_version(tokenizer):
 )
 def test_what_cannot_be_built_is_said_in_one_line(changes, limit, chat, says):
     sample = {key: value for key, value in (record("x") | changes).items() if value is not None}
-    with pytest.raises(LongBenchError) as caught:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
         build_prompt_ids(sample, TASKS["qasper"], byte_level(), limit, chat)
     assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("ending", ["Answer:", "Bot:\n"])
+def test_a_reference_follows_its_prompt_as_one_text_would_be_tokenised(tokenizer, ending):
+    prompt = f"the context of a question. {ending}"
+    ids = tokenizer(prompt).input_ids
+    answer = LongBench().reference("qasper", {**record("x"), "answers": ["  a town, quite far ", "another"]})
+    between = "" if ending[-1].isspace() and str(tokenizer.decode(ids))[-1].isspace() else " "
+    expected = tokenizer(f"{prompt}{between}a town, quite far").input_ids
+    made = build_reference_ids(answer, ids, tokenizer, 99)
+    assert [*ids, *made] == expected
+    assert build_reference_ids(answer, ids, tokenizer, 3) == made[:3]
+
+
+def test_a_reference_after_a_space_brings_no_second_one():
+    tokenizer = byte_level()
+    ids = tokenizer("the context of a question. answer: ").input_ids
+    made = build_reference_ids("a town", ids, tokenizer, 99)
+    assert str(tokenizer.decode([*ids, *made], skip_special_tokens=True)).endswith("answer: a town")
+
+
+def test_an_empty_reference_has_no_tokens(tokenizer):
+    assert build_reference_ids(" ", tokenizer("Answer:").input_ids, tokenizer, 9) == []

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import pytest
 
+from adaskip.common import own_options, plugins
+from adaskip.common.plugins import PLUGINS
 from adaskip.core.plan import Budget, SkipPlan
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.cells import Cell, parse_run_name
@@ -27,18 +29,16 @@ from adaskip.strategies import (
     build,
     needs_profile,
     needs_selection,
-    parse_options,
     register_strategy,
-    registry,
     strategy_name,
     strategy_option,
 )
+from adaskip.strategies.registry import registry
 from adaskip.studies.bench.settings import BenchConfig
 from adaskip.studies.plots.score_curves import plot_retention, plot_scores
 from adaskip.studies.plots.skip_maps import plot_skip_map
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.entries import PhaseEntries
-from adaskip.studies.tables.scoreboard import load_scoreboard
+from adaskip.studies.tables.results import load_results
 from tests.outside_strategy import COLOR, LABEL, MODULE, NAME, SHORT_NAME, install, write_module
 from tests.saved_runs import write_run
 
@@ -48,13 +48,17 @@ LOOK = Look("#123456", "P", (2, 3))
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     """What a test registers and imports is forgotten after it."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
-    monkeypatch.setenv(registry.PLUGINS, "")
-    registry._entry_points.cache_clear()
+    monkeypatch.setattr(registry, "classes", dict(registry.classes))
+    monkeypatch.setattr(registry, "loaded", set(registry.loaded))
+    monkeypatch.setenv(PLUGINS, "")
+    plugins._entry_points.cache_clear()
     yield
     sys.modules.pop(MODULE, None)
-    registry._entry_points.cache_clear()
+    plugins._entry_points.cache_clear()
+
+
+def parse_options(name: str, given: list[str]) -> dict:
+    return own_options.parse_options(name, STRATEGIES.get(name), given, "--strategy-option")
 
 
 def toy(*, frozen=True, fields=None, **declared) -> type[Strategy]:
@@ -99,7 +103,7 @@ def test_the_kind_of_profile_is_what_the_class_declares():
     cls = register_strategy(toy(profile_type=ImportanceProfile, fields={"profile": ImportanceProfile}))
     assert needs_profile(cls.name)
     assert not needs_selection(cls.name)
-    with pytest.raises(ValueError, match="toy chooses by measurement"):
+    with pytest.raises(ValueError, match="toy needs a profile"):
         build("toy", phase="e2e", budget=Budget(sublayers=2), num_layers=8)
 
 
@@ -161,9 +165,9 @@ def test_each_way_to_name_a_module_outside_imports_its_strategy(way, tmp_path, m
     monkeypatch.syspath_prepend(str((install if way == "entry point" else write_module)(tmp_path / "packages")))
     if way == "class":
         assert strategy_name(f"{MODULE}:OutsideSkip") == NAME
-        assert os.environ[registry.PLUGINS] == f"{MODULE}:OutsideSkip"  # what worker processes inherit
+        assert os.environ[PLUGINS] == f"{MODULE}:OutsideSkip"  # what worker processes inherit
     elif way != "entry point":
-        monkeypatch.setenv(registry.PLUGINS, MODULE if way == "plugin" else f" {MODULE}:OutsideSkip ,")
+        monkeypatch.setenv(PLUGINS, MODULE if way == "plugin" else f" {MODULE}:OutsideSkip ,")
     assert STRATEGIES[NAME].__module__ == MODULE
     assert RunConfig(model="llama", phase="e2e", strategy=NAME).strategy == NAME
     assert RunConfig(model="llama", phase="e2e", strategy=f"{MODULE}:OutsideSkip").strategy == NAME
@@ -181,7 +185,7 @@ def test_a_plugin_that_cannot_be_had_is_one_line(plugin, message, tmp_path, monk
     monkeypatch.syspath_prepend(str(write_module(tmp_path / "packages")))
     with pytest.raises(ValueError, match=message):
         strategy_name(plugin)
-    monkeypatch.setenv(registry.PLUGINS, plugin)
+    monkeypatch.setenv(PLUGINS, plugin)
     for _ in range(2):  # not only the first time
         with pytest.raises(ValueError, match=message):
             list(NAMES)
@@ -235,15 +239,14 @@ def test_tables_and_plots_show_a_strategy_from_outside_where_it_was_run(tmp_path
     runs_dir = tmp_path / "runs"
     for strategy, sublayers in (("full", 0), ("adaskip", 4), (NAME, 4)):
         write_run(runs_dir, Cell("llama", "e2e", strategy, sublayers), 0.8, num_samples=2)
-    board = load_scoreboard(runs_dir)
-    assert board.skipping == (*GRID_STRATEGIES[1:], NAME)
-    tables = [PhaseEntries(board, phase) for phase in ("prefill", "decode", "e2e")]
-    written = [*plot_scores(tables[2], tmp_path), *plot_retention(tables, tmp_path)]
+    results = load_results(runs_dir)
+    assert results.skipping == (*GRID_STRATEGIES[1:], NAME)
+    written = [*plot_scores(results, "e2e", tmp_path), *plot_retention(results, tmp_path)]
     for path in written[1::2]:
         svg = path.read_text(encoding="utf-8")
         assert COLOR in svg
         assert f"<!-- {LABEL} -->" in svg
-    skip_map = plot_skip_map(board, "llama", tmp_path)[1].read_text(encoding="utf-8")
+    skip_map = plot_skip_map(results, "llama", tmp_path)[1].read_text(encoding="utf-8")
     assert all(f"<!-- {word} -->" in skip_map for word in LABEL.split())
     assert SHORT_NAME in {path.name.split("-")[1] for path in runs_dir.iterdir()}
 
@@ -251,4 +254,4 @@ def test_tables_and_plots_show_a_strategy_from_outside_where_it_was_run(tmp_path
 def test_a_strategy_that_was_not_run_and_is_not_of_the_grid_has_no_rows(tmp_path):
     register_strategy(toy())
     write_run(tmp_path, Cell("llama", "e2e", "adaskip", 4), 0.8, num_samples=2)
-    assert load_scoreboard(tmp_path).skipping == GRID_STRATEGIES[1:]
+    assert load_results(tmp_path).skipping == GRID_STRATEGIES[1:]

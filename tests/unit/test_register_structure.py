@@ -119,7 +119,7 @@ def test_an_equal_structure_may_be_registered_again():
     ("structure", "message"),
     [
         ("pre-norm", "takes a BlockStructure; got 'pre-norm'"),
-        (BlockStructure("pre-norm", MIXING.attention, MIXING.ffn), "named 'pre-norm' is registered already"),
+        (BlockStructure("pre-norm", MIXING.attention, MIXING.ffn), "named 'pre-norm' is already registered"),
         (BlockStructure("", MIXING.attention, MIXING.ffn), "needs a name; got ''"),
         (BlockStructure("x", cast(Any, ("mixer",)), MIXING.ffn), "must be Sublayers; got"),
         (BlockStructure("x", Sublayers("", None, None), MIXING.ffn), "names a part ''"),
@@ -132,7 +132,7 @@ def test_an_equal_structure_may_be_registered_again():
                 Sublayers("mlp", pre_norm="input_layernorm", post_norm=None),
                 Sublayers("self_attn", pre_norm="post_attention_layernorm", post_norm=None),
             ),
-            "'x' has the parts of 'pre-norm'",
+            "'x' has the same parts as 'pre-norm'",
         ),
     ],
 )

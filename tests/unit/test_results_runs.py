@@ -128,12 +128,12 @@ def test_an_absent_run_is_an_error_that_lists_the_present_ones(tmp_path, away):
 
 def test_a_run_of_the_testbed_only_is_pointed_to(away):
     write_run(Path("results/testbed/runs"), EE, 0.5)
-    with pytest.raises(ResultsError, match="there is one in results/testbed/runs: give --testbed"):
+    with pytest.raises(ResultsError, match="there is one in results/testbed/runs: give --benchmark testbed"):
         find_run("llama-EE-PREFILL", Path("results/runs"))
 
 
 def test_a_name_of_another_form_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no run name"):
+    with pytest.raises(ValueError, match="not a run name"):
         find_run("llama", tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_records_of_an_unfinished_run_are_read_from_all_its_files(tmp_path):
     assert [record["index"] for record in task.records] == [0, 1, 2, 3, 6, 7, 9]
     assert task.problems == ()
     assert not task.complete
-    assert task.sha256 != whole.sha256
+    assert task.answers_sha256 != whole.answers_sha256
 
 
 def test_a_damaged_line_of_times_is_named_and_costs_no_record(tmp_path):

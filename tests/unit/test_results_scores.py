@@ -96,7 +96,7 @@ def test_changed_records_are_scored_again(tmp_path):
 def test_changed_metrics_score_again(tmp_path, monkeypatch):
     folder = write_run(tmp_path, EE, 1.0)
     score_run(load_run(folder))
-    monkeypatch.setattr(scores, "_metrics_fingerprint", lambda: "other code")
+    monkeypatch.setattr(scoring, "fingerprint", lambda: "other code")
     monkeypatch.setattr(scores, "score_task", None)
     with pytest.raises(TypeError):
         score_run(load_run(folder))

@@ -6,7 +6,8 @@ import pytest
 
 from adaskip.common.intervals import mean_of_means_estimate
 from adaskip.runs.cells import Cell
-from adaskip.studies.tables.report import load_tables, write_tables
+from adaskip.studies.tables.report import write_tables
+from adaskip.studies.tables.results import load_results
 from adaskip.studies.tables.selection import matches, sentence, to_text
 from tests.saved_runs import write_run
 
@@ -24,11 +25,12 @@ def write_all(folder, model, calibrated, **options):
 )
 def test_the_difference_is_from_the_best_of_the_others(tmp_path, calibrated, verdict, beyond):
     write_all(tmp_path, "llama", calibrated)
-    (match,) = matches(load_tables(tmp_path))
+    found = matches(load_results(tmp_path))
+    (match,) = found.itertuples()
     assert (match.phase, match.model, match.fraction, match.best_other) == ("e2e", "llama", 0.125, "adaskip")
-    assert match.difference.value == pytest.approx(match.means["calibrated"] - match.means["adaskip"])
+    assert match.difference == pytest.approx(match.calibrated - match.adaskip)
     assert (match.verdict, match.beyond_chance) == (verdict, beyond)
-    (row,) = [line for line in to_text([match]).splitlines() if line.startswith("| end to end")]
+    (row,) = [line for line in to_text(found).splitlines() if line.startswith("| end to end")]
     assert ("**worse than** AdaSkip" in row) == (verdict == "worse than")
 
 
@@ -36,20 +38,21 @@ def test_only_what_is_complete_is_compared_and_counted(tmp_path):
     write_all(tmp_path, "llama", 0.9)
     write_all(tmp_path, "vicuna", 0.6)
     write_all(tmp_path, "internlm", 0.9, expected=50)
-    tables = load_tables(tmp_path)
-    found = matches(tables)
-    assert [match.model for match in found] == ["llama", "vicuna"]
+    results = load_results(tmp_path)
+    found = matches(results)
+    assert [*found["model"]] == ["llama", "vicuna"]
     said = sentence(found)
     assert "In 2 of 2 places" in said
     assert "more in 1 (1 beyond chance), the same in 1. It scores less in 0 (0 beyond chance)." in said
     assert (
-        said in next(path for path in write_tables(tables, tmp_path / "out") if path.name == "selection.md").read_text()
+        said
+        in next(path for path in write_tables(results, tmp_path / "out") if path.name == "selection.md").read_text()
     )
 
 
 def test_without_calibrated_there_is_no_document(tmp_path):
     write_run(tmp_path, Cell("llama", "e2e", "adaskip", 4), 0.6)
-    assert "selection.md" not in [path.name for path in write_tables(load_tables(tmp_path), tmp_path / "out")]
+    assert "selection.md" not in [path.name for path in write_tables(load_results(tmp_path), tmp_path / "out")]
 
 
 def test_groups_weigh_alike_whatever_their_size():

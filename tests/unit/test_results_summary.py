@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adaskip.runs.cells import Cell
-from adaskip.studies.tables.entries import PhaseEntries
 from adaskip.studies.tables.report import headline_of
-from adaskip.studies.tables.scoreboard import load_scoreboard
+from adaskip.studies.tables.results import load_results
 from adaskip.studies.tables.summary import summarise
 from adaskip.studies.tables.summary_text import to_text
 from tests.saved_runs import write_run
@@ -20,12 +19,7 @@ def summary_of(runs_dir, **quality):
     for strategy, share in {"full": 1.0, **OTHERS, **quality}.items():
         cell = Cell("llama", "decode", strategy, 0 if strategy == "full" else 4)
         write_run(runs_dir, cell, share, num_samples=30, online_ffns=3 if strategy == "adaskip" else 0)
-    return summarise(tables_of(runs_dir))
-
-
-def tables_of(runs_dir):
-    board = load_scoreboard(runs_dir)
-    return [PhaseEntries(board, phase) for phase in ("prefill", "decode", "e2e")]
+    return summarise(load_results(runs_dir))
 
 
 def counts(tally):
@@ -72,15 +66,15 @@ def test_a_cell_counts_only_when_all_four_have_run_to_their_end(tmp_path):
     folder = Cell("llama", "decode", "unified", 4).folder(tmp_path)
     path = folder / "multi_news.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert counts(summarise(tables_of(tmp_path))["ours"]) == {"compared": 1, "best": 1, "tied": 0, "beaten": 0}
+    assert counts(summarise(load_results(tmp_path))["ours"]) == {"compared": 1, "best": 1, "tied": 0, "beaten": 0}
 
 
 def test_nothing_to_compare_is_said_so(tmp_path):
     write_run(tmp_path, Cell("llama", "decode", "early_exit", 4), 0.5)
-    tables = tables_of(tmp_path)
-    assert counts(summarise(tables)["ours"])["compared"] == 0
-    assert headline_of(tables)[0].startswith("Here AdaSkip cannot be compared yet")
-    assert "Online learning" not in to_text(summarise(tables))
+    results = load_results(tmp_path)
+    assert counts(summarise(results)["ours"])["compared"] == 0
+    assert headline_of(results)[0].startswith("Here AdaSkip cannot be compared yet")
+    assert "Online learning" not in to_text(summarise(results))
 
 
 def test_online_additions_are_counted_per_request(tmp_path):
@@ -93,7 +87,7 @@ def test_online_additions_are_counted_per_request(tmp_path):
 
 def test_prefill_runs_have_no_online_window_to_count(tmp_path):
     write_run(tmp_path, Cell("llama", "prefill", "adaskip", 4), 0.5)
-    assert summarise(tables_of(tmp_path))["online"]["requests"] == 0
+    assert summarise(load_results(tmp_path))["online"]["requests"] == 0
 
 
 def test_mean_retention_needs_every_model(tmp_path):

@@ -25,7 +25,7 @@ def test_run_name_is_the_artifacts_and_reads_back():
 
 @pytest.mark.parametrize("name", ["llama", "llama-EE", "llama-XX-PREFILL", "llama-EE-NIGHT", "-EE-DECODE", ""])
 def test_other_names_are_refused_with_the_form(name):
-    with pytest.raises(ValueError, match="is no run name: expected <model>-<FULL"):
+    with pytest.raises(ValueError, match="is not a run name: expected <model>-<FULL"):
         parse_run_name(name)
 
 
@@ -50,7 +50,7 @@ def test_unknown_names_come_with_the_nearest_and_all():
         Cell("llama", "e2e", "adskip", 4)
 
 
-@pytest.mark.parametrize(("name", "num_layers"), [("real", 32), ("testbed", 16)])
+@pytest.mark.parametrize(("name", "num_layers"), [("paper", 32), ("small_context", 32), ("testbed", 16)])
 def test_setups_have_the_papers_fractions_and_tasks(name, num_layers):
     setup = load_setup(name)
     assert [budget / (2 * num_layers) for budget in setup.budgets] == [0.125, 0.1875, 0.25]

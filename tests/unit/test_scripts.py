@@ -1,4 +1,4 @@
-"""The 45 run scripts hold names only, and those are the names in their paths."""
+"""The 60 run scripts hold names only, and those are the names in their paths."""
 
 import ast
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from adaskip.core.plan import PHASES
-from adaskip.runs.cells import MODELS
+from adaskip.models.registry import registry
 from adaskip.strategies.names import SHORT_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = {
     f"{phase}/run_{model}_{short}.py": {"phase": phase, "model": model, "strategy": strategy}
     for phase in PHASES
-    for model in MODELS
+    for model in registry()
     for strategy, short in SHORT_NAMES.items()
     if short in ("EE", "SD", "US", "ADA", "CAL")
 }
@@ -24,6 +24,7 @@ WORDS = {
     "llama": "LLaMA",
     "internlm": "InternLM",
     "vicuna": "Vicuna",
+    "smollm2": "SmolLM2",
     "early_exit": "Early Exit",
     "skipdecode": "SkipDecode",
     "unified": "Unified Skipping",
@@ -32,10 +33,10 @@ WORDS = {
 }
 
 
-def test_there_are_exactly_the_45_scripts():
+def test_there_are_exactly_the_60_scripts():
     found = {str(path.relative_to(ROOT)) for phase in PHASES for path in (ROOT / phase).glob("*.py")}
     assert found == set(EXPECTED)
-    assert len(found) == 45
+    assert len(found) == 60
 
 
 @pytest.mark.parametrize(("path", "names"), EXPECTED.items())

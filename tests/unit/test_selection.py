@@ -181,8 +181,8 @@ def test_a_selection_is_saved_loaded_and_refused_on_another_model(selection, mod
     ("change", "message"),
     [
         ({"format": "other"}, "is not a selection profile"),
-        ({"cost": {}}, "is not a whole selection profile"),
-        ({"selected": {"2": {"attention": {}, "ffn": {"1": 1.0}, "divergence": 1, "found_by": "x"}}}, "from 1 on"),
+        ({"cost": {}}, "is not a valid selection profile"),
+        ({"selected": {"2": {"attention": {}, "ffn": {"1": 1.0}, "divergence": 1, "found_by": "x"}}}, "from 1 up"),
         ({"selected": {"1": {"attention": {}, "ffn": {}, "divergence": 1, "found_by": "x"}}}, "for 1 sublayers has 0"),
     ],
 )
@@ -208,11 +208,11 @@ def test_a_selection_for_something_else_is_refused(selection, model, prompts):
         build("calibrated", **{**options, "phase": other})
     with pytest.raises(ValueError, match="up to 4 sublayers; budget sublayers=5 asks for 5"):
         build("calibrated", **{**options, "budget": Budget(sublayers=5)})
-    with pytest.raises(ValueError, match="is for 4 layers, the model has 6"):
+    with pytest.raises(ValueError, match="has 4 layers, but the model has 6"):
         build("calibrated", **{**options, "num_layers": 6})
-    with pytest.raises(ValueError, match="adaskip needs ImportanceProfile, not SelectionProfile"):
+    with pytest.raises(ValueError, match="of type ImportanceProfile; got SelectionProfile"):
         build("adaskip", **options)
-    with pytest.raises(ValueError, match="calibrated needs SelectionProfile, not ImportanceProfile"):
+    with pytest.raises(ValueError, match="of type SelectionProfile; got ImportanceProfile"):
         build("calibrated", **{**options, "profile": calibrate(model, prompts)})
 
 
@@ -308,6 +308,6 @@ def test_in_decode_prompts_without_an_answer_are_left_out(model, prompts, monkey
     monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [next(coming)])
     assert len(OutputDivergence(model, prompts, "decode", **ENDS)) == 3
     monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [silent[1]])
-    with pytest.raises(ValueError, match="ends each of the 5 prompts without one"):
+    with pytest.raises(ValueError, match="gives none to any of the 5 prompts"):
         OutputDivergence(model, prompts, "decode", **ENDS)
     assert len(OutputDivergence(model, prompts, "e2e", **ENDS)) == 5

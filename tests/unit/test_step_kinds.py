@@ -97,7 +97,10 @@ def test_a_model_that_swaps_in_a_filled_cache_is_refused(monkeypatch):
         return inputs if inputs["input_ids"].shape[1] > 1 else {**inputs, "past_key_values": other}
 
     monkeypatch.setattr(type(model), "prepare_inputs_for_generation", swapping)
-    with skipping(model, fixed()), pytest.raises(ValueError, match="put another, filled KV cache"):
+    with (
+        skipping(model, fixed()),
+        pytest.raises(ValueError, match="replaced the request's KV cache by another filled one"),
+    ):
         greedy(model, ids, 4)
 
 

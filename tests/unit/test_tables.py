@@ -11,12 +11,11 @@ import pytest
 
 from adaskip.common.configs import load_yaml
 from adaskip.runs.cells import Cell
-from adaskip.studies.tables.entries import PhaseEntries, to_csv
-from adaskip.studies.tables.latex import to_latex
-from adaskip.studies.tables.markdown import to_markdown
+from adaskip.studies.tables.documents import measures_document, scores_document, table_of
+from adaskip.studies.tables.latex import measures_latex, scores_latex
 from adaskip.studies.tables.paper import load_paper
-from adaskip.studies.tables.report import write_report
-from adaskip.studies.tables.scoreboard import Row, Scoreboard, load_scoreboard
+from adaskip.studies.tables.report import TABLE_NAMES, scores_csv, write_report
+from adaskip.studies.tables.results import Results, load_results
 from tests.saved_runs import write_run
 
 QUALITY = {"full": 1.0, "early_exit": 0.7, "skipdecode": 0.2, "unified": 0.4, "adaskip": 0.9}
@@ -31,23 +30,28 @@ def write_budget(runs_dir: Path, phase: str = "decode", sublayers: int = 4, **qu
 
 
 @pytest.fixture(scope="module")
-def board(tmp_path_factory) -> Scoreboard:
+def results(tmp_path_factory) -> Results:
     """Decode at two budgets, the second without Unified Skipping and with an unfinished Early Exit."""
     runs_dir = tmp_path_factory.mktemp("runs")
     write_budget(runs_dir)
     for strategy in ("skipdecode", "adaskip"):
         write_run(runs_dir, Cell("llama", "decode", strategy, 8), 0.5)
     write_run(runs_dir, Cell("llama", "decode", "early_exit", 8), 0.5, num_samples=5, expected=12)
-    return load_scoreboard(runs_dir)
+    return load_results(runs_dir)
 
 
 @pytest.fixture(scope="module")
-def table(board) -> PhaseEntries:
-    return PhaseEntries(board, "decode")
+def markdown(results) -> str:
+    return scores_document(results, "decode")
 
 
-def entry_of(table: PhaseEntries, strategy: str, fraction: float, task: str = "gov_report", model: str = "llama"):
-    return table.cells[Row(table.phase, model, strategy, fraction), task]
+def cell(results: Results, strategy: str, fraction: float):
+    """llama's on GovReport, decode."""
+    return results.cell_of["decode", "llama", strategy, fraction, "gov_report"]
+
+
+def decode_of(runs_dir: Path) -> str:
+    return scores_document(load_results(runs_dir), "decode")
 
 
 def cells_of(markdown: str, skipped: str, strategy: str, part: str = "### Scores") -> list[str]:
@@ -86,23 +90,25 @@ def test_the_papers_data_file_covers_its_four_tables():
     assert [len(block["by_sublayers"]) for block in content["scores"].values()] == [3, 3, 3]
 
 
-def test_our_four_of_32_stand_beside_the_papers_eight_of_64(table):
-    entry = entry_of(table, "adaskip", 0.125)
-    assert entry.paper_score == 30.9
-    assert entry.score is not None
+def test_our_four_of_32_stand_beside_the_papers_eight_of_64(results):
+    ours = cell(results, "adaskip", 0.125)
+    assert ours.paper_score == 30.9
+    assert ours.score > 0
 
 
-def test_retention_is_over_the_full_models_samples(table):
-    entry, full = entry_of(table, "adaskip", 0.125), entry_of(table, "full", 0.0)
-    assert entry.retention.value == pytest.approx(entry.score.value / full.score.value)
-    assert entry.retention.low < entry.retention.value < entry.retention.high
+def test_retention_is_over_the_full_models_samples(results):
+    ours, full = cell(results, "adaskip", 0.125), cell(results, "full", 0.0)
+    assert ours.retention == pytest.approx(ours.score / full.score)
+    assert ours.retention_low < ours.retention < ours.retention_high
 
 
-def test_retention_of_an_unfinished_run_compares_the_shared_samples_only(table):
-    entry, full = entry_of(table, "early_exit", 0.25), entry_of(table, "full", 0.0)
-    shared = [full.scored.main.by_id[name] for name in entry.scored.main.by_id]
-    assert len(shared) == 5
-    assert entry.retention.value == pytest.approx(entry.score.value / (sum(shared) / 5))
+def test_retention_of_an_unfinished_run_compares_the_shared_samples_only(results):
+    ours, full = (
+        results.samples_of["decode", "llama", *row, "gov_report"]["score"]
+        for row in (("early_exit", 0.25), ("full", 0.0))
+    )
+    assert (len(ours), len(full)) == (5, 12)
+    assert cell(results, "early_exit", 0.25).retention == pytest.approx(ours.mean() / full[ours.index].mean())
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
@@ -113,27 +119,26 @@ def test_times_of_runs_make_no_speedup(tmp_path, phase):
         for strategy in ("full", "adaskip"):
             cell = Cell("llama", phase, strategy, 4 * (strategy != "full"))
             write_run(tmp_path / name, cell, 1.0, speedup=speedup if strategy == "adaskip" else 1.0)
-        table = PhaseEntries(load_scoreboard(tmp_path / name), phase)
-        tables.append((to_markdown(table), to_csv(table), to_latex(table)))
+        results = load_results(tmp_path / name)
+        tables.append([make(results, phase) for make in (scores_document, scores_csv, scores_latex)])
     assert tables[0] == tables[1]
     assert "0.25" not in tables[0][0].split("### Scores")[1].split("###")[0]
 
 
-def test_the_papers_speedups_stand_in_the_tables(table):
-    assert cells_of(to_markdown(table), "12.5 %", "AdaSkip")[-1] == "1.15"
-    assert "paper's speedup" in to_markdown(table)
-    assert r"\multicolumn{1}{c}{Speedup}" in to_latex(table)
+def test_the_papers_speedups_stand_in_the_tables(results, markdown):
+    assert cells_of(markdown, "12.5 %", "AdaSkip")[-1] == "1.15"
+    assert "paper's speedup" in markdown
+    assert r"\multicolumn{1}{c}{Speedup}" in scores_latex(results, "decode")
     (line,) = [
         line
-        for line in csv.DictReader(io.StringIO(to_csv(table)))
+        for line in csv.DictReader(io.StringIO(scores_csv(results, "decode")))
         if (line["model"], line["strategy"], line["fraction_skipped"], line["task"])
         == ("llama", "adaskip", "0.125", "gov_report")
     ]
     assert line["paper_speedup"] == "1.15"
 
 
-def test_a_missing_cell_is_a_dash_and_never_zero(table):
-    markdown = to_markdown(table)
+def test_a_missing_cell_is_a_dash_and_never_zero(markdown):
     assert cells_of(markdown, "25 %", "Unified Skipping") == ["-", "12.0", "-", "-", "8.7", "-", "1.26"]
     assert cells_of(markdown, "25 %", "Unified Skipping", "### Retention")[0] == "-"
     assert cells_of(markdown, "18.75 %", "AdaSkip") == ["-", "n/p", "-", "-", "n/p", "-", "n/p"]
@@ -143,47 +148,47 @@ def test_a_run_without_any_sample_is_missing_too(tmp_path):
     write_budget(tmp_path)
     folder = Cell("llama", "decode", "adaskip", 4).folder(tmp_path)
     (folder / "gov_report.jsonl").write_text("")
-    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
-    assert cells_of(to_markdown(table), "12.5 %", "AdaSkip")[0] == "-"
-    assert cells_of(to_markdown(table), "12.5 %", "AdaSkip")[3] != "-"
+    shown = cells_of(decode_of(tmp_path), "12.5 %", "AdaSkip")
+    assert shown[0] == "-"
+    assert shown[3] != "-"
 
 
 def test_a_strategy_that_scores_nothing_is_zero_and_not_missing(tmp_path):
     write_budget(tmp_path, skipdecode=0.0)
-    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
-    assert cells_of(to_markdown(table), "12.5 %", "SkipDecode")[0] == "0.0 [0.0, 0.0]"
+    assert cells_of(decode_of(tmp_path), "12.5 %", "SkipDecode")[0] == "0.0 [0.0, 0.0]"
 
 
-def test_an_unfinished_run_is_marked(table):
-    assert "*" in cells_of(to_markdown(table), "25 %", "Early Exit")[0]
-    assert "*" in cells_of(to_markdown(table), "25 %", "Early Exit", "### Retention")[0]
+def test_an_unfinished_run_is_marked(markdown):
+    assert "*" in cells_of(markdown, "25 %", "Early Exit")[0]
+    assert "*" in cells_of(markdown, "25 %", "Early Exit", "### Retention")[0]
 
 
-def test_the_best_of_four_is_bold_in_ours_and_in_the_papers(table):
-    markdown = to_markdown(table)
+def test_the_best_of_four_is_bold_in_ours_and_in_the_papers(markdown):
     assert cells_of(markdown, "12.5 %", "AdaSkip")[0].startswith("**")
     assert cells_of(markdown, "12.5 %", "AdaSkip")[1] == "**30.9**"
     assert not cells_of(markdown, "12.5 %", "Early Exit")[0].startswith("**")
 
 
-def test_nothing_is_best_until_all_four_have_run(table):
-    assert not any(table.best(entry) for entry in table.group("llama", 0.25, "gov_report").values())
+def best_of(results: Results, fraction: float, column: str = "score_best") -> list[str]:
+    cells = table_of(results, "decode").query("model == 'llama' and fraction == @fraction and task == 'gov_report'")
+    return [*cells.loc[cells[column], "strategy"]]
+
+
+def test_nothing_is_best_until_all_four_have_run(results):
+    assert best_of(results, 0.25) == []
 
 
 def test_equal_scores_are_both_best(tmp_path):
     write_budget(tmp_path, early_exit=0.9)
-    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
-    group = table.group("llama", 0.125, "gov_report")
-    assert [name for name, entry in group.items() if table.best(entry)] == ["early_exit", "adaskip"]
+    assert best_of(load_results(tmp_path), 0.125) == ["early_exit", "adaskip"]
 
 
-def test_the_full_model_competes_with_nobody(table):
-    assert not table.best(entry_of(table, "full", 0.0))
-    assert not table.paper_best(entry_of(table, "full", 0.0))
+def test_the_full_model_competes_with_nobody(results):
+    assert best_of(results, 0.0) == best_of(results, 0.0, "paper_score_best") == []
 
 
-def test_csv_holds_every_cell_and_leaves_the_unknown_empty(table):
-    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
+def test_csv_holds_every_cell_and_leaves_the_unknown_empty(results):
+    lines = list(csv.DictReader(io.StringIO(scores_csv(results, "decode"))))
     assert len(lines) == 3 * 16 * 2
     found = {(line["model"], line["strategy"], line["fraction_skipped"], line["task"]): line for line in lines}
     ours = found["llama", "adaskip", "0.125", "gov_report"]
@@ -201,9 +206,9 @@ def test_csv_holds_every_cell_and_leaves_the_unknown_empty(table):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
-def test_every_latex_row_has_all_columns(board, phase):
-    table = PhaseEntries(board, phase)
-    text = to_latex(table)
+@pytest.mark.parametrize("make", [scores_latex, measures_latex])
+def test_every_latex_row_has_all_columns(results, phase, make):
+    text = make(results, phase)
     columns = len(text.split(r"\begin{tabular}{")[1].split("}")[0])
     rows = [line for line in text.splitlines() if line.endswith(r"\\") and r"\multicolumn" not in line]
     assert len(rows) == 1 + 3 * 16
@@ -213,24 +218,21 @@ def test_every_latex_row_has_all_columns(board, phase):
 
 def test_a_budget_of_our_own_gets_its_rows(tmp_path):
     write_budget(tmp_path, sublayers=2)
-    table = PhaseEntries(load_scoreboard(tmp_path), "decode")
-    assert table.board.fractions == [0.0625, 0.125, 0.1875, 0.25]
-    assert cells_of(to_markdown(table), "6.25 %", "AdaSkip")[0].startswith("**")
+    assert load_results(tmp_path).fractions("llama") == [0.0625, 0.125, 0.1875, 0.25]
+    assert cells_of(decode_of(tmp_path), "6.25 %", "AdaSkip")[0].startswith("**")
 
 
 @pytest.mark.slow
 def test_a_subset_is_said_in_every_table_that_shows_its_intervals(tmp_path):
     folder = write_run(tmp_path, Cell("llama", "prefill", "adaskip", 4), 0.9)
-    table = PhaseEntries(load_scoreboard(tmp_path), "prefill")
-    assert table.subsets is None
-    assert "subset" not in to_markdown(table) + to_latex(table)
+    results = load_results(tmp_path)
+    assert "subset" not in scores_document(results, "prefill") + scores_latex(results, "prefill")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"subset": 12, "seed": 3}))
-    table = PhaseEntries(load_scoreboard(tmp_path), "prefill")
-    for text in (to_markdown(table), to_latex(table)):
+    results = load_results(tmp_path)
+    for text in (make(results, "prefill") for make in (scores_document, scores_latex, measures_document)):
         assert "Scores and intervals are of a random subset of 12 samples a task (seed 3)" in text
-    other = PhaseEntries(table.board, "e2e")
-    assert "subset" not in to_markdown(other)
+    assert "subset" not in scores_document(results, "e2e")
 
 
 def test_a_report_made_again_has_the_same_bytes(tmp_path):
@@ -240,9 +242,10 @@ def test_a_report_made_again_has_the_same_bytes(tmp_path):
     assert {path.name for path in written if path.parent.name == "tables"} == {
         *(
             f"{name}.{kind}"
-            for name in ("table3_prefill", "table3_decode", "table4_e2e")
+            for name in (*TABLE_NAMES.values(), "measures_prefill", "measures_decode", "measures_e2e")
             for kind in ("md", "csv", "tex")
         ),
+        *("claims.md", "claims.csv"),
         "summary.md",
         "summary.json",
     }

@@ -8,9 +8,9 @@ import pytest
 
 from adaskip.common.intervals import geometric_mean, mean_ratio_estimate, ratio_estimate
 from adaskip.runs.cells import Cell
-from adaskip.studies.tables.report import write_tradeoff
-from adaskip.studies.tables.scoreboard import load_scoreboard
-from adaskip.studies.tables.tradeoff import NO_SPEED, UNFINISHED, find_tradeoff
+from adaskip.studies.tables.report import write_tradeoffs
+from adaskip.studies.tables.results import load_results
+from adaskip.studies.tables.tradeoff import NO_SPEED, UNFINISHED, find_tradeoffs
 from adaskip.studies.tables.tradeoff_text import fronts, sentences
 from tests.saved_runs import write_run
 from tests.saved_speeds import FULL_TPOT_S, FULL_TTFT_S, write_speeds
@@ -35,19 +35,26 @@ def folder(tmp_path):
     return tmp_path
 
 
+def find_all(folder):
+    return find_tradeoffs(load_results(folder / "runs"), str(folder / "{model}.json"))
+
+
 def find(folder):
-    return find_tradeoff(load_scoreboard(folder / "runs"), str(folder / "{model}.json"))
+    """That of scores kept."""
+    return find_all(folder)[0]
+
+
+def panel_of(folder, phase, model):
+    return {(point.strategy, point.fraction): point for point in find(folder).panel(phase, model).itertuples()}
 
 
 def test_a_point_is_the_mean_retention_against_the_measured_speedup(folder):
-    panel = {(point.strategy, point.fraction): point for point in find(folder).panel("e2e", "llama")}
-    assert panel["full", 0.0].speedup == panel["full", 0.0].kept.value == 1.0
+    panel = panel_of(folder, "e2e", "llama")
+    assert panel["full", 0.0].speedup == panel["full", 0.0].value == 1.0
     assert panel["adaskip", 0.125].speedup == pytest.approx(1.1)
-    board = load_scoreboard(folder / "runs")
-    row = next(row for row in board.runs if (row.phase, row.model, row.strategy) == ("e2e", "llama", "early_exit"))
-    retentions = [board.retention(row, task) for task in ("gov_report", "multi_news")]
-    expected = sum(kept.value for kept in retentions if kept) / 2
-    assert panel["early_exit", row.fraction].kept.value == pytest.approx(expected)
+    cells = load_results(folder / "runs").cell_of
+    expected = sum(cells["e2e", "llama", "early_exit", 0.125, t].retention for t in ("gov_report", "multi_news")) / 2
+    assert panel["early_exit", 0.125].value == pytest.approx(expected)
     assert 0 < expected < 1
 
 
@@ -58,23 +65,22 @@ def test_end_to_end_speedup_is_of_a_whole_request(folder):
     content = json.loads((folder / "llama.json").read_text())
     content["entries"][1]["phase"] = "e2e"  # twice as fast in decode, as fast in prefill
     (folder / "llama.json").write_text(json.dumps(content))
-    (point,) = [p for p in find(folder).panel("e2e", "llama") if p.strategy == "adaskip"]
+    point = panel_of(folder, "e2e", "llama")["adaskip", 0.125]
     prompt, answer = FULL_TTFT_S, PHASE_STEPS * FULL_TPOT_S
     assert point.speedup == pytest.approx((prompt + answer) / (prompt + answer / 2))
 
 
 def test_the_front_holds_what_nothing_dominates(folder):
-    on_front = {(p.strategy, p.fraction) for p in find(folder).panel("prefill", "llama") if p.on_front}
+    on_front = {key for key, point in panel_of(folder, "prefill", "llama").items() if point.on_front}
     # 8 sublayers of Early Exit are slower than AdaSkip's and keep less; the full model is slower and keeps no more.
     assert on_front == {("adaskip", 0.125), ("early_exit", 0.125), ("adaskip", 0.25)}
 
 
 def test_the_mean_over_models_is_geometric_in_speed(folder):
-    tradeoff = find(folder)
-    mean = {(p.strategy, p.fraction): p for p in tradeoff.panel("prefill", None)}
+    mean = panel_of(folder, "prefill", None)
     assert mean["adaskip", 0.25].speedup == pytest.approx((1.25 * 1.375) ** 0.5)
-    (model,) = [p for p in tradeoff.panel("prefill", "llama") if (p.strategy, p.fraction) == ("adaskip", 0.25)]
-    assert mean["adaskip", 0.25].kept.value == pytest.approx(model.kept.value)  # both models answer alike here
+    model = panel_of(folder, "prefill", "llama")["adaskip", 0.25]
+    assert mean["adaskip", 0.25].value == pytest.approx(model.value)  # both models answer alike here
     assert geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
 
 
@@ -101,10 +107,8 @@ def test_fronts_are_counted_for_the_readme(folder):
 
 def test_where_nothing_keeps_enough_the_full_model_is_the_fastest(folder):
     tradeoff = find(folder)
-    best = tradeoff.fastest("prefill", "llama", 0.95)
-    assert best is not None
-    assert (best.strategy, best.fraction) == ("adaskip", 0.125)
-    assert tradeoff.fastest("prefill", "llama", 1.01 * best.kept.value) is None
+    assert tradeoff.fastest("prefill", "llama", 0.95) == "adaskip"
+    assert tradeoff.fastest("prefill", "llama", 1.01) is None
 
 
 def test_runs_without_a_speed_and_unfinished_ones_are_named(folder):
@@ -132,9 +136,10 @@ def test_other_files_and_results_without_the_full_model_are_refused(folder):
 
 
 def test_figures_and_tables_are_written_and_twice_the_same(folder):
-    first, second = (write_tradeoff(find(folder), folder / name) for name in ("first", "second"))
+    first, second = (write_tradeoffs(find_all(folder), folder / name) for name in ("first", "second"))
     names = [f"{stem}.{kind}" for stem in ("tradeoff", "tradeoff_models") for kind in ("png", "svg")]
-    assert [path.name for path in first] == ["tradeoff.json", "tradeoff.md", *names]
+    names += ["tradeoff_measures.png", "tradeoff_measures.svg"]
+    assert [path.name for path in first] == ["tradeoff.json", "tradeoff.md", "tradeoff_measures.md", *names]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     content = json.loads(first[0].read_text())

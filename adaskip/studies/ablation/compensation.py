@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, get_task
 from adaskip.calibration.compensation import StreamMoments, stream_moments
 from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
@@ -210,9 +209,10 @@ def _of_task(config: CompensationConfig, name: str) -> Subject:
 
 def _unscored(config: CompensationConfig, loaded: LoadedModel, phase: Phase) -> list[Tensor]:
     """Prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
-    searched, tasks = config.setup.calibration_samples, config.setup.phases[phase].tasks
-    samples = find_records(config).unscored(tasks, searched + config.held_out, PAPER_MIN_LENGTH)
-    return [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in samples[searched:]]
+    searched, tasks = config.setup.search_samples, config.setup.phases[phase].tasks
+    records = find_records(config)
+    samples = records.unscored(tasks, searched + config.held_out)
+    return [prompt_ids(records.benchmark, task, [sample], loaded)[0] for task, sample in samples[searched:]]
 
 
 def _of_stories(held_out: int) -> Subject:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.benchmarks.longbench import get_task
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
@@ -15,8 +14,6 @@ from adaskip.models.stories import STORIES
 from adaskip.runs.cells import MODELS
 from adaskip.runs.config import SharedConfig
 
-OUTPUT_DIRS = {False: "results/online", True: "results/testbed/online"}
-"""By whether it is the testbed."""
 WINDOWS = (5, 10, 20, 40)
 QUANTILES = (0.1, 0.25, 0.5)
 OFFLINE = (1.0, 1.5, 2.0, 2.5, 3.0)
@@ -56,7 +53,7 @@ class AblationConfig(SharedConfig):
     """The options of `eval/online_ablation.py`."""
 
     models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS, aliases=["--model"])
-    tasks: tuple[str, ...] = option("LongBench tasks with answers longer than P", ("gov_report", "multi_news"))
+    tasks: tuple[str, ...] = option("tasks with answers longer than P", ("gov_report", "multi_news"))
     limit: int = option("samples of each task", 8)
     stories: int = option(f"stories for {STORIES}, where ADASKIP_REAL names the folder that holds it; 0 for none", 24)
     windows: tuple[int, ...] = option("values of P", WINDOWS)
@@ -69,8 +66,6 @@ class AblationConfig(SharedConfig):
         super().__post_init__()
         for name in self.models:
             check_choice("model", name, MODELS)
-        for task in self.tasks:
-            get_task(task)
         if self.checkpoint is not None and len(self.models) != 1:
             raise ValueError("--checkpoint is one model's: give it with exactly one --model")
         if min(self.windows, default=0) < 1:
@@ -80,11 +75,11 @@ class AblationConfig(SharedConfig):
 
     @property
     def out_dir(self) -> Path:
-        return given_or_default(self.output_dir, OUTPUT_DIRS[self.testbed])
+        return given_or_default(self.output_dir, f"{self.find_benchmark().results_dir()}/online")
 
     @property
     def num_jobs(self) -> int:
-        return self.jobs or ((os.cpu_count() or 1) if self.testbed else 1)
+        return self.jobs or ((os.cpu_count() or 1) if self.find_benchmark().models else 1)
 
     @property
     def variants(self) -> list[Variant]:

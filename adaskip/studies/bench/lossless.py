@@ -22,7 +22,6 @@ from torch.utils.benchmark import timer
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from adaskip.benchmarks.longbench import PAPER_MIN_LENGTH, get_task
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.choices import check_choice
@@ -92,7 +91,7 @@ class LosslessConfig(SharedConfig):
     """The options of `speed/lossless.py`."""
 
     models: tuple[str, ...] = option(f"of {', '.join((*MODELS, STORIES))}", MODELS, aliases=["--model"])
-    tasks: tuple[str, ...] | None = option("LongBench tasks that prompt in turns; if not given, all of the setup's")
+    tasks: tuple[str, ...] | None = option("tasks that prompt in turns; if not given, all of the setup's")
     prompts: int = option("prompts of each model; each is answered with every draft", 40)
     new_tokens: int = option("most tokens of an answer", 64)
     output_dir: str | None = option(f"results go to a folder of the device's name in here; if not given, {RESULTS_DIR}")
@@ -102,8 +101,6 @@ class LosslessConfig(SharedConfig):
         super().__post_init__()
         for name in self.models:
             check_choice("model", name, (*MODELS, STORIES))
-        for task in self.tasks or ():
-            get_task(task)
         if self.checkpoint is not None and (len(self.models) != 1 or STORIES in self.models):
             raise ValueError("--checkpoint is of one of the paper's models: give it with exactly one --model")
         for name, value, least in (("prompts", self.prompts, 2), ("new-tokens", self.new_tokens, 2)):
@@ -211,11 +208,11 @@ def _of_tasks(config: LosslessConfig, name: str) -> Subject:
     """A model of the paper or the testbed; the tasks take turns."""
     loaded, records, tasks = find_loading(config, name).load(), find_records(config), config.all_tasks
     each = -(-config.prompts // len(tasks))
-    columns = [prompt_ids(records.scored(task, each), get_task(task), loaded) for task in tasks]
+    columns = [prompt_ids(records.benchmark, task, records.scored(task, each), loaded) for task in tasks]
     prompts = [ids for row in zip_longest(*columns) for ids in row if ids is not None]
     calibration = find_calibration(config).data(loaded)["prompts"]
-    unscored = records.unscored(tasks, config.setup.calibration_samples, PAPER_MIN_LENGTH)
-    searched = [prompt_ids([sample], get_task(task), loaded)[0] for task, sample in unscored]
+    unscored = records.unscored(tasks, config.setup.search_samples)
+    searched = [prompt_ids(records.benchmark, task, [sample], loaded)[0] for task, sample in unscored]
     return Subject(loaded, prompts[: config.prompts], calibration, searched)
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adaskip.benchmarks.longbench import build_prompt_ids, get_task
+from adaskip.benchmarks.protocol import Benchmark
 from adaskip.calibration.measure import UNITS, Measurement, measure
 from adaskip.common.errors import RunError
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.loading import find_loading
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import Sample, find_records, fingerprint
+from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids
 from adaskip.runs.runner import stop_token_ids
 from adaskip.studies.observations.settings import MEASUREMENTS, ObserveConfig, Target
 
@@ -45,7 +45,8 @@ def measure_targets(config: ObserveConfig, targets: Iterable[Target]) -> None:
 
 def _measure_target(config: ObserveConfig, model: str, target: Target) -> None:
     folder = RunFolder(config.out_dir / MEASUREMENTS / config.label(model) / target.folder_name)
-    samples = find_records(config).scored(target.task, config.limit or config.observations.limit)
+    records = find_records(config)
+    samples = records.scored(target.task, config.limit or config.observations.limit)
     description = _describe(config, model, target, samples)
     loading = find_loading(config, model)
     with folder.lock():
@@ -54,7 +55,7 @@ def _measure_target(config: ObserveConfig, model: str, target: Target) -> None:
             return
         loaded = loading.load()
         folder.start({**description, **describe_model(loaded), **loading.source.model_files})
-        _fill(folder, target, samples, loaded, description)
+        _fill(folder, records.benchmark, target, samples, loaded, description)
         folder.finish()
 
 
@@ -62,14 +63,13 @@ def _describe(config: ObserveConfig, model: str, target: Target, samples: Sequen
     """The part of the manifest that is known before the model is loaded."""
     decode, cap = target.phase == "decode", None
     if decode:
-        cap = config.max_new_tokens or min(
-            config.setup.phases["decode"].max_new_tokens, get_task(target.task).max_new_tokens
-        )
+        task = config.find_benchmark().task(target.task)
+        cap = config.max_new_tokens or config.setup.phases["decode"].cap(task)
     return {
         "measured": "IO similarity and scale",
         "model": model,
         "label": config.label(model),
-        "testbed": config.testbed,
+        "benchmark": config.benchmark,
         "given_checkpoint": config.checkpoint,
         "task": target.task,
         "phase": target.phase,
@@ -84,7 +84,12 @@ def _describe(config: ObserveConfig, model: str, target: Target, samples: Sequen
 
 
 def _fill(
-    folder: RunFolder, target: Target, samples: Sequence[Sample], loaded: LoadedModel, description: dict[str, Any]
+    folder: RunFolder,
+    benchmark: Benchmark,
+    target: Target,
+    samples: Sequence[Sample],
+    loaded: LoadedModel,
+    description: dict[str, Any],
 ) -> None:
     """Measure what is missing, batch by batch."""
     size = description["batch_size"]
@@ -96,7 +101,7 @@ def _fill(
         for start in missing:
             batch = samples[start : start + size]
             try:
-                folder.append(target.task, _measure_batch(target, start, batch, loaded, description))
+                folder.append(target.task, _measure_batch(benchmark, target, start, batch, loaded, description))
             except (RuntimeError, MemoryError, OSError) as error:
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 raise RunError(
@@ -108,14 +113,17 @@ def _fill(
 
 
 def _measure_batch(
-    target: Target, start: int, batch: Sequence[Sample], loaded: LoadedModel, description: dict[str, Any]
+    benchmark: Benchmark,
+    target: Target,
+    start: int,
+    batch: Sequence[Sample],
+    loaded: LoadedModel,
+    description: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    task, spec = get_task(target.task), loaded.spec
-    limit = description["max_prompt_tokens"] or spec.max_prompt_tokens
-    prompts = [build_prompt_ids(sample, task, loaded.tokenizer, limit, spec.chat_template) for sample in batch]
+    prompts = prompt_ids(benchmark, target.task, batch, loaded, description["max_prompt_tokens"])
     answers: dict[str, Any] = {}
     if target.phase == "decode":
-        ends = stop_token_ids(task, loaded)
+        ends = stop_token_ids(benchmark.task(target.task), loaded)
         answers = {
             **{"max_new_tokens": description["max_new_tokens"], "eos_token_ids": ends},
             "windows": description["windows"],

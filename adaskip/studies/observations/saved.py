@@ -16,10 +16,19 @@ from adaskip.runs.folder import RunFolder
 from adaskip.studies.observations.settings import MEASUREMENTS, Target
 
 PROVENANCE = (
-    *("checkpoint", "weights_fingerprint", "num_layers", "dtype", "device", "attn_implementation", "testbed"),
+    *(
+        "checkpoint",
+        "weights_fingerprint",
+        "num_layers",
+        "dtype",
+        "device",
+        "attn_implementation",
+        "testbed",
+        "benchmark",
+    ),
     *("samples", "batch_size", "max_new_tokens", "data_fingerprint", "versions"),
 )
-"""Manifest fields that go with every number drawn from a measurement."""
+"""Manifest fields that go with every number drawn from a measurement; older ones say `testbed`, newer `benchmark`."""
 
 
 class NotMeasuredError(ValueError):
@@ -64,7 +73,7 @@ class Measured:
     def provenance(self) -> dict[str, Any]:
         """What the numbers were measured on."""
         return {
-            **{name: self.manifest[name] for name in PROVENANCE},
+            **{name: self.manifest[name] for name in PROVENANCE if name in self.manifest},
             "samples_with_tokens": len(self.records),
             "tokens": int(self.tokens.sum()),
         }

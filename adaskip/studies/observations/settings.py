@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from adaskip.benchmarks.longbench import get_task
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
 from adaskip.common.options import option
@@ -17,10 +16,6 @@ from adaskip.runs.cells import MODELS
 from adaskip.runs.config import SharedConfig
 
 ALL = "all"
-OUTPUT_DIRS = {False: "results/observations", True: "results/testbed/observations"}
-"""By whether it is the testbed."""
-
-
 MEASUREMENTS = "measurements"
 """Folder of what was measured, below the output folder."""
 
@@ -63,9 +58,9 @@ class ObservationSetup:
 
 
 def load_observations(name: str) -> ObservationSetup:
-    """The block `real` or `testbed` of `configs/observations.yaml`."""
+    """A benchmark's block of `configs/observations.yaml`; ValueError if it has none."""
     content = load_yaml("observations")
-    block = content[name]
+    block = content[check_choice("benchmark of the observations", name, [key for key in content if key != "windows"])]
     check = block["importance_check"]
     return ObservationSetup(
         limit=block["limit"],
@@ -84,7 +79,7 @@ class ObserveConfig(SharedConfig):
     """The options of every script in `observations/`."""
 
     models: tuple[str, ...] = option(f"of {', '.join(MODELS)}, or {ALL}", (ALL,), aliases=["--model"])
-    tasks: tuple[str, ...] | None = option("LongBench tasks instead of the observation's own")
+    tasks: tuple[str, ...] | None = option("tasks instead of the observation's own")
     limit: int | None = option("samples of each task; if not given, the setup's")
     batch_size: int | None = option("samples measured together; if not given, the setup's")
     max_new_tokens: int | None = option("most tokens of an answer; if not given, the task's and setup's cap")
@@ -99,8 +94,6 @@ class ObserveConfig(SharedConfig):
         super().__post_init__()
         for name in self.models:
             check_choice("model", name, (*MODELS, ALL))
-        for task in self.tasks or ():
-            get_task(task)
         if self.checkpoint is not None and len(self.chosen_models) != 1:
             raise ValueError("--checkpoint is one model's: give it with exactly one --model")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
@@ -113,13 +106,14 @@ class ObserveConfig(SharedConfig):
     @cached_property
     def observations(self) -> ObservationSetup:
         """The defaults of `configs/observations.yaml` that hold here."""
-        return load_observations("testbed" if self.testbed else "real")
+        assert self.benchmark is not None, "set when it was checked"
+        return load_observations(self.benchmark)
 
     @property
     def out_dir(self) -> Path:
         if self.output_dir is not None:
             return Path(self.output_dir)
-        base = default_path(OUTPUT_DIRS[self.testbed])
+        base = default_path(f"{self.find_benchmark().results_dir()}/observations")
         return base if self.checkpoint is None else base / Path(self.checkpoint).name
 
     def label(self, model: str) -> str:

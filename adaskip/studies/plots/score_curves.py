@@ -5,67 +5,81 @@ And over all phases what is kept of the full model's score, beside what the pape
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from adaskip.common.intervals import Estimate, mean_if_whole
+from adaskip.common.intervals import mean_if_whole
+from adaskip.strategies.registry import FULL
 from adaskip.studies.plots.style import FULL_LINE, LOOKS, Look, save, styled
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.entries import PhaseEntries
-from adaskip.studies.tables.scoreboard import Row, Scoreboard
+from adaskip.studies.tables.results import PLACE, Results
 
 LEGEND_COLUMNS = 3
 DODGE = 0.35
 """Percentage points of the axis between neighbouring strategies, so that their error bars stand side by side."""
 
 
-def plot_scores(table: PhaseEntries, out_dir: Path) -> list[Path]:
+def plot_scores(results: Results, phase: str, out_dir: Path) -> list[Path]:
     """Write `scores_<phase>.png` and `.svg`: lines per strategy with 95 % intervals, the full model as a level line.
 
     A phase without any run has no figure.
     """
-    models = _models_run([table])
+    cells = results.cells[results.cells["phase"] == phase]
+    models, tasks = _models_run(cells), results.tasks(phase)
     if not models:
         return []
     with styled():
-        figure, axes = _panels(len(models), len(table.tasks))
+        figure, axes = _panels(len(models), len(tasks))
         for model, line in zip(models, axes, strict=True):
-            for task, panel in zip(table.tasks, line, strict=True):
-                _draw_scores(panel, table, model, task)
-        _name(axes, models, [f"{labels.TASKS[task]} ({_metric(table, task)})" for task in table.tasks])
-        _share_axes(figure, axes, table.board.fractions, "score, per cent")
-        unfinished = [_UNFINISHED_HANDLE] if any(entry.partial for entry in table.cells.values()) else []
-        handles = [*_strategy_handles(table.board), *unfinished]
+            for task, panel in zip(tasks, line, strict=True):
+                _draw_scores(panel, results, cells[(cells["model"] == model) & (cells["task"] == task)])
+        metrics = dict(zip(cells["task"], cells["metric"], strict=True))
+        named = {task: labels.METRICS.get(metrics[task], metrics[task]) for task in tasks}
+        _name(axes, models, [f"{labels.task(task)} ({named[task]})" for task in tasks])
+        _share_axes(figure, axes, results.fractions(), "score, per cent")
+        unfinished = [_UNFINISHED_HANDLE] * bool((cells["score"].notna() & ~cells["final"]).any())
+        handles = [*_strategy_handles(results), *unfinished]
         figure.legend(handles=handles, loc="outside upper center", ncols=LEGEND_COLUMNS)
-        return save(figure, out_dir / f"scores_{table.phase}")
+        return save(figure, out_dir / f"scores_{phase}")
 
 
-def plot_retention(tables: Sequence[PhaseEntries], out_dir: Path) -> list[Path]:
+def plot_retention(results: Results, out_dir: Path) -> list[Path]:
     """Write `retention.png` and `.svg`: retention averaged over a phase's tasks, ours solid and the paper's faint."""
-    models = _models_run(tables)
+    cells, phases = results.cells, list(results.paper.tables)
+    models = _models_run(cells)
     if not models:
         return []
+    kept = cells[PLACE].assign(
+        strategy=cells["strategy"], ours=cells["retention"].where(cells["final"]), paper=cells["paper_retention"]
+    )
+    means = kept.groupby(["phase", "model", "strategy", "fraction"], sort=False)[["ours", "paper"]].agg(_mean_if_whole)
     with styled():
-        figure, axes = _panels(len(models), len(tables))
+        figure, axes = _panels(len(models), len(phases))
         for model, line in zip(models, axes, strict=True):
-            for table, panel in zip(tables, line, strict=True):
-                _draw_retention(panel, table, model)
-        _name(axes, models, [labels.PHASES[table.phase] for table in tables])
-        _share_axes(figure, axes, tables[0].board.fractions, "score kept, per cent")
-        handles = [*_strategy_handles(tables[0].board), _PAPER_HANDLE]
+            for phase, panel in zip(phases, line, strict=True):
+                _draw_retention(panel, results, means.loc[phase, model])
+        _name(axes, models, [labels.PHASES[phase] for phase in phases])
+        _share_axes(figure, axes, results.fractions(), "score kept, per cent")
+        handles = [*_strategy_handles(results), *([_PAPER_HANDLE] if results.paper_models else [])]
         figure.legend(handles=handles, loc="outside upper center", ncols=LEGEND_COLUMNS)
         return save(figure, out_dir / "retention")
 
 
-def _models_run(tables: Sequence[PhaseEntries]) -> list[str]:
-    """The models that have a score in any of the tables."""
-    run = {row.model for table in tables for (row, _), entry in table.cells.items() if entry.score}
-    return [model for model in tables[0].board.models if model in run]
+def _models_run(cells: pd.DataFrame) -> list[str]:
+    """The models that have a score."""
+    return [*cells.loc[cells["score"].notna(), "model"].unique()]
+
+
+def _mean_if_whole(values: pd.Series) -> float:
+    """NaN if any value lacks."""
+    return math.nan if values.isna().any() else mean_if_whole([*values]) or 0.0
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
@@ -73,35 +87,25 @@ def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     return figure, figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
 
 
-def _draw_scores(panel: Axes, table: PhaseEntries, model: str, task: str) -> None:
-    full = table.cells[Row(table.phase, model, "full", 0.0), task].score
-    if full is not None:
-        panel.axhline(100 * full.value, **FULL_LINE)
-    for strategy in table.board.skipping:
-        look = LOOKS[strategy]
-        cells = [table.cells[Row(table.phase, model, strategy, fraction), task] for fraction in table.board.fractions]
-        points = [
-            (_x(table.board, entry.row), entry.score, entry.partial) for entry in cells if entry.score is not None
-        ]
-        x, scores = [at for at, _, _ in points], [score for _, score, _ in points]
-        y = [100 * score.value for score in scores]
-        panel.errorbar(x, y, yerr=_reach(scores), **look.line, elinewidth=0.8, capsize=1.5)
-        unfinished = [number for number, (_, _, partial) in enumerate(points) if partial]
-        panel.plot([x[number] for number in unfinished], [y[number] for number in unfinished], **look.hollow)
+def _draw_scores(panel: Axes, results: Results, cells: pd.DataFrame) -> None:
+    run = cells[cells["score"].notna()]
+    for score in run.loc[run["strategy"] == FULL, "score"]:
+        panel.axhline(100 * score, **FULL_LINE)
+    for strategy in results.skipping:
+        look, own = LOOKS[strategy], run[run["strategy"] == strategy]
+        x, y = _x(results, strategy, own["fraction"]), 100 * own["score"]
+        reach = [100 * (own["score"] - own["score_low"]).fillna(0), 100 * (own["score_high"] - own["score"]).fillna(0)]
+        panel.errorbar(x, y, yerr=reach, **look.line, elinewidth=0.8, capsize=1.5)
+        panel.plot(x[~own["final"]], y[~own["final"]], **look.hollow)
 
 
-def _draw_retention(panel: Axes, table: PhaseEntries, model: str) -> None:
+def _draw_retention(panel: Axes, results: Results, means: pd.DataFrame) -> None:
+    """means: of one phase and model, by strategy and fraction."""
     panel.axhline(100, **FULL_LINE)
-    for strategy in table.board.skipping:
-        rows = [Row(table.phase, model, strategy, fraction) for fraction in table.board.fractions]
-        cells = [[table.cells[row, task] for task in table.tasks] for row in rows]
-        ours = [mean_if_whole([entry.final_retention for entry in line]) for line in cells]
-        paper = [mean_if_whole([entry.paper_retention for entry in line]) for line in cells]
-        for kept, style in ((paper, LOOKS[strategy].faint), (ours, LOOKS[strategy].line)):
-            points = [
-                (_x(table.board, row), 100 * share) for row, share in zip(rows, kept, strict=True) if share is not None
-            ]
-            panel.plot([x for x, _ in points], [y for _, y in points], **style)
+    for strategy in results.skipping:
+        for name, style in (("paper", LOOKS[strategy].faint), ("ours", LOOKS[strategy].line)):
+            kept = means.loc[strategy, name].dropna()
+            panel.plot(_x(results, strategy, kept.index.to_series()), 100 * kept, **style)
 
 
 def _name(axes: np.ndarray, models: Sequence[str], columns: Sequence[str]) -> None:
@@ -126,12 +130,12 @@ def _share_axes(figure: Figure, axes: np.ndarray, fractions: Sequence[float], qu
     figure.supylabel(quantity, fontsize=8)
 
 
-def _strategy_handles(board: Scoreboard) -> list[Line2D]:
+def _strategy_handles(results: Results) -> list[Line2D]:
     lines = [
         Line2D([], [], **LOOKS[strategy].line, label=labels.STRATEGIES[strategy])
-        for strategy in reversed(board.skipping)
+        for strategy in reversed(results.skipping)
     ]
-    return [Line2D([], [], **FULL_LINE, label=labels.STRATEGIES["full"]), *lines]
+    return [Line2D([], [], **FULL_LINE, label=labels.STRATEGIES[FULL]), *lines]
 
 
 _UNFINISHED_HANDLE = Line2D([], [], **Look("#666666", "o", ()).hollow, label="unfinished run")
@@ -140,17 +144,6 @@ _PAPER_HANDLE = Line2D(
 )
 
 
-def _metric(table: PhaseEntries, task: str) -> str:
-    return labels.METRICS[table.board.paper.tables[table.phase].metrics[task]]
-
-
-def _x(board: Scoreboard, row: Row) -> float:
-    """Where a row's point stands: its budget, moved aside for its strategy."""
-    return 100 * row.fraction + (board.skipping.index(row.strategy) - (len(board.skipping) - 1) / 2) * DODGE
-
-
-def _reach(scores: Sequence[Estimate]) -> list[list[float]]:
-    """The intervals as matplotlib wants them: distances below and above the value."""
-    below = [0.0 if score.low is None else 100 * (score.value - score.low) for score in scores]
-    above = [0.0 if score.high is None else 100 * (score.high - score.value) for score in scores]
-    return [below, above]
+def _x(results: Results, strategy: str, fractions: pd.Series) -> pd.Series:
+    """Where points stand: at their budget, moved aside for their strategy."""
+    return 100 * fractions + (results.skipping.index(strategy) - (len(results.skipping) - 1) / 2) * DODGE

@@ -5,7 +5,7 @@ Drawn from the plans in the records, so it shows what ran and not what was asked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from matplotlib.patches import Patch
 
 from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, SKY, save, styled
 from adaskip.studies.tables import labels
+from adaskip.studies.tables.results import Results
 from adaskip.studies.tables.runs import Record, Run
-from adaskip.studies.tables.scoreboard import Row, Scoreboard
 
 RUNS_COLOR = "#ededed"
 FAINTEST = 0.25
@@ -35,6 +35,8 @@ CATEGORIES = {
     "decode, added online": GREEN,
 }
 ONLINE = "decode, added online"
+Strip = tuple[float, str, float]
+"""Upper edge, strategy, fraction."""
 PLUS: dict[str, Any] = {"color": "black", "marker": "+", "markersize": 3, "markeredgewidth": 0.7, "linestyle": "none"}
 """Over what was added online, so that it is told from the rest without colour."""
 
@@ -70,20 +72,25 @@ def skip_shares(run: Run) -> SkipShares | None:
     return SkipShares(prefill / len(records), decode / len(records), online / len(records))
 
 
-def plot_skip_map(board: Scoreboard, model: str, out_dir: Path) -> list[Path]:
+def plot_skip_map(results: Results, model: str, out_dir: Path) -> list[Path]:
     """Write `skip_map_<model>.png` and `.svg`."""
-    depth = max((scored.run.num_layers for row, scored in board.runs.items() if row.model == model), default=0)
-    if depth == 0:
+    depth = max((scored.run.num_layers for (_, name, *_), scored in results.runs.items() if name == model), default=0)
+    strips = list(_strips(results, model))
+    if depth == 0 or not strips:
         return []
-    phases = list(board.paper.tables)
-    strips = len(board.skipping) * len(board.fractions)
+    phases = list(results.paper.tables)
     with styled():
-        figure = Figure(figsize=(1.4 + len(phases) * (1.3 + 0.05 * depth), 0.8 + 0.33 * strips), layout="constrained")
+        figure = Figure(
+            figsize=(1.4 + len(phases) * (1.3 + 0.05 * depth), 0.8 + 0.33 * len(strips)), layout="constrained"
+        )
         panels = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
         for phase, panel in zip(phases, panels, strict=True):
-            _draw(panel, board, phase, model, depth)
+            for top, strategy, fraction in strips:
+                scored = results.runs.get((phase, model, strategy, fraction))
+                _draw(panel, top, skip_shares(scored.run) if scored else None, depth)
+            _share_axis(panel, depth)
             panel.set_title(labels.PHASES[phase])
-        _name_strips(panels[0], board)
+        _name_strips(panels[0], strips)
         figure.supxlabel(
             "layer (in each strip: attention above, FFN below; decode as of a request's last token)", fontsize=8
         )
@@ -104,21 +111,20 @@ def _skipped(record: Record) -> Iterator[tuple[str, str, int]]:
     yield from (("online", "ffn", layer) for layer in online)
 
 
-def _draw(panel: Axes, board: Scoreboard, phase: str, model: str, depth: int) -> None:
-    for top, strategy, fraction in _strips(board):
-        scored = board.runs.get(Row(phase, model, strategy, fraction))
-        shares = skip_shares(scored.run) if scored else None
-        if shares is None:
-            panel.text(depth / 2, top + 1, "not run", ha="center", va="center", color="#777777", fontsize=7)
-            continue
-        layers = range(shares.prefill.shape[1])
-        found = [[shares.category(kind, layer) for layer in layers] for kind in range(len(KINDS))]
-        colors = np.array([[_color(category) for category in line] for line in found])
-        panel.pcolormesh(np.arange(len(layers) + 1), top + np.arange(3), colors, edgecolors="white", linewidth=0.6)
-        added = [
-            layer + 0.5 for layer, category in zip(layers, found[1], strict=True) if category and category[0] == ONLINE
-        ]
-        panel.plot(added, [top + 1.5] * len(added), **PLUS)
+def _draw(panel: Axes, top: float, shares: SkipShares | None, depth: int) -> None:
+    """One strip, its upper edge at `top`."""
+    if shares is None:
+        panel.text(depth / 2, top + 1, "not run", ha="center", va="center", color="#777777", fontsize=7)
+        return
+    layers = range(shares.prefill.shape[1])
+    found = [[shares.category(kind, layer) for layer in layers] for kind in range(len(KINDS))]
+    colors = np.array([[_color(category) for category in line] for line in found])
+    panel.pcolormesh(np.arange(len(layers) + 1), top + np.arange(3), colors, edgecolors="white", linewidth=0.6)
+    added = [layer + 0.5 for layer, what in zip(layers, found[1], strict=True) if what and what[0] == ONLINE]
+    panel.plot(added, [top + 1.5] * len(added), **PLUS)
+
+
+def _share_axis(panel: Axes, depth: int) -> None:
     panel.set_xlim(0, depth)
     panel.set_xticks(np.arange(0, depth, 4) + 0.5, [str(layer) for layer in range(0, depth, 4)])
     panel.tick_params(length=0)
@@ -139,21 +145,20 @@ def _color(category: tuple[str, float] | None) -> tuple[float, ...]:
     return tuple(strength * full + (1 - strength) for full in to_rgb(CATEGORIES[name]))
 
 
-def _strips(board: Scoreboard) -> Iterator[tuple[float, str, float]]:
-    """(upper edge, strategy, fraction) of each strip, the last strategy's first."""
+def _strips(results: Results, model: str) -> Iterator[Strip]:
+    """The strips, the last strategy's first."""
     top = 0.0
-    for strategy in reversed(board.skipping):
-        for fraction in board.fractions:
+    for strategy in reversed(results.skipping):
+        for fraction in results.fractions(model):
             yield top, strategy, fraction
             top += len(KINDS) + GAP
         top += GAP
 
 
-def _name_strips(panel: Axes, board: Scoreboard) -> None:
-    strips = list(_strips(board))
+def _name_strips(panel: Axes, strips: Sequence[Strip]) -> None:
     panel.set_ylim(strips[-1][0] + len(KINDS), 0)
     panel.set_yticks([top + 1 for top, _, _ in strips], [labels.budget(fraction) for _, _, fraction in strips])
-    for strategy in board.skipping:
+    for strategy in dict.fromkeys(strategy for _, strategy, _ in reversed(strips)):
         middles = [top + 1 for top, name, _ in strips if name == strategy]
         panel.annotate(
             labels.STRATEGIES[strategy].replace(" ", "\n"),

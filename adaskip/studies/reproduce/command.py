@@ -31,8 +31,9 @@ from adaskip.studies.reproduce.committed import keep_profiles, profile_of, read_
 from adaskip.studies.reproduce.progress import Whole
 from adaskip.studies.reproduce.settings import CHECK_S, DRAW_S, SAMPLE_S, TARGET_S, ReproduceConfig, targets
 from adaskip.studies.tables.command import SPEEDS
-from adaskip.studies.tables.report import headline_of, load_tables, write_plots, write_tables, write_tradeoff
-from adaskip.studies.tables.tradeoff import find_tradeoff
+from adaskip.studies.tables.report import headline_of, write_plots, write_tables, write_tradeoffs
+from adaskip.studies.tables.results import load_results
+from adaskip.studies.tables.tradeoff import find_tradeoffs
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,13 @@ def _quiet() -> None:
 def _draw(config: ReproduceConfig) -> list[str]:
     """Score, tabulate and draw what is saved. Returns what to tell: the answers, and where everything is."""
     out = config.out_dir
-    tables = load_tables(out / "runs", jobs=config.num_jobs)
-    written = [*write_tables(tables, out / "tables"), *write_plots(tables, out / "plots")]
-    written += write_tradeoff(find_tradeoff(tables[0].board, str(default_path(SPEEDS))), out)
+    results = load_results(out / "runs", jobs=config.num_jobs)
+    written = [*write_tables(results, out / "tables"), *write_plots(results, out / "plots")]
+    written += write_tradeoffs(find_tradeoffs(results, str(default_path(SPEEDS))), out)
     written += _draw_observations(config.drawn())
     folders = {folder.name: folder for path in written if (folder := path.parent)}
     where = [f"{name}: {folder} ({_count(written, folder)} files)" for name, folder in sorted(folders.items())]
-    return [*headline_of(tables), *where, f"the committed results, on more samples: {default_path('results/testbed')}"]
+    return [*headline_of(results), *where, f"the committed results, on more samples: {default_path('results/testbed')}"]
 
 
 def _draw_observations(config: ObserveConfig) -> list[Path]:

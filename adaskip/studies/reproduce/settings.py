@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adaskip.common.configs import load_yaml
 from adaskip.common.options import option
-from adaskip.common.paths import TESTBED_RUNS, default_path, given_or_default
+from adaskip.common.paths import default_path, given_or_default
 from adaskip.runs.cells import MODELS, PHASES
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cells
@@ -43,7 +43,7 @@ class ReproduceConfig:
         for name in ("limit", "subset", "jobs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
-        committed = default_path(TESTBED_RUNS).parent
+        committed = default_path("results/testbed")
         if self.out_dir.resolve() == committed.resolve():
             raise ValueError(f"--output-dir {committed} holds the committed results; FULL=1 makes those anew")
         self.cells()  # the grid's own mistakes

@@ -2,76 +2,142 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from adaskip.common.paths import given_or_default
-from adaskip.studies.tables.console import (
-    add_output_dir,
-    exit_code,
-    num_jobs,
-    output_dir,
-    results_parser,
-    runs_dir,
-    runs_dir_of,
-    wide_console,
-)
+from rich.console import Console
+
+from adaskip.benchmarks.protocol import BENCHMARKS
+from adaskip.common.options import Parser
+from adaskip.common.paths import default_path, given_or_default
+from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.studies.tables.evaluate import evaluate, print_scores
-from adaskip.studies.tables.report import headline_of, load_tables, write_plots, write_tables, write_tradeoff
-from adaskip.studies.tables.scoreboard import load_scoreboard
-from adaskip.studies.tables.tradeoff import find_tradeoff
+from adaskip.studies.tables.report import headline_of, write_plots, write_tables, write_tradeoffs
+from adaskip.studies.tables.results import Results, load_results
+from adaskip.studies.tables.runs import has_run
+from adaskip.studies.tables.tradeoff import find_tradeoffs
 from adaskip.studies.tables.tradeoff_text import sentences
 
-SPEEDS = "speed/results/cpu/testbed_{model}.json"
+SPEEDS, OTHER_SPEEDS = "speed/results/cpu/testbed_{model}.json", "speed/results/cpu/{model}.json"
+"""Results of `adaskip bench`: of the testbed's models, and of others."""
 
 
 def main(name: str, doc: str | None) -> int:
-    """A script's whole life; returns its exit code. name: of `SCRIPTS`. doc: the script's docstring."""
-    return exit_code(lambda: SCRIPTS[name](doc))
+    """A script's whole life; returns its exit code. name: of `SCRIPTS`. doc: the script's docstring.
+
+    A user's mistake is one line and 2, a file that cannot be read or written one line and 1.
+    """
+    try:
+        SCRIPTS[name](_parser(doc))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
 
 
-def _eval(doc: str | None) -> None:
-    parser = results_parser(doc)
+def _parser(doc: str | None) -> Parser:
+    parser = Parser(description=doc, allow_abbrev=False)
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--results-dir", type=Path, metavar="DIR", help="folder of the runs (default: results/runs)")
+    place.add_argument("--benchmark", metavar="NAME", help="its runs in results/NAME/runs; also package.module:Class")
+    place.add_argument(
+        "--testbed", action="store_const", dest="benchmark", const="testbed", help="the same as --benchmark testbed"
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="the benchmark's data, for the floor that is the first sentence of the context (the testbed's is known)",
+    )
+    return parser
+
+
+def _eval(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="RUN_NAME", help="name of the run, e.g. llama-EE-PREFILL")
     arguments = parser.parse_args()
-    print_scores(evaluate(arguments.model, runs_dir_of(arguments, arguments.model)), wide_console())
+    results = evaluate(arguments.model, _runs_dir_of(arguments, arguments.model), arguments.data_dir)
+    console = Console()  # where there is no terminal (a pipe, a file), lines wide enough for the tables
+    print_scores(results, arguments.model, console if console.is_terminal else Console(width=120))
 
 
-def _tables(doc: str | None) -> None:
-    parser = results_parser(doc)
-    add_output_dir(parser)
-    arguments = parser.parse_args()
-    tables = load_tables(runs_dir(arguments), jobs=num_jobs(), progress=True)
-    for path in write_tables(tables, output_dir(arguments) / "tables"):
-        print(f"wrote {path}")
-    print(*headline_of(tables), sep="\n")
+def _tables(parser: Parser) -> None:
+    arguments, out_dir = _with_output_dir(parser)
+    results = _load(arguments)
+    _tell(write_tables(results, out_dir / "tables"))
+    print(*headline_of(results), sep="\n")
 
 
-def _plots(doc: str | None) -> None:
-    parser = results_parser(doc)
-    add_output_dir(parser)
-    arguments = parser.parse_args()
-    tables = load_tables(runs_dir(arguments), jobs=num_jobs(), progress=True)
-    for path in write_plots(tables, output_dir(arguments) / "plots"):
-        print(f"wrote {path}")
+def _plots(parser: Parser) -> None:
+    arguments, out_dir = _with_output_dir(parser)
+    _tell(write_plots(_load(arguments), out_dir / "plots"))
 
 
-def _tradeoff(doc: str | None) -> None:
-    parser = results_parser(doc)
-    add_output_dir(parser)
+def _tradeoff(parser: Parser) -> None:
     parser.add_argument(
         "--speeds",
         metavar="PATTERN",
-        help=f"`adaskip bench` results, with {{model}} for a model's name (default: {SPEEDS})",
+        help="`adaskip bench` results, with {model} for a model's name "
+        f"(default: {OTHER_SPEEDS}; of the testbed {SPEEDS})",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="take the speeds of prompts of N tokens, where there are several"
+    )
+    arguments, out_dir = _with_output_dir(parser)
+    results = _load(arguments)
+    is_testbed = [benchmark.name for benchmark in results.benchmarks] == ["testbed"]
+    pattern = str(given_or_default(arguments.speeds, SPEEDS if is_testbed else OTHER_SPEEDS))
+    tradeoffs = find_tradeoffs(results, pattern, arguments.prompt_tokens)
+    _tell(write_tradeoffs(tradeoffs, out_dir))
+    print(*(line for tradeoff in tradeoffs for line in sentences(tradeoff)), sep="\n")
+
+
+def _with_output_dir(parser: Parser) -> tuple[argparse.Namespace, Path]:
+    """The arguments, and `--output-dir`, by default the folder that holds the runs' folder."""
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="where to write (default: beside the runs' folder)"
     )
     arguments = parser.parse_args()
-    board = load_scoreboard(runs_dir(arguments), jobs=num_jobs(), progress=True)
-    tradeoff = find_tradeoff(board, str(given_or_default(arguments.speeds, SPEEDS)))
-    for path in write_tradeoff(tradeoff, output_dir(arguments)):
+    return arguments, arguments.output_dir or _runs_dir(arguments).parent
+
+
+def _runs_dir(arguments: argparse.Namespace) -> Path:
+    """The folder that `--results-dir` or `--benchmark` names; LongBench's where neither is given."""
+    return given_or_default(arguments.results_dir, _runs_of(BENCHMARKS.name_of(arguments.benchmark or "longbench")))
+
+
+def _runs_of(benchmark: str) -> str:
+    return f"{BENCHMARKS.find(benchmark).results_dir()}/runs"
+
+
+def _runs_dir_of(arguments: argparse.Namespace, name: str) -> Path:
+    """The folder that `--results-dir` or `--benchmark` names.
+
+    Where neither is given and only the testbed has a run called `name`: the testbed's, which standard error is told.
+    """
+    asked, testbed = _runs_dir(arguments), default_path(_runs_of("testbed"))
+    wanted = run_name(*parse_run_name(name))
+    if arguments.results_dir or arguments.benchmark or has_run(wanted, asked) or not has_run(wanted, testbed):
+        return asked
+    print(f"no run {wanted} in {asked}; taking the testbed's, in {testbed}", file=sys.stderr)
+    return testbed
+
+
+def _load(arguments: argparse.Namespace) -> Results:
+    """The results of the folder asked for; what cannot be compared goes to standard error."""
+    results = load_results(_runs_dir(arguments), jobs=os.cpu_count() or 1, progress=True, data_dir=arguments.data_dir)
+    for line in results.notes:
+        print(line, file=sys.stderr)
+    return results
+
+
+def _tell(written: list[Path]) -> None:
+    for path in written:
         print(f"wrote {path}")
-    print(*sentences(tradeoff), sep="\n")
 
 
-SCRIPTS: dict[str, Callable[[str | None], None]] = {
+SCRIPTS: dict[str, Callable[[Parser], None]] = {
     "eval": _eval,
     "tables": _tables,
     "plots": _plots,

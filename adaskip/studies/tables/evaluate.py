@@ -2,57 +2,77 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from adaskip.benchmarks import scoring
-from adaskip.benchmarks.scoring import BucketScore
+from adaskip.runs.cells import parse_run_name, run_name
+from adaskip.strategies.registry import FULL
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.runs import find_run
+from adaskip.studies.tables.results import Results, estimate
+from adaskip.studies.tables.runs import find_run, has_run
 from adaskip.studies.tables.scores import SCORES_FILE, SampleScores, ScoredRun, ScoredTask, score_run
 
 
-def evaluate(name: str, runs_dir: str | Path) -> list[ScoredRun]:
-    """Score every budget of the run called `name` and save the scores beside its records."""
-    return [score_run(run, fresh=True) for run in find_run(name, runs_dir)]
+def evaluate(name: str, runs_dir: str | Path, data_dir: str | None = None) -> Results:
+    """Score every budget of the run called `name`, and the full model's run of its phase that it is compared with, if
+    there is one, and save the scores beside the records.
+
+    data_dir: the benchmark's data, for floors that need contexts.
+    """
+    model, phase, strategy = parse_run_name(name)
+    name_of_full = run_name(model, phase, FULL)
+    full = find_run(name_of_full, runs_dir)[0] if has_run(name_of_full, runs_dir) else None
+    scored = [score_run(run, full, data_dir=data_dir, fresh=True) for run in find_run(name, runs_dir)]
+    return Results(scored if full is None or strategy == FULL else [score_run(full, full, data_dir=data_dir), *scored])
 
 
-def print_scores(runs: Sequence[ScoredRun], console: Console) -> None:
-    """One table over all budgets and tasks, one of LongBench-E's buckets, what is wrong, and where the scores are."""
-    table = _table(runs[0].run.cell.run_name, "per cent, 95 % bootstrap intervals in brackets")
-    for name in ("score", "rouge_score", "samples", "empty", "errors"):
-        table.add_column(name, justify="right")
-    buckets = _table("LongBench-E", "per cent and number of samples, by words of the record")
-    for name in scoring.BUCKETS:
-        buckets.add_column(name, justify="right")
-    for scored in runs:
+def print_scores(results: Results, name: str, console: Console) -> None:
+    """Tables over all budgets and tasks: of scores, of fidelity, loss and floors, and of buckets of length; what is
+    wrong, and where the scores are."""
+    model, phase, strategy = parse_run_name(name)
+    runs = {row: scored for row, scored in results.runs.items() if row[2] == strategy}
+    title = run_name(model, phase, strategy)
+    table = _table(title, "per cent, 95 % bootstrap intervals in brackets", "metric")
+    for column in ("score", "rouge_score", "samples", "empty", "errors"):
+        table.add_column(column, justify="right")
+    caption = "per cent, and nats per token: loss of the reference answer; floor: the best trivial answer's score"
+    beside = _table(title, caption, "fidelity", "loss", "loss above full", "floor")
+    buckets = _table("by length", "per cent and number of samples, by words of the record", "metric")
+    by_length = [task.buckets or {} for scored in runs.values() for task in scored.tasks.values()]
+    for column in dict.fromkeys(column for each in by_length for column in each):
+        buckets.add_column(column, justify="right")
+    for row, scored in runs.items():
         for task, scores in scored.tasks.items():
-            first = (f"{scored.run.cell.sublayers} of {2 * scored.run.num_layers}", task, scores.main.metric)
-            table.add_row(*first, *_cells(scores))
+            first = (f"{scored.run.cell.sublayers} of {2 * scored.run.num_layers}", task)
+            table.add_row(*first, scores.main.metric, *_cells(scores))
+            beside.add_row(*first, *_measures(results, results.cell_of[*row, task]))
             if scores.buckets is not None:
-                buckets.add_row(*first, *map(_bucket, scores.buckets.values()))
+                shown = (
+                    "no samples" if each.score is None else f"{each.score:.2f} ({each.n})"
+                    for each in scores.buckets.values()
+                )
+                buckets.add_row(*first, scores.main.metric, *shown)
     console.print(table)
+    console.print(beside)
     if buckets.row_count:
         console.print(buckets)
-    for line in _warnings(runs):
+    for line in _warnings(runs.values()):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    for scored in runs:
+    for scored in runs.values():
         console.print(f"wrote {scored.run.folder / SCORES_FILE}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(title: str, caption: str) -> Table:
+def _table(title: str, caption: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE, caption=caption)
-    for name in ("skipped", "task", "metric"):
+    for name in ("skipped", "task", *columns):
         table.add_column(name, no_wrap=True)
     return table
-
-
-def _bucket(bucket: BucketScore) -> str:
-    return "no samples" if bucket.score is None else f"{bucket.score:.2f} ({bucket.n})"
 
 
 def _cells(scores: ScoredTask) -> Iterator[str]:
@@ -65,10 +85,25 @@ def _cells(scores: ScoredTask) -> Iterator[str]:
 
 
 def _score(scores: SampleScores) -> str:
-    """LongBench's number and our interval."""
+    """The benchmark's number and our interval."""
     if scores.mean is None:
         return "no samples"
     return f"{scores.as_printed:.2f}{labels.interval(scores.mean)}"
+
+
+def _measures(results: Results, cell: Any) -> Iterator[str]:
+    """Fidelity, loss, loss above the full model's, and the floor with the trivial answer that it is of."""
+    fidelity, loss, added = (estimate(cell, name) for name in ("fidelity", "loss", "loss_added"))
+    yield labels.UNKNOWN if fidelity is None else labels.percent(fidelity)
+    yield labels.UNKNOWN if loss is None else labels.nats(loss)
+    yield "" if cell.strategy == FULL else labels.UNKNOWN if added is None else labels.nats(added, signed=True)
+    if math.isnan(cell.floor):
+        yield labels.UNKNOWN
+        return
+    floors = results.floors
+    own = floors[(floors["phase"] == cell.phase) & (floors["model"] == cell.model) & (floors["task"] == cell.task)]
+    best = own.loc[own["score"].idxmax(), "baseline"]
+    yield f"{100 * cell.floor:.1f} ({best})" + (", full model is at it" if cell.at_floor else "")
 
 
 def _warnings(runs: Sequence[ScoredRun]) -> Iterator[str]:
@@ -82,3 +117,4 @@ def _warnings(runs: Sequence[ScoredRun]) -> Iterator[str]:
                 f"{where}: {count} of {len(records.records)} samples score 0, {reason}"
                 for reason, count in scores.main.errors.items()
             )
+        yield from scored.notes

@@ -18,8 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.longbench import EXTENDED_SUFFIX
-from adaskip.common.paths import RUNS, TESTBED_RUNS, default_path
+from adaskip.benchmarks.protocol import BENCHMARKS, Benchmark, build_benchmark
+from adaskip.common.paths import default_path
+from adaskip.common.plugins import PLUGINS
 from adaskip.runs.cells import Cell, parse_run_name, run_name
 from adaskip.runs.folder import RunFolder
 
@@ -28,9 +29,23 @@ MANIFESTS = "*-sublayers/manifest.json"
 ANY = "*"
 """Stands for every run's name in a pattern."""
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
-REQUIRED_FIELDS = ("id", "index", "prediction", "references", "all_classes")
+REQUIRED_FIELDS = ("id", "index", "prediction", "references")
 
-REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "testbed", "dtype", "device")
+PROTOCOL = (
+    *(
+        "benchmark",
+        "benchmark_options",
+        "weights_fingerprint",
+        "dtype",
+        "chat_template",
+        "max_prompt_tokens",
+        "templates_fingerprint",
+        "stop_token_ids",
+    ),
+    *("stop_strings", "min_length", "sets", "max_new_tokens"),
+)
+"""Manifest fields in which two runs must agree for their answers to be compared; older manifests lack some."""
+REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "dtype", "device")
 
 Record = dict[str, Any]
 
@@ -49,8 +64,8 @@ class TaskRecords:
     """How many records the finished run has, by its manifest."""
     problems: tuple[str, ...]
     """One line per thing wrong with its files."""
-    sha256: str
-    """Of the bytes of the records' files; of nothing where there is none."""
+    kept: tuple[str, ...] = ()
+    """Fields that its benchmark scores by, beside the references."""
 
     @property
     def complete(self) -> bool:
@@ -60,25 +75,47 @@ class TaskRecords:
     def by_id(self) -> dict[str, Record]:
         return {record["id"]: record for record in self.records}
 
+    @property
+    def withheld(self) -> bool:
+        """Whether the references were left out (null), as in records that are published without their data set."""
+        return any(record["references"] is None for record in self.records)
+
+    @cached_property
+    def answers_sha256(self) -> str:
+        """Of what the model answered to which samples."""
+        return _digest([[record["id"], record["prediction"]] for record in self.records])
+
+    @cached_property
+    def references_sha256(self) -> str:
+        """Of what the data set holds of the samples."""
+        return _digest([[record.get(name) for name in ("references", *self.kept)] for record in self.records])
+
 
 @dataclass(frozen=True)
 class Run:
-    """One cell's folder of saved results."""
+    """One cell's folder of saved results. benchmark: whose records they are, which scores them."""
 
     folder: Path
     cell: Cell
+    benchmark: Benchmark
     num_layers: int
     manifest: dict[str, Any]
     tasks: dict[str, TaskRecords]
-
-    def is_extended(self, task: str) -> bool:
-        """Whether a task's samples are LongBench-E's; of runs older than the manifest's `sets`, by the task's name."""
-        return (self.manifest.get("sets") or {}).get(task, task).endswith(EXTENDED_SUFFIX)
 
     @property
     def fraction(self) -> float:
         """Skipped sublayers / all sublayers."""
         return self.cell.sublayers / (2 * self.num_layers)
+
+    def other_protocol(self, other: Run) -> str | None:
+        """The first field of the protocol in which `other` differs, with both values; None if they can be compared."""
+        for name in PROTOCOL:
+            mine, theirs = (run.manifest.get(name) for run in (self, other))
+            if isinstance(mine, dict) and isinstance(theirs, dict):  # by task
+                mine, theirs = ({task: each[task] for task in mine if task in theirs} for each in (mine, theirs))
+            if mine != theirs and name in self.manifest and name in other.manifest:
+                return f"{name.replace('_', ' ')} {theirs!r} and not {mine!r}"
+        return None
 
 
 def load_runs(runs_dir: str | Path) -> list[Run]:
@@ -121,11 +158,21 @@ def load_run(folder: Path) -> Run:
         raise ResultsError(f"{folder} is no run's folder: expected <run name>/<N>-sublayers")
     manifest = _read_manifest(folder / "manifest.json")
     cell = Cell(*parse_run_name(folder.parent.name), sublayers=int(match[1]))
-    tasks = {task: read_task(folder, task, expected) for task, expected in manifest["tasks"].items()}
-    return Run(folder, cell, int(manifest["num_layers"]), manifest, tasks)
+    benchmark = _benchmark_of(folder, manifest)
+    tasks = {task: read_task(folder, task, expected, benchmark.kept) for task, expected in manifest["tasks"].items()}
+    return Run(folder, cell, benchmark, int(manifest["num_layers"]), manifest, tasks)
 
 
-def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
+def _benchmark_of(folder: Path, manifest: dict[str, Any]) -> Benchmark:
+    """The benchmark of a run; older manifests say whether it is the testbed."""
+    name = manifest.get("benchmark") or ("testbed" if manifest.get("testbed") else "longbench")
+    try:
+        return build_benchmark(name, **(manifest.get("benchmark_options") or {}))
+    except ValueError as error:
+        raise ResultsError(f"{folder}: {error}; {PLUGINS} names modules with benchmarks of other packages") from None
+
+
+def read_task(folder: Path, task: str, expected: int, kept: tuple[str, ...] = ()) -> TaskRecords:
     """Read a task's records and their times, merged or still in parts.
 
     The first whole record of each sample is kept and everything else is named.
@@ -137,14 +184,15 @@ def read_task(folder: Path, task: str, expected: int) -> TaskRecords:
     times_content = times_path.read_bytes() if times_path.exists() else b""
     times = _read_lines(f"times/{times_path.name}", times_content, ("id",), problems)
     records: dict[str, Record] = {}
-    digest = hashlib.sha256()
     for file in files:
-        content = file.read_bytes()
-        digest.update(content)
-        records = {**_read_lines(file.name, content, REQUIRED_FIELDS, problems), **records}
+        records = {**_read_lines(file.name, file.read_bytes(), REQUIRED_FIELDS, problems), **records}
     timed = [{**times.get(name, {}), **record} for name, record in records.items()]
     ordered = sorted(timed, key=lambda record: record["index"])
-    return TaskRecords(task, tuple(ordered), expected, tuple(problems), digest.hexdigest())
+    return TaskRecords(task, tuple(ordered), expected, tuple(problems), kept)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _read_lines(name: str, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
@@ -197,9 +245,9 @@ def _no_such_run(name: str, root: Path) -> str:
 
 
 def _elsewhere(name: str, root: Path) -> str:
-    """In which of the default folders, other than `root`, runs called `name` are; nothing where in none."""
-    for folder, option in ((RUNS, "leave out --testbed and --results-dir"), (TESTBED_RUNS, "give --testbed")):
-        other = default_path(folder)
+    """In which benchmark's default folder, other than `root`, runs called `name` are; nothing where in none."""
+    for benchmark in BENCHMARKS.all().values():
+        other = default_path(f"{benchmark.results_dir()}/runs")
         if other.resolve() != root.resolve() and has_run(name, other):
-            return f"; there {'are some' if name == ANY else 'is one'} in {other}: {option}"
+            return f"; there {'are some' if name == ANY else 'is one'} in {other}: give --benchmark {benchmark.name}"
     return ""

@@ -2,82 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import pandas as pd
 
-from adaskip.common.intervals import Estimate, mean, mean_of_means_estimate
+from adaskip.common.intervals import mean, mean_of_means_estimate
 from adaskip.common.pipe_table import pipe_table
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.entries import PhaseEntries
-from adaskip.studies.tables.scoreboard import COMPARED, Row
-from adaskip.studies.tables.scores import ScoredTask
+from adaskip.studies.tables.results import COMPARED, Results
 
 CALIBRATED = "calibrated"
+STRATEGIES = (*COMPARED, CALIBRATED)
+VERDICTS = BETTER, EQUAL, WORSE = "better than", "equal to", "worse than"
 
 
-@dataclass(frozen=True)
-class Match:
-    """One model in one phase at one budget. means: mean score over the phase's tasks, per cent, by strategy."""
+def matches(results: Results) -> pd.DataFrame:
+    """A row for each phase, fraction and model in which all five strategies have run all tasks to their end.
 
-    phase: str
-    model: str
-    fraction: float
-    means: dict[str, float]
-    best_other: str
-    difference: Estimate
-    """Calibrated less the best other: mean over the tasks of the mean over the samples that both have."""
-
-    @property
-    def verdict(self) -> str:
-        """`better than`, `equal to` or `worse than`, by the value."""
-        gap = self.difference.value
-        return "better than" if gap > 0 else "equal to" if gap == 0 else "worse than"
-
-    @property
-    def beyond_chance(self) -> bool:
-        """Whether the difference's interval leaves zero out."""
-        low, high = self.difference.low, self.difference.high
-        return low is not None and high is not None and not low <= 0 <= high
-
-
-def matches(tables: Sequence[PhaseEntries]) -> list[Match]:
-    """Every match whose five strategies have run all tasks to their end, by phase, fraction and model."""
-    places = [(t, f, m) for t in tables for f in t.board.fractions for m in t.board.models]
-    return [match for place in places if (match := _match(*place)) is not None]
-
-
-def _match(table: PhaseEntries, fraction: float, model: str) -> Match | None:
-    scored = {name: _scored(table, Row(table.phase, model, name, fraction)) for name in (*COMPARED, CALIBRATED)}
-    means = {
-        name: 100 * mean([mean([*task.main.by_id.values()]) for task in tasks])
-        for name, tasks in scored.items()
-        if tasks
-    }
-    if len(means) < len(scored):
-        return None
-    best = max(COMPARED, key=means.__getitem__)
-    pairs = zip(scored[CALIBRATED], scored[best], strict=True)
-    difference = mean_of_means_estimate([_differences(ours, theirs) for ours, theirs in pairs])
-    return Match(table.phase, model, fraction, means, best, difference)
+    Of each strategy the mean score over the tasks, per cent; `best_other`; and of calibrated less that one the mean
+    over tasks of the mean over the samples that both have: `difference`, `low`, `high`.
+    """
+    cells = results.cells[results.cells["strategy"].isin(STRATEGIES)]
+    whole = cells.groupby(["phase", "fraction", "model"])["final"].all()
+    rows = []
+    for phase in results.paper.tables:
+        for fraction in results.fractions():
+            for model in results.models:
+                if not whole.get((phase, fraction, model), False):
+                    continue
+                found = {
+                    name: [results.samples_of[phase, model, name, fraction, t]["score"] for t in results.tasks(phase)]
+                    for name in STRATEGIES
+                }
+                means = {name: 100 * mean([mean([*each]) for each in of]) for name, of in found.items()}
+                best = max(COMPARED, key=means.__getitem__)
+                pairs = zip(found[CALIBRATED], found[best], strict=True)
+                gap = mean_of_means_estimate([[*(100 * (a - b.reindex(a.index))).dropna()] for a, b in pairs])
+                rows.append((phase, fraction, model, *means.values(), best, gap.value, gap.low, gap.high))
+    columns = ["phase", "fraction", "model", *STRATEGIES, "best_other", "difference", "low", "high"]
+    found = pd.DataFrame(rows, columns=columns).astype({"difference": float, "low": float, "high": float})
+    found["verdict"] = found["difference"].map(lambda gap: BETTER if gap > 0 else EQUAL if gap == 0 else WORSE)
+    found["beyond_chance"] = (found["low"] > 0) | (found["high"] < 0)
+    return found
 
 
-def _scored(table: PhaseEntries, row: Row) -> list[ScoredTask]:
-    """The scores of all tasks of a run; none unless all have come to their end."""
-    found = [table.board.scored(row, task) for task in table.tasks]
-    whole = [task for task in found if task is not None and task.records.complete]
-    return whole if len(whole) == len(found) else []
-
-
-def _differences(ours: ScoredTask, theirs: ScoredTask) -> list[float]:
-    mine, others = ours.main.by_id, theirs.main.by_id
-    return [100 * (mine[name] - others[name]) for name in mine if name in others]
-
-
-def to_text(found: Sequence[Match]) -> str:
+def to_text(found: pd.DataFrame) -> str:
     """The document `selection.md`."""
     header = [
         *("Phase", "Skipped", "Model"),
-        *(labels.STRATEGIES[name] for name in (*COMPARED, CALIBRATED)),
+        *(labels.STRATEGIES[name] for name in STRATEGIES),
         *("Difference", "Verdict"),
     ]
     parts = [
@@ -86,31 +57,29 @@ def to_text(found: Sequence[Match]) -> str:
         "Mean score over the phase's tasks, per cent. Difference: calibrated less the best of the other four, the mean "
         "over tasks of paired differences, with its 95 % bootstrap interval over samples, not corrected for the number "
         "of rows.",
-        pipe_table(header, [_row(match) for match in found]),
+        pipe_table(header, [_row(match) for match in found.to_dict("records")]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def sentence(found: Sequence[Match]) -> str:
+def sentence(found: pd.DataFrame) -> str:
     """How often calibrated is at least as good as the best of the other four."""
-    verdicts = [match.verdict for match in found]
-    beyond = [match.verdict for match in found if match.beyond_chance]
+    count = {verdict: int((found["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    beyond = {verdict: int(((found["verdict"] == verdict) & found["beyond_chance"]).sum()) for verdict in VERDICTS}
     return (
-        f"In {len(found) - verdicts.count('worse than')} of {len(found)} places (model, phase and budget) calibrated "
-        f"scores at least as much as the best of Early Exit, SkipDecode, Unified Skipping and AdaSkip: more in "
-        f"{verdicts.count('better than')} ({beyond.count('better than')} beyond chance), the same in "
-        f"{verdicts.count('equal to')}. It scores less in {verdicts.count('worse than')} "
-        f"({beyond.count('worse than')} beyond chance)."
+        f"In {len(found) - count[WORSE]} of {len(found)} places (model, phase and budget) calibrated scores at least "
+        f"as much as the best of Early Exit, SkipDecode, Unified Skipping and AdaSkip: more in {count[BETTER]} "
+        f"({beyond[BETTER]} beyond chance), the same in {count[EQUAL]}. It scores less in {count[WORSE]} "
+        f"({beyond[WORSE]} beyond chance)."
     )
 
 
-def _row(match: Match) -> list[str]:
-    gap = match.difference
-    verdict = f"**{match.verdict}**" if match.verdict == "worse than" else match.verdict
-    chance = ", beyond chance" if match.beyond_chance else ""
+def _row(match: dict) -> list[str]:
+    verdict = f"**{match['verdict']}**" if match["verdict"] == WORSE else match["verdict"]
+    known = match["low"] == match["low"]
     return [
-        *(labels.PHASES[match.phase], labels.budget(match.fraction), match.model),
-        *(f"{match.means[name]:.1f}" for name in (*COMPARED, CALIBRATED)),
-        f"{gap.value:+.1f}" + ("" if gap.low is None else f" [{gap.low:+.1f}, {gap.high:+.1f}]"),
-        f"{verdict} {labels.STRATEGIES[match.best_other]}{chance}",
+        *(labels.PHASES[match["phase"]], labels.budget(match["fraction"]), match["model"]),
+        *(f"{match[name]:.1f}" for name in STRATEGIES),
+        f"{match['difference']:+.1f}" + (f" [{match['low']:+.1f}, {match['high']:+.1f}]" if known else ""),
+        f"{verdict} {labels.STRATEGIES[match['best_other']]}{', beyond chance' * match['beyond_chance']}",
     ]

@@ -5,97 +5,97 @@ And how often the online window fired.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from adaskip.common.intervals import Estimate, mean, mean_estimate, mean_if_whole
-from adaskip.studies.tables.entries import Entry, PhaseEntries
-from adaskip.studies.tables.scoreboard import Row, Scoreboard
+import pandas as pd
 
-OURS = "adaskip"
+from adaskip.common.intervals import mean, mean_if_whole
+from adaskip.studies.tables.compare import OTHERS, OURS, OUTCOMES, comparisons, contests
+from adaskip.studies.tables.paper import Paper
+from adaskip.studies.tables.results import COMPARED, PLACE, SCORE, Results
+
+CHANCE = ("interval_above", "paired_better", "paired_worse")
 ONLINE_PHASES = ("decode", "e2e")
 
 
-@dataclass(frozen=True)
-class Contest:
-    """One cell: the four strategies on one task of one model in one phase at one budget."""
-
-    phase: str
-    model: str
-    fraction: float
-    task: str
-    scores: dict[str, float]
-    """By strategy, per cent."""
-    interval_above: bool = False
-    """AdaSkip's interval lies above each of the others'."""
-    paired_better: bool = False
-    """Against each of the others, the interval of the paired difference lies above zero."""
-    paired_worse: bool = False
-    """Against at least one of the others, it lies below zero."""
-
-    @property
-    def outcome(self) -> str:
-        """`best`, `tied` (none above, one level) or `beaten`."""
-        top = max(score for name, score in self.scores.items() if name != OURS)
-        return "best" if self.scores[OURS] > top else "tied" if self.scores[OURS] == top else "beaten"
-
-
-def summarise(tables: Sequence[PhaseEntries]) -> dict[str, Any]:
+def summarise(results: Results) -> dict[str, Any]:
     """Every number of the summary, as plain data."""
-    ours, paper = _contests(tables, _our_contest), _contests(tables, _paper_contest)
+    ours = contests(comparisons(results, SCORE))
+    cells = results.cells
+    at_floor = cells.loc[cells["at_floor"], ["phase", "model", "task"]].drop_duplicates()
     return {
-        "cells": sum(1 for _ in _groups(tables)),
+        "cells": len(cells[cells["strategy"] == OURS]),
         "ours": tally(ours),
-        "paper": tally(paper),
-        "mean_retention": mean_retention(tables),
-        "online": online_learning(tables[0].board),
-        "contests": [{**asdict(contest), "outcome": contest.outcome} for contest in ours],
+        "paper": tally(_paper_contests(results.paper)),
+        "mean_retention": _mean_retention(results),
+        "online": _online_learning(results),
+        "contests": ours.to_dict("records"),
+        **({"at_floor": at_floor.to_dict("records")} if len(at_floor) else {}),
     }
 
 
-def tally(contests: Sequence[Contest]) -> dict[str, Any]:
+def tally(compared: pd.DataFrame) -> dict[str, Any]:
     """Outcomes over all contests, then by phase, by fraction and by model."""
-    counts: dict[str, Any] = _count(contests)
-    for axis in ("phase", "fraction", "model"):
-        values = dict.fromkeys(getattr(contest, axis) for contest in contests)
-        counts[f"by_{axis}"] = {
-            str(value): _count([contest for contest in contests if getattr(contest, axis) == value]) for value in values
-        }
-    return counts
+    axes = ("phase", "fraction", "model")
+    by = {axis: {str(value): _count(part) for value, part in compared.groupby(axis, sort=False)} for axis in axes}
+    return {**_count(compared), **{f"by_{axis}": counts for axis, counts in by.items()}}
 
 
-def mean_retention(tables: Sequence[PhaseEntries]) -> list[dict[str, Any]]:
-    """Per phase, fraction and strategy the mean over models and tasks, ours and the paper's; None if any cell lacks."""
+def _count(compared: pd.DataFrame) -> dict[str, int]:
+    outcomes = {outcome: int((compared["outcome"] == outcome).sum()) for outcome in OUTCOMES.values()}
+    return {"compared": len(compared), **outcomes, **{name: int(compared[name].sum()) for name in CHANCE}}
+
+
+def _paper_contests(paper: Paper) -> pd.DataFrame:
+    """The contests of the paper's tables, which print no intervals."""
+    rows = []
+    for phase, table in paper.tables.items():
+        for model in paper.models:
+            for fraction in filter(None, table.by_fraction):
+                for task in table.tasks:
+                    scores = {name: table.score(model, name, fraction, task) for name in COMPARED}
+                    top = max(scores[name] for name in OTHERS)
+                    gap = scores[OURS] - top
+                    outcome = "best" if gap > 0 else "beaten" if gap < 0 else "tied"
+                    rows.append((phase, model, fraction, task, scores, False, False, False, outcome))
+    return pd.DataFrame(rows, columns=[*PLACE, "scores", *CHANCE, "outcome"])
+
+
+def _mean_retention(results: Results) -> list[dict[str, Any]]:
+    """Per phase, fraction and strategy the mean over models (of the paper's, those) and tasks, ours and the paper's.
+
+    None if any cell lacks; tasks at their floor do not count.
+    """
+    cells = results.cells[results.cells["model"].isin(results.paper_models or results.models)]
+    cells = cells[~cells["at_floor"]]
     lines = []
-    for table in tables:
-        for fraction in table.board.fractions:
-            for strategy in table.board.skipping:
-                entries = [
-                    entry
-                    for (row, _), entry in table.cells.items()
-                    if (row.strategy, row.fraction) == (strategy, fraction) and row.model in table.board.paper.models
-                ]
-                ours = [entry.final_retention for entry in entries]
-                paper = [entry.paper_retention for entry in entries]
-                line = {"phase": table.phase, "fraction": fraction, "strategy": strategy, "cells": len(entries)}
-                lines.append({**line, "ours": mean_if_whole(ours), "paper": mean_if_whole(paper)})
+    for phase in results.paper.tables:
+        for fraction in results.fractions():
+            for strategy in results.skipping:
+                place = (cells["phase"] == phase) & (cells["fraction"] == fraction) & (cells["strategy"] == strategy)
+                found = cells[place]
+                whole = {
+                    "ours": found["retention"].where(found["final"]),
+                    "paper": found["paper_retention"],
+                }
+                means = {name: mean_if_whole([None if x != x else x for x in each]) for name, each in whole.items()}
+                lines.append({"phase": phase, "fraction": fraction, "strategy": strategy, "cells": len(found), **means})
     return lines
 
 
-def online_learning(board: Scoreboard) -> dict[str, Any]:
+def _online_learning(results: Results) -> dict[str, Any]:
     """How often AdaSkip's online window added FFN sublayers, and how many, over its decode and end-to-end runs."""
-    lines, everything = [], []
-    for phase in ONLINE_PHASES:
-        for model in board.models:
-            for fraction in board.fractions:
-                scored = board.runs.get(Row(phase, model, OURS, fraction))
-                if scored is None:
-                    continue
-                added = [len(r["online_ffns"]) for task in scored.tasks.values() for r in task.records.records]
-                everything += added
-                lines.append({"phase": phase, "model": model, "fraction": fraction, **_fired(added)})
-    return {**_fired(everything), "runs": lines}
+    samples = results.samples[(results.samples["strategy"] == OURS) & results.samples["phase"].isin(ONLINE_PHASES)]
+    added = {place: [*group] for place, group in samples.groupby(["phase", "model", "fraction"])["added_online"]}
+    lines = [
+        {"phase": phase, "model": model, "fraction": fraction, **_fired(added[phase, model, fraction])}
+        for phase in ONLINE_PHASES
+        for model in results.models
+        for fraction in results.fractions(model)
+        if (phase, model, fraction) in added
+    ]
+    return {**_fired([*samples["added_online"]]), "runs": lines}
 
 
 def _fired(added: Sequence[int]) -> dict[str, Any]:
@@ -107,67 +107,3 @@ def _fired(added: Sequence[int]) -> dict[str, Any]:
         "mean_added_when_fired": mean(fired) if fired else None,
         "most_added": max(added, default=None),
     }
-
-
-def _count(contests: Sequence[Contest]) -> dict[str, int]:
-    outcomes = [contest.outcome for contest in contests]
-    return {
-        "compared": len(contests),
-        **{outcome: outcomes.count(outcome) for outcome in ("best", "tied", "beaten")},
-        "interval_above": sum(contest.interval_above for contest in contests),
-        "paired_better": sum(contest.paired_better for contest in contests),
-        "paired_worse": sum(contest.paired_worse for contest in contests),
-    }
-
-
-def _groups(tables: Sequence[PhaseEntries]) -> Iterator[dict[str, Entry]]:
-    """The competing strategies, for every cell of the tables."""
-    for table in tables:
-        for model in table.board.models:
-            for fraction in table.board.fractions:
-                for task in table.tasks:
-                    yield table.group(model, fraction, task)
-
-
-def _contests(tables: Sequence[PhaseEntries], make: Callable[[dict[str, Entry]], Contest | None]) -> list[Contest]:
-    return [contest for group in _groups(tables) if (contest := make(group)) is not None]
-
-
-def _our_contest(group: dict[str, Entry]) -> Contest | None:
-    """None unless all four strategies have run to their end."""
-    scores = {name: entry.final_score for name, entry in group.items() if entry.final_score is not None}
-    if len(scores) < len(group):
-        return None
-    ours, others = group[OURS], [entry for name, entry in group.items() if name != OURS]
-    differences = [_difference(ours, other) for other in others]
-    return Contest(
-        *_place(ours),
-        scores=scores,
-        interval_above=all(_lies_above(ours.score, other.score) for other in others),
-        paired_better=all(low is not None and low > 0 for low, _ in differences),
-        paired_worse=any(high is not None and high < 0 for _, high in differences),
-    )
-
-
-def _paper_contest(group: dict[str, Entry]) -> Contest | None:
-    scores = {name: entry.paper_score for name, entry in group.items() if entry.paper_score is not None}
-    return Contest(*_place(group[OURS]), scores=scores) if len(scores) == len(group) else None
-
-
-def _lies_above(ours: Estimate | None, other: Estimate | None) -> bool:
-    if ours is None or other is None or ours.low is None or other.high is None:
-        return False
-    return ours.low > other.high
-
-
-def _place(entry: Entry) -> tuple[str, str, float, str]:
-    return entry.row.phase, entry.row.model, entry.row.fraction, entry.task
-
-
-def _difference(ours: Entry, other: Entry) -> tuple[float | None, float | None]:
-    """The interval of the mean difference over the samples that both have."""
-    assert ours.scored, "only cells that were run compete"
-    assert other.scored, "only cells that were run compete"
-    mine, theirs = ours.scored.main.by_id, other.scored.main.by_id
-    estimate = mean_estimate([mine[name] - theirs[name] for name in mine if name in theirs])
-    return (estimate.low, estimate.high) if estimate else (None, None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from adaskip.common.pipe_table import pipe_table
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.scoreboard import COMPARED
+from adaskip.studies.tables.results import COMPARED
 
 COUNTS = {
     "compared": "cells",
@@ -51,6 +51,11 @@ def headline(summary: dict[str, Any]) -> list[str]:
             f" Its lead over every other strategy is beyond chance (paired bootstrap) in {ours['paired_better']} "
             f"cells, and it is beyond chance behind another in {ours['paired_worse']}."
         )
+    if places := summary.get("at_floor"):
+        named = ", ".join(
+            f"{each['model']} {labels.PHASES[each['phase']]} {labels.task(each['task'])}" for each in places
+        )
+        lines.append(f"At their floor, where scores do not count: {named}.")
     lines.append(f"In the paper's own tables AdaSkip {_claim(paper)}")
     if online["requests"]:
         lines.append(
@@ -98,7 +103,7 @@ def _contest_lines(contests: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             "tied" if contest["outcome"] == "tied" else "beyond chance" if contest["paired_worse"] else "within chance"
         )
         place = [labels.PHASES[contest["phase"]], contest["model"], labels.budget(contest["fraction"])]
-        yield [*place, labels.TASKS[contest["task"]], *scores, verdict]
+        yield [*place, labels.task(contest["task"]), *scores, verdict]
 
 
 def _retention(summary: dict[str, Any]) -> str:

@@ -1,100 +1,144 @@
-"""The trade-off in words and as a table; every number in them comes from `tradeoff.find_tradeoff`."""
+"""The trade-off in words and as tables; every number in them comes from `tradeoff.find_tradeoffs`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from adaskip.common.pipe_table import pipe_table
+from adaskip.strategies.registry import FULL
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.tradeoff import FULL, Point, Tradeoff
+from adaskip.studies.tables.documents import PARTIAL
+from adaskip.studies.tables.results import ROW, estimate
+from adaskip.studies.tables.tradeoff import KEPT, Tradeoff
 
+ENDS = {"value": "value", "low": "value_low", "high": "value_high"}
 KEEPING = 0.95
 """Share of the score below which a speedup is of little use."""
+SPEEDUP = (
+    "Speedup: the full model's time / the strategy's as `adaskip bench` measured them side by side; TTFT in "
+    "prefill, TPOT in decode, end to end the time of a request with the full model's mean answer. The mean over "
+    "models is geometric for speedups. **Bold**: on the Pareto front, no other point being as good in both and "
+    "better in one; by the values, whatever their intervals."
+)
 
 
 def fronts(tradeoff: Tradeoff) -> dict[str, dict[str, int]]:
     """By strategy, model by model: its points and those on a front; panels, those whose front it is on, and those in
     which it is the fastest to keep 95 % of the score.
     """
-    counts = {}
+    points = tradeoff.points[tradeoff.points["model"].notna()]
     places = [(phase, model) for phase in tradeoff.phases for model in tradeoff.models]
-    panels = [tradeoff.panel(*place) for place in places]
-    fastest = [best.strategy for place in places if (best := tradeoff.fastest(*place, KEEPING)) is not None]
+    fastest = [tradeoff.fastest(*place, KEEPING) for place in places]
+    counts = {}
     for strategy in tradeoff.strategies:
-        own = [[point for point in panel if point.strategy == strategy] for panel in panels]
+        own = points[points["strategy"] == strategy]
+        panels = own.groupby(["phase", "model"])["on_front"]
         counts[strategy] = {
-            "points": sum(map(len, own)),
-            "on_front": sum(point.on_front for panel in own for point in panel),
-            "panels": sum(bool(panel) for panel in own),
-            "panels_on_front": sum(any(point.on_front for point in panel) for panel in own),
+            "points": len(own),
+            "on_front": int(own["on_front"].sum()),
+            "panels": panels.ngroups,
+            "panels_on_front": int(panels.any().sum()),
             "panels_fastest": fastest.count(strategy),
         }
     return counts
 
 
 def to_json(tradeoff: Tradeoff) -> str:
+    """`tradeoff.json`, of scores kept."""
     content: dict[str, Any] = {
         "fronts": fronts(tradeoff),
         "sentences": sentences(tradeoff),
         "missing": tradeoff.missing,
-        "points": [point.as_dict() for point in tradeoff.points],
+        "points": [
+            {
+                **{name: getattr(point, name) for name in (*ROW, "speedup")},
+                "kept": {end: getattr(point, column) for end, column in ENDS.items()},
+                "on_front": point.on_front,
+            }
+            for point in tradeoff.points.astype(object).where(tradeoff.points.notna(), None).itertuples()
+        ],
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def sentences(tradeoff: Tradeoff) -> list[str]:
-    """How often each strategy is on the Pareto front and how often the fastest; and what is not drawn."""
+    """How often each strategy is on the Pareto front and, of scores kept, how often the fastest; what is not drawn."""
     counts = fronts(tradeoff).items()
     each = [
         f"{labels.STRATEGIES[name]} is on the front with {n['on_front']} of its {n['points']} points, "
         f"on {n['panels_on_front']} of {n['panels']} fronts"
         for name, n in counts
     ]
-    where = f"{len(tradeoff.models)} models x {len(tradeoff.phases)} phases"
-    fastest = [f"{labels.STRATEGIES[name]} {n['panels_fastest']}" for name, n in counts]
-    none = len(tradeoff.models) * len(tradeoff.phases) - sum(n["panels_fastest"] for _, n in counts)
+    num_models, num_phases = len(tradeoff.models), len(tradeoff.phases)
+    title = "Score kept" if tradeoff.quality is KEPT else tradeoff.quality.title.partition(",")[0].capitalize()
     lines = [
-        f"Score kept against measured speedup, {where}, a Pareto front each: {'; '.join(each)}.",
-        f"Of what keeps at least {100 * KEEPING:.0f} % of the score, the fastest is (times in {len(tradeoff.models)} x "
-        f"{len(tradeoff.phases)}): {', '.join(fastest)}, the full model {none}.",
+        f"{title} against measured speedup, {num_models} models x {num_phases} phases, a Pareto front each: "
+        f"{'; '.join(each)}."
     ]
+    if tradeoff.quality is KEPT:
+        fastest = [f"{labels.STRATEGIES[name]} {n['panels_fastest']}" for name, n in counts]
+        none = num_models * num_phases - sum(n["panels_fastest"] for _, n in counts)
+        lines.append(
+            f"Of what keeps at least {100 * KEEPING:.0f} % of the score, the fastest is (times in {num_models} x "
+            f"{num_phases}): {', '.join(fastest)}, the full model {none}."
+        )
     return lines + [f"Not drawn, {reason}: {', '.join(runs)}." for reason, runs in tradeoff.missing.items()]
 
 
 def to_text(tradeoff: Tradeoff) -> str:
-    """The document `tradeoff.md`."""
+    """The document `tradeoff.md`, of scores kept."""
     parts = ["# Score kept against measured speedup", "![](../plots/tradeoff.png)", *sentences(tradeoff)]
     parts.append(
         "Kept: score / full model's score, the mean over the phase's tasks, per cent with 95 % bootstrap intervals. "
-        "Speedup: the full model's time / the strategy's as `adaskip bench` measured them side by side; TTFT in "
-        "prefill, TPOT in decode, end to end the time of a request with the full model's mean answer. The mean over "
-        "models is geometric for speedups. **Bold**: on the Pareto front, no other point being as good in both and "
-        "better in one; by the values, whatever their intervals."
+        + SPEEDUP
     )
     for phase in tradeoff.phases:
-        places = [None, *tradeoff.models]
-        header = ["Skipped", "Strategy", *(model or "mean over models" for model in places)]
-        panels = [{(p.fraction, p.strategy): p for p in tradeoff.panel(phase, model)} for model in places]
-        keys = sorted(
-            {key for panel in panels for key in panel if key[1] != FULL},
-            key=lambda key: (key[0], tradeoff.strategies.index(key[1])),
-        )
-        rows = [
-            [
-                labels.budget(fraction),
-                labels.STRATEGIES[name],
-                *(_text(panel.get((fraction, name))) for panel in panels),
-            ]
-            for fraction, name in keys
-        ]
-        parts += [f"## {labels.PHASES[phase]}: speedup, score kept", pipe_table(header, rows)]
+        parts += [f"## {labels.PHASES[phase]}: speedup, score kept", _table(tradeoff, phase)]
     return "\n\n".join(parts) + "\n"
 
 
-def _text(point: Point | None) -> str:
+def measures_text(tradeoffs: Sequence[Tradeoff]) -> str:
+    """The document `tradeoff_measures.md`, of fidelity and loss."""
+    parts = ["# Fidelity and loss against measured speedup", "![](../plots/tradeoff_measures.png)"]
+    parts += [line for tradeoff in tradeoffs for line in sentences(tradeoff)]
+    parts.append(
+        "Fidelity: the task's metric against the full model's own answer, per cent. Loss: of the reference answer, "
+        "nats per token, less the full model's on the same samples. Both are means over the phase's tasks with 95 % "
+        f"bootstrap intervals; `{PARTIAL}` unfinished run, over the samples it has. " + SPEEDUP
+    )
+    for tradeoff in tradeoffs:
+        for phase in tradeoff.phases:
+            title = f"## {labels.PHASES[phase]}: speedup, {tradeoff.quality.title}"
+            parts += [title, _table(tradeoff, phase)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(tradeoff: Tradeoff, phase: str) -> str:
+    """A line per strategy and budget, a column per model and one for their mean."""
+    places = tradeoff.models if len(tradeoff.models) == 1 else [None, *tradeoff.models]
+    panels = [
+        {(point.fraction, point.strategy): point for point in tradeoff.panel(phase, model).itertuples()}
+        for model in places
+    ]
+    keys = sorted(
+        {key for panel in panels for key in panel if key[1] != FULL},
+        key=lambda key: (key[0], tradeoff.strategies.index(key[1])),
+    )
+    rows = [
+        [labels.budget(key[0]), labels.STRATEGIES[key[1]], *(_text(tradeoff, panel.get(key)) for panel in panels)]
+        for key in keys
+    ]
+    return pipe_table(["Skipped", "Strategy", *(model or "mean over models" for model in places)], rows)
+
+
+def _text(tradeoff: Tradeoff, point: Any) -> str:
     """`**1.21, 99.8** [97.0, 101.2]`"""
     if point is None:
         return labels.MISSING
-    value = f"{point.speedup:.2f}, {100 * point.kept.value:.1f}"
-    return (f"**{value}**" if point.on_front else value) + labels.interval(point.kept)
+    found = estimate(point, "value")
+    text = labels.percent(found) if tradeoff.quality.scale == 100 else labels.nats(found, signed=True)
+    value, space, spread = text.partition(" ")
+    value = f"{point.speedup:.2f}, {value}{PARTIAL if point.partial else ''}"
+    return (f"**{value}**" if point.on_front else value) + space + spread

@@ -1,0 +1,63 @@
+"""The options that a strategy or a benchmark declares of its own: fields that `NAME=VALUE` on the command line sets."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, field, fields
+from typing import Any
+
+SPELLED = {"true": True, "false": False}
+
+
+def own_option(help: str, default: Any) -> Any:
+    """A dataclass field that is an option. Its type is bool, int, float or str, or one of them and None."""
+    return field(default=default, metadata={"help": help})
+
+
+def declared_options(cls: type | None) -> dict[str, Field[Any]]:
+    """The fields of a class that were made by `own_option`, by name; none of None."""
+    return {} if cls is None else {each.name: each for each in fields(cls) if "help" in each.metadata}
+
+
+def options_help(classes: Mapping[str, type]) -> str:
+    """One line with the options of classes, by their names."""
+    lines = [
+        f"{name}: {option} ({field.metadata['help']})"
+        for name, cls in classes.items()
+        for option, field in declared_options(cls).items()
+    ]
+    return "; ".join(lines)
+
+
+def parse_options(name: str, cls: type | None, given: Sequence[str], flag: str) -> dict[str, Any]:
+    """`NAME=VALUE` texts as fields of the class called `name`, in their declared types. flag: that gives them.
+
+    Raises:
+        ValueError: not of that form, given twice, not an option of the class, or not of its type.
+    """
+    declared = declared_options(cls)
+    values: dict[str, Any] = {}
+    for text in given:
+        option, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} takes NAME=VALUE; got {text!r}")
+        if option not in declared:
+            raise ValueError(f"{name} has no option {option}; allowed: {', '.join(declared) or 'none'}")
+        if option in values:
+            raise ValueError(f"{flag} gives {option} more than once: {' '.join(given)}")
+        assert cls is not None
+        values[option] = _parsed(f"{flag} {option}", value, typing.get_type_hints(cls)[option])
+    return values
+
+
+def _parsed(what: str, value: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if types.NoneType in kinds and value.lower() == "none":
+        return None
+    (kind,) = (each for each in kinds if each is not types.NoneType)
+    try:
+        return SPELLED[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"{what} must be {kind.__name__}, not {value!r}") from None

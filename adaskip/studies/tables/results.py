@@ -1,0 +1,277 @@
+"""All scored runs as two tidy frames: `samples`, a row a record, and `cells`, a row a cell of the paper's tables.
+
+Ours and the paper's meet here: a budget is the fraction of the sublayers skipped, so that 4 of 32 stand beside 8 of 64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from adaskip.benchmarks.protocol import Benchmark
+from adaskip.common.intervals import Estimate, mean_estimate, ratio_estimate
+from adaskip.strategies.names import GRID_STRATEGIES, PAPER_STRATEGIES, SHORT_NAMES
+from adaskip.strategies.registry import FULL
+from adaskip.studies.tables.paper import load_paper
+from adaskip.studies.tables.runs import load_runs
+from adaskip.studies.tables.scores import ScoredRun, score_run
+
+COMPARED = PAPER_STRATEGIES[1:]
+"""The four strategies that the paper compares."""
+PAPER_FRACTIONS = (0.125, 0.1875, 0.25)
+"""The paper's budgets (it prints scores for the first and the last): shown of its models, run or not."""
+ROW = ["phase", "model", "strategy", "fraction"]
+"""Columns that tell a row of the tables."""
+PLACE = ["phase", "model", "fraction", "task"]
+"""Columns that tell a cell in which the strategies compete."""
+SAMPLE = [
+    *("task", "id", "score", "rouge_score", "fidelity", "loss", "reference_tokens", "new_tokens", "added_online"),
+    "compared",
+]
+ESTIMATES = ("score", "rouge_score", "retention", "fidelity", "loss", "loss_added")
+Row = tuple[str, str, str, float]
+"""Phase, model, strategy, fraction."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What an answer is measured by; `name` is its column. scale: for printing, 100 for per cent. sign: -1 where less
+    is better."""
+
+    name: str
+    title: str
+    scale: float
+    digits: int
+    sign: int = 1
+
+
+SCORE = Measure("score", "score", 100, 1)
+FIDELITY = Measure("fidelity", "fidelity", 100, 1)
+LOSS = Measure("loss", "loss of the reference answer", 1, 3, sign=-1)
+MEASURES = (SCORE, FIDELITY, LOSS)
+
+
+class Results:
+    """Scored runs beside the paper's numbers. runs: by phase, model, strategy and fraction."""
+
+    def __init__(self, runs: Iterable[ScoredRun]):
+        self.runs = {
+            (scored.run.cell.phase, scored.run.cell.model, scored.run.cell.strategy, scored.run.fraction): scored
+            for scored in runs
+        }
+        self.paper = load_paper(publishes=not self.runs or any(benchmark.in_paper for benchmark in self.benchmarks))
+
+    @property
+    def benchmarks(self) -> list[Benchmark]:
+        """Those whose records were run."""
+        return [*{scored.run.benchmark.name: scored.run.benchmark for scored in self.runs.values()}.values()]
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What could not be compared, a line each."""
+        run = {
+            (phase, model): strategy for phase, model, strategy, _ in sorted(self.runs, key=lambda row: row[2] == FULL)
+        }
+        alone = [place for place, strategy in run.items() if strategy != FULL]
+        lines = [
+            f"no run of the full model {model} in phase {phase}: nothing to compare with" for phase, model in alone
+        ]
+        return lines + [line for scored in self.runs.values() for line in scored.notes]
+
+    @cached_property
+    def models(self) -> list[str]:
+        """The paper's models, if any of them was run, then every other that was run."""
+        run = list(dict.fromkeys(model for _, model, _, _ in self.runs))
+        papers = list(self.paper.models) if set(run) & set(self.paper.models) else []
+        return list(dict.fromkeys([*papers, *run]))
+
+    @property
+    def paper_models(self) -> list[str]:
+        """Those of `models` that the paper ran."""
+        return [model for model in self.models if model in self.paper.models]
+
+    @cached_property
+    def skipping(self) -> tuple[str, ...]:
+        """The strategies with rows in the tables: those of the grid, run or not, and every other one that was run."""
+        run = {strategy for _, _, strategy, _ in self.runs} - set(GRID_STRATEGIES)
+        return (*GRID_STRATEGIES[1:], *(name for name in SHORT_NAMES if name in run))
+
+    def fractions(self, model: str | None = None) -> list[float]:
+        """The budgets of a model, or of all, smallest first: of the paper's models the paper's, and those run."""
+        models = self.models if model is None else [model]
+        run = {fraction for _, name, strategy, fraction in self.runs if name in models and strategy != FULL}
+        return sorted(run | (set(PAPER_FRACTIONS) if set(models) & set(self.paper.models) else set()))
+
+    def tasks(self, phase: str) -> list[str]:
+        """The columns of a phase's table: the paper's tasks and every other that was run; where none of the paper's
+        models was, only those that were run."""
+        run = dict.fromkeys(
+            task for (where, *_), scored in self.runs.items() if where == phase for task in scored.tasks
+        )
+        papers = self.paper.tables[phase].tasks
+        shown = papers if self.paper_models or not run else [task for task in papers if task in run]
+        return [*shown, *(task for task in run if task not in papers)]
+
+    def rows(self, phase: str, model: str) -> Iterator[Row]:
+        """The full model, then every strategy at every budget."""
+        yield phase, model, FULL, 0.0
+        for fraction in self.fractions(model):
+            for strategy in self.skipping:
+                yield phase, model, strategy, fraction
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """A row a record: scores and fidelity as fractions of 1, loss in nats a token, NaN where unknown.
+
+        `full_score` and `full_loss` are the full model's of the same sample, NaN where its run cannot be compared.
+        """
+        lines = [line for row, scored in self.runs.items() for line in _sample_lines(row, scored)]
+        samples = pd.DataFrame(lines, columns=[*ROW, *SAMPLE])
+        full = samples.loc[samples["strategy"] == FULL, ["phase", "model", "task", "id", "score", "loss"]]
+        full = full.rename(columns={"score": "full_score", "loss": "full_loss"})
+        samples = samples.merge(full, how="left", on=["phase", "model", "task", "id"])
+        samples.loc[~samples.pop("compared").astype(bool), ["full_score", "full_loss"]] = math.nan
+        return samples
+
+    @cached_property
+    def samples_of(self) -> dict[tuple, pd.DataFrame]:
+        """`samples` by phase, model, strategy, fraction and task, indexed by id."""
+        return dict(iter(self.samples.set_index("id").groupby([*ROW, "task"], sort=False)))
+
+    @cached_property
+    def floors(self) -> pd.DataFrame:
+        """A row a trivial answer (`baseline`) to a task, with its mean `score`, NaN where unknown."""
+        lines = [
+            (phase, model, task, baseline, score)
+            for (phase, model, _, _), scored in self.runs.items()
+            for task, scores in scored.tasks.items()
+            for baseline, score in scores.floors.items()
+        ]
+        return pd.DataFrame(lines, columns=["phase", "model", "task", "baseline", "score"]).astype({"score": float})
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """A row a cell, in the tables' order, run or not: estimates with `_low` and `_high`, and the paper's numbers.
+
+        Our scores, retention and fidelity are fractions of 1, the paper's scores per cent, as printed. `floor` is the
+        best score of a trivial answer; `at_floor`: the full model's interval reaches down to it. `final`: the run has
+        come to its end.
+        """
+        cells = pd.DataFrame(
+            self._cell(row, task, self.samples_of.get((*row, task)))
+            for phase in self.paper.tables
+            for model in self.models
+            for row in self.rows(phase, model)
+            for task in self.tasks(phase)
+        ).astype(dict.fromkeys(("skipped_sublayers", "num_sublayers", "n", "n_expected"), "Int64"))
+        place = ["phase", "model", "task"]
+        floor = self.floors.groupby(place)["score"].max().rename("floor")
+        full_low = cells[cells["strategy"] == FULL].set_index(place)["score_low"].rename("full_low")
+        cells = cells.join(floor, on=place).join(full_low, on=place)
+        cells["at_floor"] = cells["floor"].notna() & ~(cells.pop("full_low") > cells["floor"])
+        return cells
+
+    @cached_property
+    def cell_of(self) -> dict[tuple, Any]:
+        """The rows of `cells` by phase, model, strategy, fraction and task."""
+        return {(*(getattr(cell, name) for name in ROW), cell.task): cell for cell in self.cells.itertuples()}
+
+    def _cell(self, row: Row, task: str, samples: pd.DataFrame | None) -> dict[str, Any]:
+        phase, model, strategy, fraction = row
+        paper, scored = self.paper.tables[phase], self.runs.get(row)
+        found = scored.tasks[task] if scored and samples is not None else None
+        place = (model, strategy, fraction, task)
+        return {
+            **dict(zip(ROW, row, strict=True)),
+            "skipped_sublayers": scored.run.cell.sublayers if scored else None,
+            "num_sublayers": 2 * scored.run.num_layers if scored else None,
+            "task": task,
+            "metric": self.metric(phase, task),
+            "n": len(found.records.records) if found else None,
+            "n_expected": found.records.expected if found else None,
+            "final": found is not None and found.records.complete,
+            **_estimates(samples),
+            "paper_score": paper.score(*place),
+            "paper_retention": paper.retention(*place),
+            "paper_speedup": paper.speedup(model, strategy, fraction),
+        }
+
+    def metric(self, phase: str, task: str) -> str:
+        """A task's metric as the paper names it; ours where the paper has no such task."""
+        ours = (scored.tasks[task].main.metric for scored in self.runs.values() if task in scored.tasks)
+        return self.paper.tables[phase].metrics.get(task) or next(ours)
+
+
+def _sample_lines(row: Row, scored: ScoredRun) -> Iterator[tuple[Any, ...]]:
+    """The values of `ROW` and `SAMPLE` of each record."""
+    for task, scores in scored.tasks.items():
+        rouge = scores.rouge_score.by_id if scores.rouge_score else {}
+        for record in scores.records.records:
+            name = record["id"]
+            measured = (
+                scores.main.by_id[name],
+                rouge.get(name),
+                scores.fidelity.get(name),
+                record.get("reference_loss"),
+            )
+            counts = (record.get("reference_tokens"), record["new_tokens"], len(record["online_ffns"]))
+            yield *row, task, name, *(math.nan if x is None else float(x) for x in measured), *counts, bool(scored.full)
+
+
+def _estimates(samples: pd.DataFrame | None) -> dict[str, float]:
+    """Each estimate's value, low and high; NaN where unknown."""
+    found: dict[str, Estimate | None] = dict.fromkeys(ESTIMATES)
+    if samples is not None:
+        paired = samples[samples["full_score"].notna()]
+        found = {
+            "score": mean_estimate([*samples["score"]]),
+            "rouge_score": mean_estimate([*samples["rouge_score"].dropna()]),
+            "retention": ratio_estimate([*paired["score"]], [*paired["full_score"]]),
+            "fidelity": mean_estimate([*samples["fidelity"].dropna()]),
+            "loss": mean_estimate([*samples["loss"].dropna()]),
+            "loss_added": mean_estimate([*(samples["loss"] - samples["full_loss"]).dropna()]),
+        }
+    return {
+        name + end: math.nan if (value := getattr(estimate, part, None)) is None else value
+        for name, estimate in found.items()
+        for end, part in (("", "value"), ("_low", "low"), ("_high", "high"))
+    }
+
+
+def estimate(cell: Any, name: str) -> Estimate | None:
+    """An estimate of a cell, a row of `Results.cells` as `itertuples` gives it; None where it is unknown."""
+    value, low, high = (getattr(cell, name + end) for end in ("", "_low", "_high"))
+    return None if math.isnan(value) else Estimate(value, *(None if math.isnan(end) else end for end in (low, high)))
+
+
+def load_results(
+    runs_dir: str | Path, *, jobs: int = 1, progress: bool = False, data_dir: str | None = None
+) -> Results:
+    """Read every run below `runs_dir`, scoring those whose scores are not saved yet.
+
+    Args:
+        jobs: processes that score; more than one need a caller that guards `__main__`.
+        progress: draw a progress bar if standard error is a terminal.
+        data_dir: the benchmark's data, for floors that need contexts.
+
+    Raises:
+        ValueError: there are no runs, or a manifest cannot be read.
+    """
+    runs = load_runs(runs_dir)
+    full = {(run.cell.model, run.cell.phase): run for run in runs if run.cell.strategy == FULL}
+    fulls = [full.get((run.cell.model, run.cell.phase)) for run in runs]
+    score = partial(score_run, data_dir=data_dir)
+    bar = partial(tqdm, total=len(runs), desc="scoring", unit="run", disable=None if progress else True, leave=False)
+    if jobs == 1 or len(runs) == 1:
+        return Results(bar(map(score, runs, fulls)))
+    with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=get_context("spawn")) as pool:
+        return Results(bar(pool.map(score, runs, fulls)))

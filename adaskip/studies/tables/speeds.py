@@ -1,0 +1,62 @@
+"""Speedups of a benchmark's result file, which is read by its format alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adaskip.strategies.registry import FULL
+
+BENCH_FORMAT = "adaskip-bench/1"
+FULL_KEY = ("", FULL, 0)
+Speeds = Mapping[tuple[str, str, int], dict[str, Any]]
+"""(phase, strategy, sublayers) -> entry of a benchmark's result."""
+
+
+def speed_paths(pattern: str, models: Iterable[str]) -> dict[str, Path]:
+    """The result file of each model: `pattern` with its name for {model}.
+
+    Raises:
+        ValueError: a file does not exist; the line names the command that makes it.
+    """
+    paths = {model: Path(pattern.format(model=model)) for model in models}
+    absent = [path for path in paths.values() if not path.is_file()]
+    if absent:
+        commands = " && ".join(f"adaskip bench --figure {path.stem}" for path in absent)
+        raise ValueError(f"no measured speeds: {', '.join(map(str, absent))} not found; make them with: {commands}")
+    return paths
+
+
+def read_speeds(path: Path, prompt_tokens: int | None = None) -> Speeds:
+    """The entries of uncompiled runs of one prompt at a time, with prompts of `prompt_tokens` if it is given.
+
+    Raises:
+        ValueError: the file is no benchmark's result, lacks the full model, or has several prompt lengths and none is
+            chosen.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != BENCH_FORMAT:
+        raise ValueError(f"{path} is not a benchmark's result: its format is not {BENCH_FORMAT}")
+    wanted = [entry for entry in content["entries"] if (entry["mode"], entry["batch_size"]) == ("eager", 1)]
+    lengths = sorted({entry["prompt_tokens"] for entry in wanted})
+    if prompt_tokens is not None and prompt_tokens not in lengths:
+        raise ValueError(f"{path} has no prompts of {prompt_tokens} tokens; it has {', '.join(map(str, lengths))}")
+    wanted = [entry for entry in wanted if prompt_tokens in (None, entry["prompt_tokens"])]
+    speeds = {(entry["phase"], entry["strategy"], entry["budget"]): entry for entry in wanted}
+    if len(speeds) < len(wanted):
+        raise ValueError(f"{path} has prompts of {', '.join(map(str, lengths))} tokens: choose with --prompt-tokens")
+    if FULL_KEY not in speeds:
+        raise ValueError(f"{path} has no entry of the full model; finish it with: adaskip bench --figure {path.stem}")
+    return speeds
+
+
+def speedup(phase: str, full: Mapping[str, Any], ours: Mapping[str, Any], steps: float) -> float:
+    """The full model's time / a strategy's: TTFT in prefill, TPOT in decode, end to end a request of `steps` steps."""
+    if phase == "e2e":
+        return (full["ttft_s"] + steps * full["tpot_s"]) / (ours["ttft_s"] + steps * ours["tpot_s"])
+    return ours[f"speedup_{phase}"]

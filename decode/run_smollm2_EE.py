@@ -1,0 +1,6 @@
+"""Decode phase, SmolLM2, Early Exit."""
+
+from adaskip.cli import run_cell
+
+if __name__ == "__main__":
+    run_cell(phase="decode", model="smollm2", strategy="early_exit")
