@@ -117,7 +117,7 @@ def headline(summary: dict[str, Any]) -> list[str]:
     incomplete = f" {left_out} of {summary['cells']} cells are not complete." if left_out else ""
     lines = [f"Here AdaSkip {claim(ours)}{incomplete}{beyond_chance(ours)}"]
     if places := summary.get("at_floor"):
-        each = (f"{p['model']} {labels.PHASES[p['phase']]} {labels.task(p['task'])}" for p in places)
+        each = (f"{p['model']} {labels.PHASES[p['phase']]} {labels.TASKS[p['task']]}" for p in places)
         lines.append(f"At their floor, where scores do not count: {', '.join(each)}.")
     if summary["paper"]["compared"]:
         lines.append(f"In the paper's own tables AdaSkip {claim(summary['paper'])}")
