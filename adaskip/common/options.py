@@ -98,7 +98,7 @@ def check_options(config: Any) -> None:
             continue
         values = value if isinstance(value, tuple) else (value,)
         if asked["choices"] is not None:
-            choices = asked["choices"]() if callable(asked["choices"]) else asked["choices"]
+            choices: Any = asked["choices"]() if callable(asked["choices"]) else asked["choices"]
             for each in values:
                 check_choice(name, each, choices)
         if asked["least"] is not None and values and min(values) < asked["least"]:

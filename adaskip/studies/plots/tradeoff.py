@@ -55,7 +55,7 @@ def _plot(lines: Sequence[tuple[Tradeoff, str | None]], stem: Path) -> list[Path
             panel.set_title(labels.PHASES[phase])
         for quality in qualities.values():
             rows = [panels for (tradeoff, _), panels in zip(lines, axes, strict=True) if tradeoff.quality is quality]
-            _set_limits(np.concatenate(rows), less_is_better=quality.sign < 0)
+            _set_limits([*np.concatenate(rows)], less_is_better=quality.sign < 0)
         figure.supxlabel("measured speedup over the full model", fontsize=8)
         if len(qualities) == 1:
             figure.supylabel(first.quality.title, fontsize=8)
@@ -85,8 +85,8 @@ def _draw(panel: Axes, tradeoff: Tradeoff, points: pd.DataFrame, fractions: Sequ
             panel.vlines(point.speedup, *ends, color=look.color, linewidth=0.6, alpha=0.7, zorder=1)
             size = SMALLEST + STEP * fractions.index(point.fraction)
             edge = "black" if point.on_front else look.color
-            mark = {**look.line, "linestyle": "none", "markersize": size, "markeredgecolor": edge}
-            hollow = {"markerfacecolor": "white"} if point.partial else {}
+            mark: dict[str, Any] = {**look.line, "linestyle": "none", "markersize": size, "markeredgecolor": edge}
+            hollow: dict[str, Any] = {"markerfacecolor": "white"} if point.partial else {}
             panel.plot([point.speedup], [scale * point.value], **mark, **hollow)
 
 

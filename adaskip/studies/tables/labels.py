@@ -55,7 +55,9 @@ def _shown(estimate: Estimate | None, scale: float, form: str, mark: str, bold: 
     if estimate is None:
         return MISSING
     value = f"{scale * estimate.value:{form}}{mark}"
-    spread = "" if estimate.low is None else f" [{scale * estimate.low:{form}}, {scale * estimate.high:{form}}]"
+    spread = ""
+    if estimate.low is not None and estimate.high is not None:
+        spread = f" [{scale * estimate.low:{form}}, {scale * estimate.high:{form}}]"
     return (f"**{value}**" if bold else value) + spread
 
 
