@@ -163,7 +163,7 @@ def test_on_a_trained_model_decode_above_the_limit_follows_the_published_code_an
             agreement[which] += (logits.argmax(-1) == wanted.argmax(-1)).float().mean() / len(stories)
     print(f"KL {divergence.tolist()}, same next token {agreement.tolist()}")
     assert divergence[0] < 0.001, divergence
-    assert divergence[1] > 10 * divergence[0], divergence
+    assert divergence[1] > 5 * divergence[0], divergence
     assert agreement[0] > agreement[1], agreement
 
 
