@@ -24,7 +24,7 @@ UNKNOWN = "n/a"
 
 
 def task(name: str) -> str:
-    """A dataset's own spelling; LongBench's key where the paper does not use it."""
+    """A dataset's own spelling; the name of a task that the paper does not use."""
     return TASKS.get(name, name)
 
 
