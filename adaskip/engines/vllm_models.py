@@ -3,6 +3,7 @@
 A decoder layer of vLLM passes on a pair: the output of the last sublayer and the residual stream without it; the next
 norm adds them. Before the first sublayer there is no output yet, and the residual is None.
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 

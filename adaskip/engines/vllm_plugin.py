@@ -16,7 +16,7 @@ ARCHITECTURES = {
 
 def register() -> None:
     """Name the architectures to vLLM; it may call this several times in a process."""
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
     from adaskip.engines.vllm_configs import register_configs
 

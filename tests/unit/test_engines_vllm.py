@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 PLAN = SkipPlan.of_sublayers({Sublayer("attention", 0): 1.6, Sublayer("ffn", 1): 0.8})
 MIXED_TYPES = ["sliding_attention", "full_attention"] * 2
 WINDOWS = {"layer_types": MIXED_TYPES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 4}
-ROPE = {"rope_theta": 10000.0}
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
 
 
 def source(family: str, folder: Path, **options) -> Checkpoint:
@@ -38,9 +39,9 @@ def source(family: str, folder: Path, **options) -> Checkpoint:
     return Checkpoint(folder, model.config)
 
 
-def exported(checkpoint: Checkpoint, folder: Path, plan: SkipPlan = PLAN, *, phase="e2e") -> dict:
+def exported(checkpoint: Checkpoint, folder: Path, plan: SkipPlan = PLAN) -> dict:
     """The report of the export."""
-    strategy = FixedPlan(num_layers=checkpoint.config.num_hidden_layers, phase=phase, plan=plan)
+    strategy = FixedPlan(num_layers=checkpoint.config.num_hidden_layers, plan=plan)
     return export_to("vllm", Export(strategy, checkpoint), folder)
 
 
@@ -99,23 +100,8 @@ def test_dynamic_rope_becomes_the_plain_rope_that_it_is_within_the_limit(tmp_pat
     [
         ("phi3", {}, "models of type 'phi3' cannot be exported"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'; allowed: silu"),
-        (
-            "llama",
-            {"rope_parameters": {**ROPE, "rope_type": "default", "partial_rotary_factor": 0.5}},
-            "part of each head",
-        ),
-        (
-            "qwen2",
-            {
-                "rope_parameters": {
-                    **ROPE,
-                    "rope_type": "longrope",
-                    "short_factor": [1.0, 1.0],
-                    "long_factor": [2.0, 2.0],
-                }
-            },
-            "rope type 'longrope'",
-        ),
+        ("llama", {"rope_parameters": HALF_ROPE}, "part of each head"),
+        ("qwen2", {"rope_parameters": LONG_ROPE}, "rope type 'longrope'"),
         ("qwen2", WINDOWS, "a sliding window in some of the layers"),
         ("qwen3", WINDOWS, "a sliding window in some of the layers"),
         ("llama", {"sliding_window": 8}, "a sliding window, which LLaMA does not have"),

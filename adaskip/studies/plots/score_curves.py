@@ -41,8 +41,8 @@ def plot_scores(results: Results, phase: str, out_dir: Path) -> list[Path]:
             for task, panel in zip(tasks, line, strict=True):
                 _draw_scores(panel, results, cells[(cells["model"] == model) & (cells["task"] == task)])
         metrics = dict(zip(cells["task"], cells["metric"], strict=True))
-        named = {task: labels.METRICS.get(metrics[task], metrics[task]) for task in tasks}
-        _name(axes, models, [f"{labels.task(task)} ({named[task]})" for task in tasks])
+        named = {task: labels.METRICS[metrics[task]] for task in tasks}
+        _name(axes, models, [f"{labels.TASKS[task]} ({named[task]})" for task in tasks])
         _share_axes(figure, axes, results.fractions(), "score, per cent")
         unfinished = [_UNFINISHED_HANDLE] * bool((cells["score"].notna() & ~cells["final"]).any())
         handles = [*_strategy_handles(results), *unfinished]
