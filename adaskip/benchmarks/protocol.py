@@ -20,6 +20,8 @@ from adaskip.common.plugins import Registry
 
 HUB = "hub"
 """The `data_dir` that asks for a download; without it no benchmark touches the network."""
+DEFAULT = "longbench"
+"""The paper's benchmark, where none is named."""
 TASK_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 Record = Mapping[str, Any]
@@ -78,7 +80,7 @@ class Benchmark(ABC):
 
     Class attributes:
 
-    name: as in `--benchmark longbench`. label: as in texts, if it is written otherwise.
+    name: as in `--benchmark NAME`. label: as in texts, if it is written otherwise.
     tasks: the first one calibrates, and all are run in every phase, unless `configs/phases.yaml` has a protocol of it.
     kept: fields of a record that are saved beside its answer because `score` takes them.
     models: the names of the models that it brings along, all that `--model` takes then; they read bare prompts.

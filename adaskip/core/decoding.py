@@ -1,7 +1,7 @@
 """Generation that follows the caller's arguments and ignores the model's generation config.
 
 Measurements and scored answers are greedy, one sequence per prompt, one token per forward over a KV cache, without
-logits processors: the protocol of the paper and of LongBench. A checkpoint's generation config may ask for sampling,
+logits processors, as the paper has it. A checkpoint's generation config may ask for sampling,
 beams, a penalty, assisted decoding or no cache; none of these may affect them.
 """
 

@@ -100,7 +100,7 @@ def generate(
     cache_implementation: CacheImplementation = "dynamic",
     compile: bool | CompileConfig = False,
 ) -> list[Generation]:
-    """Greedy answers to a batch of prompts, one beam, no logits processors: the protocol of the paper and of LongBench.
+    """Greedy answers to a batch of prompts, one beam, no logits processors, as the paper has it.
 
     The model's generation config is ignored, except for its end tokens if `eos_token_ids` is empty: it affects neither
     sampling, beams, penalties, suppressed or forced tokens and assisted decoding nor the cache and compilation.

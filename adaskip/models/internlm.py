@@ -69,7 +69,7 @@ class InternLMTokenizer(SentencePieceBackend):
 
     Text is split at the special tokens and every part is encoded by SentencePiece, as in InternLM's own class, so token
     ids equal the original's for any normalisation in the model file. `<eoh>` and `<eoa>` are ordinary pieces. Decoded
-    text is cleaned up as in the original, so truncated prompts and answers equal those of LongBench.
+    text is cleaned up as in the original, so truncated prompts and answers equal the paper's.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (transformers' own attribute)

@@ -56,7 +56,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ANSWER_ROOM = 512  # maximum answer length of any LongBench task, in tokens
+ANSWER_ROOM = 512  # tokens; the longest answer of any task of the paper's benchmark
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.protocol import BENCHMARKS, Task
+from adaskip.benchmarks.protocol import BENCHMARKS, DEFAULT, Task
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
 from adaskip.common.plugins import PLUGINS
@@ -131,7 +131,7 @@ class Setup:
 def protocols(benchmark: str | None = None) -> tuple[str, ...]:
     """The protocols of `configs/phases.yaml`, all or those of a benchmark, its default first."""
     blocks = {name: block for name, block in load_yaml("phases").items() if "phases" in block}
-    owners = {name: block.get("benchmark", "longbench") for name, block in blocks.items()}
+    owners = {name: block.get("benchmark", DEFAULT) for name, block in blocks.items()}
     return tuple(name for name, owner in owners.items() if benchmark in (None, owner))
 
 

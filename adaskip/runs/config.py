@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.benchmarks.longbench import LongBench
-from adaskip.benchmarks.protocol import BENCHMARKS, Benchmark, build_benchmark
+from adaskip.benchmarks.protocol import BENCHMARKS, DEFAULT, Benchmark, build_benchmark
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
 from adaskip.common.own_options import options_help, parse_options
@@ -42,7 +41,7 @@ class SharedConfig:
     benchmark: str | None = option(
         lambda: (
             f"benchmark (tasks, records, scores): {', '.join(BENCHMARKS.all())}, or package.module:Class; default: "
-            f"{LongBench.name}"
+            f"{DEFAULT}"
         )
     )
     testbed: bool = option("use the embedded small models and their generated tasks, like --benchmark testbed", False)
@@ -84,7 +83,7 @@ class SharedConfig:
         given = self.benchmark and BENCHMARKS.name_of(self.benchmark)
         if self.testbed and given not in (None, Testbed.name):
             raise ValueError(f"--testbed means --benchmark {Testbed.name}, but --benchmark is {given}: leave one out")
-        name = Testbed.name if self.testbed else given or LongBench.name
+        name = Testbed.name if self.testbed else given or DEFAULT
         object.__setattr__(self, "benchmark", name)
         BENCHMARKS.find(name)
         if self.protocol is not None:

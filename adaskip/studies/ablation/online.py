@@ -106,7 +106,7 @@ class AblationConfig(StudyConfig):
 
     @property
     def num_jobs(self) -> int:
-        return self.jobs or ((os.cpu_count() or 1) if self.testbed else 1)
+        return self.jobs or ((os.cpu_count() or 1) if self.find_benchmark().models else 1)
 
     def variants(self, name: str) -> list[Variant]:
         """Of a model: its budgets are multiples of the least one of a model of its depth."""

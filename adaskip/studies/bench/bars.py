@@ -87,7 +87,7 @@ def _overhead(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]
 
 def _saving(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     """In phase prefill, where one set serves prompt and answer and no window measures; on models that are no toys."""
-    if result.identity["testbed"] or COMPILED in result.identity.get("modes", ()):
+    if result.weights == "testbed" or COMPILED in result.identity.get("modes", ()):
         return
     for cell in result.cells(workload):
         share = _share(result, cell)
@@ -131,7 +131,7 @@ def _paper(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     """
     counts, paper, identity = _is_8b_on_gpu(result, workload), load_paper(), result.identity
     alike = counts or (workload.batch_size == 1 and COMPILED not in identity.get("modes", ()))
-    if identity["testbed"] or not alike or (counts and workload.prompt_tokens != bar["prompt_tokens"]):
+    if result.weights == "testbed" or not alike or (counts and workload.prompt_tokens != bar["prompt_tokens"]):
         return
     model = identity["model"] if identity["model"] in paper.models else bar["model"]
     for cell in result.cells(workload):
@@ -222,9 +222,8 @@ def _kv_row(bar: Bar, result: Result, workload: Workload, cell: Cell) -> Row:
 def _where(result: Result, workload: Workload) -> tuple[str, str]:
     """Device and work, and the command."""
     identity, figure = result.identity, result.manifest.get("figure")
-    weights = "random" if identity["random_weights"] else "testbed" if identity["testbed"] else "checkpoint"
     rounds = result.rounds_of(workload)
-    where = f"{result.device}, {identity['model']} ({weights}), {workload}, {rounds} rounds"
+    where = f"{result.device}, {identity['model']} ({result.weights}), {workload}, {rounds} rounds"
     return where, f"`adaskip bench --figure {figure}`" if figure else ""
 
 

@@ -90,7 +90,7 @@ def _about(result: Result) -> list[str]:
             if ceilings
             else []
         ),
-        *([TOY] if identity["testbed"] else []),
+        *([TOY] if result.weights == "testbed" else []),
     ]
 
 

@@ -19,7 +19,7 @@ from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import Estimate, median_estimate
 from adaskip.strategies import FULL
 from adaskip.strategies.adaskip import LEARNING_WINDOW
-from adaskip.studies.bench.settings import BREAKDOWN, EAGER, WINDOWLESS, Cell, Workload
+from adaskip.studies.bench.settings import BREAKDOWN, EAGER, WINDOWLESS, Cell, Workload, weights_of
 
 FORMAT = "adaskip-bench/1"
 GENERATION_TOKENS = 256
@@ -56,6 +56,11 @@ class Result:
     @property
     def identity(self) -> dict[str, Any]:
         return self.manifest["identity"]
+
+    @property
+    def weights(self) -> str:
+        """`random`, `testbed` or `checkpoint`."""
+        return weights_of(self.identity)
 
     @property
     def study(self) -> str:

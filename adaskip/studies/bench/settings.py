@@ -20,7 +20,7 @@ from adaskip.core.plan import PHASES
 from adaskip.models.source import find_source
 from adaskip.runs.config import DTYPES, MODEL_HELP
 from adaskip.strategies import FULL, GRID_STRATEGIES, STRATEGIES, needs_selection, strategy_name
-from adaskip.testbed import FAMILIES
+from adaskip.testbed.benchmark import Testbed
 
 PATCHED, BREAKDOWN = "patched", "breakdown"
 ADASKIP, WINDOWLESS = "adaskip", "adaskip without window"
@@ -182,8 +182,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategies", tuple(map(strategy_name, self.strategies)))
         check_options(self)
-        if self.testbed:
-            check_choice("model of --testbed", self.model, FAMILIES)
+        if self.benchmark is not None:
+            check_choice("model of --testbed", self.model, Testbed.models)
         if self.model != SMALL_MODEL:
             find_source(self.model, self.checkpoint)
         elif not self.random_weights:
@@ -207,8 +207,12 @@ class BenchConfig:
         if self.name or self.figure:
             return self.name or self.figure or ""
         model = self.model if self.model == SMALL_MODEL else find_source(self.model).name
-        source = "random" if self.random_weights else "testbed" if self.testbed else "checkpoint"
-        return f"{model}_{source}_{self.study}"
+        return f"{model}_{weights_of(asdict(self))}_{self.study}"
+
+    @property
+    def benchmark(self) -> str | None:
+        """The benchmark that brings the model along; None for other weights."""
+        return Testbed.name if self.testbed else None
 
     @property
     def workloads(self) -> list[Workload]:
@@ -219,6 +223,11 @@ class BenchConfig:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a saved result to be continued."""
         return {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
+
+
+def weights_of(identity: Mapping[str, Any]) -> str:
+    """Where the weights come from: `random`, the `testbed`, or a `checkpoint`."""
+    return "random" if identity["random_weights"] else Testbed.name if identity["testbed"] else "checkpoint"
 
 
 def figure_settings(figure: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from adaskip import testbed
+from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.hf import attn_implementation
 from adaskip.core.packed_sdpa import register_packed
@@ -130,18 +130,18 @@ def random_model(
 
 def _load(config: BenchConfig, device: torch.device) -> LoadedModel:
     options = {"device": device, "dtype": config.dtype, "attn_implementation": config.attn_implementation}
-    if not config.testbed:
+    if config.benchmark is None:
         return load_model(config.model, config.checkpoint, chat="none", **options)
-    limit = find_loading(SharedConfig(testbed=True), config.model).max_prompt_tokens
-    folder = testbed.checkpoint_dir(config.model)
+    limit = find_loading(SharedConfig(benchmark=config.benchmark), config.model).max_prompt_tokens
+    folder = BENCHMARKS.find(config.benchmark).checkpoint(config.model)
     return load_model(config.model, folder, chat="none", max_prompt_tokens=limit, **options)
 
 
 def _own_profile(config: BenchConfig, loaded: LoadedModel | None, depth: int) -> ImportanceProfile:
-    """The testbed's models are calibrated at once; for others that takes LongBench, so their set is assumed."""
-    if loaded is None or not config.testbed:
+    """A benchmark's own models are calibrated at once; for others that takes data, so their set is assumed."""
+    if loaded is None or config.benchmark is None:
         return assumed_profile(depth)
-    return profiles.measure(find_calibration(SharedConfig(testbed=True)), loaded)
+    return profiles.measure(find_calibration(SharedConfig(benchmark=config.benchmark)), loaded)
 
 
 def _named_profile(config: BenchConfig, model: PreTrainedModel) -> ImportanceProfile | None:
@@ -164,7 +164,7 @@ def _selections(
     found: dict[Phase, SelectionProfile | None] = {}
     for phase in map(check_phase, config.phases):
         found[phase] = named.get(phase)
-        if phase not in named and config.testbed and loaded is not None:
+        if phase not in named and config.benchmark and loaded is not None:
             found[phase] = _kept_selection(config, loaded, phase)
     return found
 
@@ -188,7 +188,7 @@ def _named_selections(config: BenchConfig, model: PreTrainedModel) -> dict[Phase
 
 def _kept_selection(config: BenchConfig, loaded: LoadedModel, phase: Phase) -> SelectionProfile:
     """The selection `adaskip grid --testbed` keeps, searched first when there is none."""
-    job = resolve(RunConfig(testbed=True, model=config.model, phase=phase, strategy=CalibratedSkip.name))
+    job = resolve(RunConfig(benchmark=config.benchmark, model=config.model, phase=phase, strategy=CalibratedSkip.name))
     if not (path := profiles.kept_path(job, loaded)).is_file():
         logger.info("searching %s for strategy calibrated, which takes minutes", path)
     selection, _ = profiles.profile_for(job, loaded)

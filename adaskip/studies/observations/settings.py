@@ -30,7 +30,7 @@ class Target:
 
     @property
     def label(self) -> str:
-        """The dataset's own spelling; LongBench's name of a task that the paper does not use."""
+        """The dataset's own spelling; the name of a task that the paper does not use."""
         return TASKS.get(self.task, self.task)
 
 

@@ -62,7 +62,7 @@ class ReproduceConfig:
         for phase in PHASES:
             limit = None if self.subset else self.limit or quick[phase]
             grid = GridConfig(
-                testbed=True,
+                benchmark="testbed",
                 device="cpu",
                 threads=1,
                 phases=(phase,),
@@ -79,7 +79,7 @@ class ReproduceConfig:
         """The observations on one model, or all; check: the importance check, which runs many cells."""
         quick = load_yaml("phases")["quick"]
         return ObserveConfig(
-            testbed=True,
+            benchmark="testbed",
             device="cpu",
             threads=1,
             models=MODELS if model is None else (model,),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adaskip.benchmarks.protocol import BENCHMARKS
+from adaskip.benchmarks.protocol import BENCHMARKS, DEFAULT
 from adaskip.common.options import Parser
 from adaskip.common.paths import default_path, given_or_default
 from adaskip.runs.cells import parse_run_name, run_name
@@ -103,8 +103,8 @@ def _with_output_dir(parser: Parser) -> tuple[argparse.Namespace, Path]:
 
 
 def _runs_dir(arguments: argparse.Namespace) -> Path:
-    """The folder that `--results-dir` or `--benchmark` names; LongBench's where neither is given."""
-    return given_or_default(arguments.results_dir, _runs_of(BENCHMARKS.name_of(arguments.benchmark or "longbench")))
+    """The folder that `--results-dir` or `--benchmark` names; the paper's where neither is given."""
+    return given_or_default(arguments.results_dir, _runs_of(BENCHMARKS.name_of(arguments.benchmark or DEFAULT)))
 
 
 def _runs_of(benchmark: str) -> str:

@@ -21,8 +21,7 @@ def floors(run: Run, task: str, data_dir: str | None = None) -> dict[str, float 
     """Mean scores, fractions of 1, of trivial answers to a task's records of `run`; none if there are no records.
 
     `empty answer`; `majority class`, where answers are classes (`all_classes`): the most frequent one, always; `first
-    sentence` of the context, where the benchmark knows it: LongBench with its data in `data_dir`, and the testbed, None
-    for records of other generated tasks.
+    sentence` of the context, where the benchmark knows it, some with their data in `data_dir`; None for other records.
 
     Raises:
         BenchmarkError: `data_dir` has no data of the task.

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaskip.benchmarks.protocol import BENCHMARKS, Benchmark, build_benchmark
+from adaskip.benchmarks.protocol import BENCHMARKS, DEFAULT, Benchmark, build_benchmark
 from adaskip.common.paths import default_path
 from adaskip.common.plugins import PLUGINS
 from adaskip.runs.cells import Cell, parse_run_name, run_name
@@ -179,7 +179,7 @@ def load_run(folder: Path) -> Run:
 
 def _benchmark_of(folder: Path, manifest: dict[str, Any]) -> Benchmark:
     """The benchmark of a run; older manifests say whether it is the testbed."""
-    name = manifest.get("benchmark") or ("testbed" if manifest.get("testbed") else "longbench")
+    name = manifest.get("benchmark") or ("testbed" if manifest.get("testbed") else DEFAULT)
     try:
         return build_benchmark(name, **(manifest.get("benchmark_options") or {}))
     except ValueError as error:

@@ -34,7 +34,7 @@ class SampleScores:
 
     metric: str
     as_printed: float | None
-    """Their mean: per cent, two decimals, rounded as LongBench's eval.py does; None if there are no samples."""
+    """Their mean: per cent, two decimals, as the benchmark rounds it; None if there are no samples."""
     by_id: dict[str, float]
     num_empty: int
     """Predictions of which nothing but white space was scored."""
@@ -55,7 +55,7 @@ class ScoredTask:
     main: SampleScores
     """By the task's own metric."""
     rouge_score: SampleScores | None
-    """By a second metric, too, of LongBench Google's `rouge_score`; None for a task that has none."""
+    """By a second metric, too, as Google's `rouge_score`; None for a task that has none."""
     buckets: dict[str, BucketScore] | None
     """Of `main`, by buckets of length; None for a set that has none."""
     fidelity: dict[str, float]
