@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adaskip.core.fingerprint import fingerprint_of
 from adaskip.core.same_model import config_identity
@@ -52,7 +53,8 @@ class Checkpoint:
         """The fields of `config.json`, without what names remote code."""
         record = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if record.get("model_type") != self.config.model_type:
-            record = self.config.to_dict()
+            architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.model_type]
+            record = {**self.config.to_dict(), "architectures": [architecture]}
         return {name: value for name, value in record.items() if name != "auto_map"}
 
     @cached_property

@@ -50,11 +50,23 @@ def from_pretrained(name: str | Path, *, allow_other_weights: bool = False, **op
         plan = SkipPlan.from_pretrained(folder)
         if plan.origin is None:
             raise ExportError(f"{folder} holds a plan that names no model; load that and use skipping(model, plan)")
-        model = AutoModelForCausalLM.from_pretrained(plan.origin.model, **{"trust_remote_code": False, **options})
+        named = _base_model(plan.origin.model)
+        model = AutoModelForCausalLM.from_pretrained(**named, **{"trust_remote_code": False, **options})
         return _skipping_for_good(model.eval(), plan, allow_other_weights)
     if MARK in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         return load_without(folder, *read_config(folder), **options)
     return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False, **options}).eval()
+
+
+def _base_model(name: str) -> dict[str, Any]:
+    """The arguments of transformers' `from_pretrained` for a folder, a GGUF file, or `org/name[@revision]`."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    if path.exists():
+        return {"pretrained_model_name_or_path": path}
+    repo, _, revision = name.partition("@")
+    return {"pretrained_model_name_or_path": repo, "revision": revision or "main"}
 
 
 def _skipping_for_good(model: PreTrainedModel, plan: SkipPlan, allow_other_weights: bool = False) -> PreTrainedModel:

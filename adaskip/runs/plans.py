@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from adaskip.common.choices import check_choice
+from adaskip.common.files import check_writable
 from adaskip.common.folders import scratch_folder
 from adaskip.common.named_files import find_file, published, read_format
 from adaskip.common.options import option
@@ -43,7 +44,7 @@ class PlanConfig(StrategyConfig):
     """A plan to be saved: the set of a strategy for a model."""
 
     phase: str = option(f"phase in which sublayers are skipped: {', '.join(PHASES)}", "e2e")
-    output: str | None = option("folder that the plan is written to, with a model card", required=True)
+    output: str = option("folder that the plan is written to, with a model card", required=True)
     base_model: str | None = option("what the plan calls its model, as a Hub id; if not given, what --model names")
 
 
@@ -62,11 +63,11 @@ class ShowConfig:
 class ExportConfig:
     """A saved plan and the engine that its model is exported to."""
 
-    plan: str | None = option(
+    plan: str = option(
         "folder or file of a plan, org/name on the Hub, or a published name", required=True, positional=True
     )
-    to: str | None = option(f"engine: {', '.join(ENGINES)}", required=True)
-    output: str | None = option("what is written: a new folder, for gguf a new file", required=True)
+    to: str = option(f"engine: {', '.join(ENGINES)}", required=True)
+    output: str = option("what is written: a new folder, for gguf a new file", required=True)
     weights: str | None = option(
         f"type of the weights in a GGUF file made of a folder: {', '.join(WEIGHTS)}; if not given, the folder's"
     )
@@ -78,8 +79,7 @@ class ExportConfig:
     verify: bool = option("load both models afterwards, in float32 one by one, and compare their logits", True)
 
     def __post_init__(self) -> None:
-        if self.to is not None:
-            check_choice("engine", self.to, ENGINES)
+        check_choice("engine", self.to, ENGINES)
         if self.weights is not None:
             check_choice("type of weights", self.weights, WEIGHTS)
         if self.to != "gguf" and (self.weights is not None or not self.tokenizer):
@@ -96,6 +96,8 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     if job.strategy == "full":
         raise ValueError("the full model skips nothing and has no plan; give another strategy")
     source.check()
+    folder = Path(config.output).absolute()
+    check_writable((folder if folder.is_dir() else folder.parent) / PLAN_FILE)
     if job.speedup is not None:
         job = job.with_sublayers(find_target(job).sublayers)
     loaded = job.loading.load()
@@ -115,7 +117,6 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
         base_model=config.base_model or source.checkpoint,
         allow_other_weights=job.allow_other_weights,
     )
-    assert config.output is not None, "required"
     return plan, plan.save_pretrained(config.output)
 
 
@@ -159,9 +160,6 @@ def _aligned(rows: Mapping[str, str]) -> list[str]:
 
 def export_plan(config: ExportConfig) -> dict[str, Any]:
     """`adaskip export`: write the model of a plan for an engine. Returns the report."""
-    assert config.plan is not None, "required"
-    assert config.to is not None, "required"
-    assert config.output is not None, "required"
     plan = SkipPlan.load(find_file(config.plan, PLAN_FILE))
     with _export(plan, config) as export:
         return export_to(config.to, export, config.output, verify=config.verify)
@@ -191,7 +189,7 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
     loaded = load_source(source, device="cpu", dtype="float32")
     known = identity(loaded.model, fingerprint=portable_fingerprint(loaded.model))
     _check(plan, lambda: known, source.num_layers, config)
-    with scratch_folder(Path(str(config.output)).absolute(), "-source") as folder:
+    with scratch_folder(Path(config.output).absolute(), "-source") as folder:
         checkpoint = save_in_memory(loaded.model, loaded.tokenizer, folder)
         del loaded
         yield Export(strategy, checkpoint, gguf_file=source.path)

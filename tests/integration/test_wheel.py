@@ -105,7 +105,8 @@ def test_the_wheel_holds_the_package_and_its_configs_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "adaskip").rglob("*.py")}
     configs = {f"adaskip/packaged_configs/{path.name}" for path in (ROOT / "configs").iterdir()}
-    assert names == modules | configs | {"adaskip/py.typed"}
+    published = {str(path.relative_to(ROOT)) for path in (ROOT / "adaskip/profiles/published").glob("*.json")}
+    assert names == modules | configs | published | {"adaskip/py.typed"}
 
 
 def test_the_base_dependencies_alone_calibrate_and_run_a_local_checkpoint(base, checkpoint, tmp_path):

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adaskip.core.context import skipping
+from adaskip.core.fingerprint import portable_fingerprint
 from adaskip.core.plan import Affine, Budget, SkipPlan, Sublayer
+from adaskip.core.same_model import identity
 from adaskip.engines.checkpoint import Checkpoint, save_in_memory, write_checkpoint
 from adaskip.engines.errors import ExportError
 from adaskip.engines.families import Edit, family_of
@@ -138,6 +140,14 @@ def test_shards_keep_their_partition_and_an_index_names_them(tmp_path):
     assert len(files) == len(set(index["weight_map"].values())) > 3
     assert {name for file in files for name in load_file(file)} == kept
     assert index["metadata"]["total_size"] == sum(t.nbytes for f in files for t in load_file(f).values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_is_known_as_its_model_without_being_loaded(tied, tmp_path):
+    model = random_model("llama", tie_word_embeddings=tied).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    known = identity(model.float(), str(tmp_path), portable_fingerprint(model))
+    assert Checkpoint(tmp_path, model.config).identity == known
 
 
 def test_damaged_missing_and_other_weights_are_one_line(tmp_path):

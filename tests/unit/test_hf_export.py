@@ -15,14 +15,16 @@ from adaskip.core.context import skipping
 from adaskip.core.kv_cache import skipped_layers
 from adaskip.core.model_plan import make_plan
 from adaskip.core.plan import SkipPlan, Sublayer
-from adaskip.engines.checkpoint import save_in_memory
+from adaskip.engines.checkpoint import Checkpoint, save_in_memory
 from adaskip.engines.errors import ExportError
 from adaskip.engines.export import export_to
 from adaskip.engines.families import FAMILIES as FAMILY_DATA
 from adaskip.engines.loading import from_pretrained
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
+from adaskip.models.loading import find_source, load_source
 from adaskip.strategies import FixedPlan
+from tests.checkpoints import write_family
 from tests.families import random_model, random_prompts
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma2"]
@@ -139,6 +141,22 @@ def test_a_plan_folder_is_loaded_as_a_model_that_skips(tmp_path):
     with skipping(model, plan):
         expected = tokens(model, prompt)
     assert tokens(from_pretrained(plan.save_pretrained(tmp_path / "plan")), prompt) == expected
+
+
+def test_internlm_is_exported_as_llama(tmp_path):
+    source = find_source(checkpoint=write_family("internlm", tmp_path / "internlm"))
+    loaded = load_source(source, device="cpu", dtype="float32").model
+    weights = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    save_file(weights, tmp_path / "internlm" / "model.safetensors", metadata={"format": "pt"})
+    plan = SkipPlan.of_sublayers({Sublayer("attention", 0): 1.2, Sublayer("ffn", 0): 0.9})
+    strategy = FixedPlan(num_layers=2, plan=plan)
+    assert export_to("hf", Export(strategy, Checkpoint(source.path, source.own_config)), tmp_path / "out")["verified"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    prompt = random_prompts([9])[0][None]
+    with skipping(loaded, strategy):
+        expected = tokens(loaded, prompt)
+    assert tokens(from_pretrained(tmp_path / "out", dtype="float32"), prompt) == expected
 
 
 REFUSED = {

@@ -1,0 +1,20 @@
+"""Tests that need vLLM, in the environment of `make test-engines`; elsewhere they are not collected."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the test's process: seconds a start, not half a minute
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    os.environ.update(ENVIRONMENT)
