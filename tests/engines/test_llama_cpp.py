@@ -19,32 +19,23 @@ from transformers import AutoTokenizer, PreTrainedModel
 from adaskip.core.context import skipping
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.core.strategy import FixedPlan
-from adaskip.core.token_ids import left_padded
 from adaskip.engines.checkpoint import Checkpoint
 from adaskip.engines.export import export_to
 from adaskip.engines.registry import Export
 from adaskip.models.loading import load_model
 from adaskip.models.source import find_source
 from tests.checkpoints import write_family
+from tests.engines.exports import LENGTHS, LLAMA3_ROPE, NUM_TOKENS, SHAPE, tokens_of_skipping
+from tests.engines.exports import PLANS as FAMILY_PLANS
 from tests.families import random_model
 from tests.unit.test_gguf_export_tokenizer import LLAMA3_REGEX, byte_level, split
 
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.engines
 
-NUM_TOKENS, MOST_DIFFERENT, MOST_KL = 64, 1, 1e-4
-LENGTHS = [3, 150, *range(8, 80, 4)]
-"""Tokens of the 20 prompts of the random models."""
-EPSILON = 1e-9
-"""Of the random models' norms: what folding leaves of it flips near ties of random logits else. SmolLM2's is 1e-5."""
-SHAPE = {
-    **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 512},
-    "rms_norm_eps": EPSILON,
-}
-LLAMA3_ROPE = {
-    **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
-    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-}
+MOST_DIFFERENT, MOST_KL = 1, 1e-4
+EXACT = {**SHAPE, "rms_norm_eps": 1e-9}
+"""What folding leaves of a larger epsilon flips near ties of random logits. SmolLM2's is 1e-5."""
 MODELS = {
     "llama": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "internlm": ("llama-biased", {"mlp_bias": True}),
@@ -53,19 +44,16 @@ MODELS = {
 }
 ATTENTION, FFN = "attention", "ffn"
 PLANS = {
-    "attention": SkipPlan.of_sublayers({Sublayer(ATTENTION, 1): 1.2, Sublayer(ATTENTION, 2): 0.8}),
-    "ffn": SkipPlan.of_sublayers({Sublayer(FFN, 0): 1.7, Sublayer(FFN, 3): 1.1}),
-    "both": SkipPlan.of_sublayers({Sublayer(ATTENTION, 2): 1.2, Sublayer(FFN, 1): 0.7, Sublayer(FFN, 2): 0.9}),
-    "first attention": SkipPlan.of_sublayers({Sublayer(ATTENTION, 0): 1.6, Sublayer(FFN, 1): 1.2}),
+    **FAMILY_PLANS,
+    "ffn, scaled": SkipPlan.of_sublayers({Sublayer(FFN, 0): 1.7, Sublayer(FFN, 3): 1.1}),
     "whole layers": SkipPlan.of_layers([0, 3]),
 }
 LAYERS_16 = (3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 21, 22, 23)
 SMOLLM2_PLANS = {
     "attention": SkipPlan.of_sublayers({Sublayer(ATTENTION, layer): 1.03 for layer in (6, 9, 13, 15, 17, 19, 21, 23)}),
     "both": SkipPlan.of_sublayers(
-        {Sublayer(ATTENTION, 13): 1.02, Sublayer(FFN, 12): 1.1, Sublayer(ATTENTION, 21): 1.03, Sublayer(FFN, 16): 1.05}
+        {Sublayer(ATTENTION, 0): 1.1, Sublayer(FFN, 12): 1.1, Sublayer(ATTENTION, 21): 1.03, Sublayer(FFN, 16): 1.05}
     ),
-    "first attention": SkipPlan.of_sublayers({Sublayer(ATTENTION, 0): 1.1}),
 }
 SUBJECTS = (
     *("tides", "a lost umbrella", "glass making", "the moon", "bicycles", "a village choir", "volcanoes", "old maps"),
@@ -98,16 +86,6 @@ def greedy(llama, prompt: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel, plan: SkipPlan, prompts: list[Tensor]) -> list[list[int]]:
-    """Greedy tokens of each prompt [T] in transformers, ends not minded."""
-    ids, mask = left_padded(prompts, 0, torch.device("cpu"))
-    settings = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS, "do_sample": False, "pad_token_id": 0}
-    with skipping(model, FixedPlan(num_layers=model.config.num_hidden_layers, plan=plan)):
-        output = model.generate(input_ids=ids, attention_mask=mask, **settings, eos_token_id=None)
-    return output[:, ids.shape[1] :].tolist()
-
-
-@torch.no_grad()
 def divergence(llama, model: PreTrainedModel, plan: SkipPlan, text: Tensor) -> float:
     """KL of llama.cpp's next tokens from those of the plan, the mean over a text [T], nats."""
     llama.reset()
@@ -120,7 +98,7 @@ def divergence(llama, model: PreTrainedModel, plan: SkipPlan, text: Tensor) -> f
 
 def assert_same(file: Path, model: PreTrainedModel, plan: SkipPlan, prompts: list[Tensor]) -> None:
     """At least 19 of 20 answers are the same, and distributions along them agree."""
-    wanted = answers(model, plan, prompts)
+    wanted = tokens_of_skipping(model, plan, prompts)
     with opened(file, 256) as llama:
         found = [greedy(llama, prompt) for prompt in prompts]
         texts = [torch.cat([prompt, torch.tensor(answer)]) for prompt, answer in zip(prompts, wanted, strict=True)]
@@ -142,7 +120,7 @@ def exported(model: PreTrainedModel, folder: Path, plan: SkipPlan, **options) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_random_models_answer_as_under_the_plan(name, plan, tmp_path):
     family, options = MODELS[name]
-    model = random_model(family, **SHAPE, **options)
+    model = random_model(family, **EXACT, **options)
     file, report = exported(model, tmp_path, plan)
     assert report["verified"]["kl"] < 1e-5
     draw = torch.Generator().manual_seed(0)
