@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaskip.strategies import FULL
+from adaskip.studies.engines.engines import ENGINE_MODES
 
 PATCHED, BREAKDOWN = "patched", "breakdown"
 ADASKIP, WINDOWLESS = "adaskip", "adaskip without window"
@@ -22,6 +23,7 @@ EAGER, COMPILED = "eager", "compiled"
 MODES = {
     EAGER: "a dynamic cache, nothing compiled",
     COMPILED: "a static cache and transformers' own compilation of decode steps",
+    **{name: engine.what for name, engine in ENGINE_MODES.items()},
 }
 """How decoding runs."""
 

@@ -8,6 +8,7 @@ from adaskip.studies.bench.cells import BREAKDOWN, Cell, Workload
 from adaskip.studies.bench.results import Record, Result
 from adaskip.studies.bench.skip_sets import decode_plans
 from adaskip.studies.bench.trials import Trials
+from adaskip.studies.engines.engines import ENGINE_MODES
 
 
 def lacks_limits(result: Result) -> bool:
@@ -50,4 +51,4 @@ def limits_of(result: Result, trials: Trials, attn_implementation: str) -> list[
 
 
 def _timed_cells(result: Result, workload: Workload) -> list[Cell]:
-    return [cell for cell in result.cells(workload) if cell.name != BREAKDOWN]
+    return [cell for cell in result.cells(workload) if cell.name != BREAKDOWN and cell.mode not in ENGINE_MODES]

@@ -6,6 +6,8 @@ import logging
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +23,8 @@ from adaskip.studies.bench.settings import BenchConfig
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
 from adaskip.studies.bench.summary import entries_of
 from adaskip.studies.bench.trials import Trials
+from adaskip.studies.engines.engines import ENGINE_MODES
+from adaskip.studies.engines.processes import EngineProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +57,36 @@ def run_bench(config: BenchConfig) -> Outcome:
     subject = load_subject(config)
     budgets = config.budgets or tuple(round(2 * subject.num_layers * share) for share in BUDGETS)
     cells = cells_of(config.study, config.phases, config.strategies, budgets, config.modes)
-    trials = Trials(subject, config.clock)  # pyright: ignore[reportArgumentType]
-    for workload in config.workloads:
-        for cell in cells:
-            trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
-    path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
-    result = open_result(path, describe(config, subject, device), fresh=config.fresh)
-    runner = _Runner(config, trials, cells, result, began)
-    notes = [note for workload in config.workloads if (note := runner.run(workload))]
+    with _engines(config, subject) as engines:
+        trials = Trials(subject, config.clock, engines=engines)  # pyright: ignore[reportArgumentType]
+        for workload in config.workloads:
+            for cell in cells:
+                trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
+        path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
+        result = open_result(path, describe(config, subject, device), fresh=config.fresh)
+        runner = _Runner(config, trials, cells, result, began)
+        notes = [note for workload in config.workloads if (note := runner.run(workload))]
     if config.study == "strategies" and lacks_limits(result):
         result.limits = limits_of(result, trials, config.attn_implementation)
     result.entries = entries_of(result)
     result.save()
     complete = all(result.failed(w) or result.rounds_of(w) >= config.rounds for w in config.workloads)
     return Outcome(result, tuple(notes), complete)
+
+
+@contextmanager
+def _engines(config: BenchConfig, subject: Subject) -> Iterator[EngineProcesses | None]:
+    """The engines among the modes; their processes end with the benchmark."""
+    if not set(config.modes) & set(ENGINE_MODES):
+        yield None
+        return
+    most = {
+        "batch_size": max(config.batch_sizes),
+        "prompt_tokens": max(config.prompt_tokens),
+        "new_tokens": config.new_tokens,
+    }
+    with EngineProcesses(subject.model, subject.tokenizer, subject.gguf_file, most, torch.get_num_threads()) as engines:
+        yield engines
 
 
 def folder_name(device: torch.device) -> str:

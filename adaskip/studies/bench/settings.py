@@ -17,6 +17,7 @@ from adaskip.runs.config import DTYPES, MODEL_HELP
 from adaskip.strategies import GRID_STRATEGIES, STRATEGIES, needs_selection, strategy_name
 from adaskip.studies.bench.cells import EAGER, MODES, STUDIES, Workload
 from adaskip.studies.bench.stopwatch import CLOCKS
+from adaskip.studies.engines.engines import ENGINE_MODES
 from adaskip.testbed import FAMILIES
 
 SMALL_MODEL = "llama-100m"
@@ -82,9 +83,17 @@ class BenchConfig:
             for name in names:
                 check_choice(what, name, allowed)
         self._check_source()
+        self._check_engines()
         self._check_numbers()
         if self.clock == "process" and self.threads != 1:
             raise ValueError("--clock process adds up the time of all threads: give --threads 1 with it")
+
+    def _check_engines(self) -> None:
+        engines = [mode for mode in self.modes if mode in ENGINE_MODES]
+        if engines and self.study != "strategies":
+            raise ValueError(f"--modes {engines[0]} is for study strategies, not {self.study}")
+        if engines and self.device != "cpu":
+            raise ValueError(f"--modes {engines[0]} is measured on the CPU alone: give --device cpu with it")
 
     def _check_source(self) -> None:
         if self.testbed:

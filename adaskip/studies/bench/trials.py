@@ -13,6 +13,7 @@ from torch import Tensor
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.plan import EMPTY_PLAN, Budget, check_phase
+from adaskip.engines.fold import fold
 from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
 from adaskip.studies.bench.cells import (
     ADASKIP,
@@ -33,6 +34,8 @@ from adaskip.studies.bench.kv_check import check_kv
 from adaskip.studies.bench.skip_sets import decode_plans, shares
 from adaskip.studies.bench.stopwatch import Clock, Stopwatch
 from adaskip.studies.bench.subject import Subject
+from adaskip.studies.engines.engines import ENGINE_MODES
+from adaskip.studies.engines.processes import EngineProcesses
 
 SEED = 0
 
@@ -44,9 +47,12 @@ class Trials:
     subject: Subject
     clock: Clock
     static_caches: StaticCaches = field(default_factory=StaticCaches)
+    engines: EngineProcesses | None = None
 
     def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """What `cell` measures on `workload`. Raises torch's error if the memory is not enough."""
+        if cell.mode in ENGINE_MODES:
+            return self._in_engine(cell, workload)
         special: dict[str, Callable[[Cell, Workload], dict[str, Any]]] = {
             BREAKDOWN: self._breakdown,
             COUNTS: self._counts,
@@ -60,7 +66,8 @@ class Trials:
         """What a cell skips; None for the stock model. Raises ValueError for an impossible budget.
 
         SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it. A
-        strategy of a selection without one is AdaSkip without its window: another set, the same work.
+        strategy of a selection without one is AdaSkip without its window: another set, the same work. An engine
+        refuses what changes between prompt and answer.
         """
         num_layers = self.subject.num_layers
         if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
@@ -71,7 +78,7 @@ class Trials:
         searched = cell.name not in (WINDOWLESS, KV_CHECK) and needs_selection(cell.name)
         selection = self.subject.selections.get(phase) if searched else None
         windowless = cell.name in (WINDOWLESS, KV_CHECK) or (searched and selection is None)
-        return build(
+        strategy = build(
             ADASKIP if windowless else cell.name,
             phase=phase,
             budget=Budget(sublayers=cell.sublayers),
@@ -80,6 +87,10 @@ class Trials:
             max_decode_steps=workload.new_tokens,
             **({"learning_window": 0} if windowless else {}),
         )
+        if cell.mode in ENGINE_MODES:
+            assert strategy is not None
+            fold(strategy)
+        return strategy
 
     def prompts(self, workload: Workload) -> Tensor:
         """Random token ids [B, S], the same ones in every cell and round."""
@@ -104,6 +115,12 @@ class Trials:
             measured["prefill_shares"] = shares([strategy.prefill_plan], strategy.num_layers)
             measured["decode_shares"] = shares(plans, strategy.num_layers)
         return measured
+
+    def _in_engine(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+        assert self.engines is not None, "made where a mode is an engine"
+        strategy = self.strategy(cell, workload)
+        plan = EMPTY_PLAN if strategy is None else strategy.skipped
+        return self.engines.run(cell.mode, plan, self.prompts(workload).tolist(), workload.new_tokens, self.clock)
 
     def _mode_options(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """The arguments of `generate` that make it decode in the cell's mode."""
