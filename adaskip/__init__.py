@@ -9,6 +9,7 @@ __version__ = "0.2.0"
 """The only definition of the version; pyproject.toml and manifests of runs read it from here."""
 
 if TYPE_CHECKING:
+    from adaskip.benchmarks.protocol import Benchmark, Task, benchmark_option, register_benchmark
     from adaskip.calibration.measure import calibrate
     from adaskip.calibration.select import select
     from adaskip.core.blocks import BlockStructure, Sublayers, register_structure
@@ -45,6 +46,7 @@ _HOMES = {
     "Look": "adaskip.core.look",
     "Strategy": "adaskip.core.strategy",
     "strategy_option": "adaskip.core.strategy",
+    **dict.fromkeys(("Benchmark", "Task", "benchmark_option", "register_benchmark"), "adaskip.benchmarks.protocol"),
     **dict.fromkeys(("BlockStructure", "Sublayers", "register_structure"), "adaskip.core.blocks"),
     "SelectionProfile": "adaskip.profiles.selection",
     "select": "adaskip.calibration.select",
@@ -67,6 +69,7 @@ _HOMES = {
 
 __all__ = [
     "AdaSkip",
+    "Benchmark",
     "BlockStructure",
     "Budget",
     "CalibratedSkip",
@@ -81,12 +84,15 @@ __all__ = [
     "SkipPlan",
     "Strategy",
     "Sublayers",
+    "Task",
     "UnifiedSkipping",
     "__version__",
+    "benchmark_option",
     "calibrate",
     "from_pretrained",
     "lossless",
     "make_plan",
+    "register_benchmark",
     "register_strategy",
     "register_structure",
     "select",

@@ -1,7 +1,7 @@
-"""Executes notebooks and keeps their outputs: python dev/execute_notebooks.py notebooks/*.ipynb
+"""Executes notebooks and stores their outputs: python dev/execute_notebooks.py notebooks/*.ipynb
 
-What is written depends on the machine as little as possible: no times of cells, no versions of the kernel, no warnings
-or progress bars (standard error). A notebook with a cell that raises is left as it was.
+The output depends on the machine as little as possible: no cell times, no kernel versions, no warnings or progress bars
+(standard error). If a cell raises, the notebook is not changed.
 """
 
 import sys
@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 
 def execute(path: Path) -> float:
-    """Run all cells from the notebook's folder and write the outputs into it. Returns the seconds it took."""
+    """Run all cells in the notebook's folder and write the outputs to the notebook. Returns the time in seconds."""
     began = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}

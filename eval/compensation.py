@@ -1,4 +1,4 @@
-"""What stands in for a skipped sublayer: Eq. (3)'s scale against nothing, least squares, and per-channel affine.
+"""Compares compensations of a skipped sublayer: the scale of Eq. (3), none, least squares, and per-channel affine.
 
 python eval/compensation.py --testbed [--draw-only]
 """

@@ -1,4 +1,4 @@
-"""Online learning on and off, P and beta varied: what it gains and what it costs.
+"""Compares online learning with different P and beta against none: sublayers gained and score lost.
 
 python eval/online_ablation.py --testbed [--jobs N] [--draw-only]
 """
@@ -8,4 +8,4 @@ import sys
 from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(script("adaskip.studies.ablation.command", __doc__))
+    sys.exit(script("adaskip.studies.ablation.online_findings", __doc__))

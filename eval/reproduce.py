@@ -1,4 +1,4 @@
-"""Tables, plots and observations of the testbed's three models, from the committed profiles; `make reproduce` runs it.
+"""Makes tables, plots and observations of the testbed's models from the committed profiles; `make reproduce` runs it.
 
 python eval/reproduce.py [--dry-run] [--limit N | --subset N] [--strategies full adaskip] [--output-dir DIR]
 """

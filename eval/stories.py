@@ -1,6 +1,6 @@
-"""Test loss of stories260K under every strategy, on stories that the full model tells.
+"""Measures the test loss of stories260K under every strategy, on stories sampled from the full model.
 
-python eval/stories.py [--draw-only], with stories260K in $ADASKIP_REAL
+python eval/stories.py [--draw-only]; the environment variable ADASKIP_REAL names the folder that contains stories260K
 """
 
 import sys
@@ -8,4 +8,4 @@ import sys
 from adaskip.common.commands import script
 
 if __name__ == "__main__":
-    sys.exit(script("adaskip.studies.ablation.selection", __doc__))
+    sys.exit(script("adaskip.studies.ablation.stories", __doc__))

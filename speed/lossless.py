@@ -1,4 +1,4 @@
-"""Lossless mode against the full model, side by side: differing tokens, acceptance, speedup, break-even.
+"""Times lossless mode against the full model: differing tokens, acceptance rate, speedup, break-even.
 
 python speed/lossless.py --testbed --threads 1 [--models llama internlm vicuna stories260K] [--draw-only]
 """

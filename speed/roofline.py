@@ -1,4 +1,4 @@
-"""The limit of the hardware: least TTFT and TPOT of every strategy on every GPU, beside the paper's speedups.
+"""Predicts the minimum TTFT and TPOT of every strategy on every GPU, beside the paper's speedups.
 
 python speed/roofline.py [--measure] [--prompt-tokens 8000] [--new-tokens 512]
 """

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.studies.bench.cells import BREAKDOWN, COMPILED, COUNTS, EAGER, KV_CHECK, Cell, Workload
-from adaskip.studies.bench.results import Result
-from adaskip.studies.bench.summary import entries_of
+from adaskip.studies.bench.results import Result, entries_of
+from adaskip.studies.bench.settings import BREAKDOWN, COMPILED, COUNTS, EAGER, KV_CHECK, Cell, Workload
 
 SMALL = {"model": "llama-100m", "num_layers": 12, "parameters": 101_924_480}
 LLAMA_8B = {"model": "llama", "num_layers": 32, "parameters": 8_030_261_248}

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from adaskip.calibration.measure import UNITS
-from adaskip.studies.observations.saved import PROVENANCE
-from adaskip.studies.observations.settings import MEASUREMENTS, Target
+from adaskip.studies.observations.saved import MEASUREMENTS, PROVENANCE
+from adaskip.studies.observations.settings import Target
 
 TOKENS = 60
 

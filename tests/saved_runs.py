@@ -37,6 +37,8 @@ def write_run(
     num_layers: int = 16,
     online_ffns: int = 0,
     speedup: float = 1.0,
+    loss: float | None = None,
+    first: int = 0,
 ) -> Path:
     """Write one cell's folder and return it.
 
@@ -44,6 +46,8 @@ def write_run(
         quality: the share of right answers (of kept words, in a summary), for every task or by task.
         expected: how many records the manifest promises; `num_samples` if not given.
         online_ffns: FFNs added online to every second request.
+        loss: mean `reference_loss` of a task's records; if not given, they are as records were that held none.
+        first: index of the first record.
     """
     tasks = load_setup("testbed").phases[cell.phase].tasks
     folder = cell.folder(runs_dir)
@@ -52,7 +56,8 @@ def write_run(
         chance = quality[task] if isinstance(quality, Mapping) else quality
         added = lambda index: online_ffns if index % 2 else 0  # noqa: E731
         records = [
-            _record(cell, task, index, chance, num_layers, added(index), speedup) for index in range(num_samples)
+            {**_record(cell, task, index, chance, num_layers, added(index), speedup), **_loss(index, loss)}
+            for index in range(first, first + num_samples)
         ]
         run_folder = RunFolder(folder)
         run_folder.append(task, records)
@@ -103,6 +108,11 @@ def _record(cell: Cell, task: str, index: int, chance: float, num_layers: int, a
         "kv_bytes": 1000 * (2 * num_layers - cell.sublayers),
         **_plan(cell, num_layers, added),
     }
+
+
+def _loss(index: int, mean: float | None) -> dict:
+    """The same spread about the mean in every run."""
+    return {} if mean is None else {"reference_loss": mean + 0.1 * (index % 2) - 0.05, "reference_tokens": 7}
 
 
 def _plan(cell: Cell, num_layers: int, added: int) -> dict:

@@ -99,10 +99,6 @@ class OutputDivergence:
             divergences = [self._divergence(passage) for passage in passages]
             return torch.stack(divergences).tolist()
 
-    def num_tokens_of(self, prompt: int) -> int:
-        """Number of tokens that run under the plan in one measurement on that prompt."""
-        return self.passages[prompt].ids.numel()
-
     def _divergence(self, passage: Passage) -> Tensor:
         log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
@@ -132,7 +128,9 @@ class OutputDivergence:
         dense = self._dense(ids[:, :start]) if start else None
         reference = self._log_probs(ids[:, start:], dense, positions)
         if dense is not None and not resident:
-            _to_cpu(dense)
+            layers: list[Any] = dense.layers
+            for layer in layers:
+                layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
         return Passage(ids[:, start:], dense, positions, weights.to(reference.device), reference)
 
     def _dense(self, ids: Tensor) -> DynamicCache:
@@ -173,12 +171,6 @@ def _positions(prompt_length: int, length: int, phase: Phase) -> tuple[Tensor, T
     prompt = torch.linspace(0, prompt_length - 2, PROMPT_POSITIONS).round().long().unique()
     weights = [torch.full((len(part),), 0.5 / len(part)) for part in (prompt, answer)]
     return torch.cat([prompt, answer]), torch.cat(weights)
-
-
-def _to_cpu(cache: DynamicCache) -> None:
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
 
 
 def _view(cache: DynamicCache) -> DynamicCache:

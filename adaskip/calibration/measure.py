@@ -23,9 +23,7 @@ from adaskip.core.same_model import identity
 from adaskip.core.similarity import RecentNorms, cosine_and_ratio
 from adaskip.core.token_ids import end_token_ids, is_end, left_padded, right_padded
 from adaskip.core.wrappers import unwrapped
-from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
-
-UNITS = ("attention", "ffn", "layer")
+from adaskip.profiles.importance import UNITS, ImportanceProfile, SublayerMeans
 
 
 @dataclass(frozen=True)

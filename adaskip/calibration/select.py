@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,20 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress, held
 from adaskip.calibration.search import Choice, Set, most_measured, search
 from adaskip.core.fingerprint import weights_fingerprint as fingerprint_of
-from adaskip.core.plan import Budget, Phase, SkipPlan, Sublayer
+from adaskip.core.plan import KINDS, Budget, Phase, SkipPlan, Sublayer
 from adaskip.core.wrappers import unwrapped
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
 
-KINDS = ("attention", "ffn")
 WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
 CANDIDATES_PER_PLACE = 3
 """The search considers the most similar sublayers, this many for each sublayer of the largest set."""
+SAME_AS_CALIBRATION = (
+    *("model", "weights_fingerprint", "dtype", "attn_implementation", "hidden_size", "adapter", "config_fingerprint"),
+    *("prompts_begin_with_bos", "dataset", "data_ids", "versions"),
+)
+"""Fields of a selection profile that are copied from the calibration of the same model on the same prompts."""
 
 
 def select(
@@ -105,6 +107,7 @@ def _select(
     num_layers = importance.num_layers
     Budget(sublayers=up_to).num_sublayers(num_layers)  # raises if up_to is too large
     divergence = OutputDivergence(model, prompts, phase, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
+    lengths = [passage.ids.numel() for passage in divergence.passages]  # tokens that one measurement runs
     setup_forwards, setup_tokens, setup_seconds = divergence.num_forwards, divergence.num_tokens, divergence.seconds
     progress = Progress(
         lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
@@ -128,28 +131,14 @@ def _select(
         num_layers=num_layers,
         cost=SearchCost(
             num_forwards=len(prompts) + setup_forwards + len(progress.known),
-            num_tokens=measured.tokens + setup_tokens + sum(divergence.num_tokens_of(i) for _, i in progress.known),
+            num_tokens=measured.tokens + setup_tokens + sum(lengths[i] for _, i in progress.known),
             seconds=adaskip_seconds + setup_seconds + progress.seconds,
             adaskip_forwards=len(prompts),
             adaskip_tokens=measured.tokens,
             adaskip_seconds=adaskip_seconds,
         ),
-        model=measured.model,
-        weights_fingerprint=measured.weights_fingerprint,
-        dtype=measured.dtype,
-        attn_implementation=measured.attn_implementation,
-        hidden_size=measured.hidden_size,
-        adapter=measured.adapter,
-        config_fingerprint=measured.config_fingerprint,
-        prompts_begin_with_bos=measured.prompts_begin_with_bos,
-        dataset=measured.dataset,
-        data_ids=measured.data_ids,
-        versions=_versions(),
+        **{name: getattr(measured, name) for name in SAME_AS_CALIBRATION},
     )
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
 
 
 def num_candidates(up_to: int, num_layers: int) -> int:
@@ -179,7 +168,7 @@ def _identity(
         "phase": phase,
         "objective": OBJECTIVE_VERSION,
         "device": model.device.type,
-        "versions": _versions(),
+        "versions": dict(measured.versions),
         "weights": measured.weights_fingerprint,
         "adapter": measured.adapter,
         "config": hashlib.sha256(str(sorted(config.items())).encode()).hexdigest(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -24,7 +26,7 @@ def load_yaml(name: str) -> dict[str, Any]:
     """
     path = CONFIG_DIR / (name if name.endswith(".yaml") else f"{name}.yaml")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(
             f"{path} is missing: adaskip reads configs/ of its checkout, or the copy in its wheel; reinstall adaskip"
@@ -34,3 +36,9 @@ def load_yaml(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping, not {type(content).__name__}")
     return content
+
+
+@lru_cache(maxsize=16)
+def _parsed(text: str) -> Any:
+    """The content of a YAML text; cached, because a run reads the same files many times and parsing them is slow."""
+    return yaml.safe_load(text)

@@ -1,4 +1,4 @@
-"""Whole-folder writes: a folder appears with all of its files or not at all."""
+"""Folders that appear with all of their files or not at all, and single files too large to be written at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaskip.common.files import TEMPORARY, sync_folder
+from adaskip.common.files import TEMPORARY, check_writable, sync_folder
 from adaskip.common.locks import exclusive
 
 
@@ -50,6 +50,29 @@ def scratch_folder(output: Path, purpose: str = "") -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_file(output: str | Path) -> Iterator[Path]:
+    """The path of a file to be written in a temporary folder beside `output`; at the end it takes that name.
+
+    Raises ValueError as `check_new_file`, or where another process is writing `output`.
+    """
+    output = Path(os.path.abspath(output))
+    check_new_file(output)
+    with scratch_folder(output) as folder:
+        file = folder / output.name
+        yield file
+        _finish(file)
+        os.replace(file, output)
+    sync_folder(output.parent)
+
+
+def check_new_file(output: Path) -> None:
+    """Raise ValueError unless nothing is at `output` and a file can be written there."""
+    if output.exists():
+        raise ValueError(f"{output} exists; give the name of a new file or delete it first")
+    check_writable(output)
 
 
 def check_new(output: Path) -> None:

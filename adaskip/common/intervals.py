@@ -59,29 +59,30 @@ def mean_ratio_estimate(groups: Sequence[Sequence[tuple[float, float]]]) -> Esti
     if not groups or any(not group or mean([below for _, below in group]) == 0 for group in groups):
         return None
     value = mean([mean([above for above, _ in group]) / mean([below for _, below in group]) for group in groups])
-    if any(len(group) < 2 for group in groups):
-        return Estimate(value)
-    rng, ratios = np.random.default_rng(SEED), []
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for group in groups:
-            above, below = np.array(group, dtype=np.float64).T
-            drawn = rng.integers(len(group), size=(RESAMPLES, len(group)))
-            ratios.append(above[drawn].mean(axis=1) / below[drawn].mean(axis=1))
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(np.mean(ratios, axis=0), [tail, 100 - tail]).tolist()
-    return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else Estimate(value)
+    return _grouped(value, groups, lambda pairs, drawn: _mean_of(pairs[0], drawn) / _mean_of(pairs[1], drawn))
 
 
 def mean_of_means_estimate(groups: Sequence[Sequence[float]]) -> Estimate:
     """The mean over groups of the mean of each group. Samples are resampled within their group."""
-    value = mean([mean(group) for group in groups])
+    return _grouped(mean([mean(group) for group in groups]), groups, _mean_of)
+
+
+def _mean_of(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    return values[drawn].mean(axis=1)
+
+
+def _grouped(value: float, groups: Sequence[Sequence[Any]], statistic: Callable[..., np.ndarray]) -> Estimate:
+    """`value` with the interval of the mean over groups of `statistic(samples, indices of each resample)`."""
     if any(len(group) < 2 for group in groups):
         return Estimate(value)
-    rng = np.random.default_rng(SEED)
-    drawn = [np.array(group)[rng.integers(len(group), size=(RESAMPLES, len(group)))].mean(axis=1) for group in groups]
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(np.mean(drawn, axis=0), [tail, 100 - tail]).tolist()
-    return Estimate(value, low, high)
+    rng, tail = np.random.default_rng(SEED), 50 * (1 - CONFIDENCE)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        resampled = [
+            statistic(np.array(group, dtype=np.float64).T, rng.integers(len(group), size=(RESAMPLES, len(group))))
+            for group in groups
+        ]
+    low, high = np.percentile(np.mean(resampled, axis=0), [tail, 100 - tail]).tolist()
+    return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else Estimate(value)
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Files that go by a name: a path, one of those published with this package, or a repository on the Hub."""
+"""Finds files by name: a path, a file published with this package, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adaskip.common.files import write_text_atomic
 from adaskip.common.paths import PACKAGE
 
 PUBLISHED = PACKAGE / "profiles" / "published"
-"""Profiles, selections and plans that come with the package: `<name>.json`."""
+"""Profiles, selections and plans that are part of the package: `<name>.json`."""
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -27,14 +27,13 @@ def published() -> dict[str, Path]:
 
 
 def find_file(given: str | Path, file_name: str, *, revision: str | None = None) -> Path:
-    """The file that `given` names: a file, a folder that holds `file_name`, a published name, or `org/name` on the Hub.
+    """The file that `given` names: a file, a folder with `file_name`, a published name, or `org/name` on the Hub.
 
-    A repository is asked for on the network unless HF_HUB_OFFLINE is set; where it cannot be reached, a file that was
-    downloaded before is taken.
+    A repository is downloaded unless HF_HUB_OFFLINE is set; without a connection, an earlier download is used.
 
     Raises:
-        FileNotFoundError: there is none of that name.
-        ValueError: a folder without `file_name`, or a repository that cannot be read; one line.
+        FileNotFoundError: there is no such file.
+        ValueError: a folder without `file_name`, or a repository that cannot be read.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -58,7 +57,7 @@ def find_file(given: str | Path, file_name: str, *, revision: str | None = None)
 
 
 def download_folder(repo: str) -> Path:
-    """All files of a repository of the Hub. Raises ValueError, in one line, as `find_file` does."""
+    """Download all files of a repository on the Hub; raises ValueError like `find_file`."""
     if not REPOSITORY.fullmatch(repo):
         raise ValueError(f"{repo!r} is neither a folder here nor org/name on the Hub")
     with _hub_errors(repo, "any file"):
@@ -67,7 +66,7 @@ def download_folder(repo: str) -> Path:
 
 @contextmanager
 def _hub_errors(repo: str, wanted: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into a ValueError of one line."""
+    """Turn exceptions of the Hub client into a ValueError."""
     try:
         yield
     except GatedRepoError:
@@ -75,13 +74,13 @@ def _hub_errors(repo: str, wanted: str) -> Iterator[None]:
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         what = "no such repository" if isinstance(error, RepositoryNotFoundError) else f"it has no {wanted}"
         raise ValueError(f"{repo!r} is neither a file or folder here nor usable from the Hub: {what}") from None
-    except Exception as error:  # the client passes on errors of the HTTP library it happens to use
+    except Exception as error:  # the Hub client passes on errors of its HTTP library
         told = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{repo!r} is neither a file or folder here nor to be had from the Hub: {told}") from error
 
 
 def write_files(folder: str | Path, files: Mapping[str, str]) -> Path:
-    """Write texts by file name into a folder, each whole or not at all; the folder is made. Returns it."""
+    """Write `files` (text by file name) to a folder, each atomically; creates the folder and returns it."""
     for name, text in files.items():
         write_text_atomic(Path(folder) / name, text)
     return Path(folder)
@@ -96,7 +95,7 @@ def push_files(
     revision: str | None = None,
     commit_message: str = "Upload with adaskip",
 ) -> str:
-    """Commit texts by file name to a model repository of the Hub, made if need be. Returns the commit's URL."""
+    """Commit `files` (text by file name) to a model repository on the Hub, created if missing; returns the URL."""
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     operations = [CommitOperationAdd(name, text.encode("utf-8")) for name, text in files.items()]
@@ -107,9 +106,10 @@ def push_files(
 def read_record(
     path: str | Path, expected_format: str, what: str, error: type[ValueError] = ValueError
 ) -> dict[str, Any]:
-    """The fields of a JSON file of this format, but for its `format`.
+    """The fields of a JSON file, without the field `format`.
 
-    Raises FileNotFoundError if there is no file and `error` if it is not `what`.
+    Raises FileNotFoundError if there is no file, and `error` if its format is not `expected_format`. what: the name of
+    that format in the error.
     """
     record = _read_json(path, error)
     found = record.pop("format", None) if isinstance(record, dict) else type(record).__name__
@@ -119,7 +119,7 @@ def read_record(
 
 
 def read_format(path: str | Path) -> str | None:
-    """The `format` of a JSON file; None without one. Raises ValueError for what is not JSON."""
+    """The field `format` of a JSON file, None if it has none. Raises ValueError if the file is not JSON."""
     record = _read_json(path, ValueError)
     return record.get("format") if isinstance(record, dict) else None
 
@@ -127,5 +127,5 @@ def read_format(path: str | Path) -> str | None:
 def _read_json(path: str | Path, error: type[ValueError]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as wrong:  # also numbers of more digits than Python reads
+    except (ValueError, RecursionError) as wrong:  # including numbers with more digits than Python parses
         raise error(f"{path} is not JSON: {wrong}") from wrong

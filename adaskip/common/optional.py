@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXTRAS = {
-    **dict.fromkeys(("datasets", "matplotlib", "rich", "rouge", "rouge_score", "scipy", "sentencepiece"), "paper"),
+    **dict.fromkeys(
+        ("datasets", "matplotlib", "pandas", "rich", "rouge", "rouge_score", "scipy", "sentencepiece"), "paper"
+    ),
     "gguf": "gguf",
     "jieba": "zh",
     "vllm": "vllm",

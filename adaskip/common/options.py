@@ -11,10 +11,13 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from adaskip.common.choices import check_choice
 
 Config = TypeVar("Config")
 
@@ -26,6 +29,9 @@ def option(
     required: bool = False,
     aliases: Sequence[str] = (),
     positional: bool = False,
+    least: float | None = None,
+    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None,
+    distinct: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -34,8 +40,11 @@ def option(
         required: `resolve` refuses a configuration without it.
         aliases: other spellings of the flag, e.g. those of the paper's artifact.
         positional: on the command line it is given without a flag.
+        least, choices, distinct: what `check_options` asks of the value, or of each of many: to be at least that, one
+            of these, and not to be given twice.
     """
     metadata = {"help": help, "required": required, "aliases": tuple(aliases), "positional": positional}
+    metadata |= {"least": least, "choices": choices, "distinct": distinct}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -81,15 +90,37 @@ def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | Non
     return config(**values)
 
 
+def check_options(config: Any) -> None:
+    """ValueError if a value of a configuration is not what its option allows; None, where nothing is given, is."""
+    for field in _fields(type(config)):
+        value, asked, name = getattr(config, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
+        if value is None:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if asked["choices"] is not None:
+            choices = asked["choices"]() if callable(asked["choices"]) else asked["choices"]
+            for each in values:
+                check_choice(name, each, choices)
+        if asked["least"] is not None and values and min(values) < asked["least"]:
+            raise ValueError(f"{name} must be at least {asked['least']}, not {min(values)}")
+        if asked["distinct"] and len(set(values)) < len(values):
+            raise ValueError(f"{name} names something twice: {' '.join(map(str, values))}")
+
+
 def field_type(config: type, name: str) -> tuple[type, bool]:
     """(element type, whether it is a tuple) of a field: (int, False) for `int | None`, (str, True) for
     `tuple[str, ...]`."""
-    hint = typing.get_type_hints(config)[name]
+    hint = _type_hints(config)[name]
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+@cache
+def _type_hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config)
 
 
 def _read_yaml(config: type, path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The options that a strategy or a benchmark declares of its own: fields that `NAME=VALUE` on the command line sets."""
+"""Options that a strategy or benchmark declares: dataclass fields that `NAME=VALUE` on the command line sets."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SPELLED = {"true": True, "false": False}
 
 
 def own_option(help: str, default: Any) -> Any:
-    """A dataclass field that is an option. Its type is bool, int, float or str, or one of them and None."""
+    """A dataclass field that is an option. Its type is bool, int, float or str, or the union of one with None."""
     return field(default=default, metadata={"help": help})
 
 
 def declared_options(cls: type | None) -> dict[str, Field[Any]]:
-    """The fields of a class that were made by `own_option`, by name; none of None."""
+    """The fields of a class that were made with `own_option`, by name; empty for None."""
     return {} if cls is None else {each.name: each for each in fields(cls) if "help" in each.metadata}
 
 
 def options_help(classes: Mapping[str, type]) -> str:
-    """One line with the options of classes, by their names."""
+    """One line with the options of all classes. classes: by name."""
     lines = [
         f"{name}: {option} ({field.metadata['help']})"
         for name, cls in classes.items()
@@ -32,10 +32,12 @@ def options_help(classes: Mapping[str, type]) -> str:
 
 
 def parse_options(name: str, cls: type | None, given: Sequence[str], flag: str) -> dict[str, Any]:
-    """`NAME=VALUE` texts as fields of the class called `name`, in their declared types. flag: that gives them.
+    """Parse `NAME=VALUE` strings into fields of a class, with their declared types.
+
+    name, flag: of the class and of the command-line flag, for errors.
 
     Raises:
-        ValueError: not of that form, given twice, not an option of the class, or not of its type.
+        ValueError: wrong form, an option given twice, an unknown option, or a value of the wrong type.
     """
     declared = declared_options(cls)
     values: dict[str, Any] = {}

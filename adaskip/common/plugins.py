@@ -1,13 +1,13 @@
-"""Classes by name: the library's own, and those that other packages bring. Strategies and benchmarks are found so.
+"""Registries of classes by name (strategies, benchmarks): those of the library, and those of other packages.
 
-A package outside has three ways to make a class known to the command line and the scripts in `eval/`:
+Another package can add a class to the command line and the scripts in `eval/` in three ways:
 
 - an entry point in the registry's group (`adaskip.strategies`, `adaskip.benchmarks`) with the value
   `package.module:Class`;
 - the environment variable `ADASKIP_PLUGINS`, a comma-separated list of `package.module` (which registers its classes
   itself) or `package.module:Class`;
-- `--strategy package.module:Class` or `--benchmark package.module:Class`, which adds that to `ADASKIP_PLUGINS`, so that
-  worker processes know it, too.
+- `--strategy package.module:Class` or `--benchmark package.module:Class`, which adds the class to `ADASKIP_PLUGINS`, so
+  that worker processes find it.
 
 Plugins are imported when a class is first looked up, not when the library is imported.
 """
@@ -26,24 +26,24 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 PLUGINS = "ADASKIP_PLUGINS"
-"""The environment variable."""
+"""The environment variable that lists plugins."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
 _registries: list[Registry] = []
-"""All there are, so that a plugin's class goes into its own."""
+"""All registries, so that the class of a plugin is added to the right one."""
 
 
 class Registry(Generic[T]):
-    """The concrete, frozen dataclasses derived from `base` by the `name` that each declares.
+    """Concrete, frozen dataclasses derived from `base`, by the `name` that each declares.
 
     Args:
-        what: as errors call one of them. group: of entry points.
-        check: raises ValueError for a class that declares something impossible.
-        unique: class attributes, texts, of which no two classes may declare the same.
-        reserved: of such an attribute the values that no class may declare, each with whose it is.
-        own: modules of the library that register the first classes, imported when one is first looked up.
+        what: name of such a class in errors, e.g. "strategy". group: entry-point group of plugins.
+        check: raises ValueError for a class with an invalid declaration.
+        unique: string attributes whose values must differ between classes.
+        reserved: for such an attribute, values that no class may declare, with their owner.
+        own: modules of the library that register classes, imported at the first look-up.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Registry(Generic[T]):
         self.unique, self.reserved, self.own = unique, reserved or {}, own
         self.classes: dict[str, type[T]] = {}
         self.loaded: set[str] = set()
-        """Entry points and values of `ADASKIP_PLUGINS` that were imported, or are being imported now."""
+        """Entry points and values of `ADASKIP_PLUGINS` that have been imported or are being imported."""
         _registries.append(self)
 
     def register(self, cls: C) -> C:
-        """Make a class known by its name; also a decorator, above `@dataclass(frozen=True, kw_only=True)`.
+        """Register a class; can be used as a decorator above `@dataclass(frozen=True, kw_only=True)`.
 
-        To register the same class again changes nothing.
+        Registering the same class again changes nothing.
 
         Raises:
-            ValueError: it is not a concrete, frozen dataclass derived from the base, lacks a declaration, declares
-                something impossible, or what another one declares.
+            ValueError: the class is not a concrete, frozen dataclass derived from the base, a declaration is missing or
+                invalid, or another class has the same one.
         """
         known: Any = cls
         self._check_class(known)
@@ -88,7 +88,7 @@ class Registry(Generic[T]):
             raise ValueError(
                 f"{cls.__name__} is abstract: define {', '.join(sorted(vars(cls)['__abstractmethods__']))}"
             )
-        parameters = vars(cls).get("__dataclass_params__")  # its own, not those of a base class
+        parameters = vars(cls).get("__dataclass_params__")  # of the class itself, not of a base class
         if not is_dataclass(cls) or parameters is None or not parameters.frozen:
             raise ValueError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True, kw_only=True)")
         for attribute in self.unique:
@@ -107,7 +107,7 @@ class Registry(Generic[T]):
                 )
 
     def all(self) -> dict[str, type[T]]:
-        """Every class by name, the library's own first; imports the plugins not imported so far.
+        """Every class by name, those of the library first; imports plugins that are not imported yet.
 
         Raises:
             ValueError: a plugin cannot be imported, or its class cannot be registered.
@@ -124,16 +124,16 @@ class Registry(Generic[T]):
         return dict(self.classes)
 
     def _take(self, where: str, cls: Any) -> None:
-        """Register the class of a plugin, unless another registry is for it."""
+        """Register the class of a plugin, unless it belongs to another registry."""
         others = tuple(each.base for each in _registries if each is not self)
         if cls is None or (isinstance(cls, type) and issubclass(cls, others) and where.startswith(PLUGINS)):
             return
         self.register(cls)
 
     def name_of(self, given: str) -> str:
-        """The name of a class given by name or as `package.module:Class`, which is imported and registered.
+        """The name of a class that is given as a name or as `package.module:Class`.
 
-        A name is returned as it is, whether there is such a class or not.
+        A class is imported and registered. A name is returned unchanged and not checked.
         """
         if ":" not in given:
             return given
@@ -143,11 +143,11 @@ class Registry(Generic[T]):
         self.register(cls)
         known = [plugin for _, plugin in _from_environment()]
         if given not in known:
-            os.environ[PLUGINS] = ",".join([*known, given])  # for the processes that this one starts
+            os.environ[PLUGINS] = ",".join([*known, given])  # for child processes
         return cls.name
 
     def find(self, name: str, also: Sequence[str] = ()) -> type[T]:
-        """The class of a name; ValueError with the nearest and all names (`also` first) if there is none."""
+        """The class of that name; if there is none, a ValueError suggests the nearest and lists all, `also` first."""
         known = self.all()
         if name in known:
             return known[name]
@@ -158,21 +158,21 @@ class Registry(Generic[T]):
 
 
 def check_declared(cls: Any, attribute: str, kind: type) -> None:
-    """ValueError unless a class declares a value of that kind, and if it is a text, one that is not empty."""
+    """Raise ValueError unless a class declares a value of that type; a string must not be empty."""
     value = getattr(cls, attribute, None)
     if not isinstance(value, kind) or value == "":
         raise ValueError(f"{cls.__name__} must declare {attribute}, a {kind.__name__}; got {value!r}")
 
 
 def check_pattern(cls: Any, attribute: str, pattern: re.Pattern[str]) -> None:
-    """ValueError unless the whole of a text that a class declares is of the pattern."""
+    """Raise ValueError unless a string that a class declares matches the pattern completely."""
     if not pattern.fullmatch(value := getattr(cls, attribute)):
         raise ValueError(f"{cls.__name__} declares {attribute} {value!r}; allowed: {pattern.pattern}")
 
 
 @cache
 def _entry_points(group: str) -> tuple[tuple[str, str], ...]:
-    """Where each plugin is named, and what it is: `package.module` or `package.module:Class`."""
+    """(origin, plugin) of each entry point: where it is listed, and `package.module` or `package.module:Class`."""
     found = sorted((point.name, point.value) for point in entry_points(group=group))
     return tuple((f"entry point {name} = {value} of group {group}", value) for name, value in found)
 
@@ -183,7 +183,7 @@ def _from_environment() -> Iterator[tuple[str, str]]:
 
 
 def _import(where: str, plugin: str) -> Any:
-    """Import a plugin; the class that it names, None if it names none."""
+    """Import a plugin; returns the class that it names, or None if it names none."""
     module_name, _, class_name = plugin.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -52,7 +52,8 @@ class CompiledSteps:
         key = kind, patches.work
         step = self.steps.get(key)
         if step is None and len(self.steps) < max_step_graphs:
-            _pin_scales(patches)
+            for buffer in (buffer for patch in patches.patches for buffer in patch.buffers.values()):
+                hf.keep_address(buffer)  # so that a captured graph reads the scales in place
             step = self.steps[key] = torch.compile(_with_own_code(_step), **self.config.to_dict())
         if step is not None:
             with patches.compiling():
@@ -63,13 +64,6 @@ class CompiledSteps:
             self.layers = tuple(torch.compile(method, **options) for method in methods)
         with patches.running(self.layers):
             return model(**inputs)
-
-
-def _pin_scales(patches: ModelPatches) -> None:
-    """Tell the compiler that the scale tensors keep their addresses, so that a captured graph reads them in place."""
-    for patch in patches.patches:
-        for buffer in patch.buffers.values():
-            hf.keep_address(buffer)
 
 
 def _step(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from adaskip.core.compiled import MAX_STEP_GRAPHS
 from adaskip.core.hf import NEXT_STEP
 from adaskip.core.model_plan import strategy_of
-from adaskip.core.patching import patches_of
+from adaskip.core.patching import ModelPatches, patches_of
 from adaskip.core.plan import SkipPlan
 from adaskip.core.session import SkippingSession
 from adaskip.core.strategy import Strategy
@@ -60,15 +60,8 @@ def skipping(
     number of layers or the plan for another model, the model is in training mode, or the context is nested.
     """
     model = unwrapped(model)
-    if not hasattr(model, NEXT_STEP):
-        raise ValueError(f"{type(model).__name__} cannot generate; pass the model with its language-model head")
-    patches = patches_of(model)
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
-    if strategy.num_layers != len(patches.patches):
-        raise ValueError(
-            f"strategy {strategy.name} was made for {strategy.num_layers} layers, "
-            f"{type(model).__name__} has {len(patches.patches)}"
-        )
+    patches = patches_for(model, strategy)
     patches.check(strategy.skipped)
     session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id), max_step_graphs)
     with patches.install(exclusive=False):
@@ -82,3 +75,16 @@ def skipping(
             yield session
         finally:
             session.end(own)
+
+
+def patches_for(model: PreTrainedModel, strategy: Strategy) -> ModelPatches:
+    """The patches of a model; ValueError if it cannot generate or the strategy is for another number of layers."""
+    if not hasattr(model, NEXT_STEP):
+        raise ValueError(f"{type(model).__name__} cannot generate; pass the model with its language-model head")
+    patches = patches_of(model)
+    if strategy.num_layers != len(patches.patches):
+        raise ValueError(
+            f"strategy {strategy.name} was made for {strategy.num_layers} layers, "
+            f"{type(model).__name__} has {len(patches.patches)}"
+        )
+    return patches

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, get_args
 
 import torch
@@ -155,7 +156,7 @@ def generate(
         plan = {"prefill": trace.prefill_plan.to_dict(), "decode": trace.decode_plan.to_dict()}
     return [
         Generation(
-            token_ids=_until_end(row[ids.shape[1] :].tolist(), ends),
+            token_ids=list(takewhile(lambda token: token not in ends, row[ids.shape[1] :].tolist())),
             ttft_s=clock.first_token_s - start_s,
             tpot_ms=1000 * (end_s - clock.first_token_s) / further if further else None,
             kv_bytes=held_bytes,
@@ -183,8 +184,3 @@ def _cache_options(
         "cache_implementation": "static",
         "compile_config": on_any_device(CompileConfig() if compile is True else compile),
     }
-
-
-def _until_end(token_ids: list[int], ends: list[int]) -> list[int]:
-    """The tokens before the first end token."""
-    return token_ids[: next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))]

@@ -1,4 +1,4 @@
-"""Plans that say which model they are for, and strategies of them."""
+"""Makes plans with an origin, which records their model, and strategies from such plans."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ PROVENANCE = (
     *("model", "phase", "dataset", "data_ids", "tokens", "dtype", "attn_implementation"),
     *("weights_fingerprint", "config_fingerprint", "versions"),
 )
-"""Fields of a profile that say what was measured on what."""
+"""Fields of a profile that record the model and the data."""
 
 
 def make_plan(
     model: nn.Module, strategy: Strategy, *, base_model: str | None = None, allow_other_weights: bool = False
 ) -> SkipPlan:
-    """The set that `strategy` skips in `model`, with all that `save_pretrained` has to say of it.
+    """The set that `strategy` skips in `model`, as a plan with an origin, which `save_pretrained` needs.
 
-    base_model: Hub id or folder of the model; default: where it was loaded from. allow_other_weights: the strategy's
-    profile may be of other weights of a model of this shape.
+    base_model: Hub id or folder of the model; default: where it was loaded from. allow_other_weights: accept a profile
+    of other weights of a model of the same shape.
 
     Raises ValueError if the strategy is for another number of layers, its profile is of another model, or its set
-    changes in the answer.
+    changes during an answer.
     """
     if not strategy.is_steady:
         raise ValueError(
-            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set in the answer, which a saved plan "
-            "cannot say; allowed: a set that stays (adaskip: learning_window=0; skipdecode: phase prefill)"
+            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set during an answer, which a saved "
+            "plan cannot express; allowed: a constant set (adaskip: learning_window=0; skipdecode: phase prefill)"
         )
     depth = len(decoder_layers(model))
     if strategy.num_layers != depth:
@@ -59,10 +59,10 @@ def make_plan(
 
 
 def strategy_of(given: Strategy | SkipPlan, model: nn.Module, *, allow_other_weights: bool = False) -> Strategy:
-    """A strategy as it is; of a plan the strategy that skips its set in the phase it was made for, e2e if it says none.
+    """A strategy unchanged; for a plan, a strategy that skips its set in the phase of its origin (e2e without one).
 
-    Raises ValueError for a plan that was made for another model; allow_other_weights: one of the same shape is warned
-    of and not refused.
+    Raises ValueError for a plan that was made for another model; with allow_other_weights, a plan for other weights of
+    the same shape only causes a warning.
     """
     if isinstance(given, Strategy):
         return given

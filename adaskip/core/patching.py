@@ -62,10 +62,6 @@ class ModelPatches:
         """The cache slots of the decoder layers at these positions."""
         return frozenset(self.slots[i] for i in layers)
 
-    def layers_of(self, slots: Collection[int]) -> frozenset[int]:
-        """The positions of the decoder layers whose cache slots are in `slots`."""
-        return frozenset(i for i, slot in enumerate(self.slots) if slot in slots)
-
     def release(self, cache: Cache, plan: SkipPlan) -> None:
         """Free the K/V in `cache` of the attentions that `plan` skips; see `release_skipped`."""
         release_skipped(cache, {self.slots[i]: plan.scale("attention", i) for i in plan.attention}, self.slots)

@@ -1,7 +1,7 @@
-"""What is skipped: sublayers, budgets and the frozen plan every other module speaks of.
+"""Sublayers, budgets, and skip plans: which sublayers are skipped, and how each is compensated.
 
-A model of M decoder layers has 2M sublayers: M attention and M FFN. A `SkipPlan` names the sublayers that are not
-computed and the scale that stands in for each (`h <- scale * h`, Eq. 4). A `Budget` says how many there are.
+A model of M decoder layers has 2M sublayers: M attention and M FFN. A `SkipPlan` lists the sublayers that are not
+computed and the scale that replaces each (`h <- scale * h`, Eq. 4). A `Budget` is the number of skipped sublayers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SublayerKind = Literal["attention", "ffn"]
 KINDS: tuple[SublayerKind, ...] = get_args(SublayerKind)
 PLAN_FORMAT = "adaskip-skip-plan/1"
 PLAN_FILE = "adaskip_plan.json"
-"""The plan in a folder of `save_pretrained`."""
+"""The file name of the plan in a folder written by `save_pretrained`."""
 
 
 class Sublayer(NamedTuple):
@@ -53,7 +53,7 @@ class Sublayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Affine:
-    """Per-channel stand-in for a sublayer: h <- scale * h + shift, one entry of each per channel of the stream."""
+    """Per-channel replacement of a sublayer: h <- scale * h + shift, with one scale and shift per channel."""
 
     scale: tuple[float, ...]
     shift: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""A plan as text: its map, what it was made of, and the model card of a saved plan."""
+"""Text about a plan: a map of its sublayers, a summary of its origin, and the model card of a saved plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SKIPPED, LIVE = "#", "."
 LAYERS_PER_LINE = 100
 IN_THE_FILE = ("weights_fingerprint", "config_fingerprint", "versions")
-"""Of a profile's provenance, what is told by the plan's file alone."""
+"""Fields of a profile's provenance that are only in the plan's file, not in its summary."""
 
 CARD = """---
 library_name: adaskip
@@ -47,7 +47,7 @@ with skipping(model, plan):
 
 
 def plan_map(plan: SkipPlan, num_layers: int) -> str:
-    """Two rows of characters, attention and FFN, one for each layer: `#` is skipped, `.` runs."""
+    """Two rows, attention and FFN, with one character per layer: `#` is skipped, `.` runs."""
     lines = []
     for start in range(0, num_layers, LAYERS_PER_LINE):
         layers = range(start, min(start + LAYERS_PER_LINE, num_layers))
@@ -59,7 +59,7 @@ def plan_map(plan: SkipPlan, num_layers: int) -> str:
 
 
 def summary(plan: SkipPlan, origin: PlanOrigin) -> dict[str, str]:
-    """What there is to say of a plan, by headings."""
+    """The properties of a plan and its origin, by heading."""
     scales = [scale for scale in plan.scales.values() if isinstance(scale, float)]
     spans = f"{min(scales):.3f} to {max(scales):.3f}" if scales else "all 1"
     return {
@@ -91,7 +91,7 @@ def model_card(plan: SkipPlan, origin: PlanOrigin) -> str:
 
 
 def _text(record: Mapping[str, Any], leave_out: Collection[str] = ()) -> str:
-    """A mapping in one line; lists by their length beyond three entries."""
+    """A mapping on one line; lists of more than three entries are shown by their length."""
     parts = []
     for name, value in record.items():
         if name in leave_out:

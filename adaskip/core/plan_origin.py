@@ -1,4 +1,4 @@
-"""What a saved plan says of itself: the model and phase it was made for, and how it was chosen."""
+"""The origin of a saved plan: the model and phase it was made for, and how it was chosen."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def check_phase(phase: str) -> Phase:
 
 @dataclass(frozen=True)
 class PlanOrigin:
-    """The model that a plan was made for, by the fields of `same_model.identity`, and how it was chosen.
+    """The model that a plan was made for, by the fields of `same_model.identity`, and how the plan was chosen.
 
-    model: Hub id or folder of the base model. weights_fingerprint: its `portable_fingerprint`. phase: where the set is
-    skipped; in phase decode a prompt runs through the full model. strategy, budget, options: what chose the set, its
-    budget by unit and its own options. profile: what the strategy chose by, without the measurements; None where it
-    chose by nothing measured. versions: of packages.
+    model: Hub id or folder of the base model. weights_fingerprint: its `portable_fingerprint`. phase: in phase decode
+    the full model reads the prompt. strategy, budget, options: the strategy that chose the set, its budget by unit, and
+    its options. profile: the provenance of the strategy's profile, without the measurements; None for a strategy
+    without a profile. versions: of packages.
     """
 
     model: str
@@ -44,7 +44,7 @@ class PlanOrigin:
         check_phase(self.phase)
         for name in ("model", "weights_fingerprint", "config_fingerprint", "adapter", "strategy"):
             if not isinstance(value := getattr(self, name), str):
-                raise ValueError(f"{name} of a plan must be a text; got {value!r}")
+                raise ValueError(f"{name} of a plan must be a string; got {value!r}")
         for name in ("num_layers", "hidden_size"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} of a plan must be a whole number of at least 1; got {value!r}")
@@ -59,7 +59,7 @@ class PlanOrigin:
 
     @classmethod
     def from_dict(cls, record: Any) -> PlanOrigin:
-        """What `to_dict` was made of. Raises ValueError for anything else."""
+        """The inverse of `to_dict`. Raises ValueError for an invalid record."""
         if not isinstance(record, Mapping):
             raise ValueError(f"the origin of a plan must be an object; got {record!r}"[:200])
         known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
@@ -67,6 +67,6 @@ class PlanOrigin:
         unknown = [name for name in record if name not in known]
         if missing or unknown:
             wrong = [f"lacks {', '.join(missing)}"] if missing else []
-            wrong += [f"has fields unknown here: {', '.join(unknown)}"] if unknown else []
+            wrong += [f"has unknown fields {', '.join(unknown)}"] if unknown else []
             raise ValueError(f"the origin of a plan {' and '.join(wrong)}")
         return cls(**record)

@@ -1,7 +1,7 @@
-"""How likely a model finds a reference answer after a prompt, under the plans of a strategy.
+"""The loss of a reference answer after a prompt, under the plans of a strategy.
 
-The answer is teacher-forced: its tokens are the inputs of decode steps 1, 2, ... of a request, each under the plan that
-the strategy has for that step, learning window included. The tokens after the last change of plan share one forward.
+The answer is teacher-forced: its tokens are the inputs of decode steps 1, 2, ... of a request, each under the plan of
+the strategy for that step, including the learning window. All tokens after the last change of plan share one forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adaskip.core.wrappers import unwrapped
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """A prompt that the model has read, one sequence. logits: [V], after its last token."""
+    """The state after a prompt of one sequence: its KV cache, and the logits after its last token, [V]."""
 
     cache: Cache
     logits: Tensor
@@ -42,13 +42,13 @@ def reference_loss(
     eos_token_ids: Sequence[int] = (),
     read: ReadPrompt | None = None,
 ) -> float:
-    """Mean negative log-likelihood of the answer's tokens, nats a token.
+    """Mean negative log-likelihood of the answer's tokens, in nats per token.
 
     Args:
         strategy: None for the full model.
         prompt, answer: token ids, 1-D.
-        eos_token_ids: what ends a row of the learning window.
-        read: the prompt as the model has read it under the same strategy, if it has; the cache grows.
+        eos_token_ids: tokens that end a row of the learning window.
+        read: the state after the prompt under the same strategy, None to run the prompt; its cache grows.
 
     Raises:
         ValueError: prompt or answer is empty.
@@ -72,22 +72,22 @@ def reference_loss(
 
 
 def _steps(strategy: Strategy | None, ids: Tensor) -> list[Tensor]:
-    """ids [1, T] as the inputs of forwards: a token each as long as plans may change, then all the rest."""
+    """Split ids [1, T] into the inputs of forwards: single tokens while the plan may change, then the rest at once."""
     count = ids.shape[1]
     if strategy is None or not count:
         return [ids] if count else []
     last = strategy.decode_plan(count)
     changing = max((step for step in range(1, count) if strategy.decode_plan(step) != last), default=0)
     single = min(count, max(changing, strategy.window_tokens))
-    one_by_one = list(ids[:, :single].split(1, dim=1)) if single else []  # split makes an empty part of nothing
+    one_by_one = list(ids[:, :single].split(1, dim=1)) if single else []  # split would return one empty part
     return [*one_by_one, *([ids[:, single:]] if single < count else [])]
 
 
 def rewound(cache: Any, prompt_tokens: int, strategy: Strategy | None, num_tokens: int) -> bool:
-    """Remove an answer of `num_tokens` from the cache of one sequence, where that leaves the prompt as it was read.
+    """Remove an answer of `num_tokens` from the cache of one sequence, if that restores the state after the prompt.
 
-    Returns False, and leaves the cache alone, where layers forget tokens or have a fixed size, and where the set of
-    skipped attentions changed within the answer: the cache then lacks K/V that its first step needs.
+    Returns False, without changing the cache, if layers drop tokens or have a fixed size, or if the set of skipped
+    attentions changed within the answer: the cache then lacks K/V that its first step needs.
     """
     plain = type(cache) is DynamicCache and all(type(layer) in (DynamicLayer, SkippedLayer) for layer in cache.layers)
     if not plain or getattr(cache, "offloading", False):

@@ -1,4 +1,4 @@
-"""Which model something was made for, and whether another model is the same one."""
+"""Identifies the model that a profile or plan was made for, and checks that another model is the same."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def identity(model: nn.Module, name: str | None = None, fingerprint: str | None = None) -> dict[str, Any]:
-    """What a profile or plan says of its model: model (a name), weights_fingerprint, config_fingerprint, adapter,
-    hidden_size.
+    """The fields of a profile or plan that identify its model: model (a name), weights_fingerprint,
+    config_fingerprint, adapter, hidden_size.
 
-    name: default that of its checkpoint. fingerprint: that of the weights, where it is known; else it is computed.
+    name: default: that of the checkpoint. fingerprint: of the weights; None to compute it.
     """
     weights = fingerprint or weights_fingerprint(model)
     inner: Any = unwrapped(model)
@@ -32,7 +32,7 @@ def identity(model: nn.Module, name: str | None = None, fingerprint: str | None 
 
 
 def config_identity(config: Any) -> dict[str, Any]:
-    """The part of `identity` that a configuration tells: config_fingerprint and hidden_size."""
+    """The part of `identity` that depends on the configuration: config_fingerprint and hidden_size."""
     hidden_size = config.get_text_config(decoder=True).hidden_size
     return {"config_fingerprint": config_fingerprint(config), "hidden_size": hidden_size}
 
@@ -47,13 +47,14 @@ def check_same_model(
     allow_other_weights: bool = False,
     error: type[ValueError] = ValueError,
 ) -> None:
-    """Raise `error` unless `record` was made for this model, or for another of its shape and that is allowed.
+    """Raise `error` unless `record` was made for this model.
 
-    What must agree: number of layers, hidden size if the record has it, and, unless other weights are allowed, the
-    fingerprint of the weights, the active adapter, and the fingerprint of the configuration if the record has it.
+    The number of layers and, if recorded, the hidden size must be equal. So must the fingerprint of the weights and, if
+    recorded, the active adapter and the fingerprint of the configuration; with allow_other_weights, differences in
+    these are only warned about.
 
-    record: has `num_layers` and the fields of `identity`. known, num_layers: the model's. what, again: what the record
-    is, and what to do instead, for the message.
+    record: has `num_layers` and the fields of `identity`. known, num_layers: those of the model. what, again: the kind
+    of the record and what to do instead, for the message.
     """
     if record.num_layers != num_layers:
         raise error(f"{what} of {record.model} has {record.num_layers} layers, the model has {num_layers}")
@@ -74,7 +75,7 @@ def check_same_model(
 
 
 def _differences(record: Any, known: Mapping[str, Any]) -> Iterator[str]:
-    """What of weights, adapter and configuration is another; None in a record: not recorded."""
+    """Describe differences in weights, adapter and configuration. None in a record means not recorded."""
     weights, adapter, config = (known[name] for name in ("weights_fingerprint", "adapter", "config_fingerprint"))
     if weights != record.weights_fingerprint:
         yield f" with weights {record.weights_fingerprint}, but this model's weights are {weights}"

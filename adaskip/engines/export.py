@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adaskip.common.folders import check_new, new_folder
+from adaskip.common.folders import check_new, check_new_file, new_file, new_folder
 from adaskip.core.plan import PLAN_FILE
 from adaskip.engines.registry import Export, engine
 
@@ -15,7 +15,8 @@ REPORT = "adaskip_export.json"
 
 
 def export_to(name: str, export: Export, output: str | Path, *, verify: bool = True) -> dict[str, Any]:
-    """Export to an engine of `registry.ENGINES`, into the folder `output`, which is new or empty.
+    """Export to an engine of `registry.ENGINES`, into the folder `output`, which is new or empty; for an engine that
+    takes a single file (`SUFFIX`), into the new file `output`.
 
     verify: load both models afterwards, one after the other, and compare their logits on a prompt.
 
@@ -23,10 +24,13 @@ def export_to(name: str, export: Export, output: str | Path, *, verify: bool = T
     written, or differs from the plan, and OSError for a full disk; then nothing is left at `output`.
     """
     chosen = engine(name)
-    check_new(Path(output))
+    one_file = (suffix := getattr(chosen, "SUFFIX", "")) != ""
+    if not str(output).endswith(suffix):
+        raise ValueError(f"{output} is no name for an export to {name}, which is one file; allowed: names in {suffix}")
+    (check_new_file if one_file else check_new)(Path(output))
     chosen.check(export)
-    with new_folder(output) as folder:
-        chosen.write(export, folder)
+    with (new_file if one_file else new_folder)(output) as target:
+        chosen.write(export, target)
         report = {
             "engine": name,
             "model_type": export.source.model_type,
@@ -34,8 +38,9 @@ def export_to(name: str, export: Export, output: str | Path, *, verify: bool = T
             "num_skipped": len(export.strategy.skipped),
             "skipped": export.strategy.skipped.to_dict(),
             "scales_in_weights": export.folded.is_scaled,
-            "verified": chosen.verify(export, folder) if verify else None,
+            "verified": chosen.verify(export, target) if verify else None,
         }
-        export.strategy.skipped.save(folder / PLAN_FILE)
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not one_file:
+            export.strategy.skipped.save(target / PLAN_FILE)
+            (target / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

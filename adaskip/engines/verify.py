@@ -71,7 +71,7 @@ def compare(
             f"layers of the exported model are set up otherwise than in the source: {given}, not {wanted}"
         )
     limit = SCALED[dtype] if fold(strategy).is_scaled else UNSCALED
-    result = {**_differences(found, expected), "limit": limit, "tokens": ids.shape[1], "weights": str(dtype)}
+    result = {**differences(found, expected), "limit": limit, "tokens": ids.shape[1], "weights": str(dtype)}
     if not result["distance"] <= limit:
         raise ExportError(
             f"the exported model's logits differ from those under the plan by {result['distance']:.2g} of their size; "
@@ -80,7 +80,8 @@ def compare(
     return result
 
 
-def _differences(found: Tensor, expected: Tensor) -> dict[str, float]:
+def differences(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """Logits [T, V] against those expected: distance, kl and same_argmax of `compare`."""
     centred = expected - expected.mean(-1, keepdim=True)
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return {

@@ -1,1 +1,1 @@
-"""Models by name: registry, checkpoints, tokenizers, chat wrappers, and what single architectures need."""
+"""Finds and loads models: registry, checkpoints, tokenizers, chat wrappers, and code for single architectures."""

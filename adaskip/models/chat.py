@@ -1,4 +1,4 @@
-"""The wrapper of a prompt: a text with one `{prompt}`, given or taken from a tokenizer's chat template."""
+"""The chat wrapper of a prompt: a text with one `{prompt}`, given by the user or taken from a chat template."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from adaskip.models.errors import ModelError, said_in_one_line
 
 
 def check_chat(chat: str) -> None:
-    """ModelError unless `chat` is "none", "template" or a text with one `{prompt}` (or `{prompt|trim}`)."""
+    """Raise ModelError unless `chat` is "none", "template" or a text with one `{prompt}` (or `{prompt|trim}`)."""
     if chat not in ("none", "template") and chat.count("{prompt}") + chat.count("{prompt|trim}") != 1:
         raise ModelError(f"chat must be 'none', 'template' or a text with one {{prompt}}, not {chat!r}")
 
 
 def wrapper(chat: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text with `{prompt}` that `chat` stands for.
+    """The wrapper text with `{prompt}` for `chat`; None for "none".
 
     Raises:
-        ModelError: there is no chat template, or it does more to a prompt than to drop the white space around it.
+        ModelError: there is no chat template, or it changes a prompt in another way than by stripping white space.
     """
     if chat == "none":
         return None
@@ -31,9 +31,10 @@ def wrapper(chat: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
         text = text.replace("{prompt}", "{prompt|trim}")
     elif around_spaced != text.replace("{prompt}", spaced):
         raise ModelError(
-            "the tokenizer's chat template drops some of the white space around a prompt: give a text with {prompt}"
+            "the tokenizer's chat template strips only some of the white space around a prompt: give a text with "
+            "{prompt} instead"
         )
-    # The tokenizer puts its own begin-of-text in front when the wrapped prompt is tokenised.
+    # The tokenizer adds its own begin-of-text token when the wrapped prompt is tokenised.
     begins = tokenizer("", add_special_tokens=True).input_ids[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(str(tokenizer.bos_token)) if begins else text
 

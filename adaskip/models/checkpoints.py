@@ -1,7 +1,7 @@
-"""Finds a checkpoint's folder or GGUF file and looks at its files before a model is built.
+"""Finds the folder or GGUF file of a checkpoint and checks its files before a model is built.
 
-A folder, a Hub cache and a Hub id all end as one local folder, a GGUF file as itself; what is wrong with it is said in
-one line here rather than in a library's traceback after minutes of loading.
+A folder, a Hub cache folder and a Hub id are resolved to a local folder, a GGUF file to itself. Errors are reported in
+one line before loading, rather than in a traceback after minutes of loading.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ WeightFormat = Literal["safetensors", "bin", "gguf"]
 def find_folder(
     checkpoint: str | Path, revision: str | None = None, *, offline: bool = True, only_config: bool = False
 ) -> Path:
-    """The local folder of a folder, a Hub cache folder (`models--org--name`) or a Hub id. A GGUF file: itself.
+    """The local folder for a folder, a Hub cache folder (`models--org--name`) or a Hub id; for a GGUF file, itself.
 
     Args:
         checkpoint: an existing folder, a `.gguf` file, `org/name`, `org/name@revision`, or `package:name/file.gguf`.
-        revision: commit, branch or tag of a Hub id that names none itself; None: main. Of a package, its version.
-        offline: look for a Hub id in the local cache only.
-        only_config: of a Hub id, get no more than its config.json.
+        revision: commit, branch or tag of a Hub id without one; None: main. For a package, its version.
+        offline: look for a Hub id only in the local cache.
+        only_config: download only the config.json of a Hub id.
 
     Raises:
         ModelError: there is no such folder or package, or the Hub id is not in the cache or cannot be downloaded.
@@ -58,7 +58,8 @@ def find_folder(
         return path
     if path.exists():
         raise ModelError(
-            f"checkpoint {str(checkpoint)!r} is a file; a folder with config.json and weights or a .gguf file is needed"
+            f"checkpoint {str(checkpoint)!r} is a file, but must be a folder with config.json and weights, or a .gguf "
+            "file"
         )
     if not isinstance(checkpoint, str) or not HUB_ID.fullmatch(checkpoint):
         raise ModelError(f"checkpoint folder {str(checkpoint)!r} does not exist")
@@ -67,7 +68,7 @@ def find_folder(
 
 
 def _snapshot_in_cache(folder: Path) -> Path:
-    """The snapshot inside a Hub cache folder: the one `refs/main` names, or the only one. Other folders: themselves."""
+    """The snapshot in a Hub cache folder: the one named in `refs/main`, or the only one. Other folders: unchanged."""
     snapshots = folder / "snapshots"
     if (folder / "config.json").is_file() or not snapshots.is_dir():
         return folder
@@ -77,12 +78,12 @@ def _snapshot_in_cache(folder: Path) -> Path:
     found = sorted(path for path in snapshots.iterdir() if path.is_dir())
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ModelError(f"{folder} must hold one snapshot or say in refs/main which; found: {names}")
+        raise ModelError(f"{folder} must contain one snapshot or name one in refs/main; found: {names}")
     return found[0]
 
 
 def _from_hub(repo: str, revision: str, offline: bool, only_config: bool) -> Path:
-    """Metadata first, then safetensors, and the older .bin only where there are none."""
+    """Download metadata and safetensors; .bin files only if there are no safetensors."""
     if only_config:
         return _download(repo, revision, offline, ["config.json"])
     folder = _download(repo, revision, offline, [*METADATA_FILES, WEIGHT_FILES["safetensors"]])
@@ -110,12 +111,12 @@ def _download(repo: str, revision: str, offline: bool, patterns: list[str]) -> P
         ) from None
     except RepositoryNotFoundError:
         raise ModelError(f"{repo!r} is neither a local folder nor a model on the Hub: {help_line}") from None
-    except Exception as error:  # the Hub's client passes on errors of the HTTP library it happens to use
+    except Exception as error:  # the Hub client passes on errors of its HTTP library
         raise ModelError(f"{repo} (revision {revision}): download failed ({one_line(error)}): {help_line}") from error
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit a Hub snapshot folder is named after; None for any other folder."""
+    """The commit in the name of a Hub snapshot folder; None for any other folder."""
     return folder.name if COMMIT.fullmatch(folder.name) else None
 
 
@@ -125,7 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         held = ", ".join(file.name for file in sorted(folder.glob("*.gguf")))
         hint = f"; to load one of its GGUF files, name the file itself: {held}" if held else ""
-        raise ModelError(f"{folder} has no config.json: it is not a model checkpoint in Hugging Face's layout{hint}")
+        raise ModelError(f"{folder} has no config.json, so it is not a checkpoint in the Hugging Face layout{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -136,13 +137,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether there is any weight file, whole or not."""
+    """Whether there is any weight file, even an incomplete one."""
     return is_gguf(path) or any(file for pattern in WEIGHT_FILES.values() for file in path.glob(pattern))
 
 
 def check_weights(path: Path) -> WeightFormat:
-    """Which weights a folder holds, or a GGUF file is; safetensors are preferred, and each file is looked at to see
-    that it is whole.
+    """The format of the weights in a folder (safetensors are preferred) or GGUF file, after a check of each file.
 
     Raises:
         ModelError: no weights, a shard of the index is missing, or a file is damaged.
@@ -197,13 +197,14 @@ def _check_safetensors(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is truncated or no safetensors file ({path.stat().st_size} bytes; {one_line(error)}): get it again"
+            f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes; {one_line(error)}): download "
+            "it again"
         ) from None
 
 
 def _check_bin(path: Path) -> None:
-    """What torch.save writes is a zip archive, whose directory is at its end; files of before torch 1.6 are not."""
+    """Raise ModelError for a truncated zip archive of torch.save. Files of torch before 1.6 are not zip archives."""
     with path.open("rb") as handle:
         begins_like_zip = handle.read(4) == b"PK\x03\x04"
     if begins_like_zip and not zipfile.is_zipfile(path):
-        raise ModelError(f"{path} is truncated ({path.stat().st_size} bytes): get it again")
+        raise ModelError(f"{path} is truncated ({path.stat().st_size} bytes): download it again")

@@ -1,6 +1,6 @@
-"""What the files of a checkpoint say beside its weights: configuration, end tokens, tokenizer.
+"""Fingerprints of a checkpoint's files besides its weights: configuration, end tokens, tokenizer.
 
-Runs are told apart by it, and no model is loaded for that.
+They distinguish runs without loading a model.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from adaskip.models.errors import ModelError, one_line
 from adaskip.models.gguf_file import is_gguf
 
 FIELDS = ("config_fingerprint", "config_quantization", "config_stop_token_ids", "tokenizer_files")
-"""Of `model_files`."""
+"""The fields returned by `model_files`."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 GGUF_HEADER_BYTES = 32 * 2**20
-"""The metadata, tokenizer among it, leads a GGUF file and takes less than this."""
+"""The metadata at the beginning of a GGUF file, which includes the tokenizer, is smaller than this."""
 
 
 def model_files(path: Path, config: PreTrainedConfig) -> dict[str, Any]:
-    """The `FIELDS` of a folder, or of a GGUF file, whose configuration is `config`; JSON values.
+    """The `FIELDS` of a folder or GGUF file with configuration `config`, as JSON values.
 
-    config_quantization: how the weights are quantised on loading, None where the configuration says nothing of it.
-    config_stop_token_ids: the end tokens that transformers takes from the checkpoint. tokenizer_files: SHA-256 over
-    names and bytes.
+    config_quantization: the quantisation that the configuration asks for, None for none. config_stop_token_ids: the end
+    tokens that transformers takes from the checkpoint. tokenizer_files: SHA-256 over names and bytes.
 
     Raises:
         ModelError: `generation_config.json` is not JSON.
@@ -61,12 +60,12 @@ def tokenizer_fingerprint(path: Path) -> str:
 
 
 def _stop_token_ids(path: Path, config: PreTrainedConfig) -> list[int]:
-    """Of `generation_config.json` if there is one, else of the configuration."""
+    """The end tokens of `generation_config.json` if it exists, else of the configuration."""
     file = path / "generation_config.json"
     ids = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     if not is_gguf(path) and file.is_file():
         try:
             ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
-            raise ModelError(f"{file} is not usable: {one_line(error)}") from None
+            raise ModelError(f"{file} is invalid: {one_line(error)}") from None
     return [] if ids is None else sorted(ids) if isinstance(ids, (list, tuple)) else [ids]

@@ -1,4 +1,4 @@
-"""The error of models and checkpoints, and one line for what libraries raise over damaged ones."""
+"""The error class of models and checkpoints, and the conversion of library exceptions to it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 
 
 class ModelError(ValueError):
-    """A model or checkpoint cannot be used; the message is one line that says what to do."""
+    """A model or checkpoint cannot be used; the message is one line."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's text on one line, cut after `limit` characters; its class where it has no text."""
+    """The message of an error on one line, truncated to `limit` characters; its class name if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 @contextmanager
 def said_in_one_line(what: str) -> Iterator[None]:
-    """Turn what loading a damaged or unknown checkpoint may raise into a ModelError that begins with `what`."""
+    """Turn exceptions raised for a damaged or unknown checkpoint into a ModelError that begins with `what`."""
     try:
         yield
     except (ModelError, torch.OutOfMemoryError):

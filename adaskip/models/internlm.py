@@ -1,10 +1,10 @@
-"""InternLM (version 1) on stock classes, so that its checkpoints load without remote code.
+"""InternLM (version 1) with stock classes, so that its checkpoints load without remote code.
 
-The architecture is LLaMA with biases in the q, k, v and o projections and dynamic-NTK rope, and its weights carry
-LLaMA's names. So only two things need translating: the configuration, which says `bias` and `rotary` where LLaMA says
-`attention_bias` and `rope_parameters`, and the tokenizer, a SentencePiece model that LLaMA's tokenizer class would
-read with LLaMA's whitespace rules instead of the model file's own. See `adaskip.models.rope` for its rope above the
-limit.
+The architecture is LLaMA with biases in the q, k, v and o projections and dynamic-NTK rope, and its weights have the
+names of LLaMA's. Only two parts must be translated: the configuration, which has `bias` and `rotary` instead of
+`attention_bias` and `rope_parameters`, and the tokenizer, a SentencePiece model to which LLaMA's tokenizer class would
+apply LLaMA's whitespace rules instead of those in the model file. `adaskip.models.rope` handles its rope above the
+position limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLEAN_UP = {
     **{" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"},
     **{" n't": "n't", " 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"},
 }
-"""What the published tokenizer replaces in all decoded text, in this order, whatever its settings say."""
+"""Replacements that the published tokenizer makes in all decoded text, in this order, regardless of its settings."""
 SAME_NAME = (
     "vocab_size",
     "hidden_size",
@@ -42,7 +42,7 @@ SAME_NAME = (
 
 
 def llama_config(config: dict[str, Any]) -> LlamaConfig:
-    """The LLaMA configuration that says the same as an InternLM `config.json`.
+    """The LLaMA configuration equivalent to an InternLM `config.json`.
 
     Raises:
         ModelError: a rotary type other than "origin" and "dynamic".
@@ -54,7 +54,7 @@ def llama_config(config: dict[str, Any]) -> LlamaConfig:
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    # Dynamic NTK came with the field `rotary`; revisions published before it compute plain rope at any length.
+    # The field `rotary` was added together with dynamic NTK; older revisions use plain rope at any length.
     rotary = config.get("rotary") or {"type": "origin", "base": config.get("rope_theta", BASE)}
     kind, base = rotary.get("type"), float(rotary.get("base", BASE))
     if kind == "origin":
@@ -65,11 +65,11 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class InternLMTokenizer(SentencePieceBackend):
-    """The checkpoint's SentencePiece model itself behind transformers' tokenizer interface.
+    """The checkpoint's SentencePiece model behind the tokenizer interface of transformers.
 
-    Text is cut at the special tokens and every part goes through SentencePiece, as in InternLM's own class: token ids
-    are the original's whatever normalisation the model file asks for. `<eoh>` and `<eoa>` are ordinary pieces. Decoded
-    text is cleaned up as there, so that a prompt that loses its middle, and an answer, read as LongBench's.
+    Text is split at the special tokens and every part is encoded by SentencePiece, as in InternLM's own class, so token
+    ids equal the original's for any normalisation in the model file. `<eoh>` and `<eoa>` are ordinary pieces. Decoded
+    text is cleaned up as in the original, so truncated prompts and answers equal those of LongBench.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (transformers' own attribute)
@@ -82,7 +82,7 @@ class InternLMTokenizer(SentencePieceBackend):
         super().__init__(**{**special, **options, "legacy": True})
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of pieces, cleaned up; SentencePiece joins byte pieces and drops the space it put in front itself."""
+        """The cleaned-up text of pieces; SentencePiece joins byte pieces and removes the leading space it added."""
         parts: list[str] = []
         run: list[str] = []
         for token in tokens:

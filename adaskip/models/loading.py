@@ -1,7 +1,7 @@
-"""Models of `configs/models.yaml` by name, and any other checkpoint, as stock transformers models ready to generate.
+"""Loads models of `configs/models.yaml` by name, and any other checkpoint, as stock transformers models.
 
-`configs/models.yaml` says where the weights are and how prompts are wrapped. Loading is offline unless a Hub id is
-asked for by name, never runs a checkpoint's code, and ends in a model or in one line that says what to do.
+`configs/models.yaml` defines where the weights are and how prompts are wrapped. Loading is offline unless the user
+gives a Hub id, never runs code of a checkpoint, and reports errors in one line.
 """
 
 from __future__ import annotations
@@ -56,36 +56,36 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ANSWER_ROOM = 512  # the longest answer of any LongBench task
+ANSWER_ROOM = 512  # maximum answer length of any LongBench task, in tokens
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a run has to know of a loaded model besides its weights."""
+    """The properties of a loaded model that a run needs besides its weights."""
 
     name: str
-    """Key in `configs/models.yaml`, or the checkpoint's own name."""
+    """Name in `configs/models.yaml`, or the checkpoint's own name."""
     checkpoint: str
-    """Folder or Hub id the weights came from."""
+    """Folder or Hub id of the weights."""
     revision: str | None
     """Commit of a Hub snapshot; None for an ordinary folder."""
     weight_files: str
     """`checkpoints.weight_files_fingerprint` of the folder."""
     max_prompt_tokens: int
-    """Longest prompt before wrapping; a longer one loses its middle."""
+    """Maximum prompt length before the chat wrapper is added; longer prompts lose their middle."""
     chat_template: str | None
-    """Wrapper text with one `{prompt}`, or `{prompt|trim}` where the wrapper drops white space around it, or None."""
+    """Wrapper text with one `{prompt}`, or `{prompt|trim}` if the wrapper strips white space around it, or None."""
     stop_token_ids: tuple[int, ...]
     """Every token that ends an answer."""
     stop_strings: tuple[str, ...]
-    """Texts at which an answer is cut off."""
+    """Strings at which an answer is truncated."""
     tokenizer_files: str | None = None
-    """`companion_files.tokenizer_fingerprint` of the folder; None where it is not known."""
+    """`companion_files.tokenizer_fingerprint` of the folder; None if unknown."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, and how to prompt it."""
+    """A model in evaluation mode, with its tokenizer and specification."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -93,12 +93,12 @@ class LoadedModel:
 
     @cached_property
     def weights_fingerprint(self) -> str:
-        """`weights_fingerprint` of the model as it was loaded; it takes a moment, so that it is computed once."""
+        """`weights_fingerprint` of the model as loaded; computed once, because it takes time."""
         return weights_fingerprint(self.model)
 
 
 def architecture(name: str, checkpoint: str | Path | None = None) -> PreTrainedConfig:
-    """The configuration of what `load_model` would load, no weights read (see `ModelSource.config`)."""
+    """The configuration of the model that `load_model` would load, without reading weights (`ModelSource.config`)."""
     return find_source(name, checkpoint).config
 
 
@@ -114,22 +114,23 @@ def load_model(
     max_prompt_tokens: int | None = None,
     offline: bool | None = None,
 ) -> LoadedModel:
-    """Load a model, its tokenizer and what `configs/models.yaml` says about it.
+    """Load a model, its tokenizer and its settings in `configs/models.yaml`.
 
     Args:
-        name: a name of `configs/models.yaml`, or weights: `org/name[@revision]`, a folder, or a .gguf file; None with
-            a checkpoint.
-        checkpoint: weights as above that stand for the model of that name; None: the registry's.
-        device: where the model goes; None: cuda where there is one, else cpu.
-        dtype: of the weights; None: bfloat16, on the CPU float32.
-        attn_implementation: transformers' attention backend; None: its choice.
+        name: a name of `configs/models.yaml`, or weights: `org/name[@revision]`, a folder, or a .gguf file; may be None
+            if `checkpoint` is given.
+        checkpoint: weights, as above, to use for the model of that name; None: those of the registry.
+        device: device of the model; None: cuda if available, else cpu.
+        dtype: dtype of the weights; None: bfloat16, on the CPU float32.
+        attn_implementation: attention backend of transformers; None: its default.
         device_map: accelerate's device map, e.g. "auto", instead of `device`.
-        chat: "none", "template" (the tokenizer's own chat template) or a text with `{prompt}`; None: the registry's.
-        max_prompt_tokens: longest prompt before wrapping; None: `prompt_limit`, with a warning below the registry's.
-        offline: use the local Hub cache only; None: yes, unless a Hub id is given here.
+        chat: "none", "template" (the tokenizer's chat template) or a text with `{prompt}`; None: that of the registry.
+        max_prompt_tokens: maximum prompt length before the chat wrapper is added; None: `prompt_limit`, with a warning
+            if it is below the registry's.
+        offline: use only the local Hub cache; None: yes, unless a Hub id is given here.
 
     Raises:
-        ModelError: anything wrong with these arguments or the checkpoint, in one line.
+        ModelError: an argument is invalid or the checkpoint cannot be used.
     """
     return load_source(
         find_source(name, checkpoint, offline=offline),
@@ -152,7 +153,7 @@ def load_source(
     chat: str | None = None,
     max_prompt_tokens: int | None = None,
 ) -> LoadedModel:
-    """`load_model` of a source that was found before; arguments and errors are the same."""
+    """`load_model` for a `ModelSource`; other arguments and errors are the same."""
     if chat is not None:
         check_chat(chat)
     where = placement(device, dtype, device_map)
@@ -161,7 +162,7 @@ def load_source(
     limit = max_prompt_tokens or prompt_limit(config, entry)
     if max_prompt_tokens is None and entry is not None and limit < entry.max_prompt_tokens:
         logger.warning(
-            "%s was made for fewer tokens than %s: prompts are cut at %d, not at %d",
+            "%s has fewer positions than %s: prompts are cut to %d tokens instead of %d",
             *(source.checkpoint, source.name, limit, entry.max_prompt_tokens),
         )
     register_packed()
@@ -179,7 +180,7 @@ def load_source(
         stop_strings=source.stop_strings,
         tokenizer_files=tokenizer_fingerprint(folder),
     )
-    # A run decodes greedily: of the checkpoint's own settings only the special tokens are kept.
+    # Runs decode greedily, so only the special tokens of the checkpoint's generation config are kept.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(spec.stop_token_ids), pad_token_id=tokenizer.pad_token_id
     )
@@ -189,16 +190,18 @@ def load_source(
 def placement(
     device: str | torch.device | None, dtype: str | torch.dtype | None, device_map: str | dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say where the weights go and in which dtype."""
+    """The arguments of `from_pretrained` for device and dtype of the weights."""
     if device is not None and device_map is not None:
-        raise ModelError("device and device_map both say where the model goes: give one of them")
+        raise ModelError("device and device_map both place the model: give only one of them")
     has_cuda = torch.cuda.is_available()
     try:
         where = torch.device(device or ("cuda" if has_cuda else "cpu"))
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}: {one_line(error)}") from None
     if where.type == "cuda" and not has_cuda:
-        raise ModelError(f"device {str(where)!r} asked for, but torch {torch.__version__} sees no CUDA device; use cpu")
+        raise ModelError(
+            f"device {str(where)!r} requested, but torch {torch.__version__} finds no CUDA device; use cpu"
+        )
     on_cpu = where.type == "cpu" and (device_map is None or not has_cuda)
     chosen = dtype or (torch.float32 if on_cpu else torch.bfloat16)
     if isinstance(chosen, str):
@@ -206,23 +209,21 @@ def placement(
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise ModelError(f"unknown dtype {dtype!r}: allowed are float32, bfloat16, float16")
     if device_map is None and where.type != "cpu":
-        device_map = {"": where}  # straight onto the device, without a copy in main memory
+        device_map = {"": where}  # load to the device directly, without a copy in main memory
     return {"dtype": chosen, "device_map": device_map}
 
 
 def _load_weights(
     folder: Path, config: PreTrainedConfig, attn_implementation: str | None, where: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model with every weight from the folder or GGUF file: safetensors, or .bin read with
+    """The model with all weights from the folder or GGUF file; .bin files are read with
     `torch.load(weights_only=True)`."""
-    # InternLM's weights carry LLaMA's names; the automatic class would ask for remote code because of `auto_map`.
+    # InternLM's weights have LLaMA's names; the auto class would ask for remote code because of `auto_map`.
     model_class: Any = LlamaForCausalLM if config.model_type == "llama" else AutoModelForCausalLM
     kind = check_weights(folder)
     options = {**where, **gguf_options(folder), "local_files_only": True}
     if kind == "gguf":
-        options["quantization_config"] = GgufConfig(
-            dequantize=True
-        )  # also where kernels for packed weights are at hand
+        options["quantization_config"] = GgufConfig(dequantize=True)  # even if kernels for packed weights are installed
     else:
         options["use_safetensors"] = kind == "safetensors"
     if attn_implementation is not None:
@@ -233,7 +234,7 @@ def _load_weights(
         raise ModelError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning("%s: %d weights are not used, first %s", folder, len(unexpected), unexpected[0])
-    decoder_layers(model)  # refuses a model without
+    decoder_layers(model)  # raises if there are none
     fix_dynamic_rope(model)
     if kind == "gguf":
         forget_quantisation(model)
@@ -241,7 +242,7 @@ def _load_weights(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or GGUF file, padding in front; where it has no pad token the end of text serves.
+    """The tokenizer of a folder or GGUF file, with left padding; without a pad token, the end of text is used.
 
     Raises:
         ModelError: it cannot be read.
@@ -251,7 +252,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=2)
 def _read_tokenizer(folder: Path, fingerprint: str) -> PreTrainedTokenizerBase:
-    """Reading a GGUF file's takes seconds, and records are counted with it before the model is loaded."""
+    """Cached, because reading it from a GGUF file takes seconds, and it is also needed before the model is loaded."""
     is_internlm = not is_gguf(folder) and read_config(folder)["model_type"] == internlm.MODEL_TYPE
     if is_internlm and not (folder / "tokenizer.model").is_file():
         raise ModelError(f"{folder} has no tokenizer.model, the SentencePiece model of InternLM's tokenizer")
@@ -263,7 +264,7 @@ def _read_tokenizer(folder: Path, fingerprint: str) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(**named, local_files_only=True, trust_remote_code=False)
     if not tokenizer("The 1st.", add_special_tokens=False).input_ids:
         raise ModelError(
-            f"the tokenizer in {folder} makes no tokens of a text: {type(tokenizer).__name__} cannot read it"
+            f"the tokenizer in {folder} turns text into no tokens: {type(tokenizer).__name__} cannot read its files"
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -272,10 +273,10 @@ def _read_tokenizer(folder: Path, fingerprint: str) -> PreTrainedTokenizerBase:
 
 
 def prompt_limit(config: PreTrainedConfig, entry: ModelEntry | None = None) -> int:
-    """Longest prompt before wrapping of a checkpoint with this configuration.
+    """Maximum prompt length, before the chat wrapper is added, of a checkpoint with this configuration.
 
-    Of any checkpoint, the positions it was made for, less the room for an answer. Of one that stands for a model of the
-    registry, no more than that entry's limit; and just that with dynamic NTK.
+    It is the number of positions minus the room for an answer; for a model of the registry, at most the limit of its
+    entry, and with dynamic NTK exactly that limit.
     """
     most = positions_limit(config)
     if entry is not None:
@@ -284,9 +285,9 @@ def prompt_limit(config: PreTrainedConfig, entry: ModelEntry | None = None) -> i
 
 
 def positions_limit(config: PreTrainedConfig) -> int | None:
-    """The positions a checkpoint was made for, scaled rope included, less the room for an answer (at most half).
+    """The number of positions of a checkpoint, including scaled rope, minus the room for an answer (at most half).
 
-    None with dynamic NTK, which stretches the positions as far as a prompt goes.
+    None with dynamic NTK, which extends the positions to any prompt length.
     """
     text_config = config.get_text_config()
     positions = int(text_config.max_position_embeddings)
@@ -305,7 +306,7 @@ def _room(positions: int) -> int:
 def _stop_token_ids(
     stop_tokens: tuple[str, ...], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """Ids of the named tokens this vocabulary has, the tokenizer's end of text, and the checkpoint's own end tokens."""
+    """Ids of those `stop_tokens` that are in the vocabulary, of the end of text, and of the checkpoint's end tokens."""
     vocabulary = tokenizer.get_vocab()
     own = model.generation_config.eos_token_id if model.generation_config else None
     ids = [vocabulary[token] for token in stop_tokens if token in vocabulary]

@@ -1,4 +1,4 @@
-"""The models of `configs/models.yaml`: where their weights are, how long prompts may be, how answers end."""
+"""The models of `configs/models.yaml`: their weights, prompt limits, chat wrappers and end tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adaskip.models.errors import ModelError
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of `configs/models.yaml`; the fields are explained there."""
+    """One model of `configs/models.yaml`, which explains the fields."""
 
     checkpoint: str
     max_prompt_tokens: int
@@ -47,7 +47,7 @@ def registry() -> dict[str, ModelEntry]:
 
 
 def unknown_model(given: str) -> ModelError:
-    """The error for a model that is no name of the registry and names no weights; it suggests the nearest name."""
+    """The error for a model that is neither a name of the registry nor weights; suggests the nearest name."""
     close = get_close_matches(given.lower(), registry(), n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ModelError(

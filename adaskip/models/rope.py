@@ -1,25 +1,26 @@
-"""Dynamic-NTK rotary positions that depend on one request only, for Llama models loaded by `adaskip.models.loading`.
+"""Dynamic-NTK rotary positions that depend only on one request, for Llama models loaded by `adaskip.models.loading`.
 
-Dynamic NTK stretches the rotary base once a sequence is longer than `max_position_embeddings`. Three behaviours exist:
+Dynamic NTK increases the rotary base if a sequence is longer than `max_position_embeddings`. Three behaviours exist:
 
-- InternLM's published code caches *unrotated* keys and rotates all of them again in every step with the base of the
-  current length: at every step queries and keys agree.
-- Stock transformers caches *rotated* keys and raises the base with every decoded token above the limit. Keys written
-  before keep their old angles, so queries and keys disagree more and more; and the raised base stays on the module, so
-  a long request changes the next one. Below the limit it equals the published code.
+- InternLM's published code caches *unrotated* keys and rotates all of them in every step with the base of the current
+  length, so queries and keys always have the same base.
+- Stock transformers caches *rotated* keys and raises the base with every decoded token above the limit. Older keys keep
+  their angles, so queries and keys differ more and more; and the raised base stays on the module, so a long request
+  affects the next one. Below the limit it equals the published code.
 - Here the length of a request's first forward (its prompt) fixes the base for the whole request. Cached keys and new
-  queries agree as in the published code; only the base is that of the prompt's length, not the current one. Prefill is
-  identical to the published code, below and above the limit, and so is decode while the sequence is within the limit.
+  queries have the same base, as in the published code, but it is the base of the prompt length instead of the current
+  length. Prefill equals the published code below and above the limit; decode equals it within the limit.
 
-On a small trained model (stories260K, limit 128, prompts of 400 tokens decoded to 480) the KL divergence to the
-published behaviour is 0.005 here and 0.23 stock, the next token the same in 96.7 % and 78.2 % of the steps
-(tests/unit/test_internlm.py measures it). A prompt below the limit that is decoded past it stays on the plain base, a
-chunked prefill takes the base of its first chunk, and a prompt of one token that is given a used cache object takes,
-from its second token on, the base of the request before it.
+On a small trained model (stories260K, limit 128, prompts of 400 tokens decoded to 480) the KL divergence from the
+published behaviour is 0.005 here and 0.23 with stock transformers, and the next token is the same in 96.7 % and 78.2 %
+of the steps (measured in tests/unit/test_internlm.py). A prompt below the limit that is decoded past it keeps the plain
+base, and a chunked prefill uses the base of its first chunk. A prompt of one token on a reused cache object uses the
+base of the previous request from its second token on.
 
-The length lives with its owner, the request's KV cache, one number per batch row: requests may be interleaved, and a
-row does not feel its neighbours. No host synchronisation, no data-dependent branch. A decode step only reads it: as a
-CUDA graph, it must not take in what an earlier run of the graph put out, for that is overwritten by then.
+The length is stored on its owner, the KV cache of the request, one number per batch row. So requests may be
+interleaved, and the rows of a batch do not affect each other. There is no host synchronisation and no data-dependent
+branch. A decode step only reads the length: as a CUDA graph, it must not read the output of an earlier run of the
+graph, which has been overwritten by then.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LENGTH = "_adaskip_prompt_length"  # attribute of a cache: [B, 1] int64, the len
 
 
 class DynamicNTKRope(nn.Module):
-    """In place of a stock `LlamaRotaryEmbedding` of type "dynamic"; equal to it, bit for bit, below the limit."""
+    """Replaces a stock `LlamaRotaryEmbedding` of type "dynamic"; below the limit the result is bit-identical."""
 
     inv_freq: Tensor
     exponent: Tensor
@@ -53,8 +54,8 @@ class DynamicNTKRope(nn.Module):
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=inv_freq.device) / (size - 2)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("exponent", exponent, persistent=False)
-        self._lengths: dict[int, Tensor | None] = {}  # by thread, of the request in its forward; see the hooks below
-        self._traced_length: Tensor | None = None  # the same while a graph is traced, which must not ask for the thread
+        self._lengths: dict[int, Tensor | None] = {}  # by thread, during its forward; see the hooks below
+        self._traced_length: Tensor | None = None  # while a graph is traced, which must not read the thread id
 
     @property
     def prompt_length(self) -> Tensor | None:
@@ -72,7 +73,7 @@ class DynamicNTKRope(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, [B, S, head_dim] on x's device and in its dtype, of positions [B, S]."""
-        if self.inv_freq.device != x.device:  # a model spread over devices: accelerate's hook was the stock module's
+        if self.inv_freq.device != x.device:  # a model on several devices: accelerate hooked the stock module
             self.to(x.device)
         position_ids = position_ids.to(x.device)
         inv_freq = self.inv_freq * self._stretch(position_ids) ** -self.exponent
@@ -96,20 +97,20 @@ class DynamicNTKRope(nn.Module):
 
 
 def fix_dynamic_rope(model: Any) -> bool:
-    """Replace the rotary module of a model with dynamic-NTK rope by `DynamicNTKRope`; whether there was one."""
+    """Replace the rotary module of a model with dynamic-NTK rope by `DynamicNTKRope`; returns whether it has one."""
     decoder = model.get_decoder()
     rope = getattr(decoder, "rotary_emb", None)
     if getattr(rope, "rope_type", None) != "dynamic":
         return False
     if not isinstance(rope, LlamaRotaryEmbedding):
         logger.warning(
-            "%s keeps transformers' dynamic rope: above %s positions a request's output depends on requests before it",
+            "%s keeps transformers' dynamic rope: above %s positions a request's output depends on earlier requests",
             type(model).__name__,
             model.config.max_position_embeddings,
         )
         return False
     decoder.rotary_emb = DynamicNTKRope(rope)
-    logger.info("dynamic-NTK rope stretches prompts of more than %d tokens", decoder.rotary_emb.limit)
+    logger.info("dynamic-NTK rope scales prompts of more than %d tokens", decoder.rotary_emb.limit)
     decoder.register_forward_pre_hook(_recall_length, with_kwargs=True)
     decoder.register_forward_hook(_remember_length, with_kwargs=True)
     return True
@@ -121,7 +122,7 @@ def _recall_length(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _remember_length(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get("past_key_values")
-    if cache is None:  # the first direct call: the cache was made inside
+    if cache is None:  # the first direct call: the model made the cache itself
         cache = getattr(output, "past_key_values", None)
     if cache is not None:
         setattr(cache, LENGTH, decoder.rotary_emb.prompt_length)

@@ -1,6 +1,6 @@
-"""What `--model` and `--checkpoint` name: a model of `configs/models.yaml`, a Hub id, a folder, or a GGUF file.
+"""Resolves `--model` and `--checkpoint`: a model of `configs/models.yaml`, a Hub id, a folder, or a GGUF file.
 
-A `ModelSource` looks for the files at most once, and not before something asks for them.
+A `ModelSource` looks for the files at most once, when they are first needed.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from adaskip.models.packaged import is_packaged
 from adaskip.models.registry import ModelEntry, registry, unknown_model
 
 NOT_IN_NAMES = re.compile(r"[^\w.+-]+")
-"""What a run's name does not hold; `_` stands for it."""
+"""Characters that are replaced by `_` in the name of a run."""
 LOCAL_PREFIXES = ("/", "./", "../", "~")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The weights of one model, found when they are first asked for, and then kept.
+    """The weights of one model; they are located at first use, and the result is kept.
 
-    name: what its runs are called by. entry: what `configs/models.yaml` says of it, None where it is not there.
-    checkpoint: folder, GGUF file, Hub id, or file of a package. revision: commit, branch or tag of a Hub id, version of
-    a package. offline: of a Hub id look in the local cache only.
+    name: the model's name in run names. entry: its entry in `configs/models.yaml`, None if it has none. checkpoint:
+    folder, GGUF file, Hub id, or file in a package. revision: commit, branch or tag of a Hub id, or version of a
+    package. offline: look for a Hub id only in the local cache.
     """
 
     name: str
@@ -53,14 +53,14 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether the checkpoint is a file or folder, not a Hub id nor in a package that is not installed."""
+        """Whether the checkpoint is a file or folder, rather than a Hub id or a file in a missing package."""
         if is_packaged(self.checkpoint):
             return self.here is not None
         return Path(self.checkpoint).expanduser().exists() or not HUB_ID.fullmatch(self.checkpoint)
 
     @cached_property
     def here(self) -> Path | None:
-        """The folder or GGUF file on this machine, None where there is none; the network is not touched."""
+        """The folder or GGUF file on this machine, None if there is none; does not use the network."""
         try:
             return find_folder(self.checkpoint, self.revision)
         except ModelError:
@@ -71,7 +71,7 @@ class ModelSource:
         """The folder or GGUF file; a Hub id is downloaded unless `offline`.
 
         Raises:
-            ModelError: it is not there, or cannot be downloaded.
+            ModelError: it does not exist, or cannot be downloaded.
         """
         if (self.offline or self.is_local) and self.here is not None:
             return self.here
@@ -79,16 +79,16 @@ class ModelSource:
 
     @cached_property
     def weight_files(self) -> str | None:
-        """The weight files' fingerprint; None where they are not on this machine."""
+        """The fingerprint of the weight files; None if they are not on this machine."""
         found = vars(self).get("path") or self.here
         return weight_files_fingerprint(found) if found is not None and has_weights(found) else None
 
     @property
     def model_files(self) -> dict[str, Any]:
-        """What else than weights the checkpoint's files say (see `companion_files`); empty where they are not here.
+        """The fingerprints of the other files (see `companion_files`); empty if they are not on this machine.
 
         Raises:
-            ModelError: its configuration, or the one of generation, is not usable.
+            ModelError: its configuration or generation configuration is invalid.
         """
         found = vars(self).get("path") or self.here
         if found is None or not has_weights(found):
@@ -98,13 +98,13 @@ class ModelSource:
 
     @cached_property
     def own_config(self) -> PreTrainedConfig:
-        """The checkpoint's own architecture, for which it is downloaded unless it is here or `offline`."""
+        """The checkpoint's own configuration; a Hub id is downloaded for it unless `offline`."""
         return read_architecture(self.path)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The architecture, no weights read: the checkpoint's own, or the published one of a registry's model whose
-        checkpoint was not named. Of a Hub id no more than config.json is downloaded."""
+        """The configuration, without reading weights: the checkpoint's own, or the published one for a model of the
+        registry without a given checkpoint. For a Hub id only config.json is downloaded."""
         if self.is_local:
             return self.own_config
         entry = self.entry
@@ -114,24 +114,24 @@ class ModelSource:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return self.config.get_text_config().num_hidden_layers
 
     @property
     def chat(self) -> str:
-        """How prompts are wrapped unless the user says otherwise."""
+        """The default chat wrapper."""
         return "none" if self.entry is None else self.entry.chat
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Texts at which an answer is cut off."""
+        """Strings at which an answer is truncated."""
         return () if self.entry is None else self.entry.stop_strings
 
     def check(self) -> None:
-        """Refuse what loading would refuse for its configuration or weight files; a Hub id is downloaded for that.
+        """Check configuration and weight files as loading would; a Hub id is downloaded for that.
 
         Raises:
-            ModelError: the checkpoint is not to be had, or is no causal language model, or its weights are damaged.
+            ModelError: the checkpoint is not available or not a causal language model, or its weights are damaged.
         """
         assert self.own_config is not None, "reads it"
         check_weights(self.path)
@@ -140,12 +140,12 @@ class ModelSource:
 def find_source(
     model: str | None = None, checkpoint: str | Path | None = None, *, offline: bool | None = None
 ) -> ModelSource:
-    """What `model` and `checkpoint` name; nothing is read or downloaded yet.
+    """Resolve `model` and `checkpoint`; nothing is read or downloaded yet.
 
     Args:
         model: a name of `configs/models.yaml`, or weights: a Hub id, a folder, a .gguf file, or package:name/file.gguf.
-        checkpoint: weights that stand for a model of that name; alone, the same as `model`.
-        offline: look for a Hub id in the local cache only; None: unless it was given here.
+        checkpoint: weights to use for the model of that name; without `model`, the same as `model`.
+        offline: look for a Hub id only in the local cache; None: yes, unless it was given here.
 
     Raises:
         ModelError: neither is given, the model is unknown, or both name weights.
@@ -159,8 +159,8 @@ def find_source(
     if model is not None and checkpoint is not None:
         _check_unlisted(model)
         raise ModelError(
-            f"--model {model} names its weights and --checkpoint {checkpoint} others: give one of them, or with "
-            f"--checkpoint one of the models {', '.join(registry())}"
+            f"--model {model} and --checkpoint {checkpoint} both name weights: give only one of them, or use "
+            f"--checkpoint with one of the models {', '.join(registry())}"
         )
     source = model if model is not None else str(checkpoint)
     if checkpoint is None:
@@ -171,10 +171,10 @@ def find_source(
 
 
 def name_of(source: str) -> str:
-    """What the runs of unlisted weights are called by: the last part of a Hub id, the folder's or file's own name.
+    """The name of unlisted weights in run names: the last part of a Hub id, or the name of the folder or file.
 
-    `Qwen2.5-7B-Instruct` for `Qwen/Qwen2.5-7B-Instruct@main`, for a folder of that name, and for a folder of the Hub's
-    cache (`models--Qwen--Qwen2.5-7B-Instruct`, or a snapshot in it).
+    For example `Qwen2.5-7B-Instruct` for `Qwen/Qwen2.5-7B-Instruct@main`, for a folder of that name, and for a folder
+    of the Hub cache (`models--Qwen--Qwen2.5-7B-Instruct`, or a snapshot in it).
     """
     path = Path(source).expanduser()
     if is_packaged(source):
@@ -190,7 +190,7 @@ def name_of(source: str) -> str:
 
 
 def _check_unlisted(given: str) -> None:
-    """Refuse what cannot name weights, and what would take the name of a model of the registry."""
+    """Refuse a name that cannot be weights, or whose runs would have the name of a model in the registry."""
     path = Path(given).expanduser()
     if not given.strip():
         raise unknown_model(given)
@@ -200,19 +200,21 @@ def _check_unlisted(given: str) -> None:
         if not HUB_ID.fullmatch(given):
             raise unknown_model(given)
     if path.is_file() and not is_gguf(path):
-        raise ModelError(f"model {given!r} is a file; a folder with config.json and weights, or a .gguf file is needed")
+        raise ModelError(
+            f"model {given!r} is a file, but must be a folder with config.json and weights, or a .gguf file"
+        )
     if (name := name_of(given)) in registry():
         raise ModelError(
-            f"the runs of {given!r} would be called as those of {name}, which configs/models.yaml names: give --model "
-            f"{name} --checkpoint {given} to run it as that model, or give the folder another name"
+            f"the runs of {given!r} would have the name of model {name} in configs/models.yaml: use --model {name} "
+            f"--checkpoint {given} to run it as that model, or rename the folder"
         )
 
 
 def read_architecture(path: Path) -> PreTrainedConfig:
-    """The configuration of a folder or GGUF file, if it is a causal language model that transformers has a class for.
+    """The configuration of a folder or GGUF file.
 
     Raises:
-        ModelError: it is none.
+        ModelError: it is not a causal language model that transformers supports.
     """
     if is_gguf(path):
         config = read_gguf_config(path)
@@ -230,13 +232,13 @@ def _check_causal(path: Path, model_type: str, classes: list[str]) -> None:
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if expected is None or (classes and expected not in classes):
         raise ModelError(
-            f"{path} holds {', '.join(classes) or 'no named class'} of type {model_type!r}, which is no causal "
+            f"{path} contains {', '.join(classes) or 'no named class'} of type {model_type!r}, which is not a causal "
             f"language model of transformers {transformers.__version__} (remote code is never run)"
         )
 
 
 def _published(name: str, shape: Any) -> PreTrainedConfig:
-    """The configuration that `configs/models.yaml` says of a model."""
+    """The published configuration of a model, from `configs/models.yaml`."""
     with said_in_one_line(f"configs/models.yaml: the shape of {name} is not usable"):
         fields = {field: value for field, value in shape.items() if field != "model_type"}
         return internlm.llama_config(fields) if shape["model_type"] == internlm.MODEL_TYPE else LlamaConfig(**fields)

@@ -1,4 +1,4 @@
-"""stories260K, a real Llama of five layers trained on children's stories: studies use it where it is at hand."""
+"""stories260K, a Llama of five layers trained on children's stories, which studies use if it is available."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adaskip.models.loading import LoadedModel, load_model
 
 STORIES = "stories260K"
 VARIABLE = "ADASKIP_REAL"
-"""Environment variable that names the folder which holds the model's."""
+"""Environment variable with the folder that contains the model's folder."""
 CALIBRATION_STORIES = 20
 BEGINNINGS = (
     "Once upon a time, there was a little girl named",
@@ -24,11 +24,11 @@ BEGINNINGS = (
     "Lily liked to play with her",
 )
 TOLD_TOGETHER = 16
-NOT_AT_HAND = f"{STORIES} was left out: {VARIABLE} names no folder that holds it."
+NOT_AT_HAND = f"{STORIES} was left out: {VARIABLE} does not name a folder that contains it."
 
 
 def stories_dir() -> Path | None:
-    """Where the model is; None where it is not at hand."""
+    """The folder of the model; None if it is not available."""
     folder = os.environ.get(VARIABLE)
     found = Path(folder) / STORIES if folder else None
     return found if found is not None and found.is_dir() else None
@@ -38,19 +38,19 @@ def load_stories() -> LoadedModel:
     """The model in float32 on the CPU.
 
     Raises:
-        ValueError: it is not at hand.
+        ValueError: it is not available.
     """
     folder = stories_dir()
     if folder is None:
-        raise ValueError(f"{STORIES} is not at hand: {VARIABLE} must name the folder that holds it")
+        raise ValueError(f"{STORIES} is not available: {VARIABLE} must name the folder that contains it")
     return load_model(None, checkpoint=str(folder), device="cpu", dtype="float32")
 
 
 @torch.no_grad()
 def tell(loaded: LoadedModel, count: int, length: int, seed: int) -> list[Tensor]:
-    """So many stories sampled from the model, of `length` tokens each, [S]; shorter ones are not kept.
+    """Sample `count` stories of exactly `length` tokens from the model, each [S]; shorter ones are dropped.
 
-    The model's generation config says where a story ends, and nothing else.
+    Of the model's generation config, only the end tokens are used.
     """
     tokenizer: Any = loaded.tokenizer
     ends = torch.tensor(loaded.spec.stop_token_ids)
@@ -70,5 +70,5 @@ def tell(loaded: LoadedModel, count: int, length: int, seed: int) -> list[Tensor
             )
             whole = ~torch.isin(told[:, prompt.shape[1] :], ends).any(dim=1)
             kept += list(told[whole]) if told.shape[1] == length else []
-    order = torch.randperm(len(kept)).tolist()  # so that calibration and test stories begin alike
+    order = torch.randperm(len(kept)).tolist()  # so that calibration and test stories have the same beginnings
     return [kept[i] for i in order[:count]]

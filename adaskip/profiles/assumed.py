@@ -6,14 +6,13 @@ gets a set like those the paper reports, and every result states that it was ass
 
 from __future__ import annotations
 
-from adaskip.core.plan import Sublayer, SublayerKind
+from adaskip.core.plan import KINDS, Sublayer
 from adaskip.profiles.importance import ROUNDING, ImportanceProfile, SublayerMeans
 
 ATTENTIONS_PER_FFN = 3
 ASSUMED = f"assumed: {ATTENTIONS_PER_FFN} attention sublayers to 1 FFN, from the last layer down; no FFN joins online"
 ASSUMED_SCALE = 1.05
 """Any value other than 1: a scale of 1 would not be applied and so cost no time."""
-KINDS: tuple[SublayerKind, SublayerKind] = ("attention", "ffn")
 
 
 def assumed_ranking(num_layers: int) -> list[Sublayer]:

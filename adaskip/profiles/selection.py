@@ -13,11 +13,10 @@ from torch import nn
 
 from adaskip.common.files import write_text_atomic
 from adaskip.common.named_files import find_file, read_record
-from adaskip.core.plan import PHASES, Phase, SkipPlan, Sublayer, SublayerKind
+from adaskip.core.plan import KINDS, PHASES, Phase, SkipPlan, Sublayer
 from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, whole
 
 ROUNDING = 1e-6  # nats; rounding may make a divergence negative by this much
-KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 
 
 @dataclass(frozen=True)

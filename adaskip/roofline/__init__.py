@@ -1,4 +1,4 @@
-"""The limit of the hardware: least times of a skipped model from its operations and bytes."""
+"""A roofline model: minimum times of a skipped model, from its operations and bytes and the limits of the hardware."""
 
 from adaskip.roofline.ceilings import Ceilings, known_ceilings, known_devices, measure_ceilings
 from adaskip.roofline.predict import Times, forward_seconds, kv_bytes_per_token, predict

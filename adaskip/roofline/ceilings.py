@@ -1,4 +1,4 @@
-"""What a device can do at most: from its data sheet, or measured on the one that is present."""
+"""The ceilings of a device (FLOP/s and bytes/s): from its data sheet, or measured on this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from adaskip.common.configs import load_yaml
 
 MEASURE_SECONDS = 1.0
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-"""Far beyond the last cache."""
+"""Much larger than the last-level cache."""
 MATMUL_SIZES = {"cuda": (4096, 8192), "cpu": (512, 1024)}
-"""Edges of square matrices; the fastest counts."""
+"""Sizes of square matrices; the fastest one is used."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def known_devices() -> tuple[str, ...]:
 
 
 def known_ceilings(name: str) -> Ceilings:
-    """The data-sheet ceilings of a GPU in bfloat16; ValueError with all names if `configs/devices.yaml` has none."""
+    """The data-sheet ceilings of a GPU in bfloat16; ValueError that lists all names if it is not in
+    `configs/devices.yaml`."""
     devices = load_yaml("devices")
     if name not in devices:
         near = get_close_matches(name.upper(), devices, n=1)
@@ -50,9 +51,9 @@ def known_ceilings(name: str) -> Ceilings:
 
 
 def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> Ceilings:
-    """The copy bandwidth and the large-matmul rate of a present CUDA or CPU device, medians over about a second each.
+    """Measure copy bandwidth and large-matmul rate of a CUDA or CPU device, each as a median over about a second.
 
-    A copy counts the bytes it reads and those it writes.
+    A copy counts both the bytes it reads and those it writes.
     """
     present = [kind for kind in COPY_BYTES if kind == "cpu" or torch.cuda.is_available()]
     if str(device).split(":")[0] not in present:

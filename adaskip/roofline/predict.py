@@ -1,4 +1,4 @@
-"""Least times of a whole request under skip plans: TTFT and TPOT at the device's ceilings, and bytes of K/V."""
+"""Minimum times of a request under skip plans: TTFT and TPOT at the device's ceilings, and bytes of K/V."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DecodePlan = SkipPlan | Callable[[int], SkipPlan]
 
 @dataclass(frozen=True)
 class Times:
-    """Time to the first token, and mean time of each further token (None if there is none)."""
+    """Time to the first token, and mean time of each later token (None if there is none)."""
 
     ttft_s: float
     tpot_s: float | None
@@ -34,10 +34,10 @@ def predict(
     bytes_per_value: int = 2,
     attention: AttentionImplementation = "fused",
 ) -> Times:
-    """TTFT and TPOT if every live sublayer ran at the ceilings and nothing else took time.
+    """TTFT and TPOT if every live sublayer runs at the ceilings and nothing else takes time.
 
-    The first of `new_tokens` comes from the prompt's forward, which computes the logits of the last position only; the
-    others from decode steps over a growing context. An attention skipped in the prompt stays skipped.
+    The first of `new_tokens` comes from the forward over the prompt, which computes the logits of the last position
+    only; the others come from decode steps over a growing context. An attention skipped in the prompt stays skipped.
     """
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1; got {new_tokens}")
@@ -72,7 +72,7 @@ def forward_seconds(
     bytes_per_value: int = 2,
     attention: AttentionImplementation = "fused",
 ) -> float:
-    """The least time of one forward of the model without the sublayers of `plan`, one sublayer after the other."""
+    """The minimum time of one forward of the model without the sublayers of `plan`, which run one after the other."""
     plan.check_fits(shape.num_layers)
     head = head_work(shape, tokens=tokens, batch_size=batch_size, bytes_per_value=bytes_per_value)
     total = head.seconds(ceilings)
@@ -97,7 +97,7 @@ def forward_seconds(
 def kv_bytes_per_token(shape: ModelShape, plan: SkipPlan, bytes_per_value: int = 2) -> int:
     """Bytes of K/V that a token adds to the cache; skipped attentions add none.
 
-    Layers with a sliding window add theirs only until the window is full.
+    Layers with a sliding window add K/V only until the window is full.
     """
     live = (attention for layer, attention in enumerate(shape.attention) if layer not in plan.attention)
     return 2 * sum(attention.num_kv_heads * attention.head_dim for attention in live) * bytes_per_value

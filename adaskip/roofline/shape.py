@@ -1,7 +1,7 @@
-"""The matrices of a model, sublayer by sublayer, read off the stock model itself without allocating a weight.
+"""The weight matrices of a model's sublayers, read from the stock model without allocating weights.
 
-transformers builds the model on the meta device, so every family's biases, norms, fused projections and experts are
-counted as they are; no formula per family can go stale.
+transformers builds the model on the meta device, so the biases, norms, fused projections and experts of every family
+are counted exactly, without formulas per family.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from adaskip.core.plan import SublayerKind
 
 @dataclass(frozen=True)
 class SublayerShape:
-    """The parameters of one attention or FFN sublayer, its norms included.
+    """The parameters of one attention or FFN sublayer, including its norms.
 
-    matrices: (outputs, inputs) of every matrix that each token is multiplied by. experts, active_experts: how many
-    experts there are and how many of them a token visits; expert_matrices: (outputs, inputs) of one of them. vectors:
-    entries of biases and norm weights. Of an attention also num_heads, num_kv_heads, head_dim, and window: the
-    positions it sees at most, None for all.
+    matrices: (outputs, inputs) of every matrix that each token is multiplied by. experts, active_experts: number of
+    experts, and how many of them each token uses; expert_matrices: (outputs, inputs) of one expert. vectors: entries of
+    biases and norm weights. For an attention also num_heads, num_kv_heads, head_dim, and window: the maximum number of
+    positions it sees, None for all.
     """
 
     matrices: tuple[tuple[int, int], ...]
@@ -52,20 +52,20 @@ class SublayerShape:
 
     @property
     def passed(self) -> int:
-        """Activations that one token brings to its matrices and takes from them."""
+        """Number of activations that one token reads and writes at its matrices."""
         passed = sum(map(sum, self.matrices))
         return passed + self.active_experts * sum(map(sum, self.expert_matrices))
 
     def weights_read(self, tokens: int) -> float:
-        """Entries of the weights that `tokens` tokens need: of the experts those expected to be visited by any token,
-        if each token chose its own at random."""
+        """Number of weight entries that `tokens` tokens read, with the expected number of used experts if each token
+        chooses at random."""
         visited = self.experts * (1 - (1 - self.active_experts / self.experts) ** tokens) if self.experts else 0.0
         return _entries(self.matrices) + visited * _entries(self.expert_matrices) + self.vectors
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a decoder decides its time: matrices, heads, vocabulary and windows. Layers need not be alike.
+    """The dimensions of a decoder that determine its time: matrices, heads, vocabulary and windows. Layers may differ.
 
     attention, ffn: one `SublayerShape` per layer. final_vectors: entries of the norm before the head.
     """
@@ -136,7 +136,7 @@ class ModelShape:
 
     @cached_property
     def alike(self) -> dict[SublayerKind, tuple[frozenset[int], ...]]:
-        """By kind, the layers whose sublayers are of the same shape; most models have one group."""
+        """For each kind, groups of layers whose sublayers have the same shape; most models have one group."""
         return {"attention": _groups(self.attention), "ffn": _groups(self.ffn)}
 
 
@@ -165,8 +165,8 @@ def _on_meta(config: PreTrainedConfig) -> Any:
 
 
 def _layer_configs(config: PreTrainedConfig, num_layers: int) -> list[Any]:
-    """The config of each layer; where layers differ, as in Gemma 4, transformers refuses to read their sizes off the
-    whole model's. Older versions have the one config only."""
+    """The config of each layer. If layers differ, as in Gemma 4, the config of the whole model does not have their
+    sizes; older versions of transformers have only that one."""
     own: Any = getattr(config, "per_layer_config", None)
     return [config] * num_layers if own is None else [own[layer] for layer in range(num_layers)]
 
@@ -182,7 +182,7 @@ def _heads(config: Any) -> dict[str, int]:
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """Positions each layer's attention sees at most, as transformers' own cache has it."""
+    """Maximum number of positions that each layer's attention sees, from transformers' cache."""
     layers: list[Any] = DynamicCache(config=config).layers
     return [layer.sliding_window if getattr(layer, "is_sliding", False) else None for layer in layers]
 

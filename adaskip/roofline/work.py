@@ -1,8 +1,9 @@
-"""What one forward of one sublayer costs at least: floating-point operations, and bytes through the device's memory.
+"""The minimum cost of one forward of one sublayer: floating-point operations, and bytes through the device's memory.
 
-A matrix is read once, its input and output once; norms, activation functions and residual additions ride along with
-them. Attention reads every key and value it sees once and keeps its scores on the chip ("fused": FlashAttention,
-SDPA), or sends them through memory ("eager": transformers' plain implementation and the remote code of its time).
+A matrix and its input and output are each moved once; norms, activation functions and residual additions are fused with
+them. Attention reads every key and value it sees once, and either keeps its scores on the chip ("fused":
+FlashAttention, SDPA) or moves them through memory ("eager": the plain implementation of transformers and older remote
+code).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ EAGER_PASSES = 8
 """Passes over the score matrix: written by q k^T, read and written by the scaling and by the mask, read and written by
 the softmax, read by the product with v."""
 EAGER_FLOAT32_BYTES = 8
-"""In 16-bit models the softmax leaves float32 scores, which the cast back reads."""
+"""In 16-bit models the softmax writes float32 scores, which the cast to 16 bits reads."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """The longer of computing and moving, since the two overlap."""
+        """The longer of compute time and memory time, since the two overlap."""
         return max(self.flops / ceilings.matmul_flops, self.bytes / ceilings.bandwidth)
 
 
@@ -49,9 +50,10 @@ def attention_work(
     layer: int = 0,
     attention: AttentionImplementation = "fused",
 ) -> Work:
-    """One attention sublayer: `tokens` new tokens per row, which see `context` positions, themselves included.
+    """One attention sublayer: `tokens` new tokens per row, which see `context` positions, including themselves.
 
-    Causal attention computes only the half of the scores it needs; the eager one computes and masks the other half.
+    Fused causal attention computes only the needed half of the scores; eager attention also computes and masks the
+    other half.
     """
     _check(tokens, context, batch_size)
     _check_implementation(attention)
@@ -74,7 +76,7 @@ def ffn_work(shape: ModelShape, *, tokens: int, batch_size: int = 1, bytes_per_v
 
 
 def head_work(shape: ModelShape, *, tokens: int, batch_size: int = 1, bytes_per_value: int = 2) -> Work:
-    """Around the layers: the embeddings of `tokens` new tokens per row, and the logits of each row's last one."""
+    """The work outside of the layers: embeddings of `tokens` new tokens per row, and logits of each row's last one."""
     _check(tokens, tokens, batch_size)
     embeddings = 2 * shape.hidden_size * tokens * batch_size
     head = SublayerShape(matrices=((shape.vocab_size, shape.hidden_size),), vectors=shape.final_vectors)
@@ -93,7 +95,7 @@ def sublayer_seconds(
     layer: int = 0,
     attention: AttentionImplementation = "fused",
 ) -> float:
-    """The least time of one forward of one sublayer."""
+    """The minimum time of one forward of one sublayer."""
     sizes = {"tokens": tokens, "batch_size": batch_size, "bytes_per_value": bytes_per_value, "layer": layer}
     if kind == "ffn":
         return ffn_work(shape, **sizes).seconds(ceilings)
@@ -106,7 +108,7 @@ def _matrices_work(sublayer: SublayerShape, rows: int, bytes_per_value: int) -> 
 
 
 def _pairs(tokens: int, context: int, window: int | None) -> int:
-    """Query-key pairs of the last `tokens` of `context` positions, each of which sees itself and what is before it."""
+    """Query-key pairs of the last `tokens` of `context` positions, each of which sees itself and earlier positions."""
     if window is None:
         return tokens * context - tokens * (tokens - 1) // 2
     first = context - tokens
@@ -115,7 +117,7 @@ def _pairs(tokens: int, context: int, window: int | None) -> int:
 
 
 def _eager_bytes(bytes_per_value: int) -> int:
-    """Bytes that one score moves when it goes through memory."""
+    """Bytes that one score moves through memory."""
     return EAGER_PASSES * bytes_per_value + (EAGER_FLOAT32_BYTES if bytes_per_value < 4 else 0)
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from adaskip.core.plan import Budget, Phase
-from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
+from adaskip.profiles.assumed import assumed_profile
 from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
 from adaskip.runs.job import Job, Part, Profile
 from adaskip.runs.manifest import is_done
 from adaskip.strategies import Strategy, build
-
-UNKNOWN: dict[str, Any] = {
-    **{"model": "", "weights_fingerprint": "", "dtype": "", "attn_implementation": ""},
-    **{"dataset": "", "data_ids": ()},
-}
-"""Fields of a placeholder profile."""
 
 
 def check(job: Job) -> None:
@@ -59,15 +51,9 @@ def _profile_without_model(job: Job) -> Profile | None:
         return job.given_profile
     assert job.calibration.samples, "reads the data"
     if job.selection_phase is None:
-        return _any_importance(job.loading.num_layers)
+        return assumed_profile(job.loading.num_layers)
     assert job.calibration.searched, "reads the data"
     return _any_selection(job.selection_phase, job.loading.num_layers)
-
-
-def _any_importance(depth: int) -> ImportanceProfile:
-    """A placeholder profile in which all sublayers are equal."""
-    means = SublayerMeans((0.0,) * depth, (1.0,) * depth)
-    return ImportanceProfile(attention=means, ffn=means, layer=means, tokens=1, phase="prefill", **UNKNOWN)
 
 
 def _any_selection(phase: Phase, depth: int) -> SelectionProfile:
@@ -77,4 +63,5 @@ def _any_selection(phase: Phase, depth: int) -> SelectionProfile:
         ffn, attention = (dict.fromkeys(range(size), 1.0) for size in (min(count, depth), max(0, count - depth)))
         selected[count] = Selected(attention, ffn, divergence=0.0, found_by="")
     cost = SearchCost(0, 0, 0.0, 0, 0, 0.0)
-    return SelectionProfile(selected, phase, num_layers=depth, cost=cost, **UNKNOWN)
+    unknown = dict.fromkeys(("model", "weights_fingerprint", "dtype", "attn_implementation", "dataset"), "")
+    return SelectionProfile(selected, phase, num_layers=depth, cost=cost, **unknown, data_ids=())

@@ -1,4 +1,4 @@
-"""What a user may choose: the options of `adaskip run`, `calibrate` and `grid`, checked when they are made."""
+"""The options of `adaskip run`, `calibrate` and `grid`, which are validated on construction."""
 
 from __future__ import annotations
 
@@ -32,60 +32,58 @@ MODEL_HELP = (
     f"{', '.join(registry())} (configs/models.yaml), or weights: a Hub id org/name[@revision], a folder, a .gguf file"
 )
 FLAGS = ("data_dir", "longbench_set", "min_length", "max_length")
-"""Options of benchmarks that have a flag of their own."""
+"""Benchmark options that also have their own flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig:
-    """What every command that loads a model needs."""
+    """Options of every command that loads a model."""
 
     benchmark: str | None = option(
         lambda: (
-            f"tasks, records and scores: {', '.join(BENCHMARKS.all())}, or package.module:Class; if not given, "
+            f"benchmark (tasks, records, scores): {', '.join(BENCHMARKS.all())}, or package.module:Class; default: "
             f"{LongBench.name}"
         )
     )
-    testbed: bool = option(
-        "--benchmark testbed: the embedded small models and their generated tasks instead of real checkpoints", False
-    )
+    testbed: bool = option("use the embedded small models and their generated tasks, like --benchmark testbed", False)
     benchmark_option: tuple[str, ...] | None = option(
-        lambda: f"NAME=VALUE, options of the benchmark itself: {options_help(BENCHMARKS.all()) or 'none so far'}"
+        lambda: f"NAME=VALUE, options of the benchmark: {options_help(BENCHMARKS.all()) or 'none so far'}"
     )
     protocol: str | None = option(
         lambda: (
-            f"which records are scored and how much of them: {', '.join(protocols())} (configs/phases.yaml); if not "
-            "given, the model's own (configs/models.yaml)"
+            f"records to score and answer caps: {', '.join(protocols())} (configs/phases.yaml); default: that of the "
+            "model (configs/models.yaml)"
         )
     )
-    checkpoint: str | None = option("folder, .gguf file or Hub id of the weights instead of the named model's own")
+    checkpoint: str | None = option("folder, .gguf file or Hub id of weights to use instead of the named model's own")
     data_dir: str | None = option(
-        "the benchmark's data: of LongBench a folder of its jsonl files, its data.zip, or hub to download it; if not "
-        "given, the local Hub cache"
+        "data of the benchmark; for LongBench a folder with its jsonl files, its data.zip, or hub to download it; "
+        "default: the local Hub cache"
     )
-    device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
-    dtype: str | None = option(f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32")
+    device: str | None = option("torch device; default: cuda if available, else cpu")
+    dtype: str | None = option(f"dtype of the weights: {', '.join(DTYPES)}; default: bfloat16 on cuda, else float32")
     attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
     device_map: str | None = option("accelerate's device map, e.g. auto, to spread a model over several devices")
-    chat: str | None = option("prompt wrapper: none, template, or a text with {prompt}; if not given, the model's own")
-    seed: int = option("seed of torch's generators, and of --subset", 0)
-    threads: int | None = option("CPU threads of torch; if not given, torch's own choice")
+    chat: str | None = option("chat wrapper: none, template, or a text with {prompt}; default: that of the model")
+    seed: int = option("seed of torch's generators and of --subset", 0)
+    threads: int | None = option("CPU threads of torch; default: torch's choice")
 
     def __post_init__(self) -> None:
         self._check_benchmark()
         if self.dtype is not None:
             check_choice("--dtype", self.dtype, DTYPES)
         if self.device is not None and self.device_map is not None:
-            raise ValueError("--device and --device-map both say where the model goes: give one of them")
+            raise ValueError("--device and --device-map both place the model: give only one of them")
         for name in ("threads", "limit", "subset", "batch_size", "max_new_tokens", "jobs", "max_length"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
     def _check_benchmark(self) -> None:
-        """Refuse a benchmark, options of it, a protocol or tasks that do not go together."""
+        """Raise ValueError if benchmark, its options, protocol and tasks do not fit together."""
         given = self.benchmark and BENCHMARKS.name_of(self.benchmark)
         if self.testbed and given not in (None, Testbed.name):
-            raise ValueError(f"--testbed is --benchmark {Testbed.name} and --benchmark {given} is given: leave one out")
+            raise ValueError(f"--testbed means --benchmark {Testbed.name}, but --benchmark is {given}: leave one out")
         name = Testbed.name if self.testbed else given or LongBench.name
         object.__setattr__(self, "benchmark", name)
         BENCHMARKS.find(name)
@@ -96,49 +94,51 @@ class SharedConfig:
             self.find_benchmark(setup).check_tasks(getattr(self, "tasks", None) or ())
 
     def find_benchmark(self, setup: Setup | None = None) -> Benchmark:
-        """The benchmark with its options, those that are given and else those of the setup.
+        """The benchmark with the given options; defaults are those of the setup.
 
         Raises:
-            ValueError: an option is not one of the benchmark's, or its value is not allowed.
+            ValueError: an unknown option of the benchmark, or a value that is not allowed.
         """
         cls = BENCHMARKS.find(str(self.benchmark))
         flags = {name: value for name in FLAGS if (value := getattr(self, name, None)) is not None}
         own = parse_options(f"benchmark {cls.name}", cls, self.benchmark_option or (), "--benchmark-option")
         if twice := sorted(flags.keys() & own.keys()):
-            raise ValueError(f"given by a flag of its own and by --benchmark-option: {', '.join(twice)}; give it once")
+            raise ValueError(
+                f"{', '.join(twice)} is given by its own flag and by --benchmark-option: give it only once"
+            )
         return build_benchmark(cls.name, **{**(setup or self.setup).records, **flags, **own})
 
     def setup_of(self, entry: ModelEntry | None) -> Setup:
-        """The protocol that holds for a model; entry: what `configs/models.yaml` says of it."""
+        """The protocol of a model. entry: the model's entry in `configs/models.yaml`."""
         return find_setup(str(self.benchmark), self.protocol or (None if entry is None else entry.protocol))
 
     @property
     def setup(self) -> Setup:
-        """Those for the one model that is given, or for models whose protocol is the paper's."""
+        """The defaults for the given model; for several models, those of the paper's protocol."""
         model: str | None = getattr(self, "model", None)
         return self.setup_of(None if model is None else find_source(model, self.checkpoint).entry)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SharedConfig):
-    """What `run`, `grid` and `calibrate` share: the data, and where what is made of it is kept."""
+    """Options of `run`, `grid` and `calibrate`: the data, and the folder of results."""
 
-    tasks: tuple[str, ...] | None = option("the benchmark's tasks; if not given, the phase's")
+    tasks: tuple[str, ...] | None = option("tasks of the benchmark; default: those of the phase")
     longbench_set: str | None = option(
-        "what a task's name means: plain (LongBench's own set), extended (LongBench-E's), auto (LongBench-E's where "
-        "there is one) or both (LongBench-E's, and of the plain one what is not in it); a name that ends in _e is "
-        "LongBench-E's; if not given, the protocol's, in the paper's auto"
+        "the set that a task name means: plain (LongBench), extended (LongBench-E), auto (LongBench-E if it has the "
+        "task) or both (LongBench-E and the records only in LongBench); a name that ends in _e always means "
+        "LongBench-E; default: that of the protocol, for the paper's auto"
     )
     min_length: int | None = option(
-        "only records of more than N words, 0 for all; importance is measured on the paper's, the sets of calibrated "
-        "are searched on those that are left out; if not given, the protocol's, in the paper's 4000"
+        "use only records of more than N words, 0 for all; importance is always measured on the protocol's records, "
+        "the sets of calibrated are searched on the shorter ones; default: that of the protocol, for the paper's 4000"
     )
     max_length: int | None = option(
-        "only records of at most N words; importance is measured on such records, too; if not given, no limit"
+        "use only records of at most N words, also for measuring importance; default: no limit"
     )
     max_prompt_tokens: int | None = option(
-        "longest prompt before wrapping; longer ones lose their middle or, in a protocol with longest_prompt_tokens, "
-        "are left out; if not given, the protocol's or the model's own limit"
+        "maximum prompt length before the chat wrapper is added; longer prompts lose their middle or, in a protocol "
+        "with longest_prompt_tokens, are left out; default: the limit of the protocol or the model"
     )
     output_dir: str | None = option(
         "where runs go, with the folder of their profiles beside it; if not given, results/runs, or of another "
@@ -158,55 +158,57 @@ class DataConfig(SharedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkConfig(DataConfig):
-    """What `run` and `grid` share: how much of each task."""
+    """Options of `run` and `grid`: the number of samples, and how they are generated."""
 
-    limit: int | None = option("only the first N samples of each task; if not given, the phase's")
-    subset: int | None = option("only N samples of each task, drawn at random by --seed, the same for every cell")
-    batch_size: int | None = option("samples generated together; if not given, the setup's")
-    max_new_tokens: int | None = option("most new tokens per sample; if not given, the task's and phase's cap")
+    limit: int | None = option("use only the first N samples of each task; default: that of the phase")
+    subset: int | None = option("use only N random samples of each task (--seed), the same for every cell")
+    batch_size: int | None = option("samples per batch; default: that of the protocol")
+    max_new_tokens: int | None = option("maximum number of new tokens per sample; default: the cap of task and phase")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None and self.subset is not None:
-            raise ValueError("--limit takes the first samples and --subset draws them at random: give one of them")
+            raise ValueError("--limit uses the first samples and --subset random ones: give only one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig(DataConfig):
-    """A model under a strategy in a phase at a budget."""
+    """Options that select a model, a strategy, a phase and a budget."""
 
     model: str = option(MODEL_HELP, required=True)
-    phase: str = option(f"what skips: {', '.join(PHASES)}", required=True)
+    phase: str = option(f"phase in which sublayers are skipped: {', '.join(PHASES)}", required=True)
     strategy: str = option(lambda: f"strategy: {', '.join(SHORT_NAMES)}, or package.module:Class", required=True)
     budget: int | None = option(
-        "sublayers to skip; if no budget is given in any form, the smallest of the setup's (an eighth of all sublayers)"
+        "number of sublayers to skip; without a budget in any form, the protocol's smallest (an eighth of all)"
     )
-    skip_sub_layer_num: int | None = option("the same, in the artifact's spelling", aliases=["--skip_sub_layer_num"])
+    skip_sub_layer_num: int | None = option("the same, as the artifact spells it", aliases=["--skip_sub_layer_num"])
     skip_full_layer_num: int | None = option(
-        "whole layers to skip, two sublayers each", aliases=["--skip_full_layer_num"]
+        "number of whole layers to skip, two sublayers each", aliases=["--skip_full_layer_num"]
     )
-    alpha: float | None = option("acceleration ratio; of M layers M - M/alpha are skipped")
-    fraction: float | None = option("share of all sublayers, as 0.125, to the nearest unit the strategy can skip")
+    alpha: float | None = option("acceleration ratio: M - M/alpha of M layers are skipped")
+    fraction: float | None = option("share of all sublayers, e.g. 0.125, rounded to the unit the strategy can skip")
     target_speedup: float | None = option(
-        "calibrated: the least divergent set that the roofline predicts to reach this speedup of the phase, as 1.2, at "
-        "the tasks' mean prompt lengths and answer caps; it ignores launch overhead, so small models attain less: the "
-        "attained speedup is measured at the end of the run and told beside it"
+        "calibrated: use the least divergent set that the roofline model predicts to reach this speedup of the phase, "
+        "e.g. 1.2, at the mean prompt lengths and answer caps of the tasks; the roofline ignores launch overhead, so "
+        "small models attain less; the attained speedup is measured at the end of the run"
     )
     speedup_on: str | None = option(
-        f"GPU that --target-speedup is predicted for: {', '.join(known_devices())}; if not given, the present device, "
-        "measured"
+        f"GPU for which --target-speedup is predicted: {', '.join(known_devices())}; default: this device, whose "
+        "ceilings are measured"
     )
-    profile: str | None = option("profile of `adaskip calibrate`; if not given, made once and kept")
+    profile: str | None = option("profile made by `adaskip calibrate`; default: a profile that is made once and kept")
     allow_other_weights: bool = option(
-        "use --profile although it was made for other weights or another adapter, as of a fine-tune or a quantised "
-        "copy of the model; depth and width must agree",
+        "accept a --profile of other weights or another adapter, e.g. for a fine-tune or a quantised copy of the "
+        "model; depth and width must be equal",
         False,
     )
     strategy_option: tuple[str, ...] | None = option(
-        lambda: f"NAME=VALUE, options of the strategy itself: {options_help(STRATEGIES)}"
+        lambda: f"NAME=VALUE, options of the strategy: {options_help(STRATEGIES)}"
     )
-    learning_window: int | None = option("adaskip: tokens of an answer it learns from, 0 for none; if not given, 20")
-    beta_quantile: float | None = option("adaskip: its beta as a quantile of the FFNs' similarities, not the paper's")
+    learning_window: int | None = option("adaskip: length of its learning window, 0 for none; default: 20")
+    beta_quantile: float | None = option(
+        "adaskip: beta as a quantile of the FFNs' similarities; default: the paper's threshold"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,25 +217,25 @@ class StrategyConfig(DataConfig):
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
         if self.allow_other_weights and self.profile is None:
-            raise ValueError("--allow-other-weights is about the profile that --profile names: give that, too")
+            raise ValueError("--allow-other-weights needs --profile, the profile that it applies to")
         self._check_target()
         self._check_budget()
 
     def _check_target(self) -> None:
         if self.speedup_on is not None:
             if self.target_speedup is None:
-                raise ValueError(f"--speedup-on {self.speedup_on} says where --target-speedup holds: give that, too")
+                raise ValueError(f"--speedup-on {self.speedup_on} needs --target-speedup, which it applies to")
             known_ceilings(self.speedup_on)
         if self.target_speedup is None:
             return
         if not needs_selection(self.strategy):
             allowed = ", ".join(repr(name) for name in NAMES if needs_selection(name))
             raise ValueError(
-                f"--target-speedup chooses among the sets of a search; strategies allowed with it: {allowed}; "
+                f"--target-speedup chooses among the sets of a selection; strategies allowed with it: {allowed}; "
                 f"given: {self.strategy!r}"
             )
         if not self.target_speedup > 1:
-            raise ValueError(f"--target-speedup must be above 1, the full model's own; given: {self.target_speedup:g}")
+            raise ValueError(f"--target-speedup must be above 1; given: {self.target_speedup:g}")
 
     def _check_budget(self) -> None:
         forms = ("budget", "skip_sub_layer_num", "skip_full_layer_num", "alpha", "fraction", "target_speedup")
@@ -245,15 +247,15 @@ class StrategyConfig(DataConfig):
         elif len(given) > 1:
             raise ValueError(
                 f"strategy {self.strategy!r} takes one budget: --budget or --skip-sub-layer-num (sublayers), "
-                f"--skip-full-layer-num (layers), --alpha, --fraction, or of calibrated --target-speedup; given: "
+                f"--skip-full-layer-num (layers), --alpha, --fraction, or for calibrated --target-speedup; given: "
                 f"{spelled}"
             )
         elif self.fraction is not None and not 0 < self.fraction < 1:
-            raise ValueError(f"--fraction must be above 0 and below 1, as 0.125; given: {self.fraction:g}")
+            raise ValueError(f"--fraction must be above 0 and below 1, e.g. 0.125; given: {self.fraction:g}")
 
     @property
     def skip_budget(self) -> Budget | None:
-        """The budget in sublayers, layers or alpha; None for the full model, and where none of these was given."""
+        """The budget in sublayers, layers or alpha; None for the full model, or if none of these was given."""
         if self.strategy == "full":
             return None
         if self.alpha is not None:
@@ -265,36 +267,36 @@ class StrategyConfig(DataConfig):
 
     @property
     def strategy_options(self) -> dict[str, bool | int | float | str | None]:
-        """Fields of the strategy that were given a value of their own."""
+        """The options of the strategy that were given, by field name."""
         spelled = {"learning_window": self.learning_window, "beta_quantile": self.beta_quantile}
         given = {name: value for name, value in spelled.items() if value is not None}
         cls = STRATEGIES.get(self.strategy)
         options = parse_options(self.strategy, cls, self.strategy_option or (), "--strategy-option")
         if twice := sorted(given.keys() & options.keys()):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
-            raise ValueError(f"given by {flags} and by --strategy-option: {', '.join(twice)}; give it once")
+            raise ValueError(f"{', '.join(twice)} is given by {flags} and by --strategy-option: give it only once")
         return {**given, **options}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(StrategyConfig, WorkConfig):
-    """One cell: a strategy, and how much of each task it runs."""
+    """Options of one cell: a strategy, and the samples it runs on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(DataConfig):
-    """One profile: of importance, or of the sets selected for a phase; a run of the same settings finds it."""
+    """Options of one profile, of importance or of the sets for a phase; runs with the same settings use it."""
 
     model: str = option(MODEL_HELP, required=True)
     output: str | None = option(
-        "file (JSON) that the profile is written to beside the place where runs look for it, as --profile takes it"
+        "JSON file to which the profile is also written, for --profile; runs look for it in another place"
     )
-    samples: int | None = option("calibration prompts; if not given, the setup's 20")
-    batch_size: int = option("prompts measured together", 1)
+    samples: int | None = option("number of calibration prompts; default: that of the protocol")
+    batch_size: int = option("prompts per forward", 1)
     select: str | None = option(
         f"search the sets of strategy calibrated for this phase ({', '.join(PHASES)}) instead of measuring importance"
     )
-    up_to: int | None = option("with --select, the largest set; if not given, the setup's largest budget")
+    up_to: int | None = option("with --select: size of the largest set; default: the largest budget of the protocol")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,17 +306,17 @@ class CalibrateConfig(DataConfig):
         if self.select is not None:
             check_choice("phase", self.select, PHASES)
         if self.up_to is not None and (self.select is None or self.up_to < 1):
-            raise ValueError(f"--up-to is the largest set of --select and at least 1; given: {self.up_to}")
+            raise ValueError(f"--up-to needs --select and must be at least 1; given: {self.up_to}")
         if self.tasks is not None and self.select is None:
             raise ValueError(
-                f"--tasks are what --select searches on, importance is measured on {self.setup.calibration_task}: "
-                f"give --select, too, or leave them out; given: {' '.join(self.tasks)}"
+                f"--tasks are the tasks for --select; importance is measured on {self.setup.calibration_task}: "
+                f"give --select, too, or leave --tasks out; given: {' '.join(self.tasks)}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridConfig(WorkConfig):
-    """Many cells: every combination of models, phases, strategies and budgets."""
+    """Options of many cells: every combination of models, phases, strategies and budgets."""
 
     models: tuple[str, ...] = option(MODEL_HELP, MODELS)
     phases: tuple[str, ...] = option(f"of {', '.join(PHASES)}", PHASES)
@@ -341,7 +343,7 @@ class GridConfig(WorkConfig):
         _refuse_repeats("budget", self.budgets or ())
         check_choice("--estimate-for", self.estimate_for, known_devices())
         if self.checkpoint is not None and len(self.models) != 1:
-            raise ValueError("--checkpoint is one model's: give it with exactly one of --models")
+            raise ValueError("--checkpoint needs exactly one model in --models")
 
 
 def check_model(config: SharedConfig, model: str) -> None:

@@ -1,6 +1,6 @@
-"""What a run has to do, worked out from its configuration once, before any model is loaded.
+"""Resolves the configuration of a run once, before any model is loaded, into a `Job`.
 
-`resolve` is the one place that interprets a `RunConfig`; everything below takes what it needs from the `Job`.
+Only `resolve` interprets a `RunConfig`; all other code reads the `Job`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Profile = ImportanceProfile | SelectionProfile
 
 @dataclass(frozen=True)
 class Part:
-    """One task of a job: its samples in the data's order, and how many tokens each may generate."""
+    """One task of a job: its samples in the order of the data, and the cap of new tokens per sample."""
 
     benchmark: Benchmark
     name: str
@@ -49,19 +49,19 @@ class Part:
 
     @property
     def template(self) -> str | list[str]:
-        """What makes its prompts of its samples: the task's template, or where that alone does not, the prompts."""
+        """The task's template; the prompts themselves if the benchmark builds prompts in another way."""
         if type(self.benchmark).prompt is Benchmark.prompt:
             return self.task.template
         return [self.benchmark.prompt(self.name, sample) for sample in self.samples]
 
     def prompt_ids(self, batch: Sequence[Sample], loaded: LoadedModel) -> list[Tensor]:
-        """The prompts of some of its samples, token ids, 1-D."""
+        """The prompts of the samples in `batch`: token ids, each 1-D."""
         return prompt_ids(self.benchmark, self.name, batch, loaded)
 
 
 @dataclass(frozen=True)
 class SpeedupAsked:
-    """`--target-speedup`. on: the device it is predicted for, None for the present one."""
+    """The value of `--target-speedup`. on: the device of the prediction, None for this machine."""
 
     speedup: float
     on: str | None
@@ -69,12 +69,12 @@ class SpeedupAsked:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell, and all that is needed to fill its folder. What is read from files is read once, when first asked for.
+    """A cell with everything that is needed to run it. Files are read at most once, at first use.
 
-    protocol: its name in `configs/phases.yaml`. sublayers: the budget; None while a speedup is asked for and not yet
-    chosen for. answer_caps: most new tokens of each task's answers. calibration: what the profile is made on, None if
-    the strategy uses none. up_to: the largest set of a selection that is searched. profile_name: the profile that is
-    given and that the strategy uses.
+    protocol: its name in `configs/phases.yaml`. sublayers: the budget; None until one is chosen for a target speedup.
+    answer_caps: maximum new tokens by task. calibration: the calibration data, None if the strategy uses no profile.
+    up_to: size of the largest set if a selection is searched. profile_name: the value of `--profile`, None if it is not
+    given or the strategy uses no profile.
     """
 
     protocol: str
@@ -98,13 +98,13 @@ class Job:
 
     @property
     def cell(self) -> Cell:
-        """Which entry of the tables it fills."""
+        """The cell of the results tables that this job is for."""
         assert self.sublayers is not None, "the budget is chosen first (adaskip.runs.speedup)"
         return Cell(self.loading.source.name, self.phase, self.strategy, self.sublayers)
 
     @property
     def folder(self) -> RunFolder:
-        """Where its records go."""
+        """The folder of its records."""
         return RunFolder(self.cell.folder(self.runs_dir))
 
     @cached_property
@@ -125,37 +125,37 @@ class Job:
 
     @property
     def num_wanted(self) -> int | None:
-        """How many samples of each task are asked for; None for all."""
+        """Requested number of samples per task; None for all."""
         return self.subset or self.limit
 
     @property
     def profile_kind(self) -> type[ImportanceProfile] | type[SelectionProfile] | None:
-        """The kind of profile that the strategy chooses by; None where it needs none."""
+        """The class of the profile that the strategy needs; None if it needs none."""
         return profile_type(self.strategy)
 
     @property
     def selection_phase(self) -> Phase | None:
-        """The phase that a selection is searched for; None where the strategy needs none."""
+        """The phase for which a selection is searched; None if the strategy needs no selection."""
         return self.phase if needs_selection(self.strategy) else None
 
     @cached_property
     def given_profile(self) -> Profile | None:
-        """What `--profile` names, for whatever model it was made; None where it names nothing that the strategy uses.
+        """The profile given by `--profile`, whichever model it was made for; None if none is given or used.
 
         Raises:
-            ValueError: there is no such file, or it is no profile of the strategy's kind.
+            ValueError: there is no such file, or it is not a profile of the class that the strategy needs.
         """
         if self.profile_name is None or (kind := self.profile_kind) is None:
             return None
         return kind.load(find_profile(self.profile_name, kind))
 
     def with_sublayers(self, sublayers: int) -> Job:
-        """The job with the budget that was chosen for the speedup asked for."""
+        """The job with the budget that was chosen for the target speedup."""
         return replace(self, sublayers=sublayers, speedup=None)
 
 
 def find_profile(name: str, kind: type[Profile]) -> Path:
-    """The file of what `--profile` names: a path, a published name, or a repository. ValueError if there is none."""
+    """The file that `--profile` names: a path, a published name, or a repository. ValueError if there is none."""
     try:
         return find_file(name, kind.FILE)
     except FileNotFoundError as error:
@@ -163,12 +163,12 @@ def find_profile(name: str, kind: type[Profile]) -> Path:
 
 
 def resolve(config: RunConfig) -> Job:
-    """What a configuration asks for; what it leaves open is taken from `configs/phases.yaml`.
+    """The job of a configuration; defaults are taken from `configs/phases.yaml`.
 
-    Of files, only the checkpoint's config.json is read.
+    The only file that is read is the checkpoint's config.json.
 
     Raises:
-        ValueError: the model is not there, or the budget is not one of a model of its depth.
+        ValueError: the model is not available, or the budget is too large for its depth.
     """
     loading = find_loading(config, config.model, config.max_prompt_tokens)
     loading.check_limit()
@@ -203,7 +203,7 @@ def resolve(config: RunConfig) -> Job:
 
 
 def _sublayers(config: RunConfig, num_layers: int, budgets: tuple[int, ...]) -> int:
-    """The budget in sublayers, the setup's smallest where none is given; ValueError if the model cannot hold it."""
+    """The budget in sublayers, by default the smallest of the protocol; ValueError if it is too large."""
     if config.strategy == FULL:
         return 0
     whole_layers = strategy_class(config.strategy).whole_layers
@@ -218,10 +218,10 @@ def _sublayers(config: RunConfig, num_layers: int, budgets: tuple[int, ...]) -> 
 
 
 def fraction_of(fraction: float, num_layers: int, *, whole_layers: bool) -> int:
-    """The nearest number of sublayers to a fraction of all of them; of whole layers, two for each.
+    """A fraction of all sublayers, rounded to sublayers or, for `whole_layers`, to whole layers; in sublayers.
 
     Raises:
-        ValueError: that is none at all, or all.
+        ValueError: the result is none or all of the sublayers.
     """
     unit = 2 if whole_layers else 1
     count = unit * round(fraction * 2 * num_layers / unit)
@@ -238,7 +238,7 @@ def fraction_of(fraction: float, num_layers: int, *, whole_layers: bool) -> int:
 def find_cells(config: GridConfig) -> list[RunConfig]:
     """One configuration per cell of the grid, ordered by model, phase, strategy and budget."""
     shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(WorkConfig)}
-    shared["output_dir"] = str(config.runs_dir)  # the processes that run the cells need not know it
+    shared["output_dir"] = str(config.runs_dir)  # so that worker processes do not depend on the current folder
     return [
         RunConfig(**shared, model=model, phase=cell.phase, strategy=cell.strategy, budget=cell.sublayers or None)
         for model in config.models

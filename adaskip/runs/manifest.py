@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adaskip import __version__
 from adaskip.common.paths import as_seen_from_root
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.blocks import decoder_layers
@@ -109,7 +110,8 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "adaskip")},
+            **{package: version(package) for package in ("torch", "transformers")},
+            "adaskip": __version__,  # not from metadata, which an editable install keeps from when it was installed
         },
         "git_commit": git_commit(),
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from adaskip.common.choices import check_choice
 from adaskip.common.files import check_writable
@@ -22,9 +24,10 @@ from adaskip.core.strategy import FixedPlan
 from adaskip.engines.checkpoint import Checkpoint, save_in_memory
 from adaskip.engines.errors import ExportError
 from adaskip.engines.export import export_to
-from adaskip.engines.registry import ENGINES, Export
+from adaskip.engines.registry import ENGINES, WEIGHTS, Export
 from adaskip.models.checkpoints import check_weights
-from adaskip.models.loading import load_source
+from adaskip.models.companion_files import TOKENIZER_FILES
+from adaskip.models.loading import load_source, load_tokenizer
 from adaskip.models.registry import registry
 from adaskip.models.source import ModelSource, find_source
 from adaskip.profiles.importance import ImportanceProfile
@@ -64,7 +67,11 @@ class ExportConfig:
         "folder or file of a plan, org/name on the Hub, or a published name", required=True, positional=True
     )
     to: str = option(f"engine: {', '.join(ENGINES)}", required=True)
-    output: str = option("what is written: a new folder", required=True)
+    output: str = option("what is written: a new folder, for gguf a new file", required=True)
+    weights: str | None = option(
+        f"type of the weights in a GGUF file made of a folder: {', '.join(WEIGHTS)}; if not given, the folder's"
+    )
+    tokenizer: bool = option("put the checkpoint's tokenizer into the GGUF file, which else takes token ids", True)
     model: str | None = option(
         "weights of the model: a Hub id, a folder or a .gguf file; if not given, what the plan was made for"
     )
@@ -73,6 +80,10 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_choice("engine", self.to, ENGINES)
+        if self.weights is not None:
+            check_choice("type of weights", self.weights, WEIGHTS)
+        if self.to != "gguf" and (self.weights is not None or not self.tokenizer):
+            raise ValueError(f"--weights and --no-tokenizer are of GGUF files; the export is to {self.to}")
 
 
 def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
@@ -165,20 +176,31 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
         raise ExportError(f"{source.path} holds .bin weights; allowed: safetensors, or a .gguf file")
     if kind == "safetensors":
         checkpoint = Checkpoint(source.path, source.own_config)
-        _check(plan, checkpoint.identity, source.num_layers, config)
-        yield Export(strategy, checkpoint)
+        _check(plan, lambda: checkpoint.identity, source.num_layers, config)
+        yield Export(strategy, checkpoint, tokenizer=_tokenizer(source.path, config), weights_type=config.weights)
+        return
+    if config.to == "gguf":
+        from adaskip.engines.gguf_identity import gguf_identity  # the package gguf is of an extra
+
+        checkpoint = Checkpoint(source.path.parent, source.own_config)
+        _check(plan, lambda: gguf_identity(source.path, source.own_config), source.num_layers, config)
+        yield Export(strategy, checkpoint, gguf_file=source.path, weights_type=config.weights)
         return
     loaded = load_source(source, device="cpu", dtype="float32")
     known = identity(loaded.model, fingerprint=portable_fingerprint(loaded.model))
-    _check(plan, known, source.num_layers, config)
-    if config.to == "gguf":
-        del loaded
-        yield Export(strategy, Checkpoint(source.path.parent, source.own_config), gguf_file=source.path)
-        return
+    _check(plan, lambda: known, source.num_layers, config)
     with scratch_folder(Path(config.output).absolute(), "-source") as folder:
         checkpoint = save_in_memory(loaded.model, loaded.tokenizer, folder)
         del loaded
         yield Export(strategy, checkpoint, gguf_file=source.path)
+
+
+def _tokenizer(folder: Path, config: ExportConfig) -> PreTrainedTokenizerBase | None:
+    """What goes into a GGUF file; None for other exports and for a folder without a tokenizer."""
+    has_one = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+    if config.to != "gguf" or not config.tokenizer or not has_one:
+        return None
+    return load_tokenizer(folder)
 
 
 def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
@@ -188,7 +210,7 @@ def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
     return find_source(name) if name in registry() else find_source(checkpoint=name)
 
 
-def _check(plan: SkipPlan, known: Mapping[str, Any], num_layers: int, config: ExportConfig) -> None:
-    """Refuse a plan that was made for another model."""
+def _check(plan: SkipPlan, known: Callable[[], Mapping[str, Any]], num_layers: int, config: ExportConfig) -> None:
+    """Refuse a plan that was made for another model; all weights are read for that."""
     if plan.origin is not None:
-        check_plan(plan.origin, known, num_layers, allow_other_weights=config.allow_other_weights)
+        check_plan(plan.origin, known(), num_layers, allow_other_weights=config.allow_other_weights)

@@ -1,4 +1,4 @@
-"""The records of a benchmark that a run is scored, calibrated or searched on, and the prompts made of them."""
+"""Selects the records of a benchmark for scoring, calibration and search, and builds prompts from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class PromptLimit:
-    """Prompts of more than `tokens` tokens, before they are wrapped, are left out. source: whose tokenizer counts."""
+    """Leaves out prompts of more than `tokens` tokens before the chat wrapper. source: the model whose tokenizer
+    counts."""
 
     tokens: int
     source: ModelSource
@@ -36,19 +37,19 @@ class PromptLimit:
 
 @dataclass(frozen=True)
 class Records:
-    """A benchmark's samples within a `prompt_limit`. seed: of the samples that are drawn at random."""
+    """The samples of a benchmark, optionally within a `prompt_limit`. seed: for random subsets."""
 
     benchmark: Benchmark
     seed: int = 0
     prompt_limit: PromptLimit | None = None
 
     def scored(self, task: str, limit: int | None = None, subset: int | None = None) -> tuple[Sample, ...]:
-        """The samples a run is scored on.
+        """The samples that a run is scored on.
 
         Args:
-            limit: only the first so many.
-            subset: only so many drawn by the seed, or all where there are fewer. The draw depends on nothing but the
-                task's records and the seed, and a larger subset begins with the smaller one.
+            limit: use only this many, the first ones.
+            subset: use only this many random ones, or all if there are fewer. The choice depends only on the task's
+                records and the seed, and a larger subset begins with the smaller one.
         """
         if subset is None:
             return self._fitting(task, limit)
@@ -57,11 +58,12 @@ class Records:
         return tuple(samples[place] for place in drawn)
 
     def unscored(self, tasks: Sequence[str], limit: int) -> list[tuple[str, Sample]]:
-        """(task, sample) of `limit` samples that no run is scored on, the tasks in turns: of each the first that the
-        benchmark names, or with a `prompt_limit` that are beyond it.
+        """(task, sample) of `limit` samples that no run is scored on, alternating between tasks.
+
+        Of each task these are the first ones that the benchmark provides or, with a `prompt_limit`, that exceed it.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are too few.
         """
         each = -(-limit // len(tasks))
         columns = []
@@ -70,20 +72,20 @@ class Records:
             if len(found) < each:
                 raise ValueError(
                     f"strategy calibrated searches on {each} samples of {task} that no run is scored on"
-                    f"{self._left_out_kind}, and there are {len(found)}; --profile takes a selection made elsewhere"
+                    f"{self._left_out_kind}, but there are only {len(found)}; use --profile with an existing selection"
                 )
             columns.append([(task, sample) for sample in found])
         return [pair for row in zip(*columns, strict=True) for pair in row][:limit]
 
     def calibration(self, task: str, limit: int) -> tuple[Sample, ...]:
-        """The first `limit` samples of a calibration task; warns, once in a process, where there are fewer."""
+        """The first `limit` samples of a calibration task; warns once per process if there are fewer."""
         samples = _read(self.benchmark, "calibration_records", task, limit)[:limit]
         if len(samples) < limit:
             _warn_of_few(task, len(samples), limit)
         return samples
 
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
-        """The fields of a run's manifest that tell which records these are."""
+        """The fields of a manifest that identify these records."""
         limit = {} if self.prompt_limit is None else {"longest_prompt_tokens": self.prompt_limit.tokens}
         options = self.benchmark.options or None
         return {
@@ -94,7 +96,7 @@ class Records:
 
     @property
     def unscored_words(self) -> int | None:
-        """The most words of a sample that no run is scored on; None where that is not known."""
+        """Maximum number of words of a sample that no run is scored on; None if unknown."""
         return self.benchmark.unscored_words if self.prompt_limit is None else None
 
     @property
@@ -122,29 +124,29 @@ class Records:
         return [sample for sample, count in self._prompt_tokens(task) if count > self.prompt_limit.tokens]
 
     def _prompt_tokens(self, task: str) -> tuple[tuple[Sample, int], ...]:
-        """Each sample with the tokens of its prompt."""
+        """Each sample with the number of tokens of its prompt."""
         assert self.prompt_limit is not None, "there is a tokenizer to count with"
         return _prompt_tokens(self.benchmark, task, self.prompt_limit.source.path)
 
 
 def find_records(config: SharedConfig, loading: Loading | None = None) -> Records:
-    """The records that a configuration speaks of. loading: the model that they are for.
+    """The records of a configuration. loading: the model that they are for.
 
     Raises:
-        ValueError: the protocol counts tokens of prompts, and it is not known of which model.
+        ValueError: the protocol counts prompt tokens, but no model is given.
     """
     setup = config.setup if loading is None else config.setup_of(loading.source.entry)
     limit = None
     if setup.longest_prompt_tokens is not None:
         if loading is None:
-            raise ValueError(f"protocol {setup.name} counts tokens of prompts, which this command cannot: leave it out")
+            raise ValueError(f"protocol {setup.name} counts prompt tokens, which this command cannot: leave it out")
         limit = PromptLimit(loading.max_prompt_tokens, loading.source)
     return Records(config.find_benchmark(setup), config.seed, limit)
 
 
 @lru_cache(maxsize=32)
 def _read(benchmark: Benchmark, method: str, task: str, *limit: int | None) -> tuple[Sample, ...]:
-    """What a method of the benchmark returns, checked."""
+    """The checked result of a method of the benchmark."""
     samples = tuple(dict(record) for record in getattr(benchmark, method)(task, *limit))
     for number, sample in enumerate(samples):
         if problem := _problem(benchmark, sample):
@@ -162,18 +164,18 @@ def _prompt_tokens(benchmark: Benchmark, task: str, folder: Path) -> tuple[tuple
 
 
 def _problem(benchmark: Benchmark, sample: Sample) -> str:
-    """What is wrong with a record; empty if nothing is."""
+    """The problem of an invalid record; empty for a valid one."""
     if missing := [name for name in ("_id", "answers", *benchmark.kept) if name not in sample]:
         return f"has no {', '.join(map(repr, missing))}; it has: {', '.join(sample)}"
     if not isinstance(sample["_id"], str):
-        return f"has the '_id' {sample['_id']!r}, which must be a text"
+        return f"has the '_id' {sample['_id']!r}, which must be a string"
     answers = sample["answers"]
     if not isinstance(answers, list | tuple) or not answers or not all(isinstance(text, str) for text in answers):
-        return "has 'answers' that are not a list of at least one text"
+        return "has 'answers' that are not a non-empty list of strings"
     try:
         json.dumps(sample, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:
-        return f"holds what JSON cannot: {error}"
+        return f"cannot be written as JSON: {error}"
     return ""
 
 
@@ -185,8 +187,8 @@ def _warn_of_few(task: str, found: int, asked: int) -> None:
 def prompt_ids(
     benchmark: Benchmark, task: str, samples: Sequence[Sample], loaded: LoadedModel, most: int | None = None
 ) -> list[Tensor]:
-    """The samples' prompts as the model is given them, 1-D token ids; `most` tokens, or the model's limit, are kept of
-    a longer one before it is wrapped."""
+    """The prompts of samples as token ids, each 1-D. Before the chat wrapper is added, a prompt is truncated to the
+    model's limit or, if lower, to `most` tokens."""
     limit = min(loaded.spec.max_prompt_tokens, most or loaded.spec.max_prompt_tokens)
     wrapper = loaded.spec.chat_template if benchmark.task(task).chat else None
     texts = (benchmark.prompt(task, sample) for sample in samples)
@@ -201,7 +203,7 @@ def reference_ids(
     max_tokens: int,
     loaded: LoadedModel,
 ) -> list[Tensor | None]:
-    """The samples' reference answers as they would follow their prompts, 1-D token ids; None for an empty one."""
+    """The reference answers of samples as tokenised after their prompts, each 1-D; None for an empty answer."""
     made = (
         build_reference_ids(benchmark.reference(task, sample), prompt.tolist(), loaded.tokenizer, max_tokens)
         for sample, prompt in zip(samples, prompts, strict=True)
@@ -210,7 +212,7 @@ def reference_ids(
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """SHA-256 over the samples' JSON, one line each with sorted keys."""
+    """SHA-256 over the samples as JSON lines with sorted keys."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps(sample, sort_keys=True, ensure_ascii=False).encode("utf-8") + b"\n")

@@ -11,8 +11,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from adaskip.core.context import patches_for
 from adaskip.core.model_plan import strategy_of
-from adaskip.core.patching import ModelPatches, patches_of
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 from adaskip.core.wrappers import unwrapped
@@ -97,11 +97,7 @@ class LosslessDecoder:
     ):
         self.model: PreTrainedModel = unwrapped(model)
         self.strategy, self.gamma, self.streamer, self.stateless = strategy, gamma, streamer, stateless
-        if not hasattr(self.model, "prepare_inputs_for_generation"):
-            raise ValueError(
-                f"{type(self.model).__name__} cannot generate; pass the model with its language-model head"
-            )
-        num_layers = len(self._patches().patches)
+        num_layers = len(patches_for(self.model, strategy).patches)
         if gamma is not None and (gamma < 1 or draft_cost is not None):
             raise ValueError(
                 f"gamma must be at least 1 and excludes draft_cost; got gamma={gamma}, draft_cost={draft_cost}"
@@ -125,16 +121,6 @@ class LosslessDecoder:
         context, self._context = self._context, None
         context.__exit__(*exception)
 
-    def _patches(self) -> ModelPatches:
-        """The patches of the model in its current state: it may have changed, or been copied with this decoder."""
-        patches = patches_of(self.model)
-        if self.strategy.num_layers != len(patches.patches):
-            raise ValueError(
-                f"strategy {self.strategy.name} was made for {self.strategy.num_layers} layers, "
-                f"{type(self.model).__name__} has {len(patches.patches)}"
-            )
-        return patches
-
     def __call__(
         self,
         model: PreTrainedModel,
@@ -152,7 +138,7 @@ class LosslessDecoder:
             raise ValueError("lossless(...) and generate were given different streamers; pass only one")
         check_request(model, input_ids, generation_config, model_kwargs)
         request = DraftStatistics(requests=1)
-        with self._patches().install() as patches:
+        with patches_for(model, self.strategy).install() as patches:
             self.last_request = request
             forwards = ForwardRunner(model, patches, input_ids, generation_config, model_kwargs)
             rounds = Rounds(

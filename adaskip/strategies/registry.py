@@ -48,43 +48,43 @@ S = TypeVar("S", bound=type[Strategy])
 
 
 def register_strategy(cls: S) -> S:
-    """Make a strategy known by its name to the command line, the tables and the plots; also a decorator.
+    """Register a strategy class for the command line, the tables and the plots; can be used as a decorator.
 
-    Put it above `@dataclass(frozen=True, kw_only=True)`. To register the same class again changes nothing.
+    Put it above `@dataclass(frozen=True, kw_only=True)`. Registering the same class again changes nothing.
 
     Raises:
-        ValueError: it is not a concrete, frozen dataclass derived from `Strategy`, lacks a declaration, declares
-            something impossible, or has the name, short name or label of another strategy.
+        ValueError: the class is not a concrete, frozen dataclass derived from `Strategy`, a declaration is missing or
+            invalid, or its name, short name or label is already taken.
     """
     return registry.register(cls)
 
 
 def registered() -> dict[str, type[Strategy]]:
-    """Every strategy by name, the library's own first; ValueError for a plugin that cannot be used."""
+    """Every strategy by name, those of the library first; ValueError for a plugin that cannot be loaded."""
     return registry.all()
 
 
 def strategy_name(given: str) -> str:
-    """The name of a strategy given by name or as `package.module:Class`, which is imported and registered."""
+    """The name of a strategy that is given as a name or as `package.module:Class`, which is then registered."""
     return registry.name_of(given)
 
 
 def strategy_class(name: str) -> type[Strategy]:
-    """The class of a strategy name; ValueError with the nearest and all names if there is none."""
+    """The class of that name; a ValueError suggests the nearest name and lists all if there is none."""
     return registry.find(name, also=(FULL,))
 
 
 def profile_type(name: str) -> type[ImportanceProfile] | type[SelectionProfile] | None:
-    """The kind of profile that a strategy chooses by; None for one that needs none, and for the full model."""
+    """The class of the profile that a strategy needs; None for a strategy without a profile and for the full model."""
     return None if name == FULL else strategy_class(name).profile_type
 
 
 def needs_profile(name: str) -> bool:
-    """Whether the strategy chooses by something measured: importance, or the search of a selection."""
+    """Whether the strategy needs a profile (importance or selection)."""
     return profile_type(name) is not None
 
 
 def needs_selection(name: str) -> bool:
-    """Whether the strategy chooses by the search of a selection."""
+    """Whether the strategy needs a selection profile."""
     kind = profile_type(name)
     return kind is not None and issubclass(kind, SelectionProfile)

@@ -1,7 +1,7 @@
-"""Three small trained models and generated tasks, so that every experiment runs anywhere, without a GPU or the Hub.
+"""Three small trained models and generated tasks, with which every experiment runs without a GPU or the Hub.
 
-The testbed is one more checkpoint per family and one more source of records: prompts, metrics and runner are those of
-the real models. Importing this needs no torch.
+The testbed provides one checkpoint per family and its own records; prompts, metrics and the runner are those of real
+models. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["FAMILIES", "SPLITS", "TASKS", "TestbedError", "checkpoint_dir", "rec
 FAMILIES = ("llama", "internlm", "vicuna")
 TASKS = tuple(GENERATORS)
 MODELS = "adaskip/testbed/models"
-"""Where the trained models are in a checkout."""
+"""Folder of the trained models in a checkout."""
 RECORDS_PER_SPLIT = 200
 RECORDS_SEED = 0
 
@@ -28,9 +28,9 @@ class TestbedError(ValueError):
 
 
 def checkpoint_dir(family: str) -> Path:
-    """Folder of a family's trained model, in Hugging Face's layout.
+    """Folder of a family's trained model, in the Hugging Face layout.
 
-    It is that of the checkout of this package, or else of the script that was started.
+    It is in the checkout of this package, else in that of the script that was started.
 
     Raises:
         ValueError: unknown family.
@@ -43,13 +43,13 @@ def checkpoint_dir(family: str) -> Path:
             return root / MODELS / family
     raise TestbedError(
         f"the testbed's models are not part of an installed package: they are in {MODELS} of a source checkout of "
-        "adaskip; install and run it there (docs/install.md), or leave out --testbed"
+        "adaskip; install and run adaskip there (docs/install.md), or leave out --testbed"
     )
 
 
 def records(task: str, split: str = "test", limit: int | None = None) -> list[dict[str, Any]]:
-    """The first `limit` (default: all 200) records of a task's split, the same ones on every machine."""
+    """The first `limit` (default: all 200) records of a split of a task; the same on every machine."""
     if limit is not None and not 1 <= limit <= RECORDS_PER_SPLIT:
-        raise ValueError(f"limit is {limit}; a testbed split has {RECORDS_PER_SPLIT} records, allowed is 1 to that")
+        raise ValueError(f"limit is {limit}; allowed: 1 to {RECORDS_PER_SPLIT}, the number of records of a split")
     samples = stream(task, split, RECORDS_SEED)
     return [sample.record() for sample in islice(samples, limit or RECORDS_PER_SPLIT)]

@@ -1,7 +1,7 @@
-"""An extension of griffe: in docstrings, what is said of arguments and fields by name becomes a list.
+"""An extension of griffe that turns descriptions of arguments and fields in docstrings into lists.
 
-The docstrings of the library say `name: what it is.` in running lines. A name counts if it is a parameter of the
-function, a field of the class, or an argument of the class's own functions.
+The docstrings of the library have `name: description.` in running text. A name is recognised if it is a parameter of
+the function, a field of the class, or a parameter of a method of the class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class NamedFields(griffe.Extension):
 
 
 def _fields_of(owner: Any) -> set[str]:
-    """Names of a class's attributes; a module has none that its functions speak of."""
+    """Names of the attributes of a class; empty for a module."""
     if not isinstance(owner, griffe.Class):
         return set()
     return {name for name, member in owner.members.items() if not member.is_alias and member.is_attribute}
@@ -35,7 +35,7 @@ def _rewrite(owner: griffe.Function | griffe.Class, names: set[str]) -> None:
 
 
 def listed(text: str, names: set[str]) -> str:
-    """`text` with every `name: ...` and `name, name: ...` of `names` as an item of a list."""
+    """`text` in which every `name: ...` and `name, name: ...` of `names` is a list item."""
     one = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     item = re.compile(rf"(?:^|(?<=[.;)]\s))((?:{one})(?:, (?:and )?(?:{one}))*):\s", re.MULTILINE)
     paragraphs = []
@@ -49,7 +49,7 @@ def _with_items(paragraph: str, item: re.Pattern[str]) -> str:
     head, *rest = item.split(paragraph)
     if not rest:
         return paragraph
-    # what follows the fields, such as "Raises ValueError if ...", is a paragraph of its own
+    # text after the fields, such as "Raises ValueError if ...", becomes a separate paragraph
     items, tail = [], ""
     for names, said in zip(rest[::2], rest[1::2], strict=True):
         said, _, after = _cut(said)
@@ -61,6 +61,6 @@ def _with_items(paragraph: str, item: re.Pattern[str]) -> str:
 
 
 def _cut(said: str) -> tuple[str, str, str]:
-    """Where a line begins with Raises, Returns or Paper, or a sentence with Raises or Returns, the fields end."""
+    """Split where the fields end: at a line beginning with Paper, or a sentence beginning with Raises or Returns."""
     match = re.search(r"(?:(?<=[.;)])\s+(?=(?:Raises|Returns|Times are) )|\n(?=Paper: ))", said)
     return (said, "", "") if match is None else (said[: match.start()], "\n", said[match.end() :])

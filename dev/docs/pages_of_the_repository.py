@@ -1,8 +1,8 @@
-"""A hook of mkdocs: pages and pictures that lie outside docs/ become part of the site, where the repository has them.
+"""A hook of mkdocs that adds pages and images outside of docs/ to the site, under their path in the repository.
 
-So `results/testbed/tables/tradeoff.md` is a page, and the relative links in it hold. Links from a page under docs/ are
-written as they hold in the repository (`../results/...`), so that they work in a file browser, too; here they are
-turned into links between pages. A link to a file that is not part of the site is an error.
+For example, `results/testbed/tables/tradeoff.md` becomes a page, and its relative links work. Links in pages of docs/
+are relative to the repository (`../results/...`), so that they also work in a file browser; this hook turns them into
+links between pages. A link to a file that is not part of the site is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn links that hold in the repository into links between pages of the site."""
+    """Turn links between files of the repository into links between pages of the site."""
     uri = page.file.src_uri
     from_docs = page.file.generated_by is None
     place = posixpath.dirname(DOCS + uri if from_docs else uri)
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         target = posixpath.normpath(posixpath.join(place, match["path"]))
         inside = target.removeprefix(DOCS)
         if files.get_file_from_path(inside) is None:
-            raise PluginError(f"{uri} links to {match['path']}, which is no page or picture of the site ({target})")
+            raise PluginError(f"{uri} links to {match['path']}, which is not a page or image of the site ({target})")
         return posixpath.relpath(inside, posixpath.dirname(uri) or ".") + (match["anchor"] or "")
 
     return LINK.sub(rewritten, markdown)

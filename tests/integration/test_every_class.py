@@ -116,9 +116,9 @@ def zeroed(model, structure, plan):
 def test_a_class_is_skipped_right_or_refused(name):
     try:
         model = tiny_model(CLASSES[name])
-    except Exception as error:  # transformers' own limits
+    except Exception:  # transformers' own limits: it cannot be made tiny
         assert name not in ACCEPTED
-        pytest.skip(f"cannot be made tiny: {type(error).__name__}")
+        return
     random_numbers = torch.get_rng_state()
     try:
         structure = find_structure(model)

@@ -45,7 +45,9 @@ def measured(monkeypatch) -> list[str]:
 def few_samples(monkeypatch):
     """A search takes as long as it has samples; six show what the setup's twenty would."""
     setup = config.find_setup
-    monkeypatch.setattr(config, "find_setup", lambda benchmark: replace(setup(benchmark), calibration_samples=6))
+    monkeypatch.setattr(
+        config, "find_setup", lambda *given: replace(setup(*given), calibration_samples=6, search_samples=6)
+    )
 
 
 CALIBRATE = {"adaskip": [], "calibrated": ["--select", "decode"]}
@@ -125,7 +127,7 @@ def test_the_file_that_is_named_holds_the_same_as_the_kept_one(given, tmp_path, 
 
 def test_tasks_without_a_search_are_refused(given, capsys):
     assert cli.main(["calibrate", "--model", "llama", *given, "--tasks", "trec"]) == 2
-    assert "--tasks are what --select searches on, importance is measured on qasper" in error_of(capsys)
+    assert "--tasks are the tasks for --select; importance is measured on qasper" in error_of(capsys)
 
 
 def test_a_full_disk_while_the_profile_is_saved_loses_no_measurement(given, monkeypatch, tmp_path, capsys):

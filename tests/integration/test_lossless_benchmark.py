@@ -60,8 +60,9 @@ def test_nothing_saved_is_nothing_to_draw(start, tmp_path):
     ("options", "says"),
     [
         (["--prompts", "1"], "--prompts must be at least 2, not 1"),
-        (["--models", "lama"], "unknown model 'lama'. Did you mean 'llama'?"),
-        (["--tasks", "terc"], "unknown LongBench task 'terc'"),
+        (["--models", "lama"], "unknown model of testbed 'lama'. Did you mean 'llama'?"),
+        (["--strategies", "skipdecode"], "unknown strategy that drafts"),
+        (["--tasks", "terc"], "unknown task of testbed 'terc'. Did you mean 'trec'?"),
     ],
 )
 def test_a_mistaken_option_is_refused(start, options, says):

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from adaskip.runs.loading import Loading
-from adaskip.studies.observations import command, measuring, skip_check
+from adaskip.studies.observations import command, importance_check, measuring
 from dev.testbed_training.families import model_config
 from dev.testbed_training.tokenizer import build_tokenizer
 
@@ -113,14 +113,16 @@ def test_tables_are_of_all_pairs_of_the_tasks_and_of_their_answers(observe, tmp_
 def test_the_importance_check_runs_cells_once_and_draws_from_their_scores(observe, tmp_path, monkeypatch):
     options = ("--tasks", "trec", "--max-new-tokens", "4")
     runs = []
-    monkeypatch.setattr(skip_check, "run", lambda *a, run=skip_check.run, **k: runs.append(1) or run(*a, **k))
+    monkeypatch.setattr(
+        importance_check, "run", lambda *a, run=importance_check.run, **k: runs.append(1) or run(*a, **k)
+    )
     assert observe("importance_check", *options)[0] == 0
     assert len(runs) == CELLS  # three layers leave one or two to skip
     assert observe("importance_check", *options)[0] == 0
     assert len(runs) == CELLS
     rows = (tmp_path / "out/importance_check.csv").read_text().splitlines()
     assert [row.split(",")[2] for row in rows] == ["Layers skipped", "0", "1", "2"]
-    monkeypatch.setattr(skip_check, "measure_check", refuse)
+    monkeypatch.setattr(importance_check, "measure_check", refuse)
     assert observe("importance_check", "--draw-only")[0] == 0
 
 
@@ -129,8 +131,8 @@ def test_the_importance_check_runs_cells_once_and_draws_from_their_scores(observ
     [
         ("ob1", ["--draw-only"], "no model with finished measurements of trec-prefill, triviaqa-prefill"),
         ("importance_check", ["--draw-only"], "does not exist; leave out --draw-only"),
-        ("importance_check", ["--max-prompt-tokens", "100"], "leave it out"),
-        ("ob2", ["--tasks", "trek"], "Did you mean trec"),
+        ("importance_check", ["--max-prompt-tokens", "1"], "at least 2"),
+        ("ob2", ["--tasks", "trek"], "Did you mean 'trec'"),
         ("ob2", ["--modle", "llama"], "see ob2.py --help"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_plan_of_a_measured_strategy_folds_its_scales(away):
     ("options", "message"),
     [
         (["--strategy", "full"], "the full model skips nothing"),
-        (["--strategy", "skipdecode", "--budget", "4"], "changes its set in the answer"),
+        (["--strategy", "skipdecode", "--budget", "4"], "changes its set during an answer"),
         (["--strategy", "adaskip", "--budget", "4", "--profile", "none.json"], "--profile none.json does not exist"),
         (["--strategy", "early_exit", "--budget", "99"], "too large"),
     ],

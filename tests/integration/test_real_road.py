@@ -96,9 +96,9 @@ def without_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (emptied, "has no config.json: it is not a model checkpoint in Hugging Face's layout"),
+        (emptied, "has no config.json, so it is not a checkpoint in the Hugging Face layout"),
         (without_weights, "has no weights: neither model*.safetensors nor pytorch_model*.bin"),
-        (truncated, "-of-00002.safetensors is truncated or no safetensors file"),
+        (truncated, "-of-00002.safetensors is truncated or not a safetensors file"),
         (shutil.rmtree, "/broken' does not exist"),
     ],
 )

@@ -18,12 +18,13 @@ from adaskip.runs.cells import MODELS, PHASES
 from adaskip.runs.job import resolve
 from adaskip.runs.loading import find_loading
 from adaskip.runs.profiles import kept_path
-from adaskip.studies.observations.command import OBSERVATIONS
+from adaskip.studies.observations.command import OBSERVATIONS, all_targets
 from adaskip.studies.observations.settings import Target
-from adaskip.studies.reproduce import command, progress
+from adaskip.studies.reproduce import progress
 from adaskip.studies.reproduce.committed import ProfilesError, keep_profiles, profile_of, read_profiles
 from adaskip.studies.reproduce.progress import Whole
-from adaskip.studies.reproduce.settings import ReproduceConfig, targets
+from adaskip.studies.reproduce.settings import ReproduceConfig
+from adaskip.studies.side_by_side import draw_no_bars
 from tests.tiny_runs import ROOT
 
 
@@ -62,7 +63,7 @@ def test_fewer_samples_than_the_committed_results(kept):
     config = ReproduceConfig(output_dir=str(kept))
     for cell in config.cells():
         assert 0 < (cell.limit or 0) < (cell.setup.phases[cell.phase].limit or 0)
-    assert 0 < (config.observe().limit or 0) < config.observe().observations.limit
+    assert 0 < (config.observe().limit or 0) < config.observe().defaults["limit"]
     assert {cell.limit for cell in replace(config, limit=2).cells()} == {2}
     assert {(cell.limit, cell.subset) for cell in replace(config, subset=2).cells()} == {(None, 2)}
 
@@ -77,8 +78,8 @@ def test_what_is_measured_is_what_the_observations_draw(monkeypatch, kept):
     monkeypatch.setattr("adaskip.studies.observations.command.measure_targets", note)
     for name in ("ob1", "ob2", "ob3", "tables12"):
         with pytest.raises(StopIteration):
-            OBSERVATIONS[name](ReproduceConfig(output_dir=str(kept)).observe())
-    assert set(targets()) == asked
+            OBSERVATIONS[name].run(ReproduceConfig(output_dir=str(kept)).observe())
+    assert set(all_targets(ReproduceConfig(output_dir=str(kept)).observe())) == asked
 
 
 def test_the_committed_results_are_refused_as_a_place():
@@ -160,7 +161,7 @@ def test_a_measuring_process_draws_no_bar_of_its_own_on_a_terminal(monkeypatch):
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         assert terminal.isatty()
-        command._quiet()
+        draw_no_bars()
         with tqdm(total=2, disable=None) as bar:
             bar.update()
         print("a warning", file=sys.stderr)

@@ -8,8 +8,8 @@ import pytest
 
 from adaskip import cli
 from adaskip.benchmarks import longbench
+from adaskip.core import fingerprint, same_model
 from adaskip.models import checkpoints, loading, source
-from adaskip.profiles import fields, fingerprint
 from adaskip.runs import loading as held
 from adaskip.runs import records
 from tests.tiny_runs import cell
@@ -17,7 +17,7 @@ from tests.tiny_runs import cell
 WATCHED = {
     "folder": [(checkpoints, "find_folder"), (source, "find_folder")],
     "architecture": [(source, "read_architecture")],
-    "weights": [(module, "weights_fingerprint") for module in (fingerprint, fields, loading)],
+    "weights": [(module, "weights_fingerprint") for module in (fingerprint, same_model, loading)],
     "weight files": [(module, "weight_files_fingerprint") for module in (source, loading)],
     "calibration": [(longbench.LongBench, "calibration_records")],
 }

@@ -23,6 +23,12 @@ NEWER = ("sets", "min_length", "max_prompt_tokens", "stop_token_ids", "stop_stri
 
 
 @pytest.fixture
+def options(options):
+    """Short answers: none of these tests looks at them."""
+    return [*options, "--max-new-tokens", "4"]
+
+
+@pytest.fixture
 def no_model(monkeypatch):
     """From here on a model that is loaded fails the test."""
 
@@ -87,7 +93,7 @@ def nothing(checkpoint: Path, data: Path) -> None: ...
 @pytest.mark.parametrize(
     ("damage", "run", "more", "says"),
     [
-        (break_weights, cell(), [], "model.safetensors is truncated or no safetensors file"),
+        (break_weights, cell(), [], "model.safetensors is truncated or not a safetensors file"),
         (remove_weights, cell(), [], "has no weights"),
         (break_data, cell(), [], "multi_news_e.jsonl:16: not valid JSON"),
         (break_calibration, cell("adaskip"), [], "qasper_e.jsonl:1: not valid JSON"),
@@ -305,6 +311,6 @@ def test_warnings_are_shown_on_standard_error(own, tmp_path):
         check=True,
     )
     assert sorted(ended.stderr.splitlines()) == [
-        f"{checkpoint} was made for fewer tokens than llama: prompts are cut at 256, not at 31500",
+        f"{checkpoint} has fewer positions than llama: prompts are cut to 256 tokens instead of 31500",
         "calibration on 5 samples of qasper instead of 20: the data has no more",
     ]

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from adaskip.cli import main
+from adaskip.common.configs import load_yaml
 from adaskip.common.options import resolve
 from adaskip.core import context, patching
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
@@ -18,18 +19,26 @@ from adaskip.models.loading import architecture, registry
 from adaskip.profiles.assumed import assumed_profile, assumed_ranking
 from adaskip.roofline import Ceilings
 from adaskip.strategies import AdaSkip, FixedPlan, SkipDecode, build
-from adaskip.studies.bench import limits, measuring
-from adaskip.studies.bench.cells import BREAKDOWN, COMPILED, COUNTS, MODES, STUDIES, Cell, Workload, cells_of, rotated
-from adaskip.studies.bench.counts import count_work
-from adaskip.studies.bench.generation import StaticCaches, sublayer_times, timed_generation
-from adaskip.studies.bench.kv_check import check_kv
+from adaskip.studies.bench import measuring
+from adaskip.studies.bench.exact import check_kv, count_work
 from adaskip.studies.bench.measuring import run_bench
 from adaskip.studies.bench.results import load_result
-from adaskip.studies.bench.settings import BenchConfig, figure_settings, figures_for
-from adaskip.studies.bench.skip_sets import decode_plans, shares
-from adaskip.studies.bench.stopwatch import Stopwatch
+from adaskip.studies.bench.settings import (
+    BREAKDOWN,
+    COMPILED,
+    COUNTS,
+    MODES,
+    STUDIES,
+    BenchConfig,
+    Cell,
+    Workload,
+    cells_of,
+    figure_settings,
+    rotated,
+)
 from adaskip.studies.bench.subject import Subject, random_model
-from adaskip.studies.bench.trials import Trials
+from adaskip.studies.bench.timing import StaticCaches, Stopwatch, sublayer_times, timed_generation
+from adaskip.studies.bench.trials import Trials, decode_plans, shares
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 4
@@ -66,7 +75,7 @@ def subject() -> Subject:
 def tiny(monkeypatch, subject, tmp_path):
     """Makes configurations that are measured on a tiny model and saved in a temporary folder."""
     monkeypatch.setattr(measuring, "load_subject", lambda config: subject)
-    monkeypatch.setattr(limits, "measure_ceilings", lambda device, dtype: Ceilings("CPU", 1e10, 1e9, "of a test"))
+    monkeypatch.setattr(measuring, "measure_ceilings", lambda device, dtype: Ceilings("CPU", 1e10, 1e9, "of a test"))
 
     def make(**options):
         defaults = {
@@ -299,7 +308,7 @@ def test_random_weights_are_usable_numbers():
         ({"prompt_tokens": (8, 8)}, "--prompt-tokens names something twice: 8 8"),
         ({"budgets": (0,)}, "--budgets must be at least 1, not 0"),
         ({"strategies": ("adaskipp",)}, "Did you mean 'adaskip'"),
-        ({"modes": ("fast",)}, "unknown mode 'fast'"),
+        ({"modes": ("fast",)}, "unknown --modes 'fast'"),
     ],
 )
 def test_wrong_options_are_one_clear_line(options, message):
@@ -309,7 +318,7 @@ def test_wrong_options_are_one_clear_line(options, message):
 
 @pytest.mark.parametrize("block", ["cpu", "testbed", "cuda"])
 def test_the_makefile_runs_every_figure_and_each_is_a_valid_measurement(block):
-    names = figures_for(block)
+    names = tuple(load_yaml("bench")[block])
     variable = {"cpu": "BENCH", "testbed": "BENCH_TESTBED", "cuda": "BENCH_GPU"}[block]
     (line,) = re.findall(rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert tuple(line.split()) == names

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from adaskip.common.configs import load_yaml
 from adaskip.common.intervals import Estimate
 from adaskip.studies.bench.bars import (
-    FIGURES,
     INFORMATION,
     MET,
     MISSED,
@@ -15,12 +15,11 @@ from adaskip.studies.bench.bars import (
     PARAMETERS_8B,
     TOO_SHORT,
     Row,
-    at_least,
-    at_most,
     bars_markdown,
     rows_of,
+    verdict,
 )
-from adaskip.studies.bench.cells import COMPILED, EAGER, MEASURING_PREFILL, PLAIN_PREFILL, WINDOWLESS, Cell, Workload
+from adaskip.studies.bench.settings import COMPILED, EAGER, MEASURING_PREFILL, PLAIN_PREFILL, WINDOWLESS, Cell, Workload
 from tests.saved_benchmarks import (
     GPU,
     INTERNLM,
@@ -53,31 +52,33 @@ def bare(rows: list[Row], figure: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("bar", "measured", "verdict"),
+    ("bar", "measured", "expected"),
     [
-        (at_most(1.01, ""), Estimate(1.005), MET),
-        (at_most(1.01, ""), Estimate(1.01), MET),
-        (at_most(1.01, ""), Estimate(1.02), MISSED),
-        (at_most(1.01, ""), Estimate(1.005, 0.99, 1.02), f"{MET} (the interval holds both)"),
-        (at_most(1.01, ""), Estimate(1.015, 1.0, 1.02), f"{MISSED} (the interval holds both)"),
-        (at_most(1.01, ""), Estimate(1.005, 1.0, 1.01), MET),
-        (at_least(1.5, ""), Estimate(1.5), MET),
-        (at_least(1.5, ""), Estimate(1.4, 1.3, 1.45), MISSED),
-        (at_least(1.5, ""), Estimate(2.0, 1.9, 2.1), MET),
-        (at_least(0.9, "", ideal=1.0), Estimate(1.2, 1.1, 1.3), f"{MET} (the interval lies above the ideal)"),
-        (at_least(0.9, "", ideal=1.0), Estimate(1.2, 0.95, 1.3), MET),
-        (at_least(0.9, "", ideal=1.0), Estimate(1.2, 0.8, 1.3), f"{MET} (the interval holds both)"),
-        (at_least(0.9, "", ideal=1.0), Estimate(1.2), MET),
+        ({"at_most": 1.01}, Estimate(1.005), MET),
+        ({"at_most": 1.01}, Estimate(1.01), MET),
+        ({"at_most": 1.01}, Estimate(1.02), MISSED),
+        ({"at_most": 1.01}, Estimate(1.005, 0.99, 1.02), f"{MET} (the interval holds both)"),
+        ({"at_most": 1.01}, Estimate(1.015, 1.0, 1.02), f"{MISSED} (the interval holds both)"),
+        ({"at_most": 1.01}, Estimate(1.005, 1.0, 1.01), MET),
+        ({"at_least": 1.5}, Estimate(1.5), MET),
+        ({"at_least": 1.5}, Estimate(1.4, 1.3, 1.45), MISSED),
+        ({"at_least": 1.5}, Estimate(2.0, 1.9, 2.1), MET),
+        ({"at_least": 0.9, "ideal": 1.0}, Estimate(1.2, 1.1, 1.3), f"{MET} (the interval lies above the ideal)"),
+        ({"at_least": 0.9, "ideal": 1.0}, Estimate(1.2, 0.95, 1.3), MET),
+        ({"at_least": 0.9, "ideal": 1.0}, Estimate(1.2, 0.8, 1.3), f"{MET} (the interval holds both)"),
+        ({"at_least": 0.9, "ideal": 1.0}, Estimate(1.2), MET),
     ],
 )
-def test_the_median_decides_and_the_interval_says_how_sure_that_is(bar, measured, verdict):
-    assert bar.verdict(measured) == verdict
+def test_the_median_decides_and_the_interval_says_how_sure_that_is(bar, measured, expected):
+    assert verdict(measured, bar) == expected
 
 
 def test_every_figure_has_a_row_when_nothing_is_measured():
     rows = rows_of([])
-    assert [row.figure for row in rows] == [*(figure for figure, *_ in FIGURES), "KV bytes"]
-    gpu_only = {figure for figure, _, _, gpu, _ in FIGURES if gpu}
+    bars = load_yaml("bench")["bars"].values()
+    assert [row.figure for row in rows] == [bar["figure"] for bar in bars]
+    gpu_only = {bar["figure"] for bar in bars if bar.get("gpu")}
+    assert len(gpu_only) == 3
     for row in rows:
         assert row.verdict == (NEEDS_GPU if row.figure in gpu_only else "not measured yet")
 

@@ -15,8 +15,7 @@ from adaskip.runs.config import RunConfig
 from adaskip.runs.job import resolve
 from adaskip.strategies import AdaSkip, CalibratedSkip
 from adaskip.studies.bench import subject as subject_module
-from adaskip.studies.bench.cells import WINDOWLESS, Cell, Workload
-from adaskip.studies.bench.settings import BenchConfig
+from adaskip.studies.bench.settings import WINDOWLESS, BenchConfig, Cell, Workload
 from adaskip.studies.bench.subject import Subject, load_subject
 from adaskip.studies.bench.trials import Trials
 from adaskip.testbed import checkpoint_dir

@@ -6,9 +6,8 @@ import pytest
 
 from adaskip.cli import main
 from adaskip.studies.bench import command
-from adaskip.studies.bench.cells import Cell, Workload
 from adaskip.studies.bench.measuring import Outcome
-from adaskip.studies.bench.settings import BenchConfig
+from adaskip.studies.bench.settings import BenchConfig, Cell, Workload
 from tests.saved_benchmarks import add_failure, add_overhead, add_strategies, result_of, save
 
 SHORT, LONG = Workload(512, 25), Workload(8000, 25)

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from adaskip.studies.bench import measuring
-from adaskip.studies.bench.cells import MEASURING_PREFILL, Cell, Workload
-from adaskip.studies.bench.generation import StaticCaches
 from adaskip.studies.bench.measuring import run_bench
 from adaskip.studies.bench.results import load_result
-from adaskip.studies.bench.settings import BenchConfig
+from adaskip.studies.bench.settings import MEASURING_PREFILL, BenchConfig, Cell, Workload
+from adaskip.studies.bench.timing import StaticCaches
 
 DEVICE = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -155,7 +154,7 @@ def test_a_benchmark_for_which_the_memory_is_never_enough_is_complete_and_empty(
     outcome = run_bench(config(prompt_tokens=(1, 2), **options))
     assert outcome.complete
     assert outcome.result.entries == []
-    assert [outcome.result.failed(workload) for workload in outcome.result.workloads] == [True, True]
+    assert all(map(outcome.result.failure, outcome.result.workloads))
 
 
 def test_a_lack_of_memory_does_not_lift_the_time_limit(machine, config):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adaskip.studies.bench.cells import COMPILED, EAGER, Cell, Workload
 from adaskip.studies.bench.report import COLUMNS, result_markdown, write_bench_report
 from adaskip.studies.bench.results import load_result
+from adaskip.studies.bench.settings import COMPILED, EAGER, Cell, Workload
 from tests.saved_benchmarks import GPU, LLAMA_8B, add_failure, add_overhead, add_strategies, result_of, save
 
 SHORT, LONG = Workload(512, 25), Workload(8000, 25)

@@ -16,8 +16,8 @@ from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.grid import searches_first
 from adaskip.runs.job import find_cells
 from adaskip.studies.ablation.compensation import CompensationConfig
-from adaskip.studies.ablation.selection import SelectionStudyConfig
-from adaskip.studies.ablation.settings import AblationConfig
+from adaskip.studies.ablation.online import AblationConfig
+from adaskip.studies.ablation.stories import StoriesConfig
 from adaskip.studies.bench.lossless import LosslessConfig
 from adaskip.studies.bench.settings import BenchConfig
 from adaskip.studies.observations.settings import ObserveConfig
@@ -134,15 +134,21 @@ def test_the_full_model_has_no_budget():
         ({"model": "lama", "budget": 4}, "unknown model 'lama'. Did you mean 'llama'"),
         ({"phase": "night", "budget": 4}, "unknown phase 'night'.* Allowed: prefill, decode, e2e"),
         ({"strategy": "ADA", "budget": 4}, "unknown strategy 'ADA'. Did you mean 'adaskip'"),
-        ({"budget": 4, "limit": 3, "subset": 3}, "--limit takes the first .* give one of them"),
+        ({"budget": 4, "limit": 3, "subset": 3}, "--limit uses the first .* give only one of them"),
         ({"budget": 4, "subset": 0}, "--subset must be at least 1, not 0"),
         ({"budget": 4, "limit": 0}, "--limit must be at least 1, not 0"),
         ({"budget": 4, "batch_size": -1}, "--batch-size must be at least 1, not -1"),
         ({"budget": 4, "dtype": "int8"}, "unknown --dtype 'int8'.* Allowed: float32, bfloat16, float16"),
         ({"budget": 4, "tasks": ("terc",)}, "unknown LongBench task 'terc'"),
         ({"budget": 4, "tasks": ("trec", "trec")}, "task given more than once: trec"),
-        ({"budget": 4, "tasks": ("trec", "trec_e")}, "trec and trec_e are one set with --longbench-set auto: give one"),
-        ({"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"}, "lcc and lcc_e are one set with .* extended: give"),
+        (
+            {"budget": 4, "tasks": ("trec", "trec_e")},
+            "trec and trec_e are one set with --longbench-set auto: give one",
+        ),
+        (
+            {"tasks": ("lcc_e", "lcc"), "longbench_set": "extended"},
+            "lcc and lcc_e are one set with .* extended: give",
+        ),
         ({"budget": 4, "longbench_set": "e"}, "unknown --longbench-set 'e'.* Allowed: auto, plain, extended"),
         ({"budget": 4, "min_length": -1}, "--min-length must be at least 0 words, not -1"),
         ({"budget": 4, "testbed": True, "min_length": 0}, "benchmark testbed has no option min_length; allowed: none"),
@@ -154,10 +160,10 @@ def test_the_full_model_has_no_budget():
         ({"budget": 4, "testbed": True, "tasks": ("narrativeqa",)}, "unknown task of testbed 'narrativeqa'"),
         (
             {"budget": 4, "testbed": True, "benchmark": "longbench"},
-            "--testbed is --benchmark testbed and --benchmark l",
+            "--testbed means --benchmark testbed, but --benchmark is l",
         ),
         ({"budget": 4, "benchmark": "longbensh"}, "unknown benchmark 'longbensh'. Did you mean 'longbench'"),
-        ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give one of them"),
+        ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give only one of them"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(given, message):
@@ -186,7 +192,7 @@ def test_what_is_not_given_lies_in_the_checkout_and_what_is_given_below_the_curr
         (ObserveConfig(testbed=True), "out_dir", "results/testbed/observations"),
         (AblationConfig(), "out_dir", "results/online"),
         (CompensationConfig(), "out_dir", "results/compensation"),
-        (SelectionStudyConfig(), "out_dir", "results/stories"),
+        (StoriesConfig(), "out_dir", "results/stories"),
         (BenchConfig(), "out_dir", "speed/results"),
         (LosslessConfig(), "out_dir", "speed/results"),
     ):
@@ -240,7 +246,7 @@ def test_a_ratio_is_rounded_to_the_unit_the_strategy_can_skip(strategy, sublayer
 
 
 def test_a_grid_of_several_models_has_no_checkpoint():
-    with pytest.raises(ValueError, match="exactly one of --models"):
+    with pytest.raises(ValueError, match="exactly one model in --models"):
         GridConfig(checkpoint="x")
 
 

@@ -12,18 +12,17 @@ from tqdm import tqdm
 
 from adaskip.calibration.compensation import StreamMoments, stream_moments
 from adaskip.core.plan import Affine, Sublayer
+from adaskip.models.stories import NOT_AT_HAND
 from adaskip.runs.config import SharedConfig
 from adaskip.runs.loading import find_loading
 from adaskip.studies.ablation import compensation
 from adaskip.studies.ablation.compensation import (
-    NOT_AT_HAND,
     PHASES,
     RESULTS_FILE,
     CompensationConfig,
     Subject,
     main,
     measure_subject,
-    read,
 )
 from adaskip.studies.ablation.compensation_findings import (
     AFFINE,
@@ -37,7 +36,6 @@ from adaskip.studies.ablation.compensation_findings import (
     SHIFT,
     best,
     find,
-    kept,
     verdict,
 )
 from tests.families import random_model, random_prompts
@@ -139,8 +137,8 @@ def test_verdict_on_a_model(affine, expected):
 @pytest.mark.parametrize(("second", "choice"), [(0.9, AFFINE), (1.0, SCALE)])
 def test_only_what_helps_on_every_model_is_kept(second, choice):
     results = {"llama": {"sources": {}, "cells": cells(0.5)}, "vicuna": {"sources": {}, "cells": cells(second)}}
-    assert kept(results) == choice
-    findings = find(results, NOT_AT_HAND)
+    assert best(*(each["cells"] for each in results.values())) == choice
+    findings = find(results)
     assert NOT_AT_HAND in findings.as_markdown()
     (claim,) = [claim for claim in findings.claims if claim.text.startswith("Affine")]
     assert claim.holding == (2 if choice == AFFINE else 1)
@@ -151,17 +149,17 @@ def tiny_subject(seed: int = 0) -> Subject:
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(3, 90, (12,), generator=generator) for _ in range(8)]
     loaded = find_loading(SharedConfig(testbed=True, device="cpu"), "llama").load()
-    return Subject(loaded, prompts[:2], dict.fromkeys(PHASES, prompts[2:]), [2], [], 0)
+    return Subject(loaded, prompts[:2], dict.fromkeys(PHASES, prompts[2:]), [2], [])
 
 
 def test_a_study_continues_and_never_mixes(tmp_path, monkeypatch, capsys):
     path, bar = tmp_path / RESULTS_FILE, tqdm(disable=True)
     measure_subject(path, "llama", tiny_subject(), bar)
-    whole = read(path)
+    whole = json.loads(path.read_text())
     assert [cell["phase"] for cell in whole["llama"]["cells"]] == ["prefill", "decode"]
     path.write_text(json.dumps({"llama": {**whole["llama"], "cells": whole["llama"]["cells"][:1]}}))
     measure_subject(path, "llama", tiny_subject(), bar)
-    assert read(path) == whole
+    assert json.loads(path.read_text()) == whole
     with pytest.raises(ValueError, match="measured with other prompts_fingerprint"):
         measure_subject(path, "llama", tiny_subject(seed=1), bar)
 

@@ -68,7 +68,7 @@ def test_a_profile_records_its_configuration_and_a_file_without_one_fits_as_befo
 
 
 def test_a_fingerprint_that_is_no_text_is_refused(measured):
-    with pytest.raises(ProfileError, match="config_fingerprint must be a text, or null; got 3"):
+    with pytest.raises(ProfileError, match="config_fingerprint must be a string, or null; got 3"):
         replace(measured["importance"], config_fingerprint=3)
 
 

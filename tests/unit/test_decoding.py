@@ -15,7 +15,7 @@ from adaskip.core.decoding import OwnGenerationConfig, plain_generate
 from adaskip.core.generate import generate
 from adaskip.core.plan import SkipPlan
 from adaskip.strategies import FixedPlan
-from adaskip.studies.bench.generation import timed_generation
+from adaskip.studies.bench.timing import timed_generation
 from tests.families import random_model, random_prompts
 
 SETTINGS = {

@@ -13,8 +13,6 @@ from adaskip.benchmarks.longbench import HUB, find_set, load_records
 from adaskip.benchmarks.longbench_files import check_sha256, list_sets
 from adaskip.benchmarks.protocol import BenchmarkError
 
-REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
-
 
 def record(number: int, length: int = 5000, **changes) -> dict:
     return {
@@ -134,14 +132,6 @@ def test_all_classes_may_be_left_out_where_no_metric_needs_it(tmp_path):
     del bare["all_classes"]
     write_jsonl(tmp_path / "qasper_e.jsonl", [bare])
     assert load_records("qasper", tmp_path)[0]["all_classes"] is None
-
-
-@pytest.mark.skipif(not (REAL / "multi_news.jsonl").exists(), reason=f"no real LongBench records at {REAL}")
-def test_longbenchs_own_multi_news_records_load():
-    records = load_records("multi_news", REAL)
-    assert len(records) == 15
-    assert all(r["length"] > 4000 and r["dataset"] == "multi_news" for r in records)
-    assert len(load_records("multi_news", REAL, min_length=None)) == 30
 
 
 # What is refused

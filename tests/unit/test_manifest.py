@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import adaskip
 from adaskip.common import provenance
 from adaskip.common.provenance import device_name, git_commit
+from adaskip.models.loading import LoadedModel, ModelSpec
+from adaskip.runs import manifest
+from tests.families import random_model
 
 CPU = torch.device("cpu")
 
@@ -90,3 +96,17 @@ def test_a_cpu_without_a_model_name_is_named_by_its_architecture(tmp_path, monke
     assert device_name(CPU) == "aarch64"
     monkeypatch.setattr(platform, "processor", lambda: "arm")
     assert device_name(CPU) == "arm"
+
+
+def test_the_version_is_that_of_the_code_where_installed_metadata_says_another_or_nothing(monkeypatch):
+    def version(package: str) -> str:
+        if package == "adaskip":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(manifest, "version", version)
+    tokenizer: Any = None
+    spec = ModelSpec("m", "m", None, "", 9, chat_template=None, stop_token_ids=(), stop_strings=())
+    described = manifest.describe_model(LoadedModel(random_model("llama"), tokenizer, spec))
+    assert described["versions"]["adaskip"] == adaskip.__version__
+    assert described["versions"]["torch"] == "1.0"

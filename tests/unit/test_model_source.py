@@ -87,19 +87,21 @@ def test_what_names_no_model_is_refused_when_the_options_are_read(given, says):
 
 def test_a_folder_that_is_called_like_a_model_of_the_registry_is_refused(tmp_path):
     (tmp_path / "llama").mkdir()
-    with pytest.raises(ModelError, match=r"give --model llama --checkpoint .* or give the folder another name"):
+    with pytest.raises(ModelError, match=r"use --model llama --checkpoint .* or rename the folder"):
         find_source(str(tmp_path / "llama"))
     assert find_source("llama", tmp_path / "llama").name == "llama"
 
 
 def test_a_file_that_is_no_gguf_file_is_refused(tmp_path):
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(ModelError, match=r"is a file; a folder with config\.json and weights, or a \.gguf file"):
+    with pytest.raises(
+        ModelError, match=r"is a file, but must be a folder with config\.json and weights, or a \.gguf file"
+    ):
         find_source(str(tmp_path / "weights.bin"))
 
 
 def test_two_names_of_weights_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--model org/name names its weights and --checkpoint x others"):
+    with pytest.raises(ValueError, match="--model org/name and --checkpoint x both name weights"):
         run_config(model="org/name", checkpoint="x")
 
 
@@ -109,7 +111,7 @@ def test_two_models_of_a_grid_whose_runs_would_be_called_alike_are_refused():
 
 
 def test_the_testbed_has_its_own_models_only(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown model of --testbed 'org/name'\. Allowed: llama, internlm, vicuna"):
+    with pytest.raises(ValueError, match=r"unknown model of testbed 'org/name'\. Allowed: llama, internlm, vicuna"):
         run_config(model="org/name", testbed=True)
 
 
@@ -202,7 +204,7 @@ def test_a_truncated_gguf_file_is_one_line(gguf_path, written):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.gguf", b"no such thing", "is no GGUF file: it begins with b'no s'"),
+        ("a.gguf", b"no such thing", "is not a GGUF file: it begins with b'no s'"),
         ("a-00001-of-00002.gguf", b"GGUF", "is one shard of a split GGUF file"),
     ],
 )
@@ -215,7 +217,7 @@ def test_what_is_no_whole_gguf_file_is_refused(tmp_path, name, content, says):
 def test_without_the_package_gguf_the_line_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_file, "is_gguf_available", lambda: False)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="which the package gguf reads: pip install gguf"):
+    with pytest.raises(ModelError, match="reading it needs the package gguf: pip install gguf"):
         load_model(str(tmp_path / "a.gguf"), device="cpu")
 
 

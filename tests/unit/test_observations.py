@@ -9,14 +9,21 @@ import random
 import numpy as np
 import pytest
 import torch
+from pandas import DataFrame
 from PIL import Image
 
 from adaskip.calibration.measure import measure
-from adaskip.studies.observations import figures, hit_rates, kinds, layers, phases, skip_findings
-from adaskip.studies.observations.findings import Claim, Findings, Table, write_findings
-from adaskip.studies.observations.ranks import chance_correlation, chance_hits, hits, most_similar, rank_correlation
-from adaskip.studies.observations.saved import NotMeasuredError, load_saved
+from adaskip.studies.observations import figures, hit_rates, importance_check, similarity
+from adaskip.studies.observations.hit_rates import chance_hits, hits
+from adaskip.studies.observations.saved import (
+    NotMeasuredError,
+    chance_correlation,
+    load_saved,
+    most_similar,
+    rank_correlation,
+)
 from adaskip.studies.observations.settings import ObserveConfig, Target
+from adaskip.studies.study import Claim, Findings
 from tests.families import random_model, random_prompts
 from tests.saved_measurements import write_measured
 
@@ -59,7 +66,7 @@ def test_observation_1_asks_whether_models_differ(tmp_path, other, expected):
     for model, profile in (("llama", RISING), ("vicuna", other)):
         for target in (TREC, TRIVIA):
             write_measured(tmp_path, model, target, {"layer": profile}, noise=0.01)
-    findings = layers.find(load_saved(tmp_path, [TREC, TRIVIA]), [TREC, TRIVIA])
+    findings = similarity.find_layers(load_saved(tmp_path, [TREC, TRIVIA]), [TREC, TRIVIA])
     assert verdicts(findings) == [expected, "holds", expected]
     assert "llama: 15, 14, 13, 12, 11" in findings.claims[2].evidence
 
@@ -67,7 +74,7 @@ def test_observation_1_asks_whether_models_differ(tmp_path, other, expected):
 def test_models_of_different_depth_are_not_compared(tmp_path):
     write_measured(tmp_path, "llama", TREC, {"layer": RISING})
     write_measured(tmp_path, "vicuna", TREC, {"layer": RISING[:5]})
-    findings = layers.find(load_saved(tmp_path, [TREC]), [TREC])
+    findings = similarity.find_layers(load_saved(tmp_path, [TREC]), [TREC])
     assert verdicts(findings)[:2] == ["not tested", "not tested"]
 
 
@@ -80,7 +87,7 @@ def test_models_of_different_depth_are_not_compared(tmp_path):
 )
 def test_observation_2_asks_whether_the_kinds_differ(tmp_path, attention, expected):
     write_measured(tmp_path, "llama", TREC, {"attention": attention, "ffn": RISING})
-    assert verdicts(kinds.find(load_saved(tmp_path, [TREC]), [TREC])) == expected
+    assert verdicts(similarity.find_kinds(load_saved(tmp_path, [TREC]), [TREC])) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,7 @@ def test_observation_3_asks_whether_the_phases_agree(tmp_path, decode, expected)
     targets = [TREC, Target("trec", "decode")]
     for target, profile in zip(targets, (RISING, decode), strict=True):
         write_measured(tmp_path, "llama", target, {"layer": profile})
-    findings = phases.find(load_saved(tmp_path, targets), targets)
+    findings = similarity.find_phases(load_saved(tmp_path, targets), targets)
     assert verdicts(findings) == expected
     assert findings.numbers[0]["decoded_tokens"] == 5 * 60
 
@@ -113,7 +120,7 @@ def test_table_1_counts_hits_per_sample_beside_chance_and_the_paper(tmp_path):
     assert [cell["paper"] for cell in attention["hits"]] == [3.79, 5.5, 9.68]
     expected = [len(set(most_similar(RISING, k)) & set(most_similar(shuffled, k))) for k in (4, 6, 10)]
     assert [cell["ours"]["value"] for cell in ffn["hits"]] == expected
-    assert findings.table.rows[0][3] == "MultiNews (for 2WikiMQA)"
+    assert findings.table.iloc[0, 3] == "MultiNews (for 2WikiMQA)"
 
 
 def test_table_2_leaves_out_requests_with_too_short_a_rest(tmp_path):
@@ -123,7 +130,7 @@ def test_table_2_leaves_out_requests_with_too_short_a_rest(tmp_path):
     assert [row["samples"] for row in findings.numbers] == [5, 5, 0]  # 5 tokens after a window of 40 are too few
     assert [cell["ours"]["value"] for cell in findings.numbers[0]["hits"]] == [0, 0, 0]
     assert findings.numbers[2]["hits"][0]["ours"] is None
-    assert findings.table.rows[2][4] == "-"
+    assert findings.table.iloc[2, 4] == "-"
     assert findings.numbers[0]["hits"][0]["paper"] == 1.01
 
 
@@ -145,11 +152,11 @@ def check_scores(most: list[float], least: list[float]) -> dict:
 
 def test_the_importance_check_compares_both_ends_of_the_ranking(tmp_path):
     check = check_scores(most=[0.9, 0.8], least=[0.1, 0.0])
-    findings = skip_findings.find(check)
+    findings = importance_check.find(check)
     assert verdicts(findings) == ["holds", "holds", "holds"]
-    assert [row[2:] for row in findings.table.rows][1] == ["1", "90.0 [90.0, 90.0]", "10.0 [10.0, 10.0]"]
-    assert verdicts(skip_findings.find(check_scores([0.1, 0.0], [0.9, 0.8]))) == ["does not hold"] * 3
-    assert [path.name for path in skip_findings.draw(check, tmp_path)] == [
+    assert list(findings.table.iloc[1, 2:]) == ["1", "90.0 [90.0, 90.0]", "10.0 [10.0, 10.0]"]
+    assert verdicts(importance_check.find(check_scores([0.1, 0.0], [0.9, 0.8]))) == ["does not hold"] * 3
+    assert [path.name for path in importance_check.draw(check, tmp_path)] == [
         "importance_check.png",
         "importance_check.svg",
     ]
@@ -190,8 +197,8 @@ def test_unfinished_measurements_are_not_drawn(tmp_path):
 
 def test_findings_are_written_as_text_table_and_numbers(tmp_path):
     claim = Claim("It does", 1, 2, "Half of it.")
-    findings = Findings("ob9", "Title", ["A note."], [claim], Table(["a", "b"], [["1", "x, y"]]), {"a": 1.0})
-    write_findings(findings, tmp_path)
+    findings = Findings("ob9", "Title", ["A note."], [claim], DataFrame({"a": ["1"], "b": ["x, y"]}), {"a": 1.0})
+    findings.write(tmp_path)
     text = (tmp_path / "ob9.md").read_text()
     assert "- **It does: holds in 1 of 2 cases.** Half of it." in text
     assert "![Title](ob9.png)" in text

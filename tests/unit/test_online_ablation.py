@@ -2,74 +2,95 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 
 import pytest
+from pandas import DataFrame
 
 from adaskip.models.stories import NOT_AT_HAND, STORIES
-from adaskip.studies.ablation.command import main
-from adaskip.studies.ablation.comparing import Comparison
-from adaskip.studies.ablation.findings import find
-from adaskip.studies.ablation.saved import SampleResult, Subject, keep, load, mean_skipped
-from adaskip.studies.ablation.settings import AblationConfig, Variant, variants
+from adaskip.studies.ablation import online_findings
+from adaskip.studies.ablation.online import AblationConfig, Variant, keep, mean_skipped, read, variants
+from adaskip.studies.ablation.online_findings import COLUMNS, compare, find, main
 
 NUM_SAMPLES = 12
 OFF_4, OFF_6, ONLINE, IDLE = Variant(4), Variant(6), Variant(4, 20, 0.25), Variant(4, 20)
 
 
-def samples(quality: float, skipped: float, added: int = 0) -> list[SampleResult]:
+def samples(quality: float, skipped: float, added: int = 0) -> list[list]:
     """Qualities that differ from sample to sample in the same way in every variant."""
-    return [SampleResult(f"s{i}", quality + 0.01 * i, skipped, added, 10.0) for i in range(NUM_SAMPLES)]
+    return [[f"s{i}", quality + 0.01 * i, skipped, added, 10.0] for i in range(NUM_SAMPLES)]
 
 
-def subject(online: float, name="llama", measure="score", skipped=5.0) -> Subject:
-    """4 sublayers offline keep 0.8 and 6 keep 0.4, so 5 keep 0.6; online learning keeps `online`."""
-    results = {
+def results(online: float, measure="score", skipped=5.0) -> dict:
+    """Of one model: 4 sublayers offline keep 0.8 and 6 keep 0.4, so 5 keep 0.6; online learning keeps `online`."""
+    by_variant = {
         OFF_4: samples(0.8, 4),
         OFF_6: samples(0.4, 6),
         ONLINE: samples(online, skipped, 2),
         IDLE: samples(0.8, 4),
     }
-    return Subject(name, measure, {"checkpoint": "none"}, results)
+    saved = [{**asdict(variant), "samples": each} for variant, each in by_variant.items()]
+    return {"measure": measure, "sources": {"checkpoint": "none"}, "variants": saved}
+
+
+def frames(*models: dict) -> list:
+    return [
+        {
+            Variant(v["sublayers"], v["window"], v["quantile"]): DataFrame(v["samples"], columns=list(COLUMNS))
+            for v in model["variants"]
+        }
+        for model in models
+    ]
 
 
 @pytest.mark.parametrize(("online", "verdict"), [(0.7, "better"), (0.6, "within chance"), (0.5, "worse")])
 def test_what_is_learnt_is_judged_against_as_many_sublayers_offline(online, verdict):
-    comparison = Comparison([subject(online)], ONLINE)
-    assert comparison.over_offline is not None
-    assert comparison.over_offline.value == pytest.approx(online - 0.6)
-    assert comparison.over_off.value == pytest.approx(online - 0.8)
+    compared = compare(frames(results(online)), ONLINE)
+    assert compared.over_offline is not None
+    assert compared.over_offline.value == pytest.approx(online - 0.6)
+    assert compared.over_off.value == pytest.approx(online - 0.8)
     if verdict == "within chance":  # equal but for the last bits of the interpolation
-        assert comparison.over_offline.value == pytest.approx(0, abs=1e-12)
+        assert compared.over_offline.value == pytest.approx(0, abs=1e-12)
     else:
-        assert comparison.verdict == verdict
+        assert compared.verdict == verdict
 
 
 def test_a_window_that_never_fires_adds_nothing():
-    comparison = Comparison([subject(0.7)], IDLE)
-    assert comparison.verdict == "adds nothing"
-    assert comparison.fired == comparison.over_off.value == 0
+    compared = compare(frames(results(0.7)), IDLE)
+    assert compared.verdict == "adds nothing"
+    assert compared.fired == compared.over_off.value == 0
 
 
 def test_nothing_is_extrapolated_beyond_the_offline_sets():
-    comparison = Comparison([subject(0.7, skipped=6.5)], ONLINE)
-    assert comparison.over_offline is None
-    assert comparison.verdict == "beyond the offline sets"
+    compared = compare(frames(results(0.7, skipped=6.5)), ONLINE)
+    assert compared.over_offline is None
+    assert compared.verdict == "beyond the offline sets"
 
 
 def test_models_are_matched_one_by_one():
-    comparison = Comparison([subject(0.7, skipped=4.0), subject(0.7, "vicuna", skipped=6.0)], ONLINE)
-    assert comparison.over_offline is not None
-    assert comparison.over_offline.value == pytest.approx(((0.7 - 0.8) + (0.7 - 0.4)) / 2)
+    compared = compare(frames(results(0.7, skipped=4.0), results(0.7, skipped=6.0)), ONLINE)
+    assert compared.over_offline is not None
+    assert compared.over_offline.value == pytest.approx(((0.7 - 0.8) + (0.7 - 0.4)) / 2)
+
+
+def test_models_are_taken_together_if_the_same_variants_were_run(tmp_path):
+    deeper = results(0.7)
+    for variant in deeper["variants"]:
+        variant["sublayers"] *= 2
+    saved = {"llama": results(0.7), "smollm2": deeper, "vicuna": results(0.6), STORIES: results(-1, "loss")}
+    names = list(dict.fromkeys(row["models"] for row in find(saved).numbers))
+    assert names == ["llama, vicuna", "smollm2", STORIES]
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(40, 4 + 3 * 20 / 40), (20, 4), (10, 4), (0, 4)])
 def test_what_joined_counts_from_the_end_of_the_window(steps, expected):
-    assert mean_skipped(4, 20, 3, steps) == pytest.approx(expected)
+    assert mean_skipped(Variant(4, 20), 3, steps) == pytest.approx(expected)
 
 
 def test_the_verdict_is_in_words_and_names_what_is_missing():
-    findings = find([subject(0.7)], NOT_AT_HAND)
+    findings = find({"llama": results(0.7)})
     fires, helps, keeps = (claim.sentence for claim in findings.claims)
     assert (
         "the window adds FFNs: holds in 1 of 2 cases. At the paper's P = 20 and beta: in 0 % of the requests" in fires
@@ -81,16 +102,18 @@ def test_the_verdict_is_in_words_and_names_what_is_missing():
 
 
 def test_results_are_kept_whole_and_drawn_without_a_model(tmp_path, monkeypatch, capsys):
-    kept = [subject(0.7), subject(-1.5, STORIES, "loss")]
-    keep(tmp_path, kept[:1])
-    keep(tmp_path, kept[1:])
-    assert load(tmp_path) == kept
+    config = AblationConfig(output_dir=str(tmp_path))
+    kept = {"llama": results(0.7), STORIES: results(-1.5, "loss")}
+    for name, each in kept.items():
+        keep(config, {name: each})
+    assert read(config) == kept
     monkeypatch.setattr(sys, "argv", ["online_ablation.py", "--draw-only", "--output-dir", str(tmp_path)])
-    monkeypatch.setattr("adaskip.studies.ablation.command.measure", None)
+    monkeypatch.setattr(online_findings.online, "measure", None)
     assert main("What it does.") == 0
     assert "stories260K: the window adds FFNs" in capsys.readouterr().out
     names = {path.name for path in tmp_path.glob("online_ablation.*")}
     assert names == {f"online_ablation.{kind}" for kind in ("md", "csv", "json", "png", "svg")}
+    assert json.loads((tmp_path / "online_ablation.json").read_text())["sources"][STORIES] == {"checkpoint": "none"}
 
 
 def test_drawing_what_was_not_measured_is_one_line(tmp_path, monkeypatch, capsys):

@@ -127,7 +127,7 @@ def test_a_plan_drafts_losslessly(model):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (SkipDecode(num_layers=4, budget=Budget(layers=2)), "changes its set in the answer"),
+        (SkipDecode(num_layers=4, budget=Budget(layers=2)), "changes its set during an answer"),
         (
             AdaSkip(num_layers=4, budget=Budget(sublayers=1), profile=profile_of([0.5] * 4, [0.6] * 4)),
             "allowed: .*learning_window=0",
@@ -155,7 +155,7 @@ CORRUPT = [
     ({"origin.phase": "both"}, "unknown phase 'both'"),
     ({"origin.num_layers": 2}, "layers 0..1"),
     ({"origin.num_layers": True}, "num_layers of a plan must be a whole number"),
-    ({"origin.model": None}, "model of a plan must be a text"),
+    ({"origin.model": None}, "model of a plan must be a string"),
     ({"origin.budget": 3}, "budget of a plan must be an object"),
     ({"attention": None}, "must be a list of layers"),
     ({"format": "other"}, "is not a skip plan"),

@@ -1,6 +1,5 @@
 """Prompt ids equal an independent straight-line version of LongBench's pred.py, over odd cases."""
 
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -12,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from adaskip import testbed
 from adaskip.benchmarks import prompts
-from adaskip.benchmarks.longbench import TASKS, LongBench, load_records
+from adaskip.benchmarks.longbench import TASKS, LongBench
 from adaskip.benchmarks.prompts import build_reference_ids
 from adaskip.models.internlm import InternLMTokenizer
+from adaskip.models.loading import find_source, load_tokenizer
 from adaskip.runs.records import prompt_ids
 from tests.internlm_reference import clean_up, train_tokenizer
+from tests.smollm2 import ONE_PROCESS
 
-REAL = Path(os.environ.get("ADASKIP_REAL", Path(__file__).resolve().parents[2] / "../shared/real"))
 CHAT = '<|User|>:{prompt}<eoh>\n<|Bot|>: {"json": {}}'
 PUNCTUATION = "It 's odd , is n't it ? We 've seen it ! 'm 're . "
 MULTI_BYTE = "Zoë wrote “naïve” – 第三段落：北京欢迎你。 👩‍👩‍👧 a\u0301 \u2028 end"  # noqa: RUF001
@@ -65,13 +66,15 @@ def internlm() -> InternLMTokenizer:
         return InternLMTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def real() -> PreTrainedTokenizerFast:
-    if not (REAL / "stories260K").is_dir():
-        pytest.skip(f"no real tokenizer at {REAL}/stories260K")
-    return AutoTokenizer.from_pretrained(REAL / "stories260K")
+def smollm2() -> PreTrainedTokenizerBase:
+    """A real one, which is read from a GGUF file."""
+    return load_tokenizer(find_source("smollm2").path)
 
 
-@pytest.fixture(scope="module", params=[byte_level, byte_fallback, internlm, real], ids=lambda maker: maker.__name__)
+MAKERS = [byte_level, byte_fallback, internlm, pytest.param(smollm2, marks=ONE_PROCESS)]
+
+
+@pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)
 def tokenizer(request):
     return request.param()
 
@@ -173,12 +176,12 @@ def test_the_chat_wrapper_survives_the_cut(tokenizer):
     assert text.endswith('<|Bot|>: {"json": {}}')
 
 
-@pytest.mark.skipif(not (REAL / "multi_news.jsonl").exists(), reason=f"no real LongBench records at {REAL}")
-def test_real_records_equal_the_straight_line_version(tokenizer):
+def test_whole_documents_equal_the_straight_line_version(tokenizer):
     spec = TASKS["multi_news"]
-    for sample in load_records("multi_news", REAL, extended=False, limit=3):
-        expected = straight_line(sample, spec.template, True, tokenizer, 1500, CHAT)
-        assert build_prompt_ids(sample, spec, tokenizer, 1500, CHAT) == expected
+    for sample in testbed.records("multi_news", limit=3):
+        assert num_tokens(sample, spec, tokenizer) > 300
+        expected = straight_line(sample, spec.template, True, tokenizer, 300, CHAT)
+        assert build_prompt_ids(sample, spec, tokenizer, 300, CHAT) == expected
 
 
 @pytest.mark.parametrize(

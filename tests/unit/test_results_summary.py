@@ -7,8 +7,7 @@ import pytest
 from adaskip.runs.cells import Cell
 from adaskip.studies.tables.report import headline_of
 from adaskip.studies.tables.results import load_results
-from adaskip.studies.tables.summary import summarise
-from adaskip.studies.tables.summary_text import to_text
+from adaskip.studies.tables.summary import summarise, to_text
 from tests.saved_runs import write_run
 
 OTHERS = {"early_exit": 0.6, "skipdecode": 0.1, "unified": 0.3}

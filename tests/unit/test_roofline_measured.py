@@ -7,7 +7,7 @@ import json
 import pytest
 
 from adaskip.common.intervals import Estimate
-from adaskip.studies.bench.cells import COMPILED, EAGER, Cell, Workload
+from adaskip.studies.bench.settings import COMPILED, EAGER, Cell, Workload
 from adaskip.studies.limits.measured import Measured, measured_table, read_measured
 from tests.saved_benchmarks import (
     GPU,

@@ -19,7 +19,7 @@ from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.models.loading import architecture
 from adaskip.profiles.assumed import ASSUMED, assumed_profile
 from adaskip.roofline import Ceilings, ModelShape, forward_seconds, known_ceilings
-from adaskip.studies.bench.cells import Workload as BenchWorkload
+from adaskip.studies.bench.settings import Workload as BenchWorkload
 from adaskip.studies.limits.command import RooflineConfig, main, predict_all, write
 from adaskip.studies.limits.comparison import (
     ATTENTION_ALONE,

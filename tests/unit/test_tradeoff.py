@@ -156,3 +156,73 @@ def test_the_mean_of_ratios_agrees_with_the_ratio_for_one_group():
     assert ours.low == pytest.approx(single.low, abs=0.02)
     assert ours.high == pytest.approx(single.high, abs=0.02)
     assert mean_ratio_estimate([pairs, [(1.0, 0.0)]]) is None
+
+
+@pytest.fixture
+def smollm2(tmp_path):
+    """A model that the paper has not: AdaSkip finished, Early Exit begun, Unified Skipping without a speed."""
+    for name, quality, loss, options in (
+        ("full", 0.9, 2.8, {}),
+        ("adaskip", 0.7, 3.1, {}),
+        ("early_exit", 0.2, 7.3, {"num_samples": 4, "expected": 12}),
+        ("unified", 0.1, 6.2, {}),
+    ):
+        cell = Cell("smollm2", "decode", name, 0 if name == "full" else 8)
+        write_run(tmp_path / "runs", cell, quality, num_layers=30, loss=loss, **options)
+    speeds = {("decode", "adaskip", 8): 1.1, ("decode", "early_exit", 8): 1.2}
+    write_speeds(tmp_path / "smollm2.json", speeds, prompt_tokens=(1024, 2048))
+    return tmp_path
+
+
+def test_fidelity_and_loss_have_points_of_any_model_and_of_unfinished_runs(smollm2):
+    results = load_results(smollm2 / "runs")
+    kept, fidelity, loss = find_tradeoffs(results, str(smollm2 / "{model}.json"), 1024)
+    assert [each.quality.name for each in (kept, fidelity, loss)] == ["kept", "fidelity", "loss_added"]
+    assert {*kept.points["strategy"]} == {"full", "adaskip"}
+    for tradeoff in (fidelity, loss):
+        points = {point.strategy: point for point in tradeoff.panel("decode", "smollm2").itertuples()}
+        assert {name: point.partial for name, point in points.items()} == {
+            "full": False,
+            "adaskip": False,
+            "early_exit": True,
+        }
+        assert tradeoff.missing == {NO_SPEED: ("smollm2-US-DECODE/8-sublayers",)}
+        assert [points[name].on_front for name in points] == [True, True, True]
+    loss_of = {point.strategy: point.value for point in loss.panel("decode", "smollm2").itertuples()}
+    assert loss_of == pytest.approx({"full": 0.0, "adaskip": 0.3, "early_exit": 4.5})
+    cells = results.cell_of
+    expected = sum(cells["decode", "smollm2", "adaskip", 8 / 60, t].fidelity for t in ("gov_report", "multi_news")) / 2
+    (point,) = fidelity.panel("decode", "smollm2").query("strategy == 'adaskip'").itertuples()
+    assert (point.value, point.speedup) == (pytest.approx(expected), pytest.approx(1.1))
+
+
+def test_the_more_loss_at_less_speed_is_not_on_the_front(smollm2):
+    write_speeds(smollm2 / "smollm2.json", {("decode", "adaskip", 8): 1.3, ("decode", "early_exit", 8): 1.2})
+    *_, loss = find_tradeoffs(load_results(smollm2 / "runs"), str(smollm2 / "{model}.json"))
+    points = loss.panel("decode", "smollm2")
+    assert {*points.loc[points["on_front"], "strategy"]} == {"full", "adaskip"}
+
+
+def test_of_several_prompt_lengths_one_is_chosen(smollm2):
+    results, pattern = load_results(smollm2 / "runs"), str(smollm2 / "{model}.json")
+    _, fidelity, _ = find_tradeoffs(results, pattern, 2048)
+    assert fidelity.panel("decode", "smollm2").query("strategy == 'adaskip'")["speedup"].item() == pytest.approx(1.21)
+    with pytest.raises(ValueError, match="has prompts of 1024, 2048 tokens: choose with --prompt-tokens"):
+        find_tradeoffs(results, pattern)
+    with pytest.raises(ValueError, match="has no prompts of 512 tokens; it has 1024, 2048"):
+        find_tradeoffs(results, pattern, 512)
+
+
+def test_a_model_whose_scores_are_at_their_floor_is_drawn_by_fidelity_and_loss_alone(smollm2):
+    folder = Cell("smollm2", "decode", "full", 0).folder(smollm2 / "runs")
+    for path in folder.glob("*.jsonl"):
+        lines = [{**json.loads(line), "prediction": "zebra"} for line in path.open()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = find_tradeoffs(load_results(smollm2 / "runs"), str(smollm2 / "{model}.json"), 1024)
+    assert [each.quality.name for each in found] == ["fidelity", "loss_added"]
+    written = {path.name: path for path in write_tradeoffs(found, smollm2)}
+    assert list(written) == ["tradeoff_measures.md", "tradeoff_measures.png", "tradeoff_measures.svg"]
+    assert "| AdaSkip    | **1.10, +0.300** [+0.300, +0.300] " in written["tradeoff_measures.md"].read_text()
+    svg = written["tradeoff_measures.svg"].read_text()
+    for text in ("fidelity", "loss above the full model", "unfinished run"):
+        assert f"<!-- {text}" in svg

@@ -15,36 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
 from adaskip.calibration.compensation import StreamMoments, stream_moments
 from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
-from adaskip.common.choices import check_choice
-from adaskip.common.commands import study
 from adaskip.common.files import write_text_atomic
 from adaskip.common.locks import exclusive
 from adaskip.common.options import option
-from adaskip.common.paths import given_or_default
 from adaskip.core.plan import Budget, Compensation, Phase, SkipPlan, Sublayer
 from adaskip.models.loading import LoadedModel
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.runs.calibration import find_calibration
-from adaskip.runs.cells import MODELS
-from adaskip.runs.config import SharedConfig
-from adaskip.runs.loading import find_loading
+from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
-from adaskip.runs.records import find_records, prompt_ids
 from adaskip.strategies import AdaSkip
 from adaskip.studies.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
-from adaskip.studies.ablation.selection import PROMPT_TOKENS
-from adaskip.studies.ablation.stories import TOKENS
-from adaskip.studies.observations.findings import write_findings
+from adaskip.studies.ablation.online import STORY_TOKENS
+from adaskip.studies.ablation.stories import PROMPT_TOKENS
+from adaskip.studies.study import Study, StudyConfig, prompts_of
 
-OUTPUT_DIR = "results/compensation"
 RESULTS_FILE = "compensation_divergences.json"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 STORIES_BUDGETS = (2, 4, 6)
@@ -55,26 +46,17 @@ SAME = ("weights_fingerprint", "dtype", "device", "attn_implementation", "prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompensationConfig(SharedConfig):
+class CompensationConfig(StudyConfig):
     """The options of `eval/compensation.py`."""
 
-    models: tuple[str, ...] = option(f"of {', '.join(MODELS)}", MODELS, aliases=["--model"])
+    folder = "results/compensation"
+
     held_out: int = option("prompts to measure on, none of them among those that calibrate", 24)
-    output_dir: str | None = option(f"where everything goes; if not given, {OUTPUT_DIR}")
-    draw_only: bool = option("run no model: table and verdict of what is saved", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.models:
-            check_choice("model", name, MODELS)
-        if self.checkpoint is not None and len(self.models) != 1:
-            raise ValueError("--checkpoint is one model's: give it with exactly one --model")
         if self.held_out < 2:
             raise ValueError(f"--held-out must be at least 2, not {self.held_out}: one prompt has no interval")
-
-    @property
-    def out_dir(self) -> Path:
-        return given_or_default(self.output_dir, OUTPUT_DIR)
 
     @property
     def results_path(self) -> Path:
@@ -83,15 +65,13 @@ class CompensationConfig(SharedConfig):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. calibration, held_out: prompts to fit on and, by phase, to measure on, token ids, 1-D. stops,
-    pad: token ids."""
+    """A model to measure. calibration, held_out: prompts to fit on and, by phase, to measure on, token ids, 1-D."""
 
     loaded: LoadedModel
     calibration: Sequence[Tensor]
     held_out: Mapping[Phase, Sequence[Tensor]]
     budgets: Sequence[int]
     stops: Sequence[int]
-    pad: int
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -106,33 +86,6 @@ class Subject:
         }
 
 
-def main(doc: str | None) -> int:
-    """The script's whole life; returns its exit code. doc: the script's docstring."""
-    return study(doc, CompensationConfig, _run)
-
-
-def _run(config: CompensationConfig) -> int:
-    if not config.draw_only:
-        with exclusive(config.results_path.with_suffix(".lock")):
-            measure(config)
-    results = read(config.results_path)
-    if not results:
-        raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
-    findings = find(results, None if STORIES in results else NOT_AT_HAND)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(findings.title, style="bold")
-    for line in [*(f"- {claim.sentence}" for claim in findings.claims), findings.notes[-1]]:
-        console.print(line)
-    written = write_findings(findings, config.out_dir)
-    console.print("wrote " + ", ".join(path.name for path in written) + f" to {config.out_dir}")
-    return 0
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What is saved, by model; nothing where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def measure(config: CompensationConfig) -> None:
     """Measure what is missing; each model's phase is saved as soon as it is measured.
 
@@ -140,21 +93,45 @@ def measure(config: CompensationConfig) -> None:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    subjects: dict[str, Callable[[], Subject]] = {
-        name: lambda name=name: _of_task(config, name) for name in config.models
-    }
+    names = list(config.models)
     if stories_dir() is None:
         print(NOT_AT_HAND, file=sys.stderr)
     else:
-        subjects[STORIES] = lambda: _of_stories(config.held_out)
-    with tqdm(total=len(subjects) * len(PHASES), desc="compensation", unit="phase", disable=None) as bar:
-        for name, make in subjects.items():
-            measure_subject(config.results_path, name, make(), bar)
+        names.append(STORIES)
+    path = config.results_path
+    with (
+        exclusive(path.with_suffix(".lock")),
+        tqdm(total=len(names) * len(PHASES), desc="compensation", unit="phase", disable=None) as bar,
+    ):
+        for name in names:
+            subject = _of_stories(config.held_out) if name == STORIES else _of_tasks(config, name)
+            measure_subject(path, subject.loaded.spec.name if name != STORIES else name, subject, bar)
+
+
+def _of_tasks(config: CompensationConfig, name: str) -> Subject:
+    """Held out are prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
+    held_out: dict[Phase, Sequence[Tensor]] = {}
+    job = resolve(config.run_config(name, phase=PHASES[0], strategy=AdaSkip.name))
+    loaded, calibration = job.loading.load(), job.calibration
+    assert calibration is not None, "of strategy adaskip"
+    for phase in PHASES:
+        tasks, first = resolve(config.run_config(name, phase=phase)).answer_caps, calibration.num_searched
+        samples = job.records.unscored([*tasks], first + config.held_out)[first:]
+        held_out[phase] = prompts_of(calibration, samples, loaded)
+    budgets = config.setup_of(job.loading.source.entry).budgets_for(job.loading.num_layers)
+    return Subject(loaded, calibration.data(loaded)["prompts"], held_out, budgets, loaded.spec.stop_token_ids)
+
+
+def _of_stories(held_out: int) -> Subject:
+    loaded = load_stories()
+    told = tell(loaded, CALIBRATION_STORIES + held_out, STORY_TOKENS, STORIES_SEED)
+    others = [story[:PROMPT_TOKENS] for story in told[CALIBRATION_STORIES:]]
+    return Subject(loaded, told[:CALIBRATION_STORIES], dict.fromkeys(PHASES, others), STORIES_BUDGETS, stops=[])
 
 
 def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
     """Measure the phases that the file at `path` lacks of one model, and add them to it."""
-    results, sources = read(path), subject.sources
+    results, sources = _read(path), subject.sources
     held = results.setdefault(name, {"sources": sources, "cells": []})
     if other := [key for key in SAME if held["sources"][key] != sources[key]]:
         raise ValueError(f"{path} holds {name} measured with other {', '.join(other)}; give another --output-dir")
@@ -183,8 +160,10 @@ def _cells(
         AFFINE: lambda sublayer: moments[sublayer].affine(),
         SHIFT: lambda sublayer: moments[sublayer].shift(importance.scale_of(sublayer)),
     }
-    ends = {"eos_token_ids": subject.stops, "pad_token_id": subject.pad}
-    divergence = OutputDivergence(subject.loaded.model, subject.held_out[phase], phase, **ends)
+    tokenizer: Any = subject.loaded.tokenizer
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model, stops = subject.loaded.model, subject.stops
+    divergence = OutputDivergence(model, subject.held_out[phase], phase, eos_token_ids=stops, pad_token_id=pad)
     cells = []
     for count in subject.budgets:
         budget = Budget(sublayers=count)
@@ -197,26 +176,16 @@ def _cells(
     return cells
 
 
-def _of_task(config: CompensationConfig, name: str) -> Subject:
-    loaded = find_loading(config, name).load()
-    calibration = find_calibration(config).data(loaded)["prompts"]
-    held_out: dict[Phase, Sequence[Tensor]] = {phase: _unscored(config, loaded, phase) for phase in PHASES}
-    budgets = config.setup.budgets_for(loaded.model.config.num_hidden_layers)
-    tokenizer: Any = loaded.tokenizer
-    stops, pad = loaded.spec.stop_token_ids, tokenizer.pad_token_id
-    return Subject(loaded, calibration, held_out, budgets, stops, pad)
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _unscored(config: CompensationConfig, loaded: LoadedModel, phase: Phase) -> list[Tensor]:
-    """Prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
-    searched, tasks = config.setup.search_samples, config.setup.phases[phase].tasks
-    records = find_records(config)
-    samples = records.unscored(tasks, searched + config.held_out)
-    return [prompt_ids(records.benchmark, task, [sample], loaded)[0] for task, sample in samples[searched:]]
+def read(config: CompensationConfig) -> dict[str, Any]:
+    """What is saved, by model; ValueError if nothing is."""
+    if not (results := _read(config.results_path)):
+        raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
+    return results
 
 
-def _of_stories(held_out: int) -> Subject:
-    loaded = load_stories()
-    told = tell(loaded, CALIBRATION_STORIES + held_out, TOKENS, STORIES_SEED)
-    calibration, others = told[:CALIBRATION_STORIES], [story[:PROMPT_TOKENS] for story in told[CALIBRATION_STORIES:]]
-    return Subject(loaded, calibration, dict.fromkeys(PHASES, others), STORIES_BUDGETS, stops=[], pad=0)
+STUDY = Study(CompensationConfig, measure, read, find=lambda results, config: [find(results)])
+main = STUDY.main

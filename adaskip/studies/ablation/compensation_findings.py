@@ -1,4 +1,4 @@
-"""The verdict on compensation in words, and its table; both are made from the saved divergences.
+"""The verdict on compensation, and its table; both are made from the saved divergences.
 
 Every way is compared with Eq. (3)'s scale, prompt by prompt.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pandas import DataFrame
+
 from adaskip.common.intervals import Estimate, mean, mean_estimate, mean_of_means_estimate
-from adaskip.studies.observations.findings import Claim, Findings, Table
+from adaskip.models.stories import NOT_AT_HAND, STORIES
+from adaskip.studies.study import Claim, Findings
 from adaskip.studies.tables import labels
 
 NAME = "compensation"
@@ -28,10 +31,16 @@ Cells = list[dict[str, Any]]
 """As they are saved: phase, sublayers, and divergences by compensation and prompt."""
 
 
+def _differences(cell: Mapping[str, Any], name: str) -> list[float]:
+    """Prompt by prompt the divergence less that under Eq. (3)'s scale, nats."""
+    measured = cell["divergences"]
+    return [ours - scale for ours, scale in zip(measured[name], measured[SCALE], strict=True)]
+
+
 def difference(cell: Mapping[str, Any], name: str) -> Estimate:
-    """Mean over prompts of the divergence less that under Eq. (3)'s scale, nats."""
+    """Their mean."""
     found = mean_estimate(_differences(cell, name))
-    assert found is not None
+    assert found is not None, "there are prompts"
     return found
 
 
@@ -48,7 +57,7 @@ def relative(cells: Cells, name: str) -> Estimate:
 
 
 def beyond_chance(found: Estimate) -> int:
-    """-1 if a difference lies below 0 with its whole interval, 1 if above, else 0."""
+    """-1 if the whole interval of a difference lies below 0, 1 if above, else 0."""
     assert found.low is not None
     assert found.high is not None
     return -1 if found.high < 0 else 1 if found.low > 0 else 0
@@ -61,24 +70,31 @@ def verdict(cells: Cells, name: str) -> str:
     return MIXED if {-1, 1} <= found else {-1: HELPS, 0: CHANCE, 1: HARMS}[overall]
 
 
-def best(cells: Cells) -> str:
-    """On one model: the way that helps and lowers divergence most; Eq. (3)'s scale if none helps."""
-    helping = [name for name in OTHERS if verdict(cells, name) == HELPS]
-    return min(helping, key=lambda name: relative(cells, name).value, default=SCALE)
-
-
-def kept(results: Mapping[str, Any]) -> str:
-    """The way that helps on every model, of several the one that lowers divergence most; else Eq. (3)'s scale."""
-    helping = [name for name in OTHERS if all(verdict(each["cells"], name) == HELPS for each in results.values())]
-    gains = {name: mean([relative(each["cells"], name).value for each in results.values()]) for name in helping}
+def best(*models: Cells) -> str:
+    """The way that helps on all of these models, of several the one that lowers divergence most on average; Eq. (3)'s
+    scale if none does."""
+    helping = [name for name in OTHERS if all(verdict(cells, name) == HELPS for cells in models)]
+    gains = {name: mean([relative(cells, name).value for cells in models]) for name in helping}
     return min(gains, key=gains.__getitem__, default=SCALE)
 
 
-def find(results: Mapping[str, Any], left_out: str | None = None) -> Findings:
-    """results: by model, `sources` and `cells`. left_out: why stories260K is missing."""
-    choice = kept(results)
-    by_model = ", ".join(f"{LABELS[best(each['cells'])]} on {model}" for model, each in results.items())
+def find(results: Mapping[str, Any]) -> Findings:
+    """results: by model, `sources` and `cells`."""
+    by_model = {model: each["cells"] for model, each in results.items()}
+    choice = best(*by_model.values())
+    told = ", ".join(f"{LABELS[best(cells)]} on {model}" for model, cells in by_model.items())
     reason = "it helps on every model" if choice != SCALE else "no other way helps on every model"
+    summary = f"Best of what helps, by model: {told}. Kept as the default: {LABELS[choice]}, since {reason}."
+    rows, numbers = [], []
+    for model, cell in ((model, cell) for model, cells in by_model.items() for cell in cells):
+        row = {"Model": model, "Phase": labels.PHASES[cell["phase"]], "Skipped": str(cell["sublayers"])}
+        about = {"model": model, "phase": cell["phase"], "sublayers": cell["sublayers"]}
+        for name in (SCALE, *OTHERS):
+            value, found = mean(cell["divergences"][name]), difference(cell, name) if name != SCALE else None
+            row[LABELS[name]] = f"{value:.4f}" if found is None else _text(value, found)
+            of_name = {"divergence": value, "difference": found and found.as_dict()}
+            numbers.append({**about, "compensation": name, **of_name})
+        rows.append(row)
     return Findings(
         name=NAME,
         title="What stands in for a skipped sublayer",
@@ -89,28 +105,30 @@ def find(results: Mapping[str, Any], left_out: str | None = None) -> Findings:
             "Shown is KL(full || skipped) of the next-token distribution in nats on prompts that calibrated nothing "
             "and test nothing, less is better; in brackets the mean difference from Eq. (3)'s scale over the same "
             "prompts with its 95 % bootstrap interval, **bold** where it is better beyond chance.",
-            *([left_out] if left_out else []),
-            f"Best of what helps, by model: {by_model}. Kept as the default: {LABELS[choice]}, since {reason}.",
+            *([] if STORIES in results else [NOT_AT_HAND]),
+            summary,
         ],
-        claims=[_claim(results, name) for name in OTHERS],
-        table=_table(results),
-        numbers=_numbers(results),
+        claims=[_claim(by_model, name) for name in OTHERS],
+        table=DataFrame(rows),
+        numbers=numbers,
         sources={name: each["sources"] for name, each in results.items()},
         has_figure=False,
+        summary=summary,
     )
 
 
-def _differences(cell: Mapping[str, Any], name: str) -> list[float]:
-    measured = cell["divergences"]
-    return [ours - scale for ours, scale in zip(measured[name], measured[SCALE], strict=True)]
+def _text(value: float, found: Estimate) -> str:
+    shown = f"**{value:.4f}**" if beyond_chance(found) < 0 else f"{value:.4f}"
+    return f"{shown} ({found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}])"
 
 
-def _claim(results: Mapping[str, Any], name: str) -> Claim:
-    outcomes = [beyond_chance(difference(cell, name)) for each in results.values() for cell in each["cells"]]
+def _claim(by_model: Mapping[str, Cells], name: str) -> Claim:
+    outcomes = [beyond_chance(difference(cell, name)) for cells in by_model.values() for cell in cells]
     told = []
-    for model, each in results.items():
-        found = relative(each["cells"], name)
-        told.append(f"{model}: {verdict(each['cells'], name)} ({_percent(found)})")
+    for model, cells in by_model.items():
+        found = relative(cells, name)
+        ends = "" if found.low is None or found.high is None else f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+        told.append(f"{model}: {verdict(cells, name)} ({100 * found.value:+.1f} %{ends})")
     return Claim(
         f"{LABELS[name][0].upper()}{LABELS[name][1:]} diverges less than Eq. (3)'s scale beyond chance",
         outcomes.count(-1),
@@ -118,37 +136,3 @@ def _claim(results: Mapping[str, Any], name: str) -> Claim:
         f"More beyond chance in {outcomes.count(1)}. Divergence against that under Eq. (3)'s scale by model: "
         f"{'; '.join(told)}.",
     )
-
-
-def _percent(found: Estimate) -> str:
-    ends = "" if found.low is None or found.high is None else f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"{100 * found.value:+.1f} %{ends}"
-
-
-def _table(results: Mapping[str, Any]) -> Table:
-    rows = []
-    for model, each in results.items():
-        for cell in each["cells"]:
-            row = [model, labels.PHASES[cell["phase"]], str(cell["sublayers"])]
-            row.append(f"{mean(cell['divergences'][SCALE]):.4f}")
-            rows.append([*row, *(_text(cell, name) for name in OTHERS)])
-    return Table(["Model", "Phase", "Skipped", *(LABELS[name] for name in (SCALE, *OTHERS))], rows)
-
-
-def _text(cell: Mapping[str, Any], name: str) -> str:
-    value, found = f"{mean(cell['divergences'][name]):.4f}", difference(cell, name)
-    value = f"**{value}**" if beyond_chance(found) < 0 else value
-    return f"{value} ({found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}])"
-
-
-def _numbers(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            **{"model": model, "phase": cell["phase"], "sublayers": cell["sublayers"], "compensation": name},
-            "divergence": mean(cell["divergences"][name]),
-            "difference": difference(cell, name).as_dict() if name != SCALE else None,
-        }
-        for model, each in results.items()
-        for cell in each["cells"]
-        for name in (SCALE, *OTHERS)
-    ]

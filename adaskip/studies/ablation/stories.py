@@ -1,125 +1,186 @@
-"""The ablation on stories260K, a Llama of 5 layers trained on children's stories: loss on stories that it tells itself.
+"""`eval/stories.py`: test loss of stories260K under every strategy, on stories that the full model tells.
 
-The full model tells the stories by sampling, so that their loss under it is its own entropy, and what skipping adds to
-it estimates the divergence of the skipped model from the full one. A story is then fed token by token, as in decoding,
-so that the learning window sees what it would see there.
+The model tells the stories by sampling, so that their loss under it is its own entropy, and what skipping adds to it
+estimates the divergence of the skipped model from the full one. The first stories calibrate, the others are the test:
+their beginning is the prompt, the rest is fed token by token as the answer.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from pandas import DataFrame
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from adaskip.calibration.measure import calibrate
+from adaskip.calibration.select import select
+from adaskip.common.files import write_text_atomic
+from adaskip.common.intervals import mean, mean_estimate
+from adaskip.common.locks import exclusive
+from adaskip.common.options import option
+from adaskip.common.paths import given_or_default
 from adaskip.core.context import skipping
-from adaskip.core.plan import Budget
-from adaskip.models.loading import LoadedModel
+from adaskip.core.plan import PHASES, Budget, Phase
 from adaskip.models.stories import CALIBRATION_STORIES, STORIES, load_stories, tell
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.runs.folder import RunFolder
 from adaskip.runs.manifest import describe_model
-from adaskip.strategies import AdaSkip
-from adaskip.studies.ablation.saved import SampleResult, Subject, mean_skipped
-from adaskip.studies.ablation.settings import AblationConfig, Variant
+from adaskip.strategies import CalibratedSkip, Strategy, build
+from adaskip.studies.study import Findings, Study
+from adaskip.studies.tables import labels
 
-TOKENS = 128
-"""Length of a story, its beginning included."""
-PROMPT_TOKENS = 16
-"""Of each story, read as its prompt."""
-TASK = "stories"
-
-
-def ensure_stories(config: AblationConfig, variant: Variant) -> None:
-    """Measure what is missing of one variant, story by story."""
-    folder = _folder(config, variant)
-    torch.set_num_threads(config.threads or 1)
-    loaded, profile, told = _prepared(config.stories, config.seed)
-    description = {
-        "measured": "loss",
-        "variant": variant.label,
-        "seed": config.seed,
-        "stories_fingerprint": _fingerprint(told),
-        "tokens": TOKENS,
-        **describe_model(loaded),
-    }
-    ids = [f"story-{number}" for number in range(len(told))]
-    with folder.lock():
-        folder.start(description)
-        for number in folder.merge(TASK, ids, batch_size=1):
-            record = _measure(loaded, _strategy(loaded, profile, variant), told[number])
-            folder.append(TASK, [{"id": ids[number], "index": number, **record}])
-        folder.merge(TASK, ids, batch_size=1)
-        folder.finish()
+OUTPUT_DIR = "results/stories"
+COMPARED = ("early_exit", "skipdecode", "unified", "adaskip")
+BUDGETS = (2, 4, 6)
+"""Of 10 sublayers."""
+PROMPT_TOKENS = 96
+ANSWER_TOKENS = 64
+BATCH_SIZE = 20
+"""Stories that run together; with a strategy that learns online every story runs alone, a request of its own."""
+SAME = ("weights_fingerprint", "dtype", "attn_implementation", "stories", "seed", "versions")
+"""What must be equal for a study to be continued."""
 
 
-def read_stories(config: AblationConfig) -> Subject:
-    """The finished measurements."""
-    samples, sources = {}, {}
-    for variant in config.stories_variants:
-        folder = _folder(config, variant)
-        records = [json.loads(line) for line in folder.records_path(TASK).read_text(encoding="utf-8").splitlines()]
-        samples[variant] = [
-            SampleResult(
-                record["id"],
-                -record["loss"],
-                mean_skipped(variant.sublayers, variant.window, len(record["online_ffns"]), record["steps"]),
-                len(record["online_ffns"]),
-                None,
+@dataclass(frozen=True, kw_only=True)
+class StoriesConfig:
+    """The options of `eval/stories.py`."""
+
+    stories: int = option("test stories", 300)
+    seed: int = option("seed of the stories", 0)
+    threads: int = option("CPU threads of torch", 1)
+    output_dir: str | None = option(f"where everything goes; if not given, {OUTPUT_DIR}")
+    draw_only: bool = option("run no model: the table of what is saved", False)
+
+    def __post_init__(self) -> None:
+        if self.stories < 2:
+            raise ValueError(f"--stories must be at least 2, not {self.stories}: one story has no interval")
+        if self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, not {self.threads}")
+
+    @property
+    def out_dir(self) -> Path:
+        return given_or_default(self.output_dir, OUTPUT_DIR)
+
+    @property
+    def results_path(self) -> Path:
+        return self.out_dir / "losses.json"
+
+
+def measure(config: StoriesConfig) -> None:
+    """Measure the phases that are missing; each is saved as soon as it is measured.
+
+    Raises ValueError if stories260K is not there, or what is saved was measured on other weights or stories.
+    """
+    torch.set_num_threads(config.threads)
+    path = config.results_path
+    with exclusive(path.with_suffix(".lock")):
+        loaded = load_stories()
+        described = {name: value for name, value in describe_model(loaded).items() if name != "checkpoint"}
+        manifest = {**described, "stories": config.stories, "seed": config.seed}
+        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        result = result or {"manifest": manifest, "full": [], "phases": {}}
+        if other := [name for name in SAME if result["manifest"].get(name) != manifest[name]]:
+            raise ValueError(f"{path} was measured with other {', '.join(other)}; give another --output-dir")
+        missing: list[Phase] = [phase for phase in PHASES if phase not in result["phases"]]
+        if not missing:
+            return
+        stories = tell(loaded, CALIBRATION_STORIES + config.stories, PROMPT_TOKENS + ANSWER_TOKENS, config.seed)
+        prompts, test = stories[:CALIBRATION_STORIES], torch.stack(stories[CALIBRATION_STORIES:])
+        importance = calibrate(loaded.model, prompts)
+        result["full"] = losses(loaded.model, None, test)
+        for phase in tqdm(missing, desc=STORIES, unit="phase", disable=None):
+            result["phases"][phase] = _measure_phase(loaded.model, phase, importance, prompts, test)
+            write_text_atomic(path, json.dumps(result, allow_nan=False) + "\n")
+
+
+def _measure_phase(
+    model: Any, phase: Phase, importance: ImportanceProfile, prompts: list[Tensor], test: Tensor
+) -> dict[str, Any]:
+    """The cost of the search, and for each budget the set it chose and every strategy's losses, story by story."""
+    selection, cells = select(model, prompts, phase, up_to=max(BUDGETS), eos_token_ids=[], pad_token_id=0), []
+    for count in BUDGETS:
+        measured = {}
+        for name in (*COMPARED, CalibratedSkip.name):
+            strategy = build(
+                name,
+                phase=phase,
+                budget=Budget(sublayers=count),
+                num_layers=importance.num_layers,
+                profile=selection if name == CalibratedSkip.name else importance,
+                max_decode_steps=ANSWER_TOKENS,
             )
-            for record in records
-        ]
-        sources = folder.read_manifest() or {}
-    left_out = ("variant", "checkpoint", "started", "finished", "resumed", "measured")
-    return Subject(STORIES, "loss", {name: x for name, x in sources.items() if name not in left_out}, samples)
+            measured[name] = losses(model, strategy, test)
+        cells.append({"budget": count, "plan": selection.selected[count].plan.to_dict(), "losses": measured})
+    return {"forwards": selection.cost.num_forwards, "multiple": selection.cost.multiple, "cells": cells}
 
 
-def _folder(config: AblationConfig, variant: Variant) -> RunFolder:
-    return RunFolder(config.out_dir / "runs" / STORIES / variant.label)
-
-
-@lru_cache(maxsize=1)
-def _prepared(count: int, seed: int) -> tuple[LoadedModel, ImportanceProfile, list[Tensor]]:
-    """The model, its profile on stories of its own, and `count` others to measure on."""
-    loaded = load_stories()
-    told = tell(loaded, CALIBRATION_STORIES + count, TOKENS, seed)
-    return loaded, calibrate(loaded.model, told[:CALIBRATION_STORIES]), told[CALIBRATION_STORIES:]
+def losses(model: Any, strategy: Strategy | None, stories: Tensor) -> list[float]:
+    """Mean negative log-likelihood of each story's answer, nats a token; strategy None: the full model."""
+    found = []
+    for batch in stories.split(1 if strategy is not None and strategy.window_tokens else BATCH_SIZE):
+        of_tokens, _ = token_losses(model, strategy, batch, PROMPT_TOKENS)
+        found += of_tokens.mean(dim=1).tolist()
+    return found
 
 
 @torch.no_grad()
-def _measure(loaded: LoadedModel, strategy: AdaSkip | None, story: Tensor) -> dict[str, Any]:
-    """Mean loss over the tokens that decode steps predict, in nats."""
-    model: Any = loaded.model
-    ids, begin = story[None], PROMPT_TOKENS
-    cache = DynamicCache(config=model.config)
-    with nullcontext() if strategy is None else skipping(model, strategy) as session:
-        model(input_ids=ids[:, :begin], past_key_values=cache)
-        steps = range(begin, ids.shape[1] - 1)
-        logits = [model(input_ids=ids[:, at : at + 1], past_key_values=cache).logits[0, -1] for at in steps]
+def token_losses(model: Any, strategy: Strategy | None, ids: Tensor, begin: int) -> tuple[Tensor, list[int]]:
+    """Negative log-likelihood [B, S - begin] of the tokens from `begin` on, fed one by one, and the FFNs that the
+    strategy learnt to skip meanwhile. ids: [B, S]."""
+    cache, logits = DynamicCache(config=model.config), []
+    with nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=[]) as session:
+        for start, end in [(0, begin), *((i, i + 1) for i in range(begin, ids.shape[1] - 1))]:
+            logits.append(model(input_ids=ids[:, start:end], past_key_values=cache).logits[:, -1])
         online = [] if session is None else list(session.last_request.online_ffns)
-    loss = torch.nn.functional.cross_entropy(torch.stack(logits), story[begin + 1 :])
-    return {"loss": float(loss), "steps": len(logits), "online_ffns": online}
+    log_p = torch.stack(logits, dim=1).log_softmax(dim=-1)
+    return -log_p.gather(2, ids[:, begin:, None])[..., 0], online
 
 
-def _strategy(loaded: LoadedModel, profile: ImportanceProfile, variant: Variant) -> AdaSkip | None:
-    if not variant.sublayers:
-        return None
-    return AdaSkip(
-        num_layers=profile.num_layers,
-        budget=Budget(sublayers=variant.sublayers),
-        phase="decode",
-        profile=profile,
-        learning_window=variant.window,
-        beta_quantile=variant.quantile,
+def read(config: StoriesConfig) -> dict[str, Any]:
+    """What is saved; ValueError if nothing is."""
+    if not config.results_path.is_file():
+        raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
+    return json.loads(config.results_path.read_text(encoding="utf-8"))
+
+
+def find(result: dict[str, Any]) -> Findings:
+    """Mean losses, and calibrated's paired difference from the best of the others."""
+    full, rows, costs = result["full"], [], []
+    for phase, measured in result["phases"].items():
+        label = labels.PHASES[phase]
+        costs.append(f"{label} {measured['forwards']} forwards and {measured['multiple']:.0f} times its time")
+        for cell in measured["cells"]:
+            means = {name: mean(values) for name, values in cell["losses"].items()}
+            best = min(COMPARED, key=means.__getitem__)
+            pairs = zip(cell["losses"][CalibratedSkip.name], cell["losses"][best], strict=True)
+            gap = mean_estimate([ours - theirs for ours, theirs in pairs])
+            assert gap is not None, "there are stories"
+            verdict = "better than" if gap.value < 0 else "equal to" if gap.value == 0 else "**worse than**"
+            scores = {labels.STRATEGIES[name]: f"{value:.3f}" for name, value in means.items()}
+            difference = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+            judged = {"Difference": difference, "Verdict": f"{verdict} {labels.STRATEGIES[best]}"}
+            rows.append({"Phase": label, "Skipped of 10": str(cell["budget"]), **scores, **judged})
+    return Findings(
+        name="selection",
+        title=f"{STORIES}: test loss by strategy",
+        notes=[
+            f"Nats a token over {len(full)} stories the full model told itself (full model: {mean(full):.3f}), "
+            f"{PROMPT_TOKENS} tokens of prompt and {ANSWER_TOKENS} of answer; calibrated on {CALIBRATION_STORIES} "
+            "others. Difference: calibrated less the best of the other four, paired, with its 95 % bootstrap interval."
+        ],
+        claims=[],
+        table=DataFrame(rows),
+        closing=[f"The search beside AdaSkip's calibration of {CALIBRATION_STORIES} forwards: {', '.join(costs)}."],
+        has_figure=False,
+        kinds=["md"],
     )
 
 
-def _fingerprint(told: Sequence[Tensor]) -> str:
-    return hashlib.sha256(str([story.tolist() for story in told]).encode()).hexdigest()
+STUDY = Study(StoriesConfig, measure, read, find=lambda result, config: [find(result)])
+main = STUDY.main

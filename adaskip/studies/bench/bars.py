@@ -1,73 +1,42 @@
-"""What the benchmark must show: figure, bar, what was measured, and the verdict. From saved results only."""
+"""What the benchmark must show: figure, bar, what was measured, and the verdict. From saved results only.
+
+The bars are data, `bars` in `configs/bench.yaml`; here is how the number of each is found in a result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from adaskip.common.configs import load_yaml
 from adaskip.common.intervals import Estimate, median_estimate
 from adaskip.common.pipe_table import pipe_table
 from adaskip.strategies import FULL
-from adaskip.studies.bench.cells import ADASKIP, COMPILED, COUNTS, EAGER, Cell, Workload
-from adaskip.studies.bench.results import Record, Result
-from adaskip.studies.bench.summary import (
-    TIMES,
-    WINDOW_STEPS,
-    Comparison,
-    calibration_over_plain,
-    comparisons,
-    patched_over_stock,
-    ratios,
-    tpot_s,
-    window_cost,
+from adaskip.studies.bench.results import WINDOW_STEPS, Result, full_of, ratio, realised, time_of, window_cost
+from adaskip.studies.bench.settings import (
+    ADASKIP,
+    COMPILED,
+    COUNTS,
+    EAGER,
+    MEASURING_PREFILL,
+    PATCHED,
+    PLAIN_PREFILL,
+    Cell,
+    Workload,
 )
 from adaskip.studies.tables.paper import load_paper
 
-REALISED = {"prefill": 0.95, "decode": 0.90}
-SHARES = (0.125, 0.25)
-PAPER_MODEL, PAPER_PROMPT = "llama", 8000
+PHASES = ("prefill", "decode")
 PARAMETERS_8B = 8_030_261_248
 """Of Llama-3.1-8B: weights of that shape, whatever they are called."""
-OF_8B = "the 8B shape's at batch 1 on a GPU"
 MET, MISSED, INFORMATION, NEEDS_GPU = "met", "missed", "for information", "not measured here: needs a GPU"
 NO_MEMORY, TOO_SHORT = "not measured: not enough memory", f"not measured: needs {WINDOW_STEPS} decode steps"
+NOTHING = "not measured yet"
+Bar = Mapping[str, Any]
+"""An entry of `bars`: figure, bar (its text), study, and `at_most` or `at_least`."""
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bound of a ratio."""
-
-    text: str
-    bound: float
-    at_most: bool
-    ideal: float | None = None
-    """What the ratio cannot exceed, if there is such a value."""
-
-    def verdict(self, measured: Estimate) -> str:
-        """By the median; says so if the interval reaches over the bound or lies above the ideal."""
-        met = measured.value <= self.bound if self.at_most else measured.value >= self.bound
-        return (MET if met else MISSED) + self._doubt(measured)
-
-    def _doubt(self, measured: Estimate) -> str:
-        if measured.low is None or measured.high is None:
-            return ""
-        if measured.low < self.bound < measured.high:
-            return " (the interval holds both)"
-        above = self.ideal is not None and measured.low > self.ideal
-        return " (the interval lies above the ideal)" if above else ""
-
-
-def at_most(bound: float, text: str) -> Bar:
-    return Bar(text, bound, at_most=True)
-
-
-def at_least(bound: float, text: str, ideal: float | None = None) -> Bar:
-    return Bar(text, bound, at_most=False, ideal=ideal)
-
-
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the table."""
 
     figure: str
@@ -78,219 +47,188 @@ class Row:
     command: str = ""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A figure of one result: its number (None if the answers are too short), its bar, and for what."""
+class Finding(NamedTuple):
+    """A number of one result: what it is about, its value (None if the answers are too short), its bar, and a note.
+
+    counts: whether the bar is meant for a run of this kind; else the number is for information.
+    """
 
     about: str
     measured: Estimate | None
     bar: Bar
     note: str = ""
     counts: bool = True
-    """Whether the bar is meant for a run of this kind; else the number is for information."""
 
 
-Find = Callable[[Result, Workload], Iterator[Finding]]
+def verdict(measured: Estimate, bar: Bar) -> str:
+    """By the median; says so if the interval reaches over the bound or lies above the ideal, where there is one."""
+    below = "at_most" in bar
+    bound = bar["at_most"] if below else bar["at_least"]
+    met = MET if (measured.value <= bound if below else measured.value >= bound) else MISSED
+    if measured.low is None or measured.high is None:
+        return met
+    if measured.low < bound < measured.high:
+        return f"{met} (the interval holds both)"
+    above = bar.get("ideal") is not None and measured.low > bar["ideal"]
+    return f"{met} (the interval lies above the ideal)" if above else met
 
 
-def _overhead(result: Result, workload: Workload) -> Iterator[Finding]:
+def _overhead(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     counts = result.of(workload, Cell(COUNTS))
     for phase, step in (("prefill", "prefill"), ("decode", "decode_step")):
         note = ""
         if counts:
-            stock, patched = (counts[0][name] for name in (FULL, "patched"))
+            stock, patched = counts[0][FULL], counts[0][PATCHED]
             same = stock["torch_operations"][step] == patched["torch_operations"][step]
             calls = patched["python_calls"][step] / stock["python_calls"][step]
-            operations = "the same torch operations" if same else "other torch operations"
-            note = f"{operations}, {calls:.3f}x the Python calls"
-        yield Finding(phase, patched_over_stock(result, workload, EAGER, phase), at_most(1.01, "at most 1.01x"), note)
+            note = f"{'the same' if same else 'other'} torch operations, {calls:.3f}x the Python calls"
+        yield Finding(phase, ratio(result, workload, Cell(PATCHED), Cell(FULL), phase), bar, note)
 
 
-def _realised(result: Result, workload: Workload) -> Iterator[Finding]:
+def _saving(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     """In phase prefill, where one set serves prompt and answer and no window measures; on models that are no toys."""
-    identity = result.manifest["identity"]
-    if identity["testbed"] or COMPILED in identity.get("modes", ()):  # those results are about something else
+    if result.identity["testbed"] or COMPILED in result.identity.get("modes", ()):
         return
-    for compared in comparisons(result):
-        share = compared.cell.sublayers / _num_sublayers(result)
-        ours = (compared.cell.name, compared.cell.phase) == (ADASKIP, "prefill")
-        if compared.workload != workload or not ours or share not in SHARES:
-            continue
-        for phase, bound in REALISED.items():
-            if realised := compared.realised(phase):
-                about = f"{phase}, {100 * share:g} %"
-                yield Finding(about, realised, at_least(bound, f"at least {bound:.2f}", ideal=1.0))
+    for cell in result.cells(workload):
+        share = _share(result, cell)
+        for phase in PHASES if (cell.name, cell.phase) == (ADASKIP, "prefill") and share in bar["shares"] else ():
+            if saved := realised(result, workload, cell, phase):
+                bound = bar["at_least"][phase]
+                yield Finding(f"{phase}, {100 * share:g} %", saved, _of_ratio(bar, f"at least {bound:.2f}", bound))
 
 
-def _window(result: Result, workload: Workload) -> Iterator[Finding]:
+def _window(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     for cell in result.cells(workload):
         if cell.name == ADASKIP:
-            long_enough = workload.decode_steps >= WINDOW_STEPS
-            cost = window_cost(result, workload, cell) if long_enough else None
-            yield Finding(cell.label, cost, at_most(0.01, "at most 0.01"))
+            yield Finding(cell.label, window_cost(result, workload, cell), bar)
 
 
-def _calibration(result: Result, workload: Workload) -> Iterator[Finding]:
-    about = f"{workload.prompt_tokens} tokens"
-    yield Finding(about, calibration_over_plain(result, workload), at_most(1.02, "at most 1.02x"))
+def _calibration(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
+    measured = ratio(result, workload, Cell(MEASURING_PREFILL), Cell(PLAIN_PREFILL))
+    yield Finding(f"{workload.prompt_tokens} tokens", measured, bar)
 
 
-def _compiled_limit(result: Result, workload: Workload) -> Iterator[Finding]:
+def _compiled(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
+    """Of each compiled cell: its time / its limit, or the same cell's eager time / its time."""
     counts = _is_8b_on_gpu(result, workload)
-    bar = at_most(1.35, "at most 1.35x" if counts else f"at most 1.35x ({OF_8B})")
-    for compared in _compiled(result, workload):
-        if limit := result.limit(workload, compared.cell):
-            over = median_estimate([tpot_s(record) / limit["tpot_s"] for record in compared.records])
-            yield Finding(compared.cell.label, over, bar, counts=counts)
+    bar = bar if counts else {**bar, "bar": f"{bar['bar']} (the 8B shape's at batch 1 on a GPU)"}
+    for cell in result.cells(workload):
+        eager, limit = Cell(cell.name, cell.phase, cell.sublayers, EAGER), result.limit(workload, cell)
+        if cell.mode != COMPILED:
+            continue
+        if "at_most" in bar and limit is not None:
+            over = [time_of(record, "decode") / limit["tpot_s"] for record in result.of(workload, cell)]
+            yield Finding(cell.label, median_estimate(over), bar, counts=counts)
+        elif "at_least" in bar and result.of(workload, eager):
+            yield Finding(cell.label, ratio(result, workload, eager, cell, "decode"), bar, counts=counts)
 
 
-def _compiled_eager(result: Result, workload: Workload) -> Iterator[Finding]:
-    counts = _is_8b_on_gpu(result, workload)
-    bar = at_least(1.5, "at least 1.5x" if counts else f"at least 1.5x ({OF_8B})")
-    for compared in _compiled(result, workload):
-        cell = compared.cell
-        if eager := result.of(workload, Cell(cell.name, cell.phase, cell.sublayers, EAGER)):
-            yield Finding(cell.label, ratios(eager, compared.records, "decode"), bar, counts=counts)
-
-
-def _paper(result: Result, workload: Workload) -> Iterator[Finding]:
+def _paper(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     """The 8B shape in phase e2e; for information, other models and devices in every phase, at the same shares, at batch
     1 and uncompiled.
 
     Beside what the paper measured of a model that it does not have stands Llama's. Paper: Table 3.
     """
-    counts, paper, identity = _is_8b_on_gpu(result, workload), load_paper(), result.manifest["identity"]
+    counts, paper, identity = _is_8b_on_gpu(result, workload), load_paper(), result.identity
     alike = counts or (workload.batch_size == 1 and COMPILED not in identity.get("modes", ()))
-    if identity["testbed"] or not alike or (counts and workload.prompt_tokens != PAPER_PROMPT):
+    if identity["testbed"] or not alike or (counts and workload.prompt_tokens != bar["prompt_tokens"]):
         return
-    model = identity["model"] if identity["model"] in paper.models else PAPER_MODEL
-    for compared in comparisons(result):
-        cell = compared.cell
-        if compared.workload != workload or cell.name != ADASKIP or (counts and cell.phase != "e2e"):
+    model = identity["model"] if identity["model"] in paper.models else bar["model"]
+    for cell in result.cells(workload):
+        if cell.name != ADASKIP or (counts and cell.phase != "e2e"):
             continue
-        for phase in TIMES:
-            bound = paper.tables[phase].speedup(model, ADASKIP, cell.sublayers / _num_sublayers(result))
+        for phase in PHASES:
+            bound = paper.tables[phase].speedup(model, ADASKIP, _share(result, cell))
             if bound is not None and (phase, cell.phase) != ("prefill", "decode"):
-                bar = at_least(bound, f"at least {bound:.2f}x" if counts else f"{model}'s in the paper {bound:.2f}x")
-                yield Finding(f"{phase}, {cell.label}", compared.speedup(phase), bar, counts=counts)
+                text = f"at least {bound:.2f}x" if counts else f"{model}'s in the paper {bound:.2f}x"
+                measured = ratio(result, workload, full_of(cell), cell, phase)
+                yield Finding(f"{phase}, {cell.label}", measured, _of_ratio(bar, text, bound), counts=counts)
 
 
-def _compiled(result: Result, workload: Workload) -> list[Comparison]:
-    return [c for c in comparisons(result) if c.workload == workload and c.cell.mode == COMPILED]
+def _of_ratio(bar: Bar, text: str, bound: float) -> Bar:
+    return {**bar, "bar": text, "at_least": bound}
 
 
-def _num_sublayers(result: Result) -> int:
-    return 2 * result.manifest["identity"]["subject"]["num_layers"]
+def _share(result: Result, cell: Cell) -> float:
+    return cell.sublayers / (2 * result.identity["subject"]["num_layers"])
 
 
 def _is_8b_on_gpu(result: Result, workload: Workload) -> bool:
-    of_8b = result.manifest["identity"]["subject"]["parameters"] == PARAMETERS_8B
+    of_8b = result.identity["subject"]["parameters"] == PARAMETERS_8B
     return of_8b and result.device != "cpu" and workload.batch_size == 1
 
 
-FIGURES: tuple[tuple[str, str, str, bool, Find], ...] = (
-    ("nothing skipped, patched / stock", "at most 1.01x", "overhead", False, _overhead),
-    ("saving realised / ideal", "at least 0.95 (prefill), 0.90 (decode)", "strategies", False, _realised),
-    ("learning window's cost over 256 tokens", "at most 0.01", "window", False, _window),
-    ("calibration / plain prefill", "at most 1.02x", "calibration", False, _calibration),
-    ("compiled decode / limit", "at most 1.35x", "strategies", True, _compiled_limit),
-    ("eager / compiled decode", "at least 1.5x", "strategies", True, _compiled_eager),
-    ("AdaSkip's speedup, against the paper's L20", "1.09, 1.22; 1.15, 1.32", "strategies", True, _paper),
-)
-"""Figure, its bar, the study it comes from, whether the bar is a GPU's, and how it is found in a result."""
+FIND: dict[str, Callable[[Bar, Result, Workload], Iterator[Finding]]] = {
+    "overhead": _overhead,
+    "saving": _saving,
+    "window": _window,
+    "calibration": _calibration,
+    "compiled_limit": _compiled,
+    "compiled_eager": _compiled,
+    "paper": _paper,
+}
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
     """Every figure that must be shown, with each result that has it; a line without a number where none has."""
     rows = []
-    for figure, bar, study, gpu_only, find in FIGURES:
-        found = [
-            _row(figure, result, workload, finding)
-            for result in results
-            if result.study == study
-            for workload in result.workloads
-            if result.rounds_of(workload)
-            for finding in find(result, workload)
-        ]
-        if gpu_only and all(row.verdict == INFORMATION for row in found):
-            found.append(Row(figure, bar, "", NEEDS_GPU))
-        if study != "strategies":  # which has a table of its own for what lacked memory
-            found += _failed_rows(figure, bar, study, results)
-        rows += found or [Row(figure, bar, "", "not measured yet")]
-    return rows + _kv_rows(results)
+    for name, bar in load_yaml("bench")["bars"].items():
+        measured = [(r, w) for r in results if r.study == bar["study"] for w in r.workloads]
+        found = []
+        for result, workload in measured:
+            if name == "kv":
+                found += [_kv_row(bar, result, workload, cell) for cell in result.cells(workload)]
+            elif result.rounds_of(workload):
+                found += [_row(finding, result, workload) for finding in FIND[name](bar, result, workload)]
+        if bar.get("gpu") and all(row.verdict == INFORMATION for row in found):
+            found.append(Row(bar["figure"], bar["bar"], "", NEEDS_GPU))
+        if bar["study"] != "strategies":  # which has a table of its own for what lacked memory
+            for result, workload in measured:
+                if result.failure(workload) and not result.rounds_of(workload):
+                    found.append(Row(bar["figure"], bar["bar"], "", NO_MEMORY, *_where(result, workload)))
+        rows += found or [Row(bar["figure"], bar["bar"], "", NOTHING)]
+    return rows
 
 
-def _row(figure: str, result: Result, workload: Workload, finding: Finding) -> Row:
-    name, where = f"{figure}: {finding.about}", _where(result, workload)
-    if finding.measured is None:
-        return Row(name, finding.bar.text, "", TOO_SHORT, where, _command(result))
-    verdict = finding.bar.verdict(finding.measured) if finding.counts else INFORMATION
-    measured = "; ".join(filter(None, (_estimate(finding.measured), finding.note)))
-    return Row(name, finding.bar.text, measured, verdict, where, _command(result))
+def _row(found: Finding, result: Result, workload: Workload) -> Row:
+    figure, where = f"{found.bar['figure']}: {found.about}", _where(result, workload)
+    if (measured := found.measured) is None:
+        return Row(figure, found.bar["bar"], "", TOO_SHORT, *where)
+    between = "" if measured.low is None else f" [{measured.low:.4g}, {measured.high:.4g}]"
+    text = "; ".join(filter(None, (f"{measured.value:.4g}{between}", found.note)))
+    return Row(figure, found.bar["bar"], text, verdict(measured, found.bar) if found.counts else INFORMATION, *where)
 
 
-def _failed_rows(figure: str, bar: str, study: str, results: Sequence[Result]) -> list[Row]:
-    """Of the workloads without a single round."""
-    return [
-        Row(figure, bar, "", NO_MEMORY, _where(result, workload), _command(result))
-        for result in results
-        if result.study == study
-        for workload in result.workloads
-        if result.failed(workload) and not result.rounds_of(workload)
-    ]
-
-
-def _kv_rows(results: Sequence[Result]) -> list[Row]:
-    figure, bar = "KV bytes", "exactly live / all"
-    rows = [
-        _kv_row(f"{figure}: {cell.phase}, {cell.sublayers} sublayers", bar, result, workload, cell)
-        for result in results
-        if result.study == "kv"
-        for workload in result.workloads
-        for cell in result.cells(workload)
-    ]
-    return rows + _failed_rows(figure, bar, "kv", results) or [Row(figure, bar, "", "not measured yet")]
-
-
-def _kv_row(name: str, bar: str, result: Result, workload: Workload, cell: Cell) -> Row:
-    """The first round that missed the bar, or the last one."""
+def _kv_row(bar: Bar, result: Result, workload: Workload, cell: Cell) -> Row:
+    """The first round in which bytes were not exact or not freed, or the last one."""
     checks = result.of(workload, cell)
-    missed = [check for check in checks if not _kv_exact(check)]
+    missed = [
+        check
+        for check in checks
+        if check["bytes_before_decode"] != check["expected_before_decode"]
+        or check["bytes_at_end"] != check["expected_at_end"]
+        or check["kept_alive"]
+    ]
     check = missed[0] if missed else checks[-1]
-    kept = check["kept_alive"]
+    freed = f"not freed: layers {check['kept_alive']}" if check["kept_alive"] else "freed before the step"
     measured = (
         f"{check['bytes_at_end']:,} of {check['all_layers_at_end']:,} bytes with {check['live_layers']} of "
-        f"{check['layers']} layers live; " + (f"not freed: layers {kept}" if kept else "freed before the step")
+        f"{check['layers']} layers live; {freed}"
     )
-    return Row(name, bar, measured, MISSED if missed else MET, _where(result, workload), _command(result))
+    figure = f"{bar['figure']}: {cell.phase}, {cell.sublayers} sublayers"
+    return Row(figure, bar["bar"], measured, MISSED if missed else MET, *_where(result, workload))
 
 
-def _kv_exact(check: Record) -> bool:
-    before = check["bytes_before_decode"] == check["expected_before_decode"]
-    return before and check["bytes_at_end"] == check["expected_at_end"] and not check["kept_alive"]
-
-
-def _estimate(measured: Estimate) -> str:
-    between = "" if measured.low is None else f" [{measured.low:.4g}, {measured.high:.4g}]"
-    return f"{measured.value:.4g}{between}"
-
-
-def _where(result: Result, workload: Workload) -> str:
-    identity = result.manifest["identity"]
+def _where(result: Result, workload: Workload) -> tuple[str, str]:
+    """Device and work, and the command."""
+    identity, figure = result.identity, result.manifest.get("figure")
+    weights = "random" if identity["random_weights"] else "testbed" if identity["testbed"] else "checkpoint"
     rounds = result.rounds_of(workload)
-    return f"{result.device}, {identity['model']} ({_weights(identity)}), {workload}, {rounds} rounds"
-
-
-def _weights(identity: dict[str, Any]) -> str:
-    return "random" if identity["random_weights"] else "testbed" if identity["testbed"] else "checkpoint"
-
-
-def _command(result: Result) -> str:
-    figure = result.manifest.get("figure")
-    return f"`adaskip bench --figure {figure}`" if figure else ""
+    where = f"{result.device}, {identity['model']} ({weights}), {workload}, {rounds} rounds"
+    return where, f"`adaskip bench --figure {figure}`" if figure else ""
 
 
 def bars_markdown(results: Sequence[Result]) -> str:
     """The table figure | bar | measured | verdict, with where and by which command."""
     header = ["figure", "bar", "measured [95 % interval]", "verdict", "device and work", "command"]
-    return pipe_table(header, [[r.figure, r.bar, r.measured, r.verdict, r.where, r.command] for r in rows_of(results)])
+    return pipe_table(header, rows_of(results))

@@ -26,19 +26,14 @@ class ReportConfig:
 def bench(config: BenchConfig) -> int:
     """Run a benchmark; returns the exit code."""
     with optional_import():
-        from rich.console import Console
-
         from adaskip.studies.bench.report import result_markdown
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("adaskip.studies.bench").setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()  # random weights have no generation config to be warned of
     outcome = run_bench(config)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    if outcome.result.entries:
-        console.print(result_markdown(outcome.result))
-    for note in outcome.notes:
-        console.print(note)
-    console.print(f"{'complete' if outcome.complete else 'incomplete'}: {outcome.result.path}")
+    table = [result_markdown(outcome.result)] if outcome.result.entries else []
+    state = "complete" if outcome.complete else "incomplete"
+    print(*table, *outcome.notes, f"{state}: {outcome.result.path}", sep="\n")
     return 0 if outcome.complete else INCOMPLETE
 
 

@@ -6,8 +6,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,13 +15,12 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from adaskip.common.provenance import device_name, git_commit
-from adaskip.studies.bench.cells import Cell, Workload, cells_of, rotated
-from adaskip.studies.bench.limits import lacks_limits, limits_of
-from adaskip.studies.bench.results import Record, Result, open_result
-from adaskip.studies.bench.settings import BenchConfig
+from adaskip.core.plan import EMPTY_PLAN
+from adaskip.roofline import ModelShape, measure_ceilings, predict
+from adaskip.studies.bench.results import Record, Result, entries_of, open_result
+from adaskip.studies.bench.settings import BREAKDOWN, BenchConfig, Cell, Workload, cells_of, rotated
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
-from adaskip.studies.bench.summary import entries_of
-from adaskip.studies.bench.trials import Trials
+from adaskip.studies.bench.trials import Trials, decode_plans
 from adaskip.studies.engines.engines import ENGINE_MODES
 from adaskip.studies.engines.processes import EngineProcesses
 
@@ -63,30 +61,24 @@ def run_bench(config: BenchConfig) -> Outcome:
             for cell in cells:
                 trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
         path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
-        result = open_result(path, describe(config, subject, device), fresh=config.fresh)
+        result = open_result(path, _describe(config, subject, device), fresh=config.fresh)
         runner = _Runner(config, trials, cells, result, began)
         notes = [note for workload in config.workloads if (note := runner.run(workload))]
-    if config.study == "strategies" and lacks_limits(result):
-        result.limits = limits_of(result, trials, config.attn_implementation)
+    timed = [(w, cell) for w in result.workloads for cell in result.cells(w) if cell.name != BREAKDOWN]
+    if config.study == "strategies" and any(result.limit(w, cell) is None for w, cell in timed):
+        result.limits = limits_of(result, timed, trials, config.attn_implementation)
     result.entries = entries_of(result)
     result.save()
-    complete = all(result.failed(w) or result.rounds_of(w) >= config.rounds for w in config.workloads)
+    complete = all(result.failure(w) or result.rounds_of(w) >= config.rounds for w in config.workloads)
     return Outcome(result, tuple(notes), complete)
 
 
-@contextmanager
-def _engines(config: BenchConfig, subject: Subject) -> Iterator[EngineProcesses | None]:
-    """The engines among the modes; their processes end with the benchmark."""
+def _engines(config: BenchConfig, subject: Subject) -> AbstractContextManager[EngineProcesses | None]:
+    """The engines among the modes, whose processes end with the benchmark."""
     if not set(config.modes) & set(ENGINE_MODES):
-        yield None
-        return
-    most = {
-        "batch_size": max(config.batch_sizes),
-        "prompt_tokens": max(config.prompt_tokens),
-        "new_tokens": config.new_tokens,
-    }
-    with EngineProcesses(subject.model, subject.tokenizer, subject.gguf_file, most, torch.get_num_threads()) as engines:
-        yield engines
+        return nullcontext()
+    largest = Workload(max(config.prompt_tokens), config.new_tokens, max(config.batch_sizes))
+    return EngineProcesses(subject.model, subject.tokenizer, subject.gguf_file, vars(largest), torch.get_num_threads())
 
 
 def folder_name(device: torch.device) -> str:
@@ -94,39 +86,66 @@ def folder_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
 
 
-def describe(config: BenchConfig, subject: Subject, device: torch.device) -> dict[str, Any]:
+def _describe(config: BenchConfig, subject: Subject, device: torch.device) -> dict[str, Any]:
     """A result's manifest: what must not change when it is continued, and which code measured it."""
+    versions = {name: version(name) for name in ("torch", "transformers", "adaskip")}
     identity = {
         **config.identity,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "adaskip")},
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "subject": subject.describe(),
     }
     return {"figure": config.figure, "identity": identity, "rounds": config.rounds, "git_commits": [git_commit()]}
 
 
+def limits_of(
+    result: Result, timed: list[tuple[Workload, Cell]], trials: Trials, attn_implementation: str
+) -> list[Record]:
+    """`ttft_s` and `tpot_s` of every timed cell if it ran at the measured copy bandwidth and matmul rate, which stand
+    in the result's manifest."""
+    model = trials.subject.model
+    ceilings, shape = measure_ceilings(model.device, model.dtype), ModelShape.of(model.config)
+    rates = {"matmul_flops": ceilings.matmul_flops, "bandwidth_bytes_per_s": ceilings.bandwidth}
+    result.manifest["ceilings"] = {**rates, "source": ceilings.source}
+    limits = []
+    for workload, cell in timed:
+        strategy, plans = trials.strategy(cell, workload), [EMPTY_PLAN] * workload.decode_steps
+        if strategy is not None:
+            online = result.of(workload, cell)[-1].get("online_ffns", [])
+            plans = decode_plans(strategy, workload.decode_steps, online)
+        times = predict(
+            shape,
+            prefill_plan=EMPTY_PLAN if strategy is None else strategy.prefill_plan,
+            decode_plan=lambda step, plans=plans: plans[step - 1],
+            **vars(workload),
+            ceilings=ceilings,
+            bytes_per_value=model.dtype.itemsize,
+            attention="eager" if attn_implementation == "eager" else "fused",
+        )
+        about = {"workload": vars(workload), "cell": cell.to_dict()}
+        limits.append({**about, "ttft_s": times.ttft_s, "tpot_s": times.tpot_s})
+    return limits
+
+
 @dataclass
 class _Runner:
+    """saved: whether this command has added anything to the result. round_s: how long the last round took; a warm-up's
+    time, which may hold compilation, until a round that counts follows. running: workload, cell and round now."""
+
     config: BenchConfig
     trials: Trials
     cells: list[Cell]
     result: Result
     began: float
     saved: bool = False
-    """Whether this command has added anything to the result."""
     round_s: float = 0.0
-    """How long the last round took; a warm-up's time, which may hold compilation, until a round that counts follows."""
     running: Record = field(default_factory=dict)
-    """Workload, cell and round of what runs."""
 
     def run(self, workload: Workload) -> str | None:
         """Run the missing rounds of a workload; returns a line on why some are still missing."""
         done = self.result.rounds_of(workload)
-        if self.result.failed(workload) or done >= self.config.rounds:
+        if self.result.failure(workload) or done >= self.config.rounds:
             return None
         try:
             for number in (WARM_UP, *range(done + 1, self.config.rounds + 1)):
@@ -152,7 +171,7 @@ class _Runner:
         return records
 
     def _too_late(self) -> bool:
-        """Whether another round would end behind the time limit.
+        """Whether another round would end after the time limit.
 
         Never before something is saved: however slow the warm-up, a command that is repeated comes to an end.
         """
@@ -161,7 +180,7 @@ class _Runner:
 
     def _give_up(self, workload: Workload) -> str:
         """Note which cell lacked memory; the rounds before it stay."""
-        self.trials.static_caches.forget()
+        self.trials.static_caches.caches.clear()
         torch.cuda.empty_cache()
         self._save([{**self.running, "error": "out of memory"}])
         device, cell = self.trials.subject.model.device, Cell(**self.running["cell"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,8 +12,8 @@ from adaskip.common.files import write_text_atomic
 from adaskip.common.pipe_table import pipe_table
 from adaskip.strategies import FULL
 from adaskip.studies.bench.bars import bars_markdown
-from adaskip.studies.bench.cells import BREAKDOWN, EAGER, Cell, Workload
-from adaskip.studies.bench.results import Record, Result, load_results
+from adaskip.studies.bench.results import NAMES, Record, Result, load_results
+from adaskip.studies.bench.settings import BREAKDOWN, EAGER, Cell, Workload
 from adaskip.studies.plots.style import LOOKS, Look, save, styled
 from adaskip.studies.tables.labels import MISSING, STRATEGIES
 
@@ -24,27 +24,23 @@ INTRODUCTION = """# What the benchmark shows
 Made from the saved results by `adaskip bench-report`. A ratio is the median of the rounds' own ratios, in brackets its
 95 % bootstrap interval over the rounds."""
 COLUMNS = (
-    "strategy",
-    "phase",
-    "sublayers",
-    "mode",
-    "TTFT, ms",
-    "TPOT, ms",
-    "prefill, tokens/s",
-    "decode, tokens/s",
-    "prefill speedup",
-    "of ideal saving",
-    "decode speedup",
-    "of ideal saving",
-    "TTFT / limit",
-    "TPOT / limit",
-    "KV, MB",
-    "peak, MB",
+    *("strategy", "phase", "sublayers", "mode", "TTFT, ms", "TPOT, ms", "prefill, tokens/s", "decode, tokens/s"),
+    *("prefill speedup", "of ideal saving", "decode speedup", "of ideal saving", "TTFT / limit", "TPOT / limit"),
+    *("KV, MB", "peak, MB"),
+)
+METHOD = (
+    "Speedups are over the full model in the same mode, medians over rounds with 95 % bootstrap intervals. Ideal "
+    "is the full model's time less the measured time of the skipped sublayers. Limit is the time at the device's "
+    "measured ceilings."
+)
+TOY = (
+    "On so small a model the time between operations (Python, dispatch) outweighs the operations themselves: "
+    "its speedups say what sublayers' number is worth, not what their size is."
 )
 
 
 def write_bench_report(results_dir: Path) -> list[Path]:
-    """Write `summary.md` into `results_dir`, and a table and a plot beside every study of strategies.
+    """Write `summary.md` into `results_dir`, and a table and plots beside every study of strategies.
 
     What lacked memory has a page beside it, too. Raises ValueError if there is no result.
     """
@@ -53,7 +49,7 @@ def write_bench_report(results_dir: Path) -> list[Path]:
         raise ValueError(f"no benchmark results in {results_dir}; `adaskip bench` makes them")
     written = [write_text_atomic(results_dir / "summary.md", f"{INTRODUCTION}\n\n{bars_markdown(results)}\n")]
     for result in results:
-        if result.study == "strategies" or any(map(result.failed, result.workloads)):
+        if result.study == "strategies" or any(map(result.failure, result.workloads)):
             written.append(write_text_atomic(result.path.with_suffix(".md"), result_markdown(result)))
             written += draw(result)
     return written
@@ -63,81 +59,56 @@ def result_markdown(result: Result) -> str:
     """One study of strategies: what was measured on what, a table per workload, and the time of the sublayers."""
     parts = [f"# {result.name}", *_about(result)]
     for workload in result.workloads:
-        parts += [f"## {workload}, {result.rounds_of(workload)} rounds", *_failure(result, workload)]
+        parts.append(f"## {workload}, {result.rounds_of(workload)} rounds")
+        if (failure := result.failure(workload)) is not None:
+            when = f"round {failure['round']}" if failure["round"] else "the warm-up"
+            parts.append(f"Not enough memory for {Cell(**failure['cell']).label} in {when}.")
         if lines := [_line(entry) for entry in result.entries if vars(workload).items() <= entry.items()]:
             parts += [pipe_table(COLUMNS, lines), *_sublayer_lines(result, workload)]
     return "\n\n".join(parts) + "\n"
 
 
-def _failure(result: Result, workload: Workload) -> list[str]:
-    if (failure := result.failure(workload)) is None:
-        return []
-    when = f"round {failure['round']}" if failure["round"] else "the warm-up"
-    return [f"Not enough memory for {Cell(**failure['cell']).label} in {when}."]
-
-
 def _about(result: Result) -> list[str]:
-    identity = result.manifest["identity"]
-    subject, clock = identity["subject"], identity["clock"]
-    clocks = {"wall": "wall clock", "process": "the process's own clock"}
-    about = [
+    identity = result.identity
+    subject, versions = identity["subject"], identity["versions"]
+    clock = {"wall": "wall clock", "process": "the process's own clock"}[identity["clock"]]
+    selections = "; ".join(f"{phase}, {what}" for phase, what in subject["selections"].items())
+    chosen = f"Calibrated's: {selections}. " if selections else ""
+    ceilings = result.manifest.get("ceilings")
+    return [
         f"{identity['model']}, {subject['parameters'] / 1e6:,.0f}M parameters, {subject['dtype']}, attention by "
         f"{subject['attn_implementation']}, on {result.device} ({identity['device_name']}, {identity['threads']} "
-        f"threads, {clocks[clock] if result.device == 'cpu' else 'CUDA events'}), torch "
-        f"{identity['versions']['torch']}, transformers {identity['versions']['transformers']}.",
-        f"AdaSkip's sets: {subject['profile']}. {_calibrated(subject['selections'])}SkipDecode's schedule spans the "
-        "new tokens.",
-        "Speedups are over the full model in the same mode, medians over rounds with 95 % bootstrap intervals. Ideal "
-        "is the full model's time less the measured time of the skipped sublayers. Limit is the time at the device's "
-        "measured ceilings.",
+        f"threads, {clock if result.device == 'cpu' else 'CUDA events'}), torch {versions['torch']}, transformers "
+        f"{versions['transformers']}.",
+        f"AdaSkip's sets: {subject['profile']}. {chosen}SkipDecode's schedule spans the new tokens.",
+        METHOD,
+        *(
+            [
+                f"Ceilings, measured: {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s of matrix multiplication, "
+                f"{ceilings['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s of copying."
+            ]
+            if ceilings
+            else []
+        ),
+        *([TOY] if identity["testbed"] else []),
     ]
-    if ceilings := result.manifest.get("ceilings"):
-        about.append(
-            f"Ceilings, measured: {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s of matrix multiplication, "
-            f"{ceilings['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s of copying."
-        )
-    if identity["testbed"]:
-        about.append(
-            "On so small a model the time between operations (Python, dispatch) outweighs the operations themselves: "
-            "its speedups say what sublayers' number is worth, not what their size is."
-        )
-    return about
-
-
-def _calibrated(selections: Mapping[str, str]) -> str:
-    if not selections:
-        return ""
-    return f"Calibrated's: {'; '.join(f'{phase}, {what}' for phase, what in selections.items())}. "
 
 
 def _line(entry: Record) -> list[str]:
-    def milliseconds(name: str) -> str:
-        return f"{1000 * entry[name]:.4g}"
-
-    def over_limit(name: str) -> str:
-        limit = entry[f"limit_{name}"]
-        return f"{entry[name] / limit:.3g}" if limit else MISSING
-
-    def speedup(phase: str) -> list[str]:
+    speedups = []
+    for phase in NAMES:
         low, high = entry[f"speedup_{phase}_interval"]
         between = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         realised = entry[f"realised_{phase}"]
-        return [f"{entry[f'speedup_{phase}']:.3f}{between}", MISSING if realised is None else f"{realised:.2f}"]
-
+        speedups += [f"{entry[f'speedup_{phase}']:.3f}{between}", MISSING if realised is None else f"{realised:.2f}"]
+    limits = [(entry[name], entry[f"limit_{name}"]) for name in NAMES.values()]
     peak = entry["peak_memory_bytes"]
     return [
-        _label(entry["strategy"]),
-        entry["phase"] or MISSING,
-        str(entry["budget"]),
-        entry["mode"],
-        milliseconds("ttft_s"),
-        milliseconds("tpot_s"),
-        f"{entry['prefill_tokens_per_s']:.5g}",
-        f"{entry['decode_tokens_per_s']:.4g}",
-        *speedup("prefill"),
-        *speedup("decode"),
-        over_limit("ttft_s"),
-        over_limit("tpot_s"),
+        *(_label(entry["strategy"]), entry["phase"] or MISSING, str(entry["budget"]), entry["mode"]),
+        *(f"{1000 * entry[name]:.4g}" for name in NAMES.values()),
+        *(f"{entry['prefill_tokens_per_s']:.5g}", f"{entry['decode_tokens_per_s']:.4g}"),
+        *speedups,
+        *(f"{measured / limit:.3g}" if limit else MISSING for measured, limit in limits),
         f"{entry['kv_bytes'] / 1e6:.4g}",
         MISSING if peak is None else f"{peak / 1e6:,.0f}",
     ]
@@ -149,24 +120,20 @@ def _label(strategy: str) -> str:
 
 def _sublayer_lines(result: Result, workload: Workload) -> list[str]:
     """Mean time of an attention and an FFN sublayer of the full model."""
-    timed = result.of(workload, Cell(BREAKDOWN))
-    if not timed:
-        return []
-    lines = []
-    for phase in ("prefill", "decode"):
-        milliseconds = {
-            kind: sum(1000 * t for record in timed for t in record[f"{phase}_sublayers_s"][kind])
-            / sum(len(record[f"{phase}_sublayers_s"][kind]) for record in timed)
-            for kind in ("attention", "ffn")
-        }
-        lines.append(f"{phase}: attention {milliseconds['attention']:.4g} ms, FFN {milliseconds['ffn']:.4g} ms")
-    return ["A sublayer of the full model takes on average, in " + "; in ".join(lines) + "."]
+    timed, lines = result.of(workload, Cell(BREAKDOWN)), []
+    for phase in NAMES if timed else ():
+        means = []
+        for kind in ("attention", "ffn"):
+            rounds = [record[f"{phase}_sublayers_s"][kind] for record in timed]
+            means.append(sum(1000 * t for times in rounds for t in times) / sum(map(len, rounds)))
+        lines.append(f"{phase}: attention {means[0]:.4g} ms, FFN {means[1]:.4g} ms")
+    return [f"A sublayer of the full model takes on average, in {'; in '.join(lines)}."] if lines else []
 
 
 def draw(result: Result) -> list[Path]:
     """Speedup of prefill and decode against prompt length, or against the budget where there is one length.
 
-    A marker is what was measured, with its interval, a faint line the ideal. One figure per mode and what skips.
+    A marker is what was measured, with its interval, a faint line the ideal. One figure per mode, phase and batch size.
     """
     written = []
     kinds = dict.fromkeys((e["mode"], e["phase"], e["batch_size"]) for e in result.entries if e["strategy"] != FULL)
@@ -181,12 +148,11 @@ def draw(result: Result) -> list[Path]:
 
 def _figure(entries: Sequence[Record], title: str) -> Figure:
     lengths = sorted({entry["prompt_tokens"] for entry in entries})
-    budgets = sorted({entry["budget"] for entry in entries})
     by_length = len(lengths) > 1
-    columns = budgets if by_length else [None]
+    columns = sorted({entry["budget"] for entry in entries}) if by_length else [None]
     figure = Figure(figsize=(3.2 * len(columns) + 1.2, 4.8), layout="constrained")
     axes = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
-    for row, phase in zip(axes, ("prefill", "decode"), strict=True):
+    for row, phase in zip(axes, NAMES, strict=True):
         for panel, budget in zip(row, columns, strict=True):
             chosen = [entry for entry in entries if budget is None or entry["budget"] == budget]
             _draw(panel, chosen, phase, "prompt_tokens" if by_length else "budget")
@@ -205,18 +171,16 @@ def _figure(entries: Sequence[Record], title: str) -> Figure:
 def _draw(panel: Axes, entries: Sequence[Record], phase: str, x: str) -> None:
     panel.axhline(1.0, color="black", linewidth=0.8)
     panel.grid(axis="y")
-    time = "ttft_s" if phase == "prefill" else "tpot_s"
     for strategy in dict.fromkeys(entry["strategy"] for entry in entries):
-        look = LOOKS.get(strategy, OTHER)
+        look, label, reach = LOOKS.get(strategy, OTHER), _label(strategy), None
         points = sorted((e for e in entries if e["strategy"] == strategy), key=lambda e: e[x])
         at, measured = [e[x] for e in points], [e[f"speedup_{phase}"] for e in points]
-        bounds = [[e[f"speedup_{phase}_interval"][side] for e in points] for side in (0, 1)]
-        reach = None
-        if not any(edge is None for edges in bounds for edge in edges):
-            reach = [[m - low for m, low in zip(measured, bounds[0], strict=True)],
-                     [high - m for m, high in zip(measured, bounds[1], strict=True)]]  # fmt: skip
-        panel.errorbar(at, measured, yerr=reach, **look.line, elinewidth=0.8, capsize=1.5, label=_label(strategy))
-        if all(e[f"ideal_{time}"] for e in points):
-            full = [e[time] * e[f"speedup_{phase}"] for e in points]
-            ideal = [f / e[f"ideal_{time}"] for f, e in zip(full, points, strict=True)]
-            panel.plot(at, ideal, **look.faint, label=f"{_label(strategy)}, ideal")
+        bounds = [e[f"speedup_{phase}_interval"] for e in points]
+        if not any(edge is None for both in bounds for edge in both):
+            pairs = list(zip(measured, bounds, strict=True))
+            reach = [[m - low for m, (low, _) in pairs], [high - m for m, (_, high) in pairs]]
+        panel.errorbar(at, measured, yerr=reach, **look.line, elinewidth=0.8, capsize=1.5, label=label)
+        if all(e[f"ideal_{NAMES[phase]}"] for e in points):
+            full = [e[NAMES[phase]] * e[f"speedup_{phase}"] for e in points]
+            ideal = [f / e[f"ideal_{NAMES[phase]}"] for f, e in zip(full, points, strict=True)]
+            panel.plot(at, ideal, **look.faint, label=f"{label}, ideal")

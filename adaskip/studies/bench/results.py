@@ -1,27 +1,38 @@
-"""A benchmark's result file: a manifest, and one record for each cell and round. Whole rounds only.
+"""A benchmark's result file, and what is reported of it.
 
-The file is written whole after every round, so that an interrupted run loses at most the round it was in, and the
-same command continues behind the last one saved.
+The file has a manifest and one record for each cell and round. It is written whole after every round, so that a stopped
+run loses at most the round it was in. Reported are medians over the rounds and ratios: the median of the rounds' own
+ratios, with a 95 % bootstrap interval over the rounds. Ideal is the full model's time without the share that its
+breakdown, in the same run, gives the skipped sublayers.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adaskip.common.files import write_text_atomic
-from adaskip.studies.bench.cells import Cell, Workload
+from adaskip.common.intervals import Estimate, median_estimate
+from adaskip.strategies import FULL
+from adaskip.strategies.adaskip import LEARNING_WINDOW
+from adaskip.studies.bench.settings import BREAKDOWN, COMPARISONS, EAGER, WINDOWLESS, Cell, Workload
 
 FORMAT = "adaskip-bench/1"
+GENERATION_TOKENS = 256
+"""The length of generation that the learning window's cost is told for."""
+WINDOW_STEPS = LEARNING_WINDOW + 1
+"""Decode steps that differ by the window: its own, and the one after it."""
+NAMES = {"prefill": "ttft_s", "decode": "tpot_s"}
 Record = dict[str, Any]
 
 
 @dataclass
 class Result:
-    """What is known of one benchmark.
+    """One benchmark.
 
     manifest: `identity` (what must not change), and what describes model, machine and code. records: each with
     workload, cell, round and what the cell measured, or `error` if its memory was not enough. limits: least times of
@@ -43,40 +54,35 @@ class Result:
         return self.path.parent.name
 
     @property
+    def identity(self) -> dict[str, Any]:
+        return self.manifest["identity"]
+
+    @property
     def study(self) -> str:
-        return self.manifest["identity"]["study"]
-
-    def rounds_of(self, workload: Workload) -> int:
-        """How many rounds of `workload` are saved."""
-        return max((record["round"] for record in self.of(workload)), default=0)
-
-    def of(self, workload: Workload, cell: Cell | None = None) -> list[Record]:
-        """The good records of a workload, or of one cell of it, by round."""
-        return [
-            record
-            for record in self.records
-            if "error" not in record
-            and record["workload"] == vars(workload)
-            and (cell is None or record["cell"] == cell.to_dict())
-        ]
-
-    def failure(self, workload: Workload) -> Record | None:
-        """Which cell in which round lacked memory; None if none did."""
-        errors = (record for record in self.records if "error" in record)
-        return next((record for record in errors if record["workload"] == vars(workload)), None)
-
-    def failed(self, workload: Workload) -> bool:
-        """Whether the memory was not enough for `workload`; whole rounds before that still count."""
-        return self.failure(workload) is not None
+        return self.identity["study"]
 
     @property
     def workloads(self) -> list[Workload]:
         """Those with records, in order."""
         return list(dict.fromkeys(Workload(**record["workload"]) for record in self.records))
 
+    def of(self, workload: Workload, cell: Cell | None = None) -> list[Record]:
+        """The good records of a workload, or of one cell of it, by round."""
+        wanted = {"workload": vars(workload), **({} if cell is None else {"cell": cell.to_dict()})}
+        return [record for record in self.records if "error" not in record and wanted.items() <= record.items()]
+
     def cells(self, workload: Workload) -> list[Cell]:
         """The cells with good records, in the order of the first round."""
         return list(dict.fromkeys(Cell(**record["cell"]) for record in self.of(workload)))
+
+    def rounds_of(self, workload: Workload) -> int:
+        """How many rounds of `workload` are saved."""
+        return max((record["round"] for record in self.of(workload)), default=0)
+
+    def failure(self, workload: Workload) -> Record | None:
+        """Which cell in which round lacked memory, None if none did; whole rounds before that still count."""
+        failed = (r for r in self.records if "error" in r and r["workload"] == vars(workload))
+        return next(failed, None)
 
     def limit(self, workload: Workload, cell: Cell) -> Record | None:
         """`ttft_s` and `tpot_s` at the measured ceilings, where they are known."""
@@ -84,16 +90,17 @@ class Result:
         return next((entry for entry in self.limits if same.items() <= entry.items()), None)
 
     def save(self) -> None:
-        parts = {
-            "manifest": json.dumps(self.manifest, indent=1),
-            **{name: _lines(getattr(self, name)) for name in ("entries", "limits", "records")},
-        }
+        """Write the file: JSON, one record a line."""
+        parts = {"manifest": json.dumps(self.manifest, indent=1)}
+        for name in ("entries", "limits", "records"):
+            lines = ",\n".join(json.dumps(record, allow_nan=False) for record in getattr(self, name))
+            parts[name] = f"[\n{lines}\n]"
         body = ",\n".join(f'"{name}": {text}' for name, text in parts.items())
         write_text_atomic(self.path, f'{{"format": "{FORMAT}",\n{body}}}\n')
 
 
 def open_result(path: Path, manifest: Mapping[str, Any], *, fresh: bool) -> Result:
-    """The saved result at `path` to go on with, or a new one.
+    """The saved result at `path` to continue, or a new one.
 
     Raises ValueError if what is saved there was measured in another way.
     """
@@ -130,6 +137,100 @@ def load_results(folder: Path) -> list[Result]:
     return [load_result(path) for path in paths if path.read_text(encoding="utf-8").startswith(begin)]
 
 
-def _lines(records: Iterable[Record]) -> str:
-    """A JSON list with one record a line."""
-    return "[\n" + ",\n".join(json.dumps(record, allow_nan=False) for record in records) + "\n]"
+def time_of(record: Record, phase: str) -> float:
+    """Time to the first token (prefill), or the mean time of a decode step; of a prefill alone, its own."""
+    if phase == "decode":
+        return statistics.fmean(record["steps_s"])
+    return record["prefill_s"] if "prefill_s" in record else record["ttft_s"]
+
+
+def ratio(result: Result, workload: Workload, one: Cell, other: Cell, phase: str = "prefill") -> Estimate:
+    """The median over the rounds of one cell's time / another's."""
+    pairs = zip(result.of(workload, one), result.of(workload, other), strict=True)
+    return _median(time_of(a, phase) / time_of(b, phase) for a, b in pairs)
+
+
+def _median(values: Iterable[float]) -> Estimate:
+    estimate = median_estimate(list(values))
+    assert estimate is not None, "there are rounds"
+    return estimate
+
+
+def ideal_share(result: Result, workload: Workload, cell: Cell, phase: str) -> float | None:
+    """Share of the full model's time spent in the sublayers that a cell skips; None without a breakdown.
+
+    A decode step counts by medians over the steps, which are what the breakdown holds.
+    """
+    timed = result.of(workload, Cell(BREAKDOWN))
+    if not timed or cell.mode != EAGER:
+        return None
+    if (skipped := result.of(workload, cell)[0].get(f"{phase}_shares")) is None:
+        return 0.0
+    shares = []
+    for record in timed:
+        spent = record[f"{phase}_sublayers_s"]
+        saved = sum(share * s for kind in spent for share, s in zip(skipped[kind], spent[kind], strict=True))
+        whole = record["ttft_s"] if phase == "prefill" else statistics.median(record["steps_s"])
+        shares.append(saved / whole)
+    return statistics.median(shares)
+
+
+def realised(result: Result, workload: Workload, cell: Cell, phase: str) -> Estimate | None:
+    """Saving / ideal saving; None where nothing is skipped or nothing is known of the sublayers."""
+    if not (share := ideal_share(result, workload, cell, phase)):
+        return None
+    pairs = zip(result.of(workload, full_of(cell)), result.of(workload, cell), strict=True)
+    return _median((1 - time_of(ours, phase) / time_of(full, phase)) / share for full, ours in pairs)
+
+
+def full_of(cell: Cell) -> Cell:
+    """The full model in the same mode."""
+    return Cell(FULL, mode=cell.mode)
+
+
+def entries_of(result: Result) -> list[Record]:
+    """What is reported of each cell of a study of strategies, in plain numbers; by workload, the full model first."""
+    cells = [] if result.study not in COMPARISONS else [(w, cell) for w in result.workloads for cell in result.cells(w)]
+    entries = [_entry(result, workload, cell) for workload, cell in cells if cell.name != BREAKDOWN]
+    names = ("batch_size", "prompt_tokens", "mode", "is_full", "phase", "strategy", "budget")
+    return sorted(entries, key=lambda e: [{**e, "is_full": e["strategy"] != FULL}[name] for name in names])
+
+
+def _entry(result: Result, workload: Workload, cell: Cell) -> Record:
+    limit, records = result.limit(workload, cell) or {}, result.of(workload, cell)
+    seconds = {phase: statistics.median(time_of(record, phase) for record in records) for phase in NAMES}
+    entry: Record = {
+        **{"phase": cell.phase, "strategy": cell.name, "budget": cell.sublayers, "mode": cell.mode},
+        **{**vars(workload), "rounds": len(records), "ttft_s": seconds["prefill"], "tpot_s": seconds["decode"]},
+        "prefill_tokens_per_s": workload.batch_size * workload.prompt_tokens / seconds["prefill"],
+        "decode_tokens_per_s": workload.batch_size / seconds["decode"],
+        **{name: records[-1][name] for name in ("kv_bytes", "peak_memory_bytes")},
+    }
+    for phase, name in NAMES.items():
+        speedup, saved = ratio(result, workload, full_of(cell), cell, phase), realised(result, workload, cell, phase)
+        share = ideal_share(result, workload, cell, phase)
+        full_s = statistics.median(time_of(record, phase) for record in result.of(workload, full_of(cell)))
+        entry[f"speedup_{phase}"] = speedup.value
+        entry[f"speedup_{phase}_interval"] = [speedup.low, speedup.high]
+        entry[f"ideal_{name}"] = None if share is None else full_s * (1 - share)
+        entry[f"realised_{phase}"] = None if saved is None else saved.value
+        entry[f"realised_{phase}_interval"] = None if saved is None else [saved.low, saved.high]
+        entry[f"limit_{name}"] = limit.get(name)
+    return entry
+
+
+def window_cost(result: Result, workload: Workload, cell: Cell) -> Estimate | None:
+    """Time the learning window adds to a generation of 256 tokens / that generation's decoding without it; None if the
+    answers end before the window does.
+
+    The window's bookkeeping ends with the step after it; only these steps are compared, and the time they add is
+    set against 255 mean steps: so a machine's noise over the rest does not drown it.
+    """
+    if workload.decode_steps < WINDOW_STEPS:
+        return None
+    without = Cell(WINDOWLESS, cell.phase, cell.sublayers, cell.mode)
+    costs = []
+    for ours, plain in zip(result.of(workload, cell), result.of(workload, without), strict=True):
+        added = sum(ours["steps_s"][:WINDOW_STEPS]) - sum(plain["steps_s"][:WINDOW_STEPS])
+        costs.append(added / (time_of(plain, "decode") * (GENERATION_TOKENS - 1)))
+    return _median(costs)

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from adaskip import testbed
@@ -76,17 +69,19 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """What stands in a result's manifest."""
-        model = self.model
+        model, profile = self.model, self.profile
+        chosen = {
+            phase: "AdaSkip's sets" if found is None else f"{found.dataset} ({len(found.data_ids)} prompts)"
+            for phase, found in self.selections.items()
+        }
         return {
             "weights": self.weights,
             "num_layers": self.num_layers,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": attn_implementation(model),
-            "profile": f"{self.profile.dataset} ({self.profile.tokens} tokens)"
-            if self.profile.data_ids
-            else self.profile.dataset,
-            "selections": {phase: _of_selection(found) for phase, found in self.selections.items()},
+            "profile": f"{profile.dataset} ({profile.tokens} tokens)" if profile.data_ids else profile.dataset,
+            "selections": chosen,
         }
 
 
@@ -97,17 +92,15 @@ def load_subject(config: BenchConfig) -> Subject:
         ModelError: the checkpoint, device or dtype cannot be used.
         ValueError: the profile is missing or is of another model.
     """
-    device = chosen_device(config.device)
+    device, loaded = chosen_device(config.device), None
     if config.random_weights:
         dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
         shape = LlamaConfig(**SMALL_SHAPE) if config.model == SMALL_MODEL else architecture(config.model)
         model, weights = random_model(shape, device, dtype, config.attn_implementation), "random"
-        profile = _named_profile(config, model) or assumed_profile(len(decoder_layers(model)))
-        loaded = None
     else:
         loaded = _load(config, device)
         model, weights = loaded.model, loaded.weights_fingerprint
-        profile = _named_profile(config, model) or _own_profile(config, loaded)
+    profile = _named_profile(config, model) or _own_profile(config, loaded, len(decoder_layers(model)))
     tokenizer = None if loaded is None else loaded.tokenizer
     return Subject(model, profile, weights, _selections(config, model, loaded), tokenizer, _gguf_file(config))
 
@@ -149,35 +142,29 @@ def _gguf_file(config: BenchConfig) -> Path | None:
 
 
 def _load(config: BenchConfig, device: torch.device) -> LoadedModel:
-    checkpoint: str | Path | None = testbed.checkpoint_dir(config.model) if config.testbed else config.checkpoint
-    shared = SharedConfig(testbed=True)
-    return load_model(
-        config.model,
-        checkpoint,
-        device=device,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        chat="none",
-        max_prompt_tokens=find_loading(shared, config.model).max_prompt_tokens if config.testbed else None,
-    )
+    options = {"device": device, "dtype": config.dtype, "attn_implementation": config.attn_implementation}
+    if not config.testbed:
+        return load_model(config.model, config.checkpoint, chat="none", **options)
+    limit = find_loading(SharedConfig(testbed=True), config.model).max_prompt_tokens
+    folder = testbed.checkpoint_dir(config.model)
+    return load_model(config.model, folder, chat="none", max_prompt_tokens=limit, **options)
+
+
+def _own_profile(config: BenchConfig, loaded: LoadedModel | None, depth: int) -> ImportanceProfile:
+    """The testbed's models are calibrated at once; for others that takes LongBench, so their set is assumed."""
+    if loaded is None or not config.testbed:
+        return assumed_profile(depth)
+    return profiles.measure(find_calibration(SharedConfig(testbed=True)), loaded)
 
 
 def _named_profile(config: BenchConfig, model: PreTrainedModel) -> ImportanceProfile | None:
     """The profile of `--profile`; for random weights any of a model of that depth serves."""
     if config.profile is None:
         return None
-    path = find_profile(config.profile, ImportanceProfile)
-    fitting, allowed = None if config.random_weights else model, config.allow_other_weights
-    profile = ImportanceProfile.load(path, fitting, allow_other_weights=allowed)
+    path, fitting = find_profile(config.profile, ImportanceProfile), None if config.random_weights else model
+    profile = ImportanceProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
     profile.check_num_layers(len(decoder_layers(model)))
     return profile
-
-
-def _own_profile(config: BenchConfig, loaded: LoadedModel) -> ImportanceProfile:
-    """The testbed's models are calibrated at once; for others that takes LongBench, so their set is assumed."""
-    if not config.testbed:
-        return assumed_profile(len(decoder_layers(loaded.model)))
-    return profiles.measure(find_calibration(SharedConfig(testbed=True)), loaded)
 
 
 def _selections(
@@ -196,13 +183,13 @@ def _selections(
 
 
 def _named_selections(config: BenchConfig, model: PreTrainedModel) -> dict[Phase, SelectionProfile]:
-    """The selections of `--selection` by phase; for random weights any of a model of that depth serves."""
+    """The selections of `--selection` by phase."""
     named: dict[Phase, SelectionProfile] = {}
+    fitting = None if config.random_weights else model
     for path in config.selection or ():
         if not Path(path).is_file():
             raise ValueError(f"--selection {path} does not exist; `adaskip calibrate --select PHASE` makes one")
-        fitting, allowed = None if config.random_weights else model, config.allow_other_weights
-        selection = SelectionProfile.load(path, fitting, allow_other_weights=allowed)
+        selection = SelectionProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
         if selection.phase in named or selection.phase not in config.phases:
             raise ValueError(
                 f"--selection {path} is for phase {selection.phase}; give at most one for each of --phases "
@@ -220,7 +207,3 @@ def _kept_selection(config: BenchConfig, loaded: LoadedModel, phase: Phase) -> S
     selection, _ = profiles.profile_for(job, loaded)
     assert isinstance(selection, SelectionProfile)
     return selection
-
-
-def _of_selection(selection: SelectionProfile | None) -> str:
-    return "AdaSkip's sets" if selection is None else f"{selection.dataset} ({len(selection.data_ids)} prompts)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
-from adaskip.core.plan import EMPTY_PLAN, Budget, check_phase
+from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer, check_phase
 from adaskip.engines.fold import fold
+from adaskip.profiles.assumed import KINDS
 from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
-from adaskip.studies.bench.cells import (
+from adaskip.studies.bench.exact import check_kv, count_work
+from adaskip.studies.bench.settings import (
     ADASKIP,
     BREAKDOWN,
     COUNTS,
@@ -28,13 +30,16 @@ from adaskip.studies.bench.cells import (
     Cell,
     Workload,
 )
-from adaskip.studies.bench.counts import count_work
-from adaskip.studies.bench.generation import StaticCaches, compile_config, sublayer_times, timed_generation, undisturbed
-from adaskip.studies.bench.kv_check import check_kv
-from adaskip.studies.bench.skip_sets import decode_plans, shares
-from adaskip.studies.bench.stopwatch import Clock, Stopwatch
 from adaskip.studies.bench.subject import Subject
-from adaskip.studies.engines.engines import ENGINE_MODES
+from adaskip.studies.bench.timing import (
+    Clock,
+    StaticCaches,
+    Stopwatch,
+    compile_config,
+    sublayer_times,
+    timed_generation,
+    undisturbed,
+)from adaskip.studies.engines.engines import ENGINE_MODES
 from adaskip.studies.engines.processes import EngineProcesses
 
 SEED = 0
@@ -51,23 +56,31 @@ class Trials:
 
     def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """What `cell` measures on `workload`. Raises torch's error if the memory is not enough."""
+        ids, model = self.prompts(workload), self.subject.model
         if cell.mode in ENGINE_MODES:
-            return self._in_engine(cell, workload)
-        special: dict[str, Callable[[Cell, Workload], dict[str, Any]]] = {
-            BREAKDOWN: self._breakdown,
-            COUNTS: self._counts,
-            KV_CHECK: self._kv,
-            PLAIN_PREFILL: self._prefill,
-            MEASURING_PREFILL: self._prefill,
-        }
-        return special.get(cell.name, self._generation)(cell, workload)
+            assert self.engines is not None, "started where an engine is among the modes"
+            strategy = self.strategy(cell, workload)
+            plan = EMPTY_PLAN if strategy is None else strategy.skipped
+            return self.engines.run(cell.mode, plan, ids.tolist(), workload.new_tokens, self.clock)
+        if cell.name == BREAKDOWN:
+            return self._breakdown(ids, workload)
+        if cell.name == COUNTS:
+            both = {name: self.strategy(Cell(name), workload) for name in (FULL, PATCHED)}
+            return {name: count_work(model, strategy, ids) for name, strategy in both.items()}
+        if cell.name == KV_CHECK:
+            strategy = self.strategy(cell, workload)
+            assert strategy is not None, "it skips attention"
+            return check_kv(model, strategy, ids, workload.new_tokens)
+        if cell.name in (PLAIN_PREFILL, MEASURING_PREFILL):
+            return self._prefill(cell, ids)
+        return self._generation(cell, ids, workload)
 
     def strategy(self, cell: Cell, workload: Workload) -> Strategy | None:
         """What a cell skips; None for the stock model. Raises ValueError for an impossible budget.
 
         SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it. A
-        strategy of a selection without one is AdaSkip without its window: another set, the same work. An engine
-        refuses what changes between prompt and answer.
+        strategy of a selection without one is AdaSkip without its window: another set, the same work. No engine has
+        a strategy that changes its plan on the way.
         """
         num_layers = self.subject.num_layers
         if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
@@ -88,7 +101,6 @@ class Trials:
             **({"learning_window": 0} if windowless else {}),
         )
         if cell.mode in ENGINE_MODES:
-            assert strategy is not None
             fold(strategy)
         return strategy
 
@@ -99,16 +111,14 @@ class Trials:
         embeddings: Any = model.get_input_embeddings()
         return torch.randint(embeddings.num_embeddings, size, generator=generator).to(execution_device(model))
 
-    def _generation(self, cell: Cell, workload: Workload) -> dict[str, Any]:
-        strategy = self.strategy(cell, workload)
-        timed = timed_generation(
-            self.subject.model,
-            strategy,
-            self.prompts(workload),
-            workload.new_tokens,
-            self.clock,
-            **self._mode_options(cell, workload),
-        )
+    def _generation(self, cell: Cell, ids: Tensor, workload: Workload) -> dict[str, Any]:
+        """In the cell's mode; and in which share of the forwards each sublayer was skipped."""
+        strategy, model, options = self.strategy(cell, workload), self.subject.model, {}
+        if cell.mode != EAGER:
+            cache = self.static_caches.emptied(cell, workload, model)
+            options = {"past_key_values": cache, "compile_config": compile_config()}
+        timed = timed_generation(model, strategy, ids, workload.new_tokens, self.clock, **options)
+        assert len(timed.steps_s) == workload.decode_steps, "an answer has its full length"
         measured = timed.to_dict()
         if strategy is not None and timed.trace is not None:
             plans = decode_plans(strategy, workload.decode_steps, timed.trace.online_ffns)
@@ -116,29 +126,17 @@ class Trials:
             measured["decode_shares"] = shares(plans, strategy.num_layers)
         return measured
 
-    def _in_engine(self, cell: Cell, workload: Workload) -> dict[str, Any]:
-        assert self.engines is not None, "made where a mode is an engine"
-        strategy = self.strategy(cell, workload)
-        plan = EMPTY_PLAN if strategy is None else strategy.skipped
-        return self.engines.run(cell.mode, plan, self.prompts(workload).tolist(), workload.new_tokens, self.clock)
-
-    def _mode_options(self, cell: Cell, workload: Workload) -> dict[str, Any]:
-        """The arguments of `generate` that make it decode in the cell's mode."""
-        if cell.mode == EAGER:
-            return {}
-        cache = self.static_caches.emptied(cell, workload, self.subject.model)
-        return {"past_key_values": cache, "compile_config": compile_config()}
-
-    def _breakdown(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+    def _breakdown(self, ids: Tensor, workload: Workload) -> dict[str, Any]:
         """Seconds of each sublayer in the prompt's forward and, by medians over the steps, in a decode step."""
-        timed, forwards = sublayer_times(self.subject.model, self.prompts(workload), workload.new_tokens, self.clock)
+        timed, forwards = sublayer_times(self.subject.model, ids, workload.new_tokens, self.clock)
         prefill, decode = forwards[0], [statistics.median(times) for times in zip(*forwards[1:], strict=True)]
         return {**timed.to_dict(), "prefill_sublayers_s": _by_kind(prefill), "decode_sublayers_s": _by_kind(decode)}
 
-    def _prefill(self, cell: Cell, workload: Workload) -> dict[str, Any]:
+    @torch.no_grad()
+    def _prefill(self, cell: Cell, ids: Tensor) -> dict[str, Any]:
         """A prompt through the decoder without cache and logits, measured or not: what a calibration does."""
-        ids, stopwatch = self.prompts(workload), Stopwatch(execution_device(self.subject.model), self.clock)
-        with undisturbed(ids.device), torch.no_grad():
+        stopwatch = Stopwatch(ids.device, self.clock)
+        with undisturbed(ids.device):
             stopwatch.mark()
             if cell.name == MEASURING_PREFILL:
                 for measured in measure(self.subject.model, list(ids), batch_size=len(ids)):
@@ -148,16 +146,27 @@ class Trials:
             stopwatch.mark()
             return {"prefill_s": stopwatch.laps()[0]}
 
-    def _counts(self, cell: Cell, workload: Workload) -> dict[str, Any]:
-        ids = self.prompts(workload)
-        both = {name: self.strategy(Cell(name), workload) for name in (FULL, PATCHED)}
-        return {name: count_work(self.subject.model, strategy, ids) for name, strategy in both.items()}
-
-    def _kv(self, cell: Cell, workload: Workload) -> dict[str, Any]:
-        strategy = self.strategy(cell, workload)
-        assert strategy is not None
-        return check_kv(self.subject.model, strategy, self.prompts(workload), workload.new_tokens)
-
 
 def _by_kind(times: Sequence[float]) -> dict[str, list[float]]:
     return {"attention": list(times[::2]), "ffn": list(times[1::2])}
+
+
+def decode_plans(strategy: Strategy, steps: int, online_ffns: Collection[int]) -> list[SkipPlan]:
+    """What is skipped in each decode step of one request, given the FFNs that joined after its learning window.
+
+    An attention that the prompt skipped has no K/V and stays skipped.
+    """
+    floor, joined, plans = strategy.prefill_plan.attention_only(), SkipPlan(ffn=frozenset(online_ffns)), []
+    for step in range(1, steps + 1):
+        plan = strategy.decode_plan(step).union(floor)
+        floor = plan.attention_only()
+        plans.append(plan.union(joined) if step > strategy.window_tokens else plan)
+    return plans
+
+
+def shares(plans: Collection[SkipPlan], num_layers: int) -> dict[str, list[float]]:
+    """In which share of the plans each sublayer is skipped: kind -> [M]."""
+    return {
+        kind: [sum(Sublayer(kind, layer) in plan for plan in plans) / max(len(plans), 1) for layer in range(num_layers)]
+        for kind in KINDS
+    }

@@ -22,6 +22,7 @@ class EngineMode:
 
 
 _VLLM = ("vllm", "vllm", "adaskip.studies.engines.vllm_times")
+_LLAMA_CPP = ("gguf", "llama_cpp", "adaskip.studies.engines.llama_cpp_times")
 ENGINE_MODES = {
     "vllm": EngineMode("vLLM, compiled, on the exported folder", *_VLLM),
     "vllm-draft": EngineMode("vLLM on the full model, with the exported folder as its draft", *_VLLM, drafts=True),

@@ -135,7 +135,7 @@ class _Worker:
     """One process of `worker`. about: what the engine says of itself."""
 
     def __init__(self, python: str, module: str, settings: Mapping[str, Any], threads: int, log: Path):
-        self.log = log
+        self.module, self.log = module, log
         environment = {**os.environ, **VLLM, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PACKAGE.parent)}
         command = [python, "-m", "adaskip.studies.engines.worker", module, json.dumps(settings)]
         with log.open("w") as errors:
@@ -161,7 +161,7 @@ class _Worker:
         if line := self.process.stdout.readline():
             return json.loads(line)
         code = self.process.wait()
-        raise EngineError(f"{self.process.args[3]} ended with code {code}:\n{self.log.read_text()[-2000:]}")
+        raise EngineError(f"the worker of {self.module} ended with code {code}:\n{self.log.read_text()[-2000:]}")
 
 
 def python_with(package: str) -> str:

@@ -1,84 +1,87 @@
-"""The scripts in `observations/`: measure what is missing, then test, tabulate and draw what is saved."""
+"""The scripts in `observations/`: each is a study of some tasks' prompts and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from adaskip.common.commands import study
-from adaskip.studies.observations import figures, hit_rates, kinds, layers, phases, skip_check, skip_findings
-from adaskip.studies.observations.findings import Findings, write_findings
+from adaskip.studies.observations import figures, hit_rates, importance_check, similarity
 from adaskip.studies.observations.measuring import measure_targets
-from adaskip.studies.observations.saved import load_saved
+from adaskip.studies.observations.saved import Saved, load_saved
 from adaskip.studies.observations.settings import ObserveConfig, Target
+from adaskip.studies.study import Findings, Study
 
-Result = tuple[list[Findings], list[Path]]
-"""What was found, and the figures of it."""
+PHASES: dict[str, tuple[Any, ...]] = {"ob1": ("prefill",), "ob2": ("prefill",), "ob3": ("prefill", "decode")}
+"""Of each figure."""
 
 
 def main(observation: str, doc: str | None) -> int:
     """A script's whole life; returns its exit code. doc: the script's docstring."""
-    return study(doc, ObserveConfig, lambda config: _run(observation, config))
+    return OBSERVATIONS[observation].main(doc)
 
 
-def _run(observation: str, config: ObserveConfig) -> int:
-    found, drawn = OBSERVATIONS[observation](config)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    for findings in found:
-        console.print(f"{findings.title}", style="bold")
-        for claim in findings.claims:
-            console.print(f"- {claim.sentence}")
-    written = [path for findings in found for path in write_findings(findings, config.out_dir)] + drawn
-    console.print("wrote " + ", ".join(path.name for path in written) + f" to {config.out_dir}")
-    return 0
+def figure_targets(name: str, config: ObserveConfig) -> list[Target]:
+    """What a figure is made of: some tasks in its phases."""
+    return [Target(task, phase) for task in config.tasks or config.defaults[name] for phase in PHASES[name]]
 
 
-def _figure(
-    name: str,
-    phase_names: Sequence[str],
-    find: Callable[..., Findings],
-    draw: Callable[..., list[Path]],
-) -> Callable[[ObserveConfig], Result]:
-    """An observation that is a figure of some tasks in some phases."""
-
-    def observe(config: ObserveConfig) -> Result:
-        tasks = config.tasks or config.observations.tasks[name]
-        targets = [Target(task, phase) for task in tasks for phase in phase_names]  # pyright: ignore[reportArgumentType]
-        if not config.draw_only:
-            measure_targets(config, targets)
-        saved = load_saved(config.out_dir, targets)
-        return [find(saved, targets)], draw(saved, targets, config.out_dir)
-
-    return observe
+def _figure(name: str, find: Callable[..., Findings], draw: Callable[..., list[Path]]) -> Study[ObserveConfig, Saved]:
+    return Study(
+        ObserveConfig,
+        measure=lambda config: measure_targets(config, figure_targets(name, config)),
+        read=lambda config: load_saved(config.out_dir, figure_targets(name, config)),
+        find=lambda saved, config: [find(saved, figure_targets(name, config))],
+        draw=lambda saved, config: draw(saved, figure_targets(name, config), config.out_dir),
+    )
 
 
-def _tables(config: ObserveConfig) -> Result:
-    setup = config.observations
-    pairs, stand_ins, online = setup.table1, setup.stand_ins, setup.table2
-    if config.tasks is not None:
-        pairs = tuple((first, second) for first in config.tasks for second in config.tasks if first != second)
-        stand_ins, online = {}, config.tasks
+def table_targets(config: ObserveConfig) -> tuple[list[Target], list[Target]]:
+    """What Table 1 is made of, and Table 2."""
+    pairs, stand_ins, online = _tables_of(config)
     offline = [Target(stand_ins.get(task, task), "prefill") for pair in pairs for task in pair]
-    answers = [Target(task, "decode") for task in online]
-    if not config.draw_only:
-        measure_targets(config, [*offline, *answers])
-    found = [hit_rates.find_offline(load_saved(config.out_dir, offline), pairs, stand_ins)] if pairs else []
-    return [*found, hit_rates.find_online(load_saved(config.out_dir, answers), online, setup.windows)], []
+    return offline, [Target(task, "decode") for task in online]
 
 
-def _check(config: ObserveConfig) -> Result:
-    if not config.draw_only:
-        skip_check.measure_check(config)
-    check = skip_check.load_check(config.out_dir)
-    return [skip_findings.find(check)], skip_findings.draw(check, config.out_dir)
+def all_targets(config: ObserveConfig) -> list[Target]:
+    """All that the figures and tables are made of, each once."""
+    tables = [target for targets in table_targets(config) for target in targets]
+    return list(dict.fromkeys([*(t for name in PHASES for t in figure_targets(name, config)), *tables]))
 
 
-OBSERVATIONS: dict[str, Callable[[ObserveConfig], Result]] = {
-    "ob1": _figure("ob1", ["prefill"], layers.find, figures.draw_layers),
-    "ob2": _figure("ob2", ["prefill"], kinds.find, figures.draw_kinds),
-    "ob3": _figure("ob3", ["prefill", "decode"], phases.find, figures.draw_phases),
-    "tables12": _tables,
-    "importance_check": _check,
+def _tables_of(config: ObserveConfig) -> tuple[list[tuple[str, str]], dict[str, str], list[str]]:
+    """Pairs of Table 1, what was measured in the place of their tasks, and the tasks of Table 2."""
+    if config.tasks is None:
+        defaults = config.defaults
+        return [(one, other) for one, other in defaults["table1"]], defaults["stand_ins"], defaults["table2"]
+    return [(one, other) for one in config.tasks for other in config.tasks if one != other], {}, list(config.tasks)
+
+
+def _read_tables(config: ObserveConfig) -> list[Saved | None]:
+    return [load_saved(config.out_dir, targets) if targets else None for targets in table_targets(config)]
+
+
+def _find_tables(saved: list[Saved | None], config: ObserveConfig) -> list[Findings]:
+    (offline, online), (pairs, stand_ins, tasks) = saved, _tables_of(config)
+    found = [hit_rates.find_offline(offline, pairs, stand_ins)] if offline else []
+    return found + ([hit_rates.find_online(online, tasks, config.defaults["windows"])] if online else [])
+
+
+OBSERVATIONS: dict[str, Study[ObserveConfig, Any]] = {
+    "ob1": _figure("ob1", similarity.find_layers, figures.draw_layers),
+    "ob2": _figure("ob2", similarity.find_kinds, figures.draw_kinds),
+    "ob3": _figure("ob3", similarity.find_phases, figures.draw_phases),
+    "tables12": Study(
+        ObserveConfig,
+        measure=lambda config: measure_targets(config, [t for targets in table_targets(config) for t in targets]),
+        read=_read_tables,
+        find=_find_tables,
+    ),
+    "importance_check": Study(
+        ObserveConfig,
+        measure=lambda config: importance_check.measure_check(config),
+        read=lambda config: importance_check.load_check(config.out_dir),
+        find=lambda check, config: [importance_check.find(check)],
+        draw=lambda check, config: importance_check.draw(check, config.out_dir),
+    ),
 }

@@ -6,7 +6,7 @@ can be read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from adaskip.studies.observations.labels import KINDS, task_label
 from adaskip.studies.observations.saved import Measured, Saved
-from adaskip.studies.observations.settings import Target
+from adaskip.studies.observations.settings import KINDS, Target
 from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, Look, save, styled
 
 BAND = (10, 90)
@@ -46,84 +45,66 @@ KIND_LOOKS = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line and its band."""
+    """A line and its band in the panel of each model."""
 
     label: str
     look: Look
-    measured: Measured
+    target: Target
     unit: str
-
-
-Panels = dict[tuple[str, str], list[Series]]
-"""By row ("" where there is only one) and model."""
 
 
 def draw_layers(saved: Saved, targets: Sequence[Target], out_dir: Path) -> list[Path]:
     """`ob1`: whole layers, a line per dataset."""
-    looks = [TASK_LOOKS[number % len(TASK_LOOKS)] for number in range(len(targets))]
-    panels: Panels = {
-        ("", model): [
-            Series(task_label(target.task), look, parts[target], "layer")
-            for target, look in zip(targets, looks, strict=True)
-        ]
-        for model, parts in saved.items()
-    }
-    return _draw(panels, "IO similarity of the layer\n(logarithmic distance to 1)", out_dir / "ob1")
+    series = [Series(t.label, TASK_LOOKS[i % len(TASK_LOOKS)], t, "layer") for i, t in enumerate(targets)]
+    return _draw(saved, {"": series}, "IO similarity of the layer", out_dir / "ob1")
 
 
 def draw_kinds(saved: Saved, targets: Sequence[Target], out_dir: Path) -> list[Path]:
     """`ob2`: attention and FFN, a row per dataset."""
-    panels: Panels = {
-        (task_label(target.task), model): [
-            Series(label, KIND_LOOKS[kind, "prefill"], parts[target], kind) for kind, label in KINDS.items()
-        ]
-        for target in targets
-        for model, parts in saved.items()
+    rows = {
+        t.label: [Series(label, KIND_LOOKS[kind, "prefill"], t, kind) for kind, label in KINDS.items()] for t in targets
     }
-    return _draw(panels, "IO similarity of the sublayer\n(logarithmic distance to 1)", out_dir / "ob2")
+    return _draw(saved, rows, "IO similarity of the sublayer", out_dir / "ob2")
 
 
 def draw_phases(saved: Saved, targets: Sequence[Target], out_dir: Path) -> list[Path]:
     """`ob3`: attention and FFN in prefill and in decode, a row per dataset."""
-    panels: Panels = {}
-    for target in targets:
-        for model, parts in saved.items():
-            series = [
-                Series(f"{label}, {target.phase}", KIND_LOOKS[kind, target.phase], parts[target], kind)
-                for kind, label in KINDS.items()
-            ]
-            panels.setdefault((task_label(target.task), model), []).extend(series)
-    return _draw(panels, "IO similarity of the sublayer\n(logarithmic distance to 1)", out_dir / "ob3")
+    rows: dict[str, list[Series]] = {}
+    for t in targets:
+        looks = {f"{label}, {t.phase}": (KIND_LOOKS[kind, t.phase], t, kind) for kind, label in KINDS.items()}
+        rows.setdefault(t.label, []).extend(Series(label, *rest) for label, rest in looks.items())
+    return _draw(saved, rows, "IO similarity of the sublayer", out_dir / "ob3")
 
 
-def _draw(panels: Panels, quantity: str, stem: Path) -> list[Path]:
-    rows, models = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+def _draw(saved: Saved, rows: Mapping[str, Sequence[Series]], quantity: str, stem: Path) -> list[Path]:
+    """A row of panels for each of `rows`, a column for each model."""
     with styled():
-        figure = Figure(figsize=(max(MIN_WIDTH, 2.5 * len(models) + 0.6), 1.9 * len(rows) + 0.7), layout="constrained")
-        axes = figure.subplots(len(rows), len(models), sharey=True, squeeze=False)
-        for row, line in zip(rows, axes, strict=True):
-            for model, panel in zip(models, line, strict=True):
-                for series in panels[row, model]:
-                    _draw_series(panel, series)
+        size = max(MIN_WIDTH, 2.5 * len(saved) + 0.6), 1.9 * len(rows) + 0.7
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(rows), len(saved), sharey=True, squeeze=False)
+        for (row, drawn), line in zip(rows.items(), axes, strict=True):
+            for parts, panel in zip(saved.values(), line, strict=True):
+                for series in drawn:
+                    _draw_series(panel, series, parts[series.target])
                 panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             line[-1].annotate(row, (1.03, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9)
-        for model, panel in zip(models, axes[0], strict=True):
+        for model, panel in zip(saved, axes[0], strict=True):
             panel.set_title(model)
         _scale(axes)
         figure.supxlabel("decoder layer", fontsize=8)
-        figure.supylabel(quantity, fontsize=8)
-        first = next(iter(panels.values()))
+        figure.supylabel(f"{quantity}\n(logarithmic distance to 1)", fontsize=8)
+        first = next(iter(rows.values()))
         handles = [Line2D([], [], **_line(series.look), label=series.label) for series in first]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
         return save(figure, stem)
 
 
-def _draw_series(panel: Axes, series: Series) -> None:
-    samples = series.measured.similarity(series.unit)
+def _draw_series(panel: Axes, series: Series, measured: Measured) -> None:
+    samples = measured.similarity(series.unit)
     layers = np.arange(samples.shape[1])
     low, high = np.percentile(samples, BAND, axis=0)
     panel.fill_between(layers, low, high, color=series.look.color, alpha=0.22, linewidth=0, zorder=1)
-    panel.plot(layers, series.measured.profile(series.unit), **_line(series.look))
+    panel.plot(layers, measured.profile(series.unit), **_line(series.look))
 
 
 def _scale(axes: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Reads saved measurements as arrays."""
+"""Reads saved measurements as arrays, and compares rankings of layers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr, t
 
 from adaskip.runs.cells import MODELS
 from adaskip.runs.folder import RunFolder
-from adaskip.studies.observations.settings import MEASUREMENTS, Target
+from adaskip.studies.observations.settings import Target
 
+MEASUREMENTS = "measurements"
+"""Folder of the measurements, below the output folder."""
 PROVENANCE = (
-    *(
-        "checkpoint",
-        "weights_fingerprint",
-        "num_layers",
-        "dtype",
-        "device",
-        "attn_implementation",
-        "testbed",
-        "benchmark",
-    ),
-    *("samples", "batch_size", "max_new_tokens", "data_fingerprint", "versions"),
+    *("checkpoint", "weights_fingerprint", "num_layers", "dtype", "device", "attn_implementation", "testbed"),
+    *("benchmark", "samples", "batch_size", "max_new_tokens", "data_fingerprint", "versions"),
 )
 """Manifest fields that go with every number drawn from a measurement; older ones say `testbed`, newer `benchmark`."""
 
@@ -69,15 +63,6 @@ class Measured:
         )
         return first, rest
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the numbers were measured on."""
-        return {
-            **{name: self.manifest[name] for name in PROVENANCE if name in self.manifest},
-            "samples_with_tokens": len(self.records),
-            "tokens": int(self.tokens.sum()),
-        }
-
 
 Saved = dict[str, dict[Target, Measured]]
 """By model, in the order in which they are drawn."""
@@ -93,7 +78,7 @@ def load_saved(out_dir: Path, targets: Iterable[Target]) -> Saved:
     names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     saved: Saved = {}
     for name in sorted(names, key=drawing_order):
-        found = {target: read_measured(root / name / target.folder_name, target) for target in targets}
+        found = {target: _read(root / name / target.folder_name, target) for target in targets}
         if all(found.values()):
             saved[name] = {target: measured for target, measured in found.items() if measured}
     if not saved:
@@ -107,7 +92,7 @@ def drawing_order(model: str) -> tuple[int, str]:
     return (MODELS.index(model) if model in MODELS else len(MODELS), model)
 
 
-def read_measured(folder: Path, target: Target) -> Measured | None:
+def _read(folder: Path, target: Target) -> Measured | None:
     """The measurements in a folder; None where they are missing or unfinished."""
     run_folder = RunFolder(folder)
     manifest = run_folder.read_manifest()
@@ -118,3 +103,40 @@ def read_measured(folder: Path, target: Target) -> Measured | None:
     if not records:
         raise NotMeasuredError(f"{folder}: no answer has a second token, so no decoded token was measured")
     return Measured(manifest, records)
+
+
+def sources(saved: Saved) -> dict[str, Any]:
+    """What the numbers were measured on, by model and target."""
+    return {
+        model: {
+            target.folder_name: {
+                **{name: measured.manifest[name] for name in PROVENANCE if name in measured.manifest},
+                "samples_with_tokens": len(measured.records),
+                "tokens": int(measured.tokens.sum()),
+            }
+            for target, measured in parts.items()
+        }
+        for model, parts in saved.items()
+    }
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's rho of two [M]; 0 where one of them is constant and ranks nothing."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    result: Any = spearmanr(one, other)
+    return float(result.statistic)
+
+
+def chance_correlation(num_layers: int) -> float:
+    """|rho| that 95 % of random rankings of `num_layers` layers stay below; at most 1."""
+    freedom = num_layers - 2
+    if freedom < 1:
+        return 1.0
+    bound = float(t.ppf(0.975, freedom))
+    return bound / (freedom + bound**2) ** 0.5
+
+
+def most_similar(similarity: np.ndarray, k: int) -> list[int]:
+    """The k layers of highest similarity, the highest first; of equals the earlier layer."""
+    return np.argsort(-similarity, kind="stable")[:k].tolist()

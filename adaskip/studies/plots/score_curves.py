@@ -41,8 +41,8 @@ def plot_scores(results: Results, phase: str, out_dir: Path) -> list[Path]:
             for task, panel in zip(tasks, line, strict=True):
                 _draw_scores(panel, results, cells[(cells["model"] == model) & (cells["task"] == task)])
         metrics = dict(zip(cells["task"], cells["metric"], strict=True))
-        named = {task: labels.METRICS.get(metrics[task], metrics[task]) for task in tasks}
-        _name(axes, models, [f"{labels.task(task)} ({named[task]})" for task in tasks])
+        named = {task: labels.METRICS[metrics[task]] for task in tasks}
+        _name(axes, models, [f"{labels.TASKS[task]} ({named[task]})" for task in tasks])
         _share_axes(figure, axes, results.fractions(), "score, per cent")
         unfinished = [_UNFINISHED_HANDLE] * bool((cells["score"].notna() & ~cells["final"]).any())
         handles = [*_strategy_handles(results), *unfinished]
@@ -52,7 +52,7 @@ def plot_scores(results: Results, phase: str, out_dir: Path) -> list[Path]:
 
 def plot_retention(results: Results, out_dir: Path) -> list[Path]:
     """Write `retention.png` and `.svg`: retention averaged over a phase's tasks, ours solid and the paper's faint."""
-    cells, phases = results.cells, list(results.paper.tables)
+    cells, phases = results.cells, results.phases
     models = _models_run(cells)
     if not models:
         return []

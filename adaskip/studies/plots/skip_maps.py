@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, SKY, save, styled
 from adaskip.studies.tables import labels
 from adaskip.studies.tables.results import Results
-from adaskip.studies.tables.runs import Record, Run
+from adaskip.studies.tables.runs import Run
 
 RUNS_COLOR = "#ededed"
 FAINTEST = 0.25
@@ -67,8 +67,11 @@ def skip_shares(run: Run) -> SkipShares | None:
         return None
     prefill, decode, online = (np.zeros((len(KINDS), run.num_layers)) for _ in range(3))
     for record in records:
-        for part, kind, layer in _skipped(record):
-            {"prefill": prefill, "decode": decode, "online": online}[part][KINDS.index(kind), layer] += 1
+        for kind, name in enumerate(KINDS):
+            added = record["online_ffns"] if name == "ffn" else []
+            prefill[kind, record["plan"]["prefill"][name]] += 1
+            decode[kind, [layer for layer in record["plan"]["decode"][name] if layer not in added]] += 1
+            online[kind, added] += 1
     return SkipShares(prefill / len(records), decode / len(records), online / len(records))
 
 
@@ -98,17 +101,6 @@ def plot_skip_map(results: Results, model: str, out_dir: Path) -> list[Path]:
         title = f"{model}: skipped in (paler: by fewer requests)"
         figure.legend(handles, ["runs", *CATEGORIES], title=title, loc="outside upper center", ncols=len(handles))
         return save(figure, out_dir / f"skip_map_{model}")
-
-
-def _skipped(record: Record) -> Iterator[tuple[str, str, int]]:
-    """(prefill, decode or online; attention or ffn; layer) of each sublayer that the request skipped."""
-    online = set(record["online_ffns"])
-    for kind in KINDS:
-        yield from (("prefill", kind, layer) for layer in record["plan"]["prefill"][kind])
-        for layer in record["plan"]["decode"][kind]:
-            if kind == "attention" or layer not in online:
-                yield "decode", kind, layer
-    yield from (("online", "ffn", layer) for layer in online)
 
 
 def _draw(panel: Axes, top: float, shares: SkipShares | None, depth: int) -> None:

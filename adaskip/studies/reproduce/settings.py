@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from adaskip.common.configs import load_yaml
@@ -14,7 +13,7 @@ from adaskip.runs.cells import MODELS, PHASES
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cells
 from adaskip.strategies.names import GRID_STRATEGIES
-from adaskip.studies.observations.settings import ObserveConfig, Target, load_observations
+from adaskip.studies.observations.settings import ObserveConfig
 
 OUTPUT_DIR = "results/reproduced"
 SAMPLE_S = {"prefill": 0.3, "decode": 0.9, "e2e": 0.9}
@@ -87,17 +86,3 @@ class ReproduceConfig:
             limit=self.limit or quick["importance_check" if check else "observations"],
             output_dir=str(self.out_dir / "observations"),
         )
-
-    def drawn(self) -> ObserveConfig:
-        """The observations of all models, of what is saved."""
-        return replace(self.observe(), draw_only=True)
-
-
-def targets() -> list[Target]:
-    """All that the observations measure on a model of the testbed."""
-    setup = load_observations("testbed")
-    prefill = [task for name in ("ob1", "ob2", "ob3") for task in setup.tasks[name]]
-    prefill += [setup.stand_ins.get(task, task) for pair in setup.table1 for task in pair]
-    decode: Sequence[str] = [*setup.tasks["ob3"], *setup.table2]
-    found = [Target(task, "prefill") for task in prefill] + [Target(task, "decode") for task in decode]
-    return list(dict.fromkeys(found))

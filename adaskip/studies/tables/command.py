@@ -57,7 +57,7 @@ def _parser(doc: str | None) -> Parser:
 def _eval(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="RUN_NAME", help="name of the run, e.g. llama-EE-PREFILL")
     arguments = parser.parse_args()
-    results = evaluate(arguments.model, _runs_dir_of(arguments, arguments.model), arguments.data_dir)
+    results = evaluate(arguments.model, _runs_dir_with(arguments.model, arguments), arguments.data_dir)
     console = Console()  # where there is no terminal (a pipe, a file), lines wide enough for the tables
     print_scores(results, arguments.model, console if console.is_terminal else Console(width=120))
 
@@ -111,7 +111,7 @@ def _runs_of(benchmark: str) -> str:
     return f"{BENCHMARKS.find(benchmark).results_dir()}/runs"
 
 
-def _runs_dir_of(arguments: argparse.Namespace, name: str) -> Path:
+def _runs_dir_with(name: str, arguments: argparse.Namespace) -> Path:
     """The folder that `--results-dir` or `--benchmark` names.
 
     Where neither is given and only the testbed has a run called `name`: the testbed's, which standard error is told.
@@ -126,7 +126,8 @@ def _runs_dir_of(arguments: argparse.Namespace, name: str) -> Path:
 
 def _load(arguments: argparse.Namespace) -> Results:
     """The results of the folder asked for; what cannot be compared goes to standard error."""
-    results = load_results(_runs_dir(arguments), jobs=os.cpu_count() or 1, progress=True, data_dir=arguments.data_dir)
+    jobs = os.cpu_count() or 1
+    results = load_results(_runs_dir(arguments), jobs=jobs, progress=True, data_dir=arguments.data_dir)
     for line in results.notes:
         print(line, file=sys.stderr)
     return results

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from adaskip.common.intervals import mean_estimate
+from adaskip.studies.tables.paper import Paper
 from adaskip.studies.tables.results import COMPARED, PLACE, SCORE, Measure, Results
 
 OURS = "adaskip"
@@ -14,11 +15,12 @@ OTHERS = tuple(name for name in COMPARED if name != OURS)
 BETTER, TIED, WORSE = "better", "tied", "worse"
 OUTCOMES = {BETTER: "best", TIED: "tied", WORSE: "beaten"}
 """Against all others, by the worst of the verdicts."""
+CHANCE = ("interval_above", "paired_better", "paired_worse")
 
 
 def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
     """A row for each cell and other strategy, both run to their end: the means `ours` and `theirs`, and the interval
-    `low` to `high` of the paired difference, positive where AdaSkip is better.
+    `low` to `high` of the paired difference, positive where AdaSkip is better, all as printed: per cent or nats.
 
     `verdict` compares the means; `interval_above`: AdaSkip's own interval is better than the other's. Cells at their
     floor do not count by score.
@@ -30,9 +32,7 @@ def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
     for place, group in cells.groupby(PLACE, sort=False):
         by_strategy = {cell.strategy: cell for cell in group.itertuples()}
         if (ours := by_strategy.pop(OURS, None)) is not None:
-            rows += [
-                (*place, other.strategy, *_compare(results, measure, ours, other)) for other in by_strategy.values()
-            ]
+            rows += [(*place, name, *_compare(results, measure, ours, cell)) for name, cell in by_strategy.items()]
     columns = [*PLACE, *("other", "ours", "theirs", "low", "high", "verdict", "interval_above")]
     return pd.DataFrame(rows, columns=columns).astype({"interval_above": bool, "low": float, "high": float})
 
@@ -44,12 +44,15 @@ def _compare(results: Results, measure: Measure, ours: Any, other: Any) -> tuple
         results.samples_of[cell.phase, cell.model, cell.strategy, cell.fraction, cell.task][measure.name]
         for cell in (ours, other)
     )
-    difference = mean_estimate([*(measure.sign * (mine - theirs.reindex(mine.index))).dropna()])
+    difference = mean_estimate([*(measure.sign * measure.scale * (mine - theirs.reindex(mine.index))).dropna()])
     low, high = (difference.low, difference.high) if difference else (None, None)
     best_end, worst_end = ("_high", "_low") if measure.sign > 0 else ("_low", "_high")
     above = measure.sign * (getattr(ours, measure.name + worst_end) - getattr(other, measure.name + best_end)) > 0
-    gap = measure.sign * (means[0] - means[1])
-    return (*means, low, high, BETTER if gap > 0 else WORSE if gap < 0 else TIED, above)
+    return (*means, low, high, _verdict(measure.sign * (means[0] - means[1])), above)
+
+
+def _verdict(gap: float) -> str:
+    return BETTER if gap > 0 else WORSE if gap < 0 else TIED
 
 
 def contests(compared: pd.DataFrame) -> pd.DataFrame:
@@ -63,7 +66,52 @@ def contests(compared: pd.DataFrame) -> pd.DataFrame:
     for place, group in compared[compared["other"].isin(OTHERS)].groupby(PLACE, sort=False):
         if len(group) == len(OTHERS):
             scores = {**dict(zip(group["other"], group["theirs"], strict=True)), OURS: group["ours"].iloc[0]}
-            beyond = ((group["low"] > 0).all(), (group["high"] < 0).any())
-            least = max(group["verdict"], key=list(OUTCOMES).index)
-            rows.append((*place, scores, group["interval_above"].all(), *beyond, OUTCOMES[least]))
-    return pd.DataFrame(rows, columns=[*PLACE, "scores", "interval_above", "paired_better", "paired_worse", "outcome"])
+            chance = (group["interval_above"].all(), (group["low"] > 0).all(), (group["high"] < 0).any())
+            rows.append((*place, scores, *chance, OUTCOMES[max(group["verdict"], key=list(OUTCOMES).index)]))
+    return pd.DataFrame(rows, columns=[*PLACE, "scores", *CHANCE, "outcome"])
+
+
+def paper_contests(paper: Paper) -> pd.DataFrame:
+    """The same of the paper's tables, which print no intervals."""
+    rows = []
+    for phase, table in paper.tables.items():
+        for model in paper.models:
+            for fraction in filter(None, table.by_fraction):
+                for column, task in enumerate(table.tasks):
+                    scores = {name: table.by_fraction[fraction][model][name][column] for name in COMPARED}
+                    gap = scores[OURS] - max(scores[name] for name in OTHERS)
+                    rows.append((phase, model, fraction, task, scores, False, False, False, OUTCOMES[_verdict(gap)]))
+    return pd.DataFrame(rows, columns=[*PLACE, "scores", *CHANCE, "outcome"])
+
+
+def tally(found: pd.DataFrame) -> dict[str, Any]:
+    """Outcomes over all contests, then by phase, by fraction and by model."""
+    axes = ("phase", "fraction", "model")
+    by = {axis: {str(value): _count(part) for value, part in found.groupby(axis, sort=False)} for axis in axes}
+    return {**_count(found), **{f"by_{axis}": counts for axis, counts in by.items()}}
+
+
+def _count(found: pd.DataFrame) -> dict[str, int]:
+    outcomes = {outcome: int((found["outcome"] == outcome).sum()) for outcome in OUTCOMES.values()}
+    return {"compared": len(found), **outcomes, **{name: int(found[name].sum()) for name in CHANCE}}
+
+
+def claim(counts: dict[str, Any]) -> str:
+    """`is the best of the four strategies in 40 of 42 cells (95 %), tied for the best in 1 and beaten in 1.`"""
+    if not counts["compared"]:
+        return "cannot be compared yet: no cell has all four strategies run to their end."
+    share = f"{100 * counts['best'] / counts['compared']:.0f} %"
+    return (
+        f"is the best of the four strategies in {counts['best']} of {counts['compared']} cells ({share}), "
+        f"tied for the best in {counts['tied']} and beaten in {counts['beaten']}."
+    )
+
+
+def beyond_chance(counts: dict[str, Any]) -> str:
+    """The claim's second sentence; empty where nothing was compared."""
+    if not counts["compared"]:
+        return ""
+    return (
+        f" Its lead over every other strategy is beyond chance (paired bootstrap) in {counts['paired_better']} "
+        f"cells, and it is beyond chance behind another in {counts['paired_worse']}."
+    )

@@ -5,8 +5,7 @@ And tables of the same form of fidelity and of the loss of the reference answer,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -16,151 +15,148 @@ from adaskip.common.pipe_table import pipe_table
 from adaskip.strategies.registry import FULL
 from adaskip.studies.tables import labels
 from adaskip.studies.tables.floors import EMPTY, FIRST_SENTENCE, MAJORITY
+from adaskip.studies.tables.labels import MISSING, PARTIAL, UNKNOWN, UNPUBLISHED
 from adaskip.studies.tables.results import COMPARED, PLACE, Results, estimate
 
-PARTIAL = "*"
 Pairs = list[tuple[str, str]]
-"""Column heading and text of parts of one line."""
-
-
-def table_of(results: Results, phase: str) -> pd.DataFrame:
-    """The cells of one phase; `score_best`, `paper_score_best`, `fidelity_best` and `loss_best` mark the best of the
-    four strategies, once all have run to their end."""
-    cells = results.cells[results.cells["phase"] == phase].copy()
-    cells["partial"] = cells["score"].notna() & ~cells["final"]
-    cells["in_paper"] = cells["model"].isin(results.paper.models)
-    cells["has_speedup"] = cells["in_paper"] & results.paper.tables[phase].has_speedup
-    competes, published = cells["strategy"].isin(COMPARED), cells["paper_score"].notna()
-    counted = {"score": cells["final"] & ~cells["at_floor"], "paper_score": published}
-    for name in ("score", "paper_score", "fidelity", "loss"):
-        use = competes & counted.get(name, cells["final"])
-        values = cells[name].where(use).mul(-100 if name == "loss" else 100).round(6)
-        groups = values.groupby([cells[column] for column in PLACE])
-        cells[f"{name}_best"] = (groups.transform("count") == len(COMPARED)) & (values == groups.transform("max"))
-    return cells
+"""Headings and texts of some columns of one line."""
 
 
 def scores_document(results: Results, phase: str) -> str:
     """Scores and retention of one phase as a Markdown document."""
     cells, source = table_of(results, phase), results.paper.tables[phase].source
-    title = f"{source}: ours beside the paper's" if results.paper_models else _title(phase, "scores")
-    parts = [f"# {title}", *_score_notes(results, cells, phase)]
+    heading = f"{source}: ours beside the paper's" if results.paper_models else f"{title(phase)}: scores"
+    parts = [f"# {heading}", *_score_notes(results, cells, phase)]
     for model in results.models:
         own = cells[cells["model"] == model]
-        parts += [f"## {model}", describe_model(results, phase, model), "### Scores", _lines(own, _score, _speedup)]
-        parts += ["### Retention: score / full model's score", _lines(own[own["strategy"] != FULL], _retention)]
+        parts += [f"## {model}", describe_model(results, phase, model), "### Scores", _lines(own, score, _speedup)]
+        parts += ["### Retention: score / full model's score", _lines(own[own["strategy"] != FULL], retention)]
     return "\n\n".join(parts) + "\n"
 
 
 def measures_document(results: Results, phase: str) -> str:
     """Fidelity, loss of the reference answer, and scores with their floors, of one phase, as a Markdown document."""
     cells = table_of(results, phase)
-    parts = [f"# {_title(phase, 'fidelity, loss and score')}", *_measure_notes(results, cells)]
+    parts = [f"# {title(phase)}: fidelity, loss and score", *_measure_notes(results, phase)]
     for model in results.models:
         own = cells[cells["model"] == model]
         parts += [f"## {model}", describe_model(results, phase, model)]
-        parts += ["### Fidelity: the task's metric against the full model's answer", _lines(own, _fidelity)]
+        parts += ["### Fidelity: the task's metric against the full model's answer", _lines(own, fidelity)]
         parts += ["### Loss of the reference answer, nats per token"]
-        parts += [_lines(own, _loss) if own["loss"].notna().any() else f"`{labels.UNKNOWN}`: these records hold none."]
-        parts += ["### Score, and what trivial answers score", _lines(own, _plain_score, below=_floors(results, own))]
+        parts += [_lines(own, loss) if own["loss"].notna().any() else f"`{UNKNOWN}`: these records hold none."]
+        floors = _floors(results, phase, model)
+        parts += ["### Score, and what trivial answers score", _lines(own, lambda cell: score(cell)[:1], below=floors)]
         parts += [at_floor_sentence(own)] if own["at_floor"].any() else []
     return "\n\n".join(parts) + "\n"
 
 
 def at_floor_sentence(cells: pd.DataFrame) -> str:
     """Which tasks of a model in a phase are at their floor, and what follows."""
-    tasks = ", ".join(labels.task(task) for task in cells.loc[cells["at_floor"], "task"].unique())
+    tasks = ", ".join(labels.TASKS[task] for task in cells.loc[cells["at_floor"], "task"].unique())
     return (
         f"At its floor: {tasks}. The interval of the full model's score includes what a trivial answer scores, so that "
         "scores do not tell strategies apart; these tasks count by fidelity and loss only."
     )
 
 
-def _title(phase: str, what: str) -> str:
-    return f"{labels.PHASES[phase].capitalize()}: {what}"
+def title(phase: str) -> str:
+    return labels.PHASES[phase].capitalize()
+
+
+def table_of(results: Results, phase: str) -> pd.DataFrame:
+    """The cells of one phase with marks: `mark` of unfinished runs; `score_best`, `paper_score_best`, `fidelity_best`
+    and `loss_best` of the best of the four strategies, once all have run to their end."""
+    cells = results.cells[results.cells["phase"] == phase].copy()
+    cells["mark"] = (cells["score"].notna() & ~cells["final"]).map({True: PARTIAL, False: ""})
+    cells["in_paper"] = cells["model"].isin(results.paper.models)
+    cells["has_speedup"] = cells["in_paper"] & results.paper.tables[phase].has_speedup
+    competes, published = cells["strategy"].isin(COMPARED), cells["paper_score"].notna()
+    counted = {"score": cells["final"] & ~cells["at_floor"], "paper_score": published}
+    for name in ("score", "paper_score", "fidelity", "loss"):
+        values = cells[name].where(competes & counted.get(name, cells["final"]))
+        values = values.mul(-100 if name == "loss" else 100).round(6)
+        groups = values.groupby([cells[column] for column in PLACE])
+        cells[f"{name}_best"] = (groups.transform("count") == len(COMPARED)) & (values == groups.transform("max"))
+    return cells
+
+
+def lines_of(cells: pd.DataFrame) -> Iterator[tuple[tuple[float, str], list[Any]]]:
+    """Fraction and strategy of each line of a model's table, and its cells."""
+    for key, group in cells.groupby(["fraction", "strategy"], sort=False):
+        yield key, [*group.itertuples()]
 
 
 def _lines(
     cells: pd.DataFrame,
     of_cell: Callable[[Any], Pairs],
-    of_row: Callable[[Any], Pairs] = lambda cell: [],
+    of_line: Callable[[Any], Pairs] = lambda cell: [],
     below: Iterable[list[str]] = (),
 ) -> str:
-    """A pipe table with a line per strategy and budget. of_cell: the columns of one task; of_row: those after all."""
+    """A model's table. of_cell: the columns of one task; of_line: those after all; below: more lines."""
     lines: list[Pairs] = []
-    for (fraction, strategy), group in cells.groupby(["fraction", "strategy"], sort=False):
-        row = [*group.itertuples()]
+    for (fraction, strategy), group in lines_of(cells):
         first = [("Skipped", labels.budget(fraction)), ("Strategy", labels.STRATEGIES[strategy])]
-        lines.append([*first, *(pair for cell in row for pair in of_cell(cell)), *of_row(row[0])])
+        lines.append([*first, *(pair for cell in group for pair in of_cell(cell)), *of_line(group[0])])
     return pipe_table([head for head, _ in lines[0]], [*([text for _, text in line] for line in lines), *below])
 
 
-def _score(cell: Any) -> Pairs:
+def score(cell: Any) -> Pairs:
     """Our score, the paper's if it ran the model, and Google's Rouge-L."""
-    pairs = _plain_score(cell)
-    pairs += [("paper", labels.published(cell.paper_score, bold=cell.paper_score_best))] if cell.in_paper else []
-    return pairs + (
-        [("rouge_score", labels.percent(estimate(cell, "rouge_score")))] if cell.metric == "rouge_l" else []
-    )
+    ours = labels.percent(estimate(cell, "score"), cell.mark, bold=cell.score_best)
+    pairs = [(f"{labels.TASKS[cell.task]} {labels.METRICS[cell.metric]}", ours)]
+    if cell.in_paper:
+        pairs.append(("paper", labels.published(cell.paper_score, bold=cell.paper_score_best)))
+    if cell.metric == "rouge_l":
+        pairs.append(("rouge_score", labels.percent(estimate(cell, "rouge_score"))))
+    return pairs
 
 
-def _plain_score(cell: Any) -> Pairs:
-    text = labels.percent(estimate(cell, "score"), PARTIAL if cell.partial else "", bold=cell.score_best)
-    return [(f"{labels.task(cell.task)} {labels.METRICS.get(cell.metric, cell.metric)}", text)]
+def retention(cell: Any) -> Pairs:
+    """Ours, and the paper's if it ran the model."""
+    kept = (labels.TASKS[cell.task], labels.percent(estimate(cell, "retention"), cell.mark))
+    return [kept, *([("paper", labels.published(100 * cell.paper_retention))] if cell.in_paper else [])]
 
 
-def _retention(cell: Any) -> Pairs:
-    kept = estimate(cell, "retention")
-    pairs = [(labels.task(cell.task), labels.percent(kept) + (PARTIAL if cell.partial and kept else ""))]
-    return pairs + ([("paper", labels.published(100 * cell.paper_retention))] if cell.in_paper else [])
+def fidelity(cell: Any) -> Pairs:
+    found = estimate(cell, "fidelity")
+    return [(labels.TASKS[cell.task], _if_run(cell, labels.percent(found, cell.mark, bold=cell.fidelity_best)))]
+
+
+def loss(cell: Any) -> Pairs:
+    """The loss, and its paired difference to the full model's."""
+    ours = labels.nats(estimate(cell, "loss"), cell.mark, bold=cell.loss_best)
+    added = "" if cell.strategy == FULL else _if_run(cell, labels.added_nats(estimate(cell, "loss_added")))
+    return [(labels.TASKS[cell.task], _if_run(cell, ours)), ("above full", added)]
+
+
+def _if_run(cell: Any, text: str) -> str:
+    """`text`; of a cell that was run but lacks the measure `n/a`."""
+    return UNKNOWN if text == MISSING and cell.score == cell.score else text
 
 
 def _speedup(cell: Any) -> Pairs:
-    text = labels.UNPUBLISHED if math.isnan(cell.paper_speedup) else labels.ratio(cell.paper_speedup)
-    return [("paper's speedup", text)] if cell.has_speedup else []
+    return [("paper's speedup", labels.published(cell.paper_speedup, 2))] if cell.has_speedup else []
 
 
-def _fidelity(cell: Any) -> Pairs:
-    text = labels.percent(estimate(cell, "fidelity"), PARTIAL if cell.partial else "", bold=cell.fidelity_best)
-    return [(labels.task(cell.task), _if_run(cell, "fidelity", text))]
-
-
-def _loss(cell: Any) -> Pairs:
-    loss = labels.nats(estimate(cell, "loss"), PARTIAL if cell.partial else "", bold=cell.loss_best)
-    added = labels.nats(estimate(cell, "loss_added"), signed=True)
-    return [
-        (labels.task(cell.task), _if_run(cell, "loss", loss)),
-        ("above full", "" if cell.strategy == FULL else _if_run(cell, "loss_added", added)),
-    ]
-
-
-def _if_run(cell: Any, name: str, text: str) -> str:
-    """`text`; of a cell that was run and lacks this measure `n/a`."""
-    return labels.UNKNOWN if math.isnan(getattr(cell, name)) and not math.isnan(cell.score) else text
-
-
-def _floors(results: Results, cells: pd.DataFrame) -> Iterable[list[str]]:
-    """A line for each trivial answer."""
-    phase, model = cells[["phase", "model"]].iloc[0]
-    known = {(f.task, f.baseline): f.score for f in results.floors.itertuples() if (f.phase, f.model) == (phase, model)}
+def _floors(results: Results, phase: str, model: str) -> Iterator[list[str]]:
+    """A line for each trivial answer of which any score is known."""
+    own = results.floors[(results.floors["phase"] == phase) & (results.floors["model"] == model)].dropna()
     for baseline in (EMPTY, MAJORITY, FIRST_SENTENCE):
-        scores = [known.get((task, baseline), math.nan) for task in results.tasks(phase)]
-        if not all(math.isnan(score) for score in scores):
-            yield ["floor", baseline, *(labels.MISSING if math.isnan(x) else f"{100 * x:.1f}" for x in scores)]
+        known = own[own["baseline"] == baseline].set_index("task")["score"]
+        if len(known):
+            scores = (f"{100 * known[t]:.1f}" if t in known else MISSING for t in results.tasks(phase))
+            yield ["floor", baseline, *scores]
 
 
 def _score_notes(results: Results, cells: pd.DataFrame, phase: str) -> list[str]:
     """What a reader must know to read the numbers."""
     known = bool(results.paper_models)
+    paper = (
+        f" Paper: {results.paper.source}. Where models and data differ from the paper's, compare retention, not scores."
+    )
     lines = [
         f"Scores are per cent with 95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples, "
-        "paired with the full model's for retention)."
-        + (
-            f" Paper: {results.paper.source}. Where models and data differ from the paper's, compare retention, not "
-            "scores."
-            if known
-            else ""
-        ),
+        f"paired with the full model's for retention).{paper if known else ''}",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
         _legend(known),
         "No speedup of ours stands here: the times of runs are of different moments. `adaskip bench` times the full "
@@ -174,15 +170,7 @@ def _score_notes(results: Results, cells: pd.DataFrame, phase: str) -> list[str]
     return lines
 
 
-def _legend(known: bool) -> str:
-    return (
-        f"`{labels.MISSING}` not run; {f'`{labels.UNPUBLISHED}` not published; ' if known else ''}`{PARTIAL}` "
-        "unfinished run, scored over the samples it has; **bold** the best of the four strategies."
-    )
-
-
-def _measure_notes(results: Results, cells: pd.DataFrame) -> list[str]:
-    phase = cells["phase"].iloc[0]
+def _measure_notes(results: Results, phase: str) -> list[str]:
     whose = (f"{each.label or each.name}'s" for each in results.benchmarks)
     return [
         f"95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples). Fidelity: the task's metric of "
@@ -192,8 +180,15 @@ def _measure_notes(results: Results, cells: pd.DataFrame) -> list[str]:
         "of trivial answers to the same samples: nothing, always the most frequent class, the first sentence of the "
         "context.",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
-        f"`{labels.UNKNOWN}` no such measure in these records; {_legend(known=False)}",
+        f"`{UNKNOWN}` no such measure in these records; {_legend(known=False)}",
     ]
+
+
+def _legend(known: bool) -> str:
+    return (
+        f"`{MISSING}` not run; {f'`{UNPUBLISHED}` not published; ' if known else ''}`{PARTIAL}` unfinished run, scored "
+        "over the samples it has; **bold** the best of the four strategies."
+    )
 
 
 def subsets_of(results: Results, phase: str) -> str | None:
@@ -217,21 +212,18 @@ def describe_model(results: Results, phase: str, model: str) -> str:
             for run in runs
         )
         made = _listed(f"{each['dtype']} on {each['device']}" for each in manifests)
-        samples = _listed(str(number) for each in manifests for number in each["tasks"].values())
-        budgets = _listed(str(number) for number in sorted(run.cell.sublayers for run in runs) if number)
-        depth = _listed(str(2 * run.num_layers) for run in runs)
-        ours = (
-            f"Ours: {_listed(names)}, {budgets or 'none'} of {depth} sublayers skipped; {made}, {samples} samples a "
-            "task."
-        )
+        samples = _listed(number for each in manifests for number in each["tasks"].values())
+        budgets = _listed(sorted(run.cell.sublayers for run in runs if run.cell.sublayers))
+        depth = _listed(2 * run.num_layers for run in runs)
+        ours = f"Ours: {_listed(names)}, {budgets or 'none'} of {depth} sublayers skipped"
+        ours += f"; {made}, {samples} samples a task."
     paper = results.paper
     if model not in paper.models:
         return ours
-    fractions = sorted(filter(None, paper.tables[phase].by_fraction))
-    budgets = _listed(f"{fraction * paper.num_sublayers:.0f}" for fraction in fractions)
+    budgets = _listed(f"{f * paper.num_sublayers:.0f}" for f in sorted(paper.tables[phase].by_fraction) if f)
     return f"{ours} The paper: {paper.models[model]}, {budgets} of {paper.num_sublayers}."
 
 
-def _listed(values: Iterable[str]) -> str:
+def _listed(values: Iterable[Any]) -> str:
     """`4 / 6 / 8`, each value once."""
-    return " / ".join(dict.fromkeys(values))
+    return " / ".join(dict.fromkeys(map(str, values)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +35,29 @@ def print_scores(results: Results, name: str, console: Console) -> None:
     """Tables over all budgets and tasks: of scores, of fidelity, loss and floors, and of buckets of length; what is
     wrong, and where the scores are."""
     model, phase, strategy = parse_run_name(name)
-    runs = {row: scored for row, scored in results.runs.items() if row[2] == strategy}
-    title = run_name(model, phase, strategy)
-    table = _table(title, "per cent, 95 % bootstrap intervals in brackets", "metric")
+    title, runs = run_name(model, phase, strategy), {row: r for row, r in results.runs.items() if row[2] == strategy}
+    scores = _table(title, "per cent, 95 % bootstrap intervals in brackets", "metric")
     for column in ("score", "rouge_score", "samples", "empty", "errors"):
-        table.add_column(column, justify="right")
+        scores.add_column(column, justify="right")
     caption = "per cent, and nats per token: loss of the reference answer; floor: the best trivial answer's score"
-    beside = _table(title, caption, "fidelity", "loss", "loss above full", "floor")
+    measures = _table(title, caption, "fidelity", "loss", "loss above full", "floor")
     buckets = _table("by length", "per cent and number of samples, by words of the record", "metric")
     by_length = [task.buckets or {} for scored in runs.values() for task in scored.tasks.values()]
     for column in dict.fromkeys(column for each in by_length for column in each):
         buckets.add_column(column, justify="right")
     for row, scored in runs.items():
-        for task, scores in scored.tasks.items():
+        for task, found in scored.tasks.items():
             first = (f"{scored.run.cell.sublayers} of {2 * scored.run.num_layers}", task)
-            table.add_row(*first, scores.main.metric, *_cells(scores))
-            beside.add_row(*first, *_measures(results, results.cell_of[*row, task]))
-            if scores.buckets is not None:
-                shown = (
-                    "no samples" if each.score is None else f"{each.score:.2f} ({each.n})"
-                    for each in scores.buckets.values()
+            scores.add_row(*first, found.main.metric, *_scores(found))
+            measures.add_row(*first, *_measures(results, results.cell_of[*row, task]))
+            if found.buckets is not None:
+                texts = (
+                    (f"{each.score:.2f} ({each.n})" if each.n else "no samples") for each in found.buckets.values()
                 )
-                buckets.add_row(*first, scores.main.metric, *shown)
-    console.print(table)
-    console.print(beside)
-    if buckets.row_count:
-        console.print(buckets)
+                buckets.add_row(*first, found.main.metric, *texts)
+    for table in (scores, measures, buckets):
+        if table.row_count:
+            console.print(table)
     for line in _warnings(runs.values()):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for scored in runs.values():
@@ -75,10 +71,10 @@ def _table(title: str, caption: str, *columns: str) -> Table:
     return table
 
 
-def _cells(scores: ScoredTask) -> Iterator[str]:
-    records, main = scores.records, scores.main
+def _scores(found: ScoredTask) -> Iterator[str]:
+    records, main = found.records, found.main
     yield _score(main)
-    yield _score(scores.rouge_score) if scores.rouge_score else ""
+    yield _score(found.rouge_score) if found.rouge_score else ""
     yield str(len(records.records)) + ("" if records.complete else f" of {records.expected}, partial")
     yield str(main.num_empty)
     yield str(sum(main.errors.values()))
@@ -88,33 +84,30 @@ def _score(scores: SampleScores) -> str:
     """The benchmark's number and our interval."""
     if scores.mean is None:
         return "no samples"
-    return f"{scores.as_printed:.2f}{labels.interval(scores.mean)}"
+    return " ".join([f"{scores.as_printed:.2f}", *labels.percent(scores.mean).split(" ")[1:]])
 
 
 def _measures(results: Results, cell: Any) -> Iterator[str]:
-    """Fidelity, loss, loss above the full model's, and the floor with the trivial answer that it is of."""
-    fidelity, loss, added = (estimate(cell, name) for name in ("fidelity", "loss", "loss_added"))
-    yield labels.UNKNOWN if fidelity is None else labels.percent(fidelity)
-    yield labels.UNKNOWN if loss is None else labels.nats(loss)
-    yield "" if cell.strategy == FULL else labels.UNKNOWN if added is None else labels.nats(added, signed=True)
-    if math.isnan(cell.floor):
+    """Fidelity, loss, loss above the full model's, and the floor with the trivial answer whose score it is."""
+    for name, text in (("fidelity", labels.percent), ("loss", labels.nats), ("loss_added", labels.added_nats)):
+        found = estimate(cell, name)
+        yield labels.UNKNOWN if found is None else text(found)
+    floors = results.floors.query("phase == @cell.phase and model == @cell.model and task == @cell.task").dropna()
+    if floors.empty:
         yield labels.UNKNOWN
-        return
-    floors = results.floors
-    own = floors[(floors["phase"] == cell.phase) & (floors["model"] == cell.model) & (floors["task"] == cell.task)]
-    best = own.loc[own["score"].idxmax(), "baseline"]
-    yield f"{100 * cell.floor:.1f} ({best})" + (", full model is at it" if cell.at_floor else "")
+    else:
+        best = floors.loc[floors["score"].idxmax()]
+        at_it = ", full model is at it" if cell.at_floor else ""
+        yield f"{100 * best['score']:.1f} ({best['baseline']}){at_it}"
 
 
-def _warnings(runs: Sequence[ScoredRun]) -> Iterator[str]:
+def _warnings(runs: Iterable[ScoredRun]) -> Iterator[str]:
     for scored in runs:
-        for task, scores in scored.tasks.items():
-            where, records = f"{scored.run.cell.label}/{task}", scores.records
+        for task, found in scored.tasks.items():
+            where, records = f"{scored.run.cell.label}/{task}", found.records
             yield from (f"{where}: {problem}" for problem in records.problems)
             if len(records.records) < records.expected:
                 yield f"{where}: partial, {len(records.records)} of {records.expected} records; run it again"
-            yield from (
-                f"{where}: {count} of {len(records.records)} samples score 0, {reason}"
-                for reason, count in scores.main.errors.items()
-            )
+            for reason, count in found.main.errors.items():
+                yield f"{where}: {count} of {len(records.records)} samples score 0, {reason}"
         yield from scored.notes

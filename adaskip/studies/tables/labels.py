@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
 from adaskip.common.intervals import Estimate
 from adaskip.strategies.names import LABELS
 
+
+class Spelled(dict[str, str]):
+    """How names are written; any other name is written as it is."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
 STRATEGIES = LABELS
 """What each strategy declares."""
-TASKS = {
-    "multifieldqa_en": "MultiFieldQA",
-    "triviaqa": "TriviaQA",
-    "trec": "TREC",
-    "gov_report": "GovReport",
-    "multi_news": "MultiNews",
-}
-METRICS = {"f1": "F1", "acc": "accuracy", "rouge_l": "Rouge-L"}
+TASKS = Spelled(
+    multifieldqa_en="MultiFieldQA",
+    triviaqa="TriviaQA",
+    trec="TREC",
+    gov_report="GovReport",
+    multi_news="MultiNews",
+)
+METRICS = Spelled(f1="F1", acc="accuracy", rouge_l="Rouge-L")
+"""As the paper names them."""
 PHASES = {"prefill": "prefill", "decode": "decode", "e2e": "end to end"}
 MISSING = "-"
 UNPUBLISHED = "n/p"
 UNKNOWN = "n/a"
-
-
-def task(name: str) -> str:
-    """A dataset's own spelling; LongBench's key where the paper does not use it."""
-    return TASKS.get(name, name)
+PARTIAL = "*"
 
 
 def budget(fraction: float) -> str:
@@ -35,34 +38,32 @@ def budget(fraction: float) -> str:
 
 def percent(estimate: Estimate | None, mark: str = "", *, bold: bool = False) -> str:
     """A score as per cent with its interval, `88.1 [84.2, 91.0]`; `-` where there is none. mark: after the value."""
+    return _shown(estimate, 100, ".1f", mark, bold)
+
+
+def nats(estimate: Estimate | None, mark: str = "", *, bold: bool = False) -> str:
+    """A loss with its interval, `3.156 [3.021, 3.290]`."""
+    return _shown(estimate, 1, ".3f", mark, bold)
+
+
+def added_nats(estimate: Estimate | None) -> str:
+    """A difference of losses with its interval, `+0.340 [+0.281, +0.402]`."""
+    return _shown(estimate, 1, "+.3f", "", False)
+
+
+def _shown(estimate: Estimate | None, scale: float, form: str, mark: str, bold: bool) -> str:
     if estimate is None:
         return MISSING
-    value = f"{100 * estimate.value:.1f}{mark}"
-    return (f"**{value}**" if bold else value) + interval(estimate)
+    value = f"{scale * estimate.value:{form}}{mark}"
+    spread = "" if estimate.low is None else f" [{scale * estimate.low:{form}}, {scale * estimate.high:{form}}]"
+    return (f"**{value}**" if bold else value) + spread
 
 
-def nats(estimate: Estimate | None, mark: str = "", *, signed: bool = False, bold: bool = False) -> str:
-    """A loss with its interval, `3.156 [3.021, 3.290]`; `-` where there is none. signed: a difference."""
-    if estimate is None:
-        return MISSING
-    sign = "+" if signed else ""
-    value = f"{estimate.value:{sign}.3f}{mark}"
-    ends = "" if estimate.low is None else f" [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
-    return (f"**{value}**" if bold else value) + ends
-
-
-def interval(estimate: Estimate, digits: int = 1) -> str:
-    """` [84.2, 91.0]`, or nothing where there is no interval."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f" [{100 * estimate.low:.{digits}f}, {100 * estimate.high:.{digits}f}]"
-
-
-def published(value: float, *, bold: bool = False) -> str:
-    """A number of the paper's, per cent; `n/p` for NaN."""
-    if math.isnan(value):
+def published(value: float, digits: int = 1, *, bold: bool = False) -> str:
+    """A number of the paper's; `n/p` for NaN."""
+    if value != value:
         return UNPUBLISHED
-    return f"**{value:.1f}**" if bold else f"{value:.1f}"
+    return f"**{value:.{digits}f}**" if bold else f"{value:.{digits}f}"
 
 
 def ratio(value: float | None) -> str:

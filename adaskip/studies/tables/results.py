@@ -33,31 +33,26 @@ ROW = ["phase", "model", "strategy", "fraction"]
 """Columns that tell a row of the tables."""
 PLACE = ["phase", "model", "fraction", "task"]
 """Columns that tell a cell in which the strategies compete."""
-SAMPLE = [
-    *("task", "id", "score", "rouge_score", "fidelity", "loss", "reference_tokens", "new_tokens", "added_online"),
-    "compared",
-]
-ESTIMATES = ("score", "rouge_score", "retention", "fidelity", "loss", "loss_added")
+MEASURED = ("score", "rouge_score", "fidelity", "loss")
+SAMPLE = ("task", "id", *MEASURED, "new_tokens", "added_online", "compared")
+COUNTS = ("skipped_sublayers", "num_sublayers", "n", "n_expected")
+PAPERS = ("paper_score", "paper_retention", "paper_speedup")
+ESTIMATES = (*MEASURED, "loss_added", "retention")
 Row = tuple[str, str, str, float]
 """Phase, model, strategy, fraction."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What an answer is measured by; `name` is its column. scale: for printing, 100 for per cent. sign: -1 where less
+    """What an answer is measured by, in the column `name`. scale: for printing, 100 for per cent. sign: -1 where less
     is better."""
 
     name: str
-    title: str
     scale: float
-    digits: int
-    sign: int = 1
+    sign: int
 
 
-SCORE = Measure("score", "score", 100, 1)
-FIDELITY = Measure("fidelity", "fidelity", 100, 1)
-LOSS = Measure("loss", "loss of the reference answer", 1, 3, sign=-1)
-MEASURES = (SCORE, FIDELITY, LOSS)
+SCORE, FIDELITY, LOSS = MEASURES = Measure("score", 100, 1), Measure("fidelity", 100, 1), Measure("loss", 1, -1)
 
 
 class Results:
@@ -78,13 +73,8 @@ class Results:
     @cached_property
     def notes(self) -> list[str]:
         """What could not be compared, a line each."""
-        run = {
-            (phase, model): strategy for phase, model, strategy, _ in sorted(self.runs, key=lambda row: row[2] == FULL)
-        }
-        alone = [place for place, strategy in run.items() if strategy != FULL]
-        lines = [
-            f"no run of the full model {model} in phase {phase}: nothing to compare with" for phase, model in alone
-        ]
+        alone = {row[:2] for row in self.runs} - {row[:2] for row in self.runs if row[2] == FULL}
+        lines = [f"no run of the full model {model} in phase {phase}: no comparison" for phase, model in sorted(alone)]
         return lines + [line for scored in self.runs.values() for line in scored.notes]
 
     @cached_property
@@ -121,6 +111,11 @@ class Results:
         shown = papers if self.paper_models or not run else [task for task in papers if task in run]
         return [*shown, *(task for task in run if task not in papers)]
 
+    @cached_property
+    def phases(self) -> list[str]:
+        """Those with columns in the tables: all, or those that were run of a benchmark that the paper does not have."""
+        return [phase for phase in self.paper.tables if self.tasks(phase)]
+
     def rows(self, phase: str, model: str) -> Iterator[Row]:
         """The full model, then every strategy at every budget."""
         yield phase, model, FULL, 0.0
@@ -132,15 +127,16 @@ class Results:
     def samples(self) -> pd.DataFrame:
         """A row a record: scores and fidelity as fractions of 1, loss in nats a token, NaN where unknown.
 
-        `full_score` and `full_loss` are the full model's of the same sample, NaN where its run cannot be compared.
+        `full_score` and `full_loss` are the full model's of the same sample, NaN where its run cannot be compared;
+        `loss_added` is the loss above the full model's.
         """
         lines = [line for row, scored in self.runs.items() for line in _sample_lines(row, scored)]
-        samples = pd.DataFrame(lines, columns=[*ROW, *SAMPLE])
+        samples = pd.DataFrame(lines, columns=[*ROW, *SAMPLE]).astype(dict.fromkeys(MEASURED, float))
         full = samples.loc[samples["strategy"] == FULL, ["phase", "model", "task", "id", "score", "loss"]]
         full = full.rename(columns={"score": "full_score", "loss": "full_loss"})
         samples = samples.merge(full, how="left", on=["phase", "model", "task", "id"])
         samples.loc[~samples.pop("compared").astype(bool), ["full_score", "full_loss"]] = math.nan
-        return samples
+        return samples.assign(loss_added=samples["loss"] - samples["full_loss"])
 
     @cached_property
     def samples_of(self) -> dict[tuple, pd.DataFrame]:
@@ -172,7 +168,7 @@ class Results:
             for model in self.models
             for row in self.rows(phase, model)
             for task in self.tasks(phase)
-        ).astype(dict.fromkeys(("skipped_sublayers", "num_sublayers", "n", "n_expected"), "Int64"))
+        ).astype(dict.fromkeys(COUNTS, "Int64") | dict.fromkeys(PAPERS, float))
         place = ["phase", "model", "task"]
         floor = self.floors.groupby(place)["score"].max().rename("floor")
         full_low = cells[cells["strategy"] == FULL].set_index(place)["score_low"].rename("full_low")
@@ -215,31 +211,24 @@ def _sample_lines(row: Row, scored: ScoredRun) -> Iterator[tuple[Any, ...]]:
     """The values of `ROW` and `SAMPLE` of each record."""
     for task, scores in scored.tasks.items():
         rouge = scores.rouge_score.by_id if scores.rouge_score else {}
-        for record in scores.records.records:
-            name = record["id"]
+        for name, record in scores.records.by_id.items():
             measured = (
                 scores.main.by_id[name],
                 rouge.get(name),
                 scores.fidelity.get(name),
                 record.get("reference_loss"),
             )
-            counts = (record.get("reference_tokens"), record["new_tokens"], len(record["online_ffns"]))
-            yield *row, task, name, *(math.nan if x is None else float(x) for x in measured), *counts, bool(scored.full)
+            counts = (record.get("new_tokens"), len(record.get("online_ffns", ())))
+            yield *row, task, name, *measured, *counts, scored.full is not None
 
 
 def _estimates(samples: pd.DataFrame | None) -> dict[str, float]:
     """Each estimate's value, low and high; NaN where unknown."""
     found: dict[str, Estimate | None] = dict.fromkeys(ESTIMATES)
     if samples is not None:
+        found = {name: mean_estimate([*samples[name].dropna()]) for name in (*MEASURED, "loss_added")}
         paired = samples[samples["full_score"].notna()]
-        found = {
-            "score": mean_estimate([*samples["score"]]),
-            "rouge_score": mean_estimate([*samples["rouge_score"].dropna()]),
-            "retention": ratio_estimate([*paired["score"]], [*paired["full_score"]]),
-            "fidelity": mean_estimate([*samples["fidelity"].dropna()]),
-            "loss": mean_estimate([*samples["loss"].dropna()]),
-            "loss_added": mean_estimate([*(samples["loss"] - samples["full_loss"]).dropna()]),
-        }
+        found["retention"] = ratio_estimate([*paired["score"]], [*paired["full_score"]])
     return {
         name + end: math.nan if (value := getattr(estimate, part, None)) is None else value
         for name, estimate in found.items()

@@ -30,22 +30,12 @@ ANY = "*"
 """Stands for every run's name in a pattern."""
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
 REQUIRED_FIELDS = ("id", "index", "prediction", "references")
-
+REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "dtype", "device")
 PROTOCOL = (
-    *(
-        "benchmark",
-        "benchmark_options",
-        "weights_fingerprint",
-        "dtype",
-        "chat_template",
-        "max_prompt_tokens",
-        "templates_fingerprint",
-        "stop_token_ids",
-    ),
-    *("stop_strings", "min_length", "sets", "max_new_tokens"),
+    *("benchmark", "benchmark_options", "weights_fingerprint", "dtype", "chat_template", "max_prompt_tokens"),
+    *("templates_fingerprint", "stop_token_ids", "stop_strings", "min_length", "sets", "max_new_tokens"),
 )
 """Manifest fields in which two runs must agree for their answers to be compared; older manifests lack some."""
-REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "dtype", "device")
 
 Record = dict[str, Any]
 
@@ -56,16 +46,17 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class TaskRecords:
-    """The records of one task in one run, in the order of the task's samples."""
+    """The records of one task in one run, in the order of the task's samples.
+
+    expected: how many the finished run has, by its manifest. problems: one line per thing wrong with its files.
+    kept: fields that its benchmark scores by, beside the references.
+    """
 
     task: str
     records: tuple[Record, ...]
     expected: int
-    """How many records the finished run has, by its manifest."""
     problems: tuple[str, ...]
-    """One line per thing wrong with its files."""
     kept: tuple[str, ...] = ()
-    """Fields that its benchmark scores by, beside the references."""
 
     @property
     def complete(self) -> bool:
@@ -83,12 +74,16 @@ class TaskRecords:
     @cached_property
     def answers_sha256(self) -> str:
         """Of what the model answered to which samples."""
-        return _digest([[record["id"], record["prediction"]] for record in self.records])
+        return self._digest("id", "prediction")
 
     @cached_property
     def references_sha256(self) -> str:
         """Of what the data set holds of the samples."""
-        return _digest([[record.get(name) for name in ("references", *self.kept)] for record in self.records])
+        return self._digest("references", *self.kept)
+
+    def _digest(self, *fields: str) -> str:
+        values = [[record.get(name) for name in fields] for record in self.records]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -138,12 +133,16 @@ def find_run(name: str, runs_dir: str | Path) -> list[Run]:
     Raises:
         ResultsError: the run is not there; the line says where it is, or which runs are.
     """
-    root = Path(runs_dir)
-    wanted = run_name(*parse_run_name(name))
+    root, wanted = Path(runs_dir), run_name(*parse_run_name(name))
     folders = [path.parent for path in root.glob(f"{wanted}/{MANIFESTS}")]
-    if not folders:
-        raise ResultsError(_no_such_run(wanted, root))
-    return sorted((load_run(folder) for folder in folders), key=lambda run: run.cell.sublayers)
+    if folders:
+        return sorted((load_run(folder) for folder in folders), key=lambda run: run.cell.sublayers)
+    if elsewhere := _elsewhere(wanted, root):
+        raise ResultsError(f"no run {wanted} in {root}{elsewhere}")
+    present = sorted({path.parent.parent.name for path in root.glob(f"*/{MANIFESTS}")})
+    close = difflib.get_close_matches(wanted, present, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ResultsError(f"no run {wanted} in {root}.{hint} Runs there: {', '.join(present) or 'none'}")
 
 
 def has_run(name: str, runs_dir: str | Path) -> bool:
@@ -151,12 +150,27 @@ def has_run(name: str, runs_dir: str | Path) -> bool:
     return any(Path(runs_dir).glob(f"{name}/{MANIFESTS}"))
 
 
+def _elsewhere(name: str, root: Path) -> str:
+    """In which benchmark's default folder, other than `root`, runs called `name` are; nothing where in none."""
+    for benchmark in BENCHMARKS.all().values():
+        other = default_path(f"{benchmark.results_dir()}/runs")
+        if other.resolve() != root.resolve() and has_run(name, other):
+            return f"; there {'are some' if name == ANY else 'is one'} in {other}: give --benchmark {benchmark.name}"
+    return ""
+
+
 def load_run(folder: Path) -> Run:
     """Read one `<run name>/<N>-sublayers` folder."""
     match = FOLDER_NAME.fullmatch(folder.name)
     if match is None:
         raise ResultsError(f"{folder} is no run's folder: expected <run name>/<N>-sublayers")
-    manifest = _read_manifest(folder / "manifest.json")
+    path, again = folder / "manifest.json", f"delete {folder} and run it again"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON ({error}); {again}") from None
+    if missing := [name for name in REQUIRED_IN_MANIFEST if name not in manifest]:
+        raise ResultsError(f"{path} lacks {', '.join(missing)}; {again}")
     cell = Cell(*parse_run_name(folder.parent.name), sublayers=int(match[1]))
     benchmark = _benchmark_of(folder, manifest)
     tasks = {task: read_task(folder, task, expected, benchmark.kept) for task, expected in manifest["tasks"].items()}
@@ -181,29 +195,26 @@ def read_task(folder: Path, task: str, expected: int, kept: tuple[str, ...] = ()
     path, times_path = place.records_path(task), place.times_path(task)
     files = [file for file in (path, *place.part_paths(task)) if file.exists()]
     problems = [] if files else [f"{path.name} is missing"]
-    times_content = times_path.read_bytes() if times_path.exists() else b""
-    times = _read_lines(f"times/{times_path.name}", times_content, ("id",), problems)
+    times = _read_lines(times_path, f"times/{times_path.name}", ("id",), problems) if times_path.exists() else {}
     records: dict[str, Record] = {}
     for file in files:
-        records = {**_read_lines(file.name, file.read_bytes(), REQUIRED_FIELDS, problems), **records}
+        records = {**_read_lines(file, file.name, REQUIRED_FIELDS, problems), **records}
     timed = [{**times.get(name, {}), **record} for name, record in records.items()]
     ordered = sorted(timed, key=lambda record: record["index"])
     return TaskRecords(task, tuple(ordered), expected, tuple(problems), kept)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _read_lines(name: str, content: bytes, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
+def _read_lines(path: Path, name: str, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
     """The records of a file by their ids; what is wrong with other lines is added to `problems`."""
     records: dict[str, Record] = {}
-    lines = content.split(b"\n")
-    torn = lines.pop()
+    *lines, torn = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        record, problem = _parse_line(line, required)
-        if problem is None and record["id"] in records:
-            problem = f"repeats sample {record['id']!r}"
+        try:
+            record = json.loads(line)
+        except ValueError:
+            problem = "is not JSON"
+        else:
+            problem = _problem(record, required, records)
         if problem is None:
             records[record["id"]] = record
         else:
@@ -213,41 +224,9 @@ def _read_lines(name: str, content: bytes, required: Sequence[str], problems: li
     return records
 
 
-def _parse_line(line: bytes, required: Sequence[str]) -> tuple[Record, None] | tuple[Record, str]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}, "is not JSON"
+def _problem(record: Any, required: Sequence[str], others: dict[str, Record]) -> str | None:
     if not isinstance(record, dict):
-        return {}, "is not a record"
-    missing = [field for field in required if field not in record]
-    return (record, f"lacks {', '.join(missing)}") if missing else (record, None)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResultsError(f"{path} is not JSON ({error}); delete {path.parent} and run it again") from None
-    missing = [name for name in REQUIRED_IN_MANIFEST if name not in manifest]
-    if missing:
-        raise ResultsError(f"{path} lacks {', '.join(missing)}; delete {path.parent} and run it again")
-    return manifest
-
-
-def _no_such_run(name: str, root: Path) -> str:
-    if elsewhere := _elsewhere(name, root):
-        return f"no run {name} in {root}{elsewhere}"
-    present = sorted({path.parent.parent.name for path in root.glob(f"*/{MANIFESTS}")})
-    close = difflib.get_close_matches(name, present, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"no run {name} in {root}.{hint} Runs there: {', '.join(present) or 'none'}"
-
-
-def _elsewhere(name: str, root: Path) -> str:
-    """In which benchmark's default folder, other than `root`, runs called `name` are; nothing where in none."""
-    for benchmark in BENCHMARKS.all().values():
-        other = default_path(f"{benchmark.results_dir()}/runs")
-        if other.resolve() != root.resolve() and has_run(name, other):
-            return f"; there {'are some' if name == ANY else 'is one'} in {other}: give --benchmark {benchmark.name}"
-    return ""
+        return "is not a record"
+    if missing := [field for field in required if field not in record]:
+        return f"lacks {', '.join(missing)}"
+    return f"repeats sample {record['id']!r}" if record["id"] in others else None

@@ -24,6 +24,8 @@ from adaskip.studies.tables.floors import FIRST_SENTENCE, floors, knows_contexts
 from adaskip.studies.tables.runs import ResultsError, Run, TaskRecords
 
 SCORES_FILE = "scores.json"
+FORMAT = 2
+"""Of that file; bump it when the fields change."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class ScoredTask:
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """full: the full model's run that it is compared with, by the same protocol; None if there is none."""
+    """full: the full model's run that it is compared with, by the same protocol; None if there is none. notes: what
+    could not be compared or made anew, a line each."""
 
     run: Run
     full: Run | None
     tasks: dict[str, ScoredTask]
-    notes: tuple[str, ...] = ()
-    """What could not be compared or made anew, a line each."""
+    notes: tuple[str, ...]
 
 
 def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None, fresh: bool = False) -> ScoredRun:
@@ -91,28 +93,29 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
     path, made_from = run.folder / SCORES_FILE, _made_from(run, full)
     saved = _read_saved(path)
     if any(records.withheld for records in run.tasks.values()):
-        notes += _check_withheld(run, saved, made_from)
-    elif fresh or not _is_of(saved, made_from) or _lacks_floors(run, saved, data_dir):
+        notes += _check_withheld(run, saved.get("made_from", {}), made_from)
+    elif (
+        fresh or not made_from["metrics"] or saved.get("made_from") != made_from or _lacks_floors(run, saved, data_dir)
+    ):
         tasks = {name: score_task(run, name, full, data_dir) for name in run.tasks}
-        write_text_atomic(path, _as_json(run, tasks, made_from))
-        saved = _read_saved(path)
-    assert saved is not None, "made or checked above"
+        saved = {"run": run.cell.run_name, "sublayers": run.cell.sublayers, "unit": "fraction of 1"}
+        saved |= {"made_from": made_from, "tasks": {name: _without_records(task) for name, task in tasks.items()}}
+        text = json.dumps(saved, indent=1, ensure_ascii=False, allow_nan=False, default=asdict)
+        write_text_atomic(path, text + "\n")
+        saved = json.loads(text)
     tasks = {name: _from_saved(records, saved["tasks"][name]) for name, records in run.tasks.items()}
     return ScoredRun(run, full, tasks, (*notes, *_lacking(run, full, tasks)))
 
 
 def score_task(run: Run, task: str, full: Run | None = None, data_dir: str | None = None) -> ScoredTask:
     """Score one task's records as their benchmark does, and against the answers of `full`."""
-    records = run.tasks[task]
-    made = run.benchmark.evaluate(task, records.records, run.manifest)
-    theirs = full.tasks.get(task) if full else None
-    answers = {record["id"]: record["prediction"] for record in theirs.records} if theirs else {}
+    records, benchmark = run.tasks[task], run.benchmark
+    made = benchmark.evaluate(task, records.records, run.manifest)
+    answers = {r["id"]: r["prediction"] for r in full.tasks[task].records} if full and task in full.tasks else {}
     fidelity = {
-        record["id"]: run.benchmark.fidelity(
-            task, record["prediction"], answers[record["id"]], **run.benchmark.kept_of(record)
-        )
-        for record in records.records
-        if record["id"] in answers
+        name: benchmark.fidelity(task, record["prediction"], answers[name], **benchmark.kept_of(record))
+        for name, record in records.by_id.items()
+        if name in answers
     }
     return ScoredTask(
         records,
@@ -129,6 +132,22 @@ def _by_id(records: TaskRecords, score: TaskScore) -> SampleScores:
     return SampleScores(score.metric, score.score, by_id, score.num_empty, dict(score.errors))
 
 
+def _without_records(task: ScoredTask) -> dict[str, Any]:
+    return {name: value for name, value in vars(task).items() if name != "records"}
+
+
+def _from_saved(records: TaskRecords, saved: dict[str, Any]) -> ScoredTask:
+    beside, buckets = saved["rouge_score"], saved["buckets"]
+    return ScoredTask(
+        records,
+        SampleScores(**saved["main"]),
+        beside and SampleScores(**beside),
+        buckets and {name: BucketScore(**bucket) for name, bucket in buckets.items()},
+        saved["fidelity"],
+        saved["floors"],
+    )
+
+
 def _lacking(run: Run, full: Run | None, tasks: dict[str, ScoredTask]) -> Iterator[str]:
     """A line for each task of which the full model's run lacks records."""
     for name, task in tasks.items():
@@ -140,9 +159,10 @@ def _lacking(run: Run, full: Run | None, tasks: dict[str, ScoredTask]) -> Iterat
 
 
 def _made_from(run: Run, full: Run | None) -> dict[str, Any]:
-    """What the scores depend on; `metrics` is None where that is not known."""
+    """What the scores depend on; `metrics` is None where the benchmark does not say, so that scores are made anew."""
     version = run.benchmark.score_version()
     return {
+        "format": FORMAT,
         "answers": {name: records.answers_sha256 for name, records in run.tasks.items()},
         "references": {name: records.references_sha256 for name, records in run.tasks.items()},
         "full": full and {name: task.answers_sha256 for name, task in full.tasks.items() if name in run.tasks},
@@ -155,83 +175,28 @@ def _floors_fingerprint() -> str:
     return hashlib.sha256(inspect.getsource(floors_code).encode()).hexdigest()
 
 
-def _read_saved(path: Path) -> dict[str, Any] | None:
-    """The saved scores; None where there are none, or torn ones."""
+def _read_saved(path: Path) -> dict[str, Any]:
+    """The saved scores; empty where there are none, or torn ones."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return None
-    return saved if isinstance(saved, dict) and isinstance(saved.get("made_from"), dict) else None
+        return {}
+    return saved if isinstance(saved, dict) else {}
 
 
-def _is_of(saved: dict[str, Any] | None, made_from: dict[str, Any]) -> bool:
-    return saved is not None and saved["made_from"] == made_from and made_from["metrics"] is not None
-
-
-def _check_withheld(run: Run, saved: dict[str, Any] | None, made_from: dict[str, Any]) -> list[str]:
-    """Records without references cannot be scored: only scores of these very answers will do."""
-    held = saved["made_from"] if saved else {}
-    for name in ("answers", "full"):
-        if held.get(name) != made_from[name]:
-            raise ResultsError(
-                f"{run.folder}: the records hold no references, and {SCORES_FILE} is not of these answers; "
-                f"put the {SCORES_FILE} there that was made with the references"
-            )
-    if held["metrics"] != made_from["metrics"]:
-        return [f"{run.cell.label}: scores of another version of the metrics; its records hold no references"]
-    return []
+def _check_withheld(run: Run, held: dict[str, Any], made_from: dict[str, Any]) -> list[str]:
+    """Records without references cannot be scored: only scores of these very answers will do. Returns notes."""
+    if any(held.get(name, "none") != made_from[name] for name in ("format", "answers", "full")):
+        raise ResultsError(
+            f"{run.folder}: the records hold no references, and {SCORES_FILE} is not of these answers; put the "
+            f"{SCORES_FILE} there that was made with the references"
+        )
+    same = held["metrics"] == made_from["metrics"]
+    return [] if same else [f"{run.cell.label}: scores of another version of the metrics; no references to score anew"]
 
 
 def _lacks_floors(run: Run, saved: dict[str, Any], data_dir: str | None) -> bool:
     """Whether a floor is missing that can be computed now."""
     if run.cell.strategy != FULL or not knows_contexts(run, data_dir):
         return False
-    return any(FIRST_SENTENCE not in task["floors"] for task in saved["tasks"].values() if task["n"])
-
-
-def _from_saved(records: TaskRecords, saved: dict[str, Any]) -> ScoredTask:
-    main, beside = (
-        SampleScores(part["metric"], part["as_printed"], part["by_id"], part["num_empty"], part["errors"])
-        if part
-        else None
-        for part in (saved["main"], saved["rouge_score"])
-    )
-    assert main is not None, "every scored task has a score by its own metric"
-    buckets = saved["buckets"] and {name: BucketScore(**bucket) for name, bucket in saved["buckets"].items()}
-    return ScoredTask(records, main, beside, buckets, saved["fidelity"], saved["floors"])
-
-
-def _as_json(run: Run, tasks: dict[str, ScoredTask], made_from: dict[str, Any]) -> str:
-    content = {
-        "run": run.cell.run_name,
-        "sublayers": run.cell.sublayers,
-        "unit": "fraction of 1",
-        "made_from": made_from,
-        "tasks": {name: _task_as_dict(task) for name, task in tasks.items()},
-    }
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _task_as_dict(task: ScoredTask) -> dict[str, Any]:
-    return {
-        "n": len(task.records.records),
-        "expected": task.records.expected,
-        "complete": task.records.complete,
-        "problems": task.records.problems,
-        "main": _scores_as_dict(task.main),
-        "rouge_score": _scores_as_dict(task.rouge_score) if task.rouge_score else None,
-        "buckets": task.buckets and {name: asdict(bucket) for name, bucket in task.buckets.items()},
-        "fidelity": task.fidelity,
-        "floors": task.floors,
-    }
-
-
-def _scores_as_dict(scores: SampleScores) -> dict[str, Any]:
-    return {
-        "metric": scores.metric,
-        "as_printed": scores.as_printed,
-        "mean": asdict(scores.mean) if scores.mean else None,
-        "num_empty": scores.num_empty,
-        "errors": scores.errors,
-        "by_id": scores.by_id,
-    }
+    return any(FIRST_SENTENCE not in task["floors"] for task in saved["tasks"].values() if task["main"]["by_id"])

@@ -1,65 +1,50 @@
-"""The paper's claim, counted: in how many cells AdaSkip is the best of the four strategies, ours and the paper's.
-
-And how often the online window fired.
-"""
+"""The summary: the paper's claim counted by score, retention, and how often the online window fired."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pandas as pd
-
 from adaskip.common.intervals import mean, mean_if_whole
-from adaskip.studies.tables.compare import OTHERS, OURS, OUTCOMES, comparisons, contests
-from adaskip.studies.tables.paper import Paper
-from adaskip.studies.tables.results import COMPARED, PLACE, SCORE, Results
+from adaskip.common.pipe_table import pipe_table
+from adaskip.studies.tables import labels
+from adaskip.studies.tables.compare import (
+    OURS,
+    beyond_chance,
+    claim,
+    comparisons,
+    contests,
+    paper_contests,
+    tally,
+)
+from adaskip.studies.tables.results import COMPARED, SCORE, Results
 
-CHANCE = ("interval_above", "paired_better", "paired_worse")
 ONLINE_PHASES = ("decode", "e2e")
+COUNTS = {
+    "compared": "cells",
+    "best": "best",
+    "tied": "tied",
+    "beaten": "beaten",
+    "interval_above": "interval above all others'",
+    "paired_better": "better than all others, paired",
+    "paired_worse": "worse than another, paired",
+}
+CONTEST_HEADER = ["Phase", "Model", "Skipped", "Task", *(labels.STRATEGIES[name] for name in COMPARED), "Behind"]
 
 
 def summarise(results: Results) -> dict[str, Any]:
     """Every number of the summary, as plain data."""
-    ours = contests(comparisons(results, SCORE))
-    cells = results.cells
+    ours, cells = contests(comparisons(results, SCORE)), results.cells
     at_floor = cells.loc[cells["at_floor"], ["phase", "model", "task"]].drop_duplicates()
     return {
-        "cells": len(cells[cells["strategy"] == OURS]),
+        "cells": int(((cells["strategy"] == OURS) & ~cells["at_floor"]).sum()),
         "ours": tally(ours),
-        "paper": tally(_paper_contests(results.paper)),
+        "paper": tally(paper_contests(results.paper)),
         "mean_retention": _mean_retention(results),
         "online": _online_learning(results),
         "contests": ours.to_dict("records"),
         **({"at_floor": at_floor.to_dict("records")} if len(at_floor) else {}),
     }
-
-
-def tally(compared: pd.DataFrame) -> dict[str, Any]:
-    """Outcomes over all contests, then by phase, by fraction and by model."""
-    axes = ("phase", "fraction", "model")
-    by = {axis: {str(value): _count(part) for value, part in compared.groupby(axis, sort=False)} for axis in axes}
-    return {**_count(compared), **{f"by_{axis}": counts for axis, counts in by.items()}}
-
-
-def _count(compared: pd.DataFrame) -> dict[str, int]:
-    outcomes = {outcome: int((compared["outcome"] == outcome).sum()) for outcome in OUTCOMES.values()}
-    return {"compared": len(compared), **outcomes, **{name: int(compared[name].sum()) for name in CHANCE}}
-
-
-def _paper_contests(paper: Paper) -> pd.DataFrame:
-    """The contests of the paper's tables, which print no intervals."""
-    rows = []
-    for phase, table in paper.tables.items():
-        for model in paper.models:
-            for fraction in filter(None, table.by_fraction):
-                for task in table.tasks:
-                    scores = {name: table.score(model, name, fraction, task) for name in COMPARED}
-                    top = max(scores[name] for name in OTHERS)
-                    gap = scores[OURS] - top
-                    outcome = "best" if gap > 0 else "beaten" if gap < 0 else "tied"
-                    rows.append((phase, model, fraction, task, scores, False, False, False, outcome))
-    return pd.DataFrame(rows, columns=[*PLACE, "scores", *CHANCE, "outcome"])
 
 
 def _mean_retention(results: Results) -> list[dict[str, Any]]:
@@ -68,19 +53,17 @@ def _mean_retention(results: Results) -> list[dict[str, Any]]:
     None if any cell lacks; tasks at their floor do not count.
     """
     cells = results.cells[results.cells["model"].isin(results.paper_models or results.models)]
-    cells = cells[~cells["at_floor"]]
+    cells = cells[~cells["at_floor"]].assign(ours=cells["retention"].where(cells["final"]))
+    found = dict(iter(cells.groupby(["phase", "fraction", "strategy"])))
     lines = []
     for phase in results.paper.tables:
         for fraction in results.fractions():
             for strategy in results.skipping:
-                place = (cells["phase"] == phase) & (cells["fraction"] == fraction) & (cells["strategy"] == strategy)
-                found = cells[place]
-                whole = {
-                    "ours": found["retention"].where(found["final"]),
-                    "paper": found["paper_retention"],
-                }
-                means = {name: mean_if_whole([None if x != x else x for x in each]) for name, each in whole.items()}
-                lines.append({"phase": phase, "fraction": fraction, "strategy": strategy, "cells": len(found), **means})
+                group = found.get((phase, fraction, strategy), cells[:0])
+                line = {"phase": phase, "fraction": fraction, "strategy": strategy, "cells": len(group)}
+                for name, column in (("ours", "ours"), ("paper", "paper_retention")):
+                    line[name] = mean_if_whole([None if x != x else x for x in group[column]])
+                lines.append(line)
     return lines
 
 
@@ -107,3 +90,91 @@ def _fired(added: Sequence[int]) -> dict[str, Any]:
         "mean_added_when_fired": mean(fired) if fired else None,
         "most_added": max(added, default=None),
     }
+
+
+def to_text(summary: dict[str, Any]) -> str:
+    """The document `summary.md`."""
+    parts = ["# Summary", *headline(summary), "## AdaSkip against the other three strategies"]
+    parts += [
+        "A cell is one task of one model in one phase at one budget; it counts once all four strategies have run "
+        "to their end. The last three columns use 95 % bootstrap intervals, not corrected for the number of cells: "
+        "AdaSkip's lies above each other's; that of the paired difference, over the same samples, lies above zero "
+        "against each other strategy, or below zero against one.",
+        pipe_table(["", *COUNTS.values()], list(_tally_lines(summary))),
+    ]
+    if lost := [contest for contest in summary["contests"] if contest["outcome"] != "best"]:
+        parts += ["Where AdaSkip is not the best:", pipe_table(CONTEST_HEADER, [_contest_line(each) for each in lost])]
+    parts += ["## Retention (score / full model's score), mean over models and tasks", _retention(summary)]
+    if summary["online"]["runs"]:
+        parts += ["## Online learning: FFN sublayers added after the window", _online(summary["online"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(summary: dict[str, Any]) -> list[str]:
+    """The answers in plain sentences: ours, the paper's, and the online window's."""
+    ours, online = summary["ours"], summary["online"]
+    left_out = summary["cells"] - ours["compared"]
+    incomplete = f" {left_out} of {summary['cells']} cells are not complete." if left_out else ""
+    lines = [f"Here AdaSkip {claim(ours)}{incomplete}{beyond_chance(ours)}"]
+    if places := summary.get("at_floor"):
+        each = (f"{p['model']} {labels.PHASES[p['phase']]} {labels.TASKS[p['task']]}" for p in places)
+        lines.append(f"At their floor, where scores do not count: {', '.join(each)}.")
+    if summary["paper"]["compared"]:
+        lines.append(f"In the paper's own tables AdaSkip {claim(summary['paper'])}")
+    if online["requests"]:
+        lines.append(
+            f"The online window added FFN sublayers in {online['fired']} of {online['requests']} requests "
+            f"({_share(online)}), {online['mean_added']:.2f} a request on average and {online['most_added']} at most."
+        )
+    return lines
+
+
+def _tally_lines(summary: dict[str, Any]) -> Iterator[list[str]]:
+    """The paper prints no samples, so its intervals are unknown."""
+    for whose, known in (("ours", len(COUNTS)), ("paper", 4)):
+        found = summary[whose]
+        lines = {f"**{whose}**": found}
+        lines |= {f"{whose}, {labels.PHASES[phase]}": counts for phase, counts in found["by_phase"].items()}
+        lines |= {f"{whose}, {labels.budget(float(f))}": counts for f, counts in found["by_fraction"].items()}
+        lines |= {f"{whose}, {model}": counts for model, counts in found["by_model"].items()}
+        for name, counts in lines.items():
+            numbers = [str(counts[column]) for column in COUNTS]
+            yield [name, *numbers[:known], *[labels.UNPUBLISHED] * (len(COUNTS) - known)]
+
+
+def _contest_line(contest: dict[str, Any]) -> list[str]:
+    top = max(contest["scores"].values())
+    scores = [f"**{score:.1f}**" if score == top else f"{score:.1f}" for score in contest["scores"].values()]
+    behind = "beyond chance" if contest["paired_worse"] else "within chance"
+    place = [labels.PHASES[contest["phase"]], contest["model"], labels.budget(contest["fraction"])]
+    return [*place, labels.TASKS[contest["task"]], *scores, "tied" if contest["outcome"] == "tied" else behind]
+
+
+def _retention(summary: dict[str, Any]) -> str:
+    """A row per strategy, a column per phase and budget, each cell ours / the paper's."""
+    rows: dict[str, dict[str, str]] = {}
+    for line in summary["mean_retention"]:
+        ours, paper = (None if line[name] is None else f"{100 * line[name]:.1f}" for name in ("ours", "paper"))
+        column = f"{labels.PHASES[line['phase']]} {labels.budget(line['fraction'])}"
+        row = rows.setdefault(line["strategy"], {"ours / paper, per cent": labels.STRATEGIES[line["strategy"]]})
+        row[column] = f"{ours or labels.MISSING} / {paper or labels.UNPUBLISHED}"
+    return pipe_table(list(next(iter(rows.values()))), [[*row.values()] for row in rows.values()])
+
+
+def _online(online: dict[str, Any]) -> str:
+    header = ["Phase", "Model", "Skipped", "requests", "fired", "added, mean", "added when fired, mean", "added, most"]
+    places = [
+        [labels.PHASES[run["phase"]], run["model"], labels.budget(run["fraction"]), *_fired_texts(run)]
+        for run in online["runs"]
+    ]
+    return pipe_table(header, [*places, ["**all**", "", "", *_fired_texts(online)]])
+
+
+def _fired_texts(counts: dict[str, Any]) -> list[str]:
+    means = (labels.ratio(counts[name]) for name in ("mean_added", "mean_added_when_fired"))
+    most = labels.MISSING if counts["most_added"] is None else str(counts["most_added"])
+    return [str(counts["requests"]), f"{counts['fired']} ({_share(counts)})", *means, most]
+
+
+def _share(counts: dict[str, Any]) -> str:
+    return f"{100 * counts['fired'] / counts['requests']:.0f} %" if counts["requests"] else labels.MISSING

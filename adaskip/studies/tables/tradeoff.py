@@ -45,8 +45,8 @@ FIDELITY = Quality(
     lambda tasks: mean_of_means_estimate([[*task["fidelity"]] for task in tasks]),
 )
 LOSS = Quality(
-    *("loss_added", "loss above the full model's, nats per token", 1, -1, ("loss", "full_loss")),
-    lambda tasks: mean_of_means_estimate([[*(task["loss"] - task["full_loss"])] for task in tasks]),
+    *("loss_added", "loss above the full model's, nats per token", 1, -1, ("loss_added",)),
+    lambda tasks: mean_of_means_estimate([[*task["loss_added"]] for task in tasks]),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from adaskip.common.pipe_table import pipe_table
 from adaskip.strategies.registry import FULL
 from adaskip.studies.tables import labels
-from adaskip.studies.tables.documents import PARTIAL
+from adaskip.studies.tables.labels import PARTIAL
 from adaskip.studies.tables.results import ROW, estimate
 from adaskip.studies.tables.tradeoff import KEPT, Tradeoff
 
@@ -29,17 +29,16 @@ def fronts(tradeoff: Tradeoff) -> dict[str, dict[str, int]]:
     which it is the fastest to keep 95 % of the score.
     """
     points = tradeoff.points[tradeoff.points["model"].notna()]
-    places = [(phase, model) for phase in tradeoff.phases for model in tradeoff.models]
-    fastest = [tradeoff.fastest(*place, KEEPING) for place in places]
+    fastest = [tradeoff.fastest(phase, model, KEEPING) for phase in tradeoff.phases for model in tradeoff.models]
     counts = {}
     for strategy in tradeoff.strategies:
         own = points[points["strategy"] == strategy]
-        panels = own.groupby(["phase", "model"])["on_front"]
+        panels = own.groupby(["phase", "model"])["on_front"].any()
         counts[strategy] = {
             "points": len(own),
             "on_front": int(own["on_front"].sum()),
-            "panels": panels.ngroups,
-            "panels_on_front": int(panels.any().sum()),
+            "panels": len(panels),
+            "panels_on_front": int(panels.sum()),
             "panels_fastest": fastest.count(strategy),
         }
     return counts
@@ -72,11 +71,9 @@ def sentences(tradeoff: Tradeoff) -> list[str]:
         for name, n in counts
     ]
     num_models, num_phases = len(tradeoff.models), len(tradeoff.phases)
-    title = "Score kept" if tradeoff.quality is KEPT else tradeoff.quality.title.partition(",")[0].capitalize()
-    lines = [
-        f"{title} against measured speedup, {num_models} models x {num_phases} phases, a Pareto front each: "
-        f"{'; '.join(each)}."
-    ]
+    title = tradeoff.quality.title.partition(",")[0].capitalize()
+    where = f"{num_models} {'model' if num_models == 1 else 'models'} x {num_phases} phases"
+    lines = [f"{title} against measured speedup, {where}, a Pareto front each: {'; '.join(each)}."]
     if tradeoff.quality is KEPT:
         fastest = [f"{labels.STRATEGIES[name]} {n['panels_fastest']}" for name, n in counts]
         none = num_models * num_phases - sum(n["panels_fastest"] for _, n in counts)
@@ -138,7 +135,7 @@ def _text(tradeoff: Tradeoff, point: Any) -> str:
     if point is None:
         return labels.MISSING
     found = estimate(point, "value")
-    text = labels.percent(found) if tradeoff.quality.scale == 100 else labels.nats(found, signed=True)
+    text = labels.percent(found) if tradeoff.quality.scale == 100 else labels.added_nats(found)
     value, space, spread = text.partition(" ")
     value = f"{point.speedup:.2f}, {value}{PARTIAL if point.partial else ''}"
     return (f"**{value}**" if point.on_front else value) + space + spread

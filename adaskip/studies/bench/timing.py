@@ -1,8 +1,9 @@
-"""One timed generation: greedy, of a fixed length, without a synchronisation between its first mark and its last."""
+"""Timed generations: greedy, of a fixed length, without a synchronisation between the first mark and the last."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,11 +23,48 @@ from adaskip.core.kv_cache import kv_bytes, restore_emptied
 from adaskip.core.patching import patches_of
 from adaskip.core.request import RequestTrace
 from adaskip.strategies import Strategy
-from adaskip.studies.bench.cells import Cell, Workload
-from adaskip.studies.bench.stopwatch import Clock, Stopwatch
+from adaskip.studies.bench.settings import CLOCKS, Cell, Clock, Workload
 
 MANY = 64
 """Every set of a benchmark gets a graph of the whole step, so that none is slower for having come late."""
+
+
+class Stopwatch:
+    """Marks moments without waiting for the device (CUDA events, or a clock of the system); only `laps` waits, once."""
+
+    def __init__(self, device: torch.device, clock: Clock):
+        self.device, self.now = device, CLOCKS[clock]
+        self.moments: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device.type != "cuda":
+            self.moments.append(self.now())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self.moments.append(event)
+
+    def laps(self) -> list[float]:
+        """Seconds from each mark to the next."""
+        pairs = itertools.pairwise(self.moments)
+        if self.device.type != "cuda":
+            return [after - before for before, after in pairs]
+        torch.cuda.synchronize(self.device)
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """An idle device, and no garbage collection, as in the standard library's timeit."""
+    gc.collect()
+    gc.disable()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @cache
@@ -55,33 +93,25 @@ class StaticCaches:
         cache.reset()
         return cache
 
-    def forget(self) -> None:
-        """Let go of all."""
-        self.caches = {}
-
 
 @dataclass(frozen=True)
 class TimedGeneration:
-    """ttft_s: from the call to the first token. steps_s: time of each further token. cache: as the last step left it.
-    peak_bytes: most memory allocated meanwhile, None on the CPU. trace: what was skipped, None for the stock model."""
+    """ttft_s: from the call to the first token. steps_s: from each call of the stopping criteria to the next, which
+    is the time of a further token. tokens: [B, S + new]. cache: as the last step left it. peak_bytes: most memory
+    allocated meanwhile, None on the CPU. trace: what was skipped, None for the stock model."""
 
     ttft_s: float
     steps_s: list[float]
+    tokens: Tensor
     cache: Cache
     peak_bytes: int | None
     trace: RequestTrace | None
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in a result's records."""
-        measured: dict[str, Any] = {
-            "ttft_s": self.ttft_s,
-            "steps_s": self.steps_s,
-            "kv_bytes": kv_bytes(self.cache),
-            "peak_memory_bytes": self.peak_bytes,
-        }
-        if self.trace is not None:
-            measured["online_ffns"] = list(self.trace.online_ffns)
-        return measured
+        measured: dict[str, Any] = {"ttft_s": self.ttft_s, "steps_s": self.steps_s, "kv_bytes": kv_bytes(self.cache)}
+        measured["peak_memory_bytes"] = self.peak_bytes
+        return measured if self.trace is None else {**measured, "online_ffns": list(self.trace.online_ffns)}
 
 
 class _MarkTokens(StoppingCriteria):
@@ -100,7 +130,7 @@ class _MarkTokens(StoppingCriteria):
 def timed_generation(
     model: PreTrainedModel, strategy: Strategy | None, ids: Tensor, new_tokens: int, clock: Clock, **options: Any
 ) -> TimedGeneration:
-    """Generate `new_tokens` tokens per row and note the time of each.
+    """Generate at most `new_tokens` tokens per row and note the time of each.
 
     strategy: None for the stock model. ids: [B, S]. options: further arguments of `generate`.
     """
@@ -115,30 +145,14 @@ def timed_generation(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            pad_token_id=0,
             return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([_MarkTokens(stopwatch, len(ids), ids.device)]),
-            **options,
+            **{"pad_token_id": 0, **options},
         )
         ttft_s, *steps_s = stopwatch.laps()
         trace = None if session is None else session.last_request
     peak = torch.cuda.max_memory_allocated(ids.device) if ids.is_cuda else None
-    assert len(steps_s) == new_tokens - 1, f"{len(steps_s) + 1} of {new_tokens} tokens were made"
-    return TimedGeneration(ttft_s, steps_s, output.past_key_values, peak, trace)
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """An idle device, and no garbage collection, as in the standard library's timeit."""
-    gc.collect()
-    gc.disable()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-    try:
-        yield
-    finally:
-        gc.enable()
+    return TimedGeneration(ttft_s, steps_s, output.sequences, output.past_key_values, peak, trace)
 
 
 class _SublayerMarks:

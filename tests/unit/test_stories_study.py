@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
+from adaskip.models.loading import load_model
 from adaskip.models.stories import STORIES, VARIABLE
-from adaskip.studies.ablation import selection
-from adaskip.studies.ablation.selection import COMPARED, SelectionStudyConfig, measure, to_text
-
-REAL = Path(os.environ.get(VARIABLE, Path(__file__).resolve().parents[3] / "shared" / "real"))
+from adaskip.studies.ablation import stories
+from adaskip.studies.ablation.stories import COMPARED, StoriesConfig, find, measure
+from tests.tiny_runs import make_checkpoint
 
 
 def saved(calibrated: float) -> dict:
@@ -33,7 +31,7 @@ def saved(calibrated: float) -> dict:
     ],
 )
 def test_calibrated_is_compared_with_the_best_of_the_others_story_by_story(gap, difference, verdict):
-    text = to_text(saved(gap))
+    text = find(saved(gap)).as_markdown()
     (row,) = [line for line in text.splitlines() if line.startswith("| decode")]
     assert [part.strip() for part in row.strip("|").split("|")] == [
         *("decode", "2", "5.500", "5.500", "5.500", "2.500", f"{2.5 + gap:.3f}"),
@@ -45,17 +43,18 @@ def test_calibrated_is_compared_with_the_best_of_the_others_story_by_story(gap, 
 
 def test_without_the_model_the_line_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(ValueError, match=f"{STORIES} is not at hand: {VARIABLE} must name the folder that holds it"):
-        measure(SelectionStudyConfig(output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match=f"{STORIES} is not available: {VARIABLE} must name the folder"):
+        measure(StoriesConfig(output_dir=str(tmp_path)))
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".json"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (REAL / STORIES).is_dir(), reason=f"{STORIES} is not at hand; {VARIABLE} names its folder")
 def test_a_stopped_study_continues_and_keeps_what_it_has(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, str(REAL))
-    monkeypatch.setattr(selection, "BUDGETS", (2,))
-    config = SelectionStudyConfig(stories=4, output_dir=str(tmp_path))
+    """Of a random model's stories."""
+    loaded = load_model(None, make_checkpoint(tmp_path / "model"), device="cpu", dtype="float32")
+    monkeypatch.setattr(stories, "load_stories", lambda: loaded)
+    monkeypatch.setattr(stories, "BUDGETS", (2,))
+    config = StoriesConfig(stories=4, output_dir=str(tmp_path))
     measure(config)
     whole = json.loads(config.results_path.read_text())
     assert list(whole["phases"]) == ["prefill", "decode", "e2e"]
@@ -67,4 +66,4 @@ def test_a_stopped_study_continues_and_keeps_what_it_has(tmp_path, monkeypatch):
         name: made["cells"] for name, made in whole["phases"].items()
     }
     with pytest.raises(ValueError, match="was measured with other stories, seed; give another --output-dir"):
-        measure(SelectionStudyConfig(stories=5, seed=1, output_dir=str(tmp_path)))
+        measure(StoriesConfig(stories=5, seed=1, output_dir=str(tmp_path)))

@@ -1,0 +1,245 @@
+"""The importance check: skip the most and the least similar whole layers and see what the task's metric says.
+
+Its runs are cells like any other and continue when stopped. Their scores are kept in one JSON file, from which table
+and figure are made. The paper had a GPT judge score the answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from pandas import DataFrame
+
+from adaskip.common.configs import load_yaml
+from adaskip.common.files import write_text_atomic
+from adaskip.common.intervals import Estimate, mean_estimate
+from adaskip.common.locks import exclusive
+from adaskip.runs.job import resolve
+from adaskip.runs.manifest import is_done
+from adaskip.runs.runner import run
+from adaskip.strategies import FULL, LeastSkip, MostSkip
+from adaskip.studies.observations.saved import NotMeasuredError, drawing_order
+from adaskip.studies.observations.settings import ObserveConfig, Target
+from adaskip.studies.plots.style import FULL_LINE, save, styled
+from adaskip.studies.study import Claim, Findings
+from adaskip.studies.tables import labels
+from adaskip.studies.tables.runs import load_run
+from adaskip.studies.tables.scores import score_run
+
+SCORES_FILE = "importance_scores.json"
+STRATEGIES = {cls.name: cls for cls in (MostSkip, LeastSkip)}
+METRICS = {"qa_f1": "F1", "classification": "accuracy", "rouge": "Rouge-L"}
+PROVENANCE = (
+    *("checkpoint", "weights_fingerprint", "dtype", "device", "batch_size", "data_fingerprint", "profile_fingerprint"),
+    *("max_new_tokens", "versions"),
+)
+NAME = "importance_check"
+MIN_WIDTH = 4.2
+"""Inches that the legend needs."""
+
+Check = dict[str, Any]
+"""By model: `num_layers`, `phase`, `sources`, and the scores by task of `full`, and by layers of each strategy."""
+
+
+def measure_check(config: ObserveConfig) -> None:
+    """Run and score the check on every model and keep the scores.
+
+    Raises:
+        ValueError: a run cannot be, or its folder holds another or is in use.
+        RunError: a run failed half-way.
+    """
+    for model in config.models:
+        full = _ensure(config, model, FULL, 0)
+        depth = load_run(full).num_layers
+        entry: dict[str, Any] = {
+            "num_layers": depth,
+            "phase": config.defaults["importance_check"]["phase"],
+            "full": _scores(full),
+        }
+        for strategy in STRATEGIES:
+            layers = [n for n in config.defaults["importance_check"]["layers"] if n < depth]
+            folders = {n: _ensure(config, model, strategy, n) for n in layers}
+            entry[strategy] = {str(n): _scores(folder) for n, folder in folders.items()}
+            manifest = load_run(next(iter(folders.values()), full)).manifest
+            entry["sources"] = {name: manifest[name] for name in PROVENANCE if name in manifest}
+        path = config.out_dir / SCORES_FILE
+        with exclusive(path.with_suffix(".lock"), wait=True):  # another model's scores may come at the same time
+            held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            text = json.dumps({**held, config.label(model): entry}, ensure_ascii=False, allow_nan=False)
+            write_text_atomic(path, text + "\n")
+
+
+def _ensure(config: ObserveConfig, model: str, strategy: str, layers: int) -> Path:
+    """The finished folder of one run; loads no model where it is already there."""
+    check = config.defaults["importance_check"]
+    cell = config.run_config(
+        model,
+        phase=check["phase"],
+        strategy=strategy,
+        tasks=config.tasks or tuple(check["tasks"]),
+        skip_full_layer_num=None if strategy == FULL else layers,
+        limit=config.limit or check["limit"],
+        batch_size=config.batch_size or config.defaults["batch_size"],
+        max_new_tokens=config.max_new_tokens,
+    )
+    job = resolve(cell)
+    if not is_done(job):
+        run(cell, show_progress=True)
+    return job.folder.path
+
+
+def _scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """Metric and each sample's score, by task."""
+    return {
+        task: {"metric": scored.main.metric, "scores": list(scored.main.by_id.values())}
+        for task, scored in score_run(load_run(folder)).tasks.items()
+    }
+
+
+def load_check(out_dir: Path) -> Check:
+    """What `measure_check` kept, in the order in which models are drawn."""
+    path = out_dir / SCORES_FILE
+    if not path.is_file():
+        raise NotMeasuredError(f"{path} does not exist; leave out --draw-only")
+    check = json.loads(path.read_text(encoding="utf-8"))
+    return {model: check[model] for model in sorted(check, key=drawing_order)}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model on one task: the full model's score, and each strategy's by whole layers skipped."""
+
+    model: str
+    task: str
+    metric: str
+    full: Estimate
+    by_layers: dict[str, dict[int, Estimate]]
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.by_layers[MostSkip.name])
+
+
+def read_curves(check: Check) -> list[Curve]:
+    """Mean scores with intervals, fractions of 1."""
+    curves = []
+    for model, entry in check.items():
+        for task, full in entry["full"].items():
+            by_layers = {
+                name: {int(n): _estimate(scores[task]["scores"]) for n, scores in entry[name].items()}
+                for name in STRATEGIES
+            }
+            curves.append(Curve(model, task, full["metric"], _estimate(full["scores"]), by_layers))
+    return curves
+
+
+def _estimate(scores: Sequence[float]) -> Estimate:
+    estimate = mean_estimate(scores)
+    assert estimate is not None, "a finished run has at least one sample"
+    return estimate
+
+
+def find(check: Check) -> Findings:
+    """Test that whole-layer similarity says what can be spared."""
+    curves, paper = read_curves(check), load_yaml("paper")["importance_check"]
+    published = "; ".join(
+        f"{cls.label} {', '.join(f'{score} at {n}' for n, score in paper[name].items())}"
+        for name, cls in STRATEGIES.items()
+    )
+    phases = ", ".join(dict.fromkeys(labels.PHASES[entry["phase"]] for entry in check.values()))
+    rows = []
+    for curve in curves:
+        task = f"{Target(curve.task, 'prefill').label} ({METRICS.get(curve.metric, curve.metric)})"
+        scores = {0: [curve.full] * 2, **{n: [curve.by_layers[name][n] for name in STRATEGIES] for n in curve.layers}}
+        rows += [[curve.model, task, str(n), *map(labels.percent, both)] for n, both in scores.items()]
+    return Findings(
+        name=NAME,
+        title="Importance check: skipping the most and the least similar whole layers",
+        notes=[
+            f"Scored by each task's own metric, per cent with 95 % bootstrap intervals; skipped {phases}. The paper "
+            f"had a GPT judge score the answers, by layers skipped: {published}."
+        ],
+        claims=_claims(curves),
+        table=DataFrame(rows, columns=["Model", "Task", "Layers skipped", *(cls.label for cls in STRATEGIES.values())]),
+        numbers=[
+            {
+                **{"model": curve.model, "task": curve.task, "metric": curve.metric, "full": curve.full.as_dict()},
+                **{name: {n: x.as_dict() for n, x in found.items()} for name, found in curve.by_layers.items()},
+            }
+            for curve in curves
+        ],
+        sources={model: entry["sources"] for model, entry in check.items()},
+    )
+
+
+def _claims(curves: list[Curve]) -> list[Claim]:
+    """Of the two at one layer: what share of the full model's score is kept; where that is 0, nothing can be said."""
+    most, least = MostSkip.name, LeastSkip.name
+    gaps = [c.by_layers[most][n].value - c.by_layers[least][n].value for c in curves for n in c.layers]
+    told = (
+        f"On average MostSkip scores {100 * sum(gaps) / len(gaps):.1f} points more."
+        if gaps
+        else "No layer can be skipped."
+    )
+    text = "Skipping the most similar layers scores at least what skipping the least similar ones does"
+    claims = [Claim(text, sum(gap >= 0 for gap in gaps), len(gaps), told)]
+    texts: dict[str, tuple[str, Callable[[float], bool]]] = {
+        most: ("Skipping the one most similar layer keeps at least 80 % of the score", lambda kept: kept >= 0.8),
+        least: ("Skipping the one least similar layer costs at least half of the score", lambda kept: kept <= 0.5),
+    }
+    for name, (text, holds) in texts.items():
+        scored = [c for c in curves if c.full.value > 0 and c.layers]
+        kept = [c.by_layers[name][c.layers[0]].value / c.full.value for c in scored]
+        told = "The full model scores nothing."
+        if kept:
+            ends = f"from {100 * min(kept):.0f} to {100 * max(kept):.0f} %"
+            told = f"Kept on average {100 * sum(kept) / len(kept):.0f} %, {ends}."
+        claims.append(Claim(text, sum(map(holds, kept)), len(kept), told))
+    return claims
+
+
+def draw(check: Check, out_dir: Path) -> list[Path]:
+    """`importance_check`: a panel per model and task, score against layers skipped."""
+    curves = {(curve.task, curve.model): curve for curve in read_curves(check)}
+    tasks, models = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
+    with styled():
+        size = max(MIN_WIDTH, 2.3 * len(models) + 0.6), 1.75 * len(tasks) + 0.8
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(tasks), len(models), sharex=True, sharey=True, squeeze=False)
+        for (row, task), (column, model) in product(enumerate(tasks), enumerate(models)):
+            if (task, model) in curves:
+                _draw_curve(axes[row, column], curves[task, model])
+        for model, panel in zip(models, axes[0], strict=True):
+            panel.set_title(model)
+        for task, panel in zip(tasks, axes[:, -1], strict=True):
+            label = Target(task, "prefill").label
+            panel.annotate(label, (1.03, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9)
+        figure.supxlabel("whole layers skipped", fontsize=8)
+        figure.supylabel("score, per cent", fontsize=8)
+        lines = [Line2D([], [], **cls.look.line, label=cls.label) for cls in STRATEGIES.values()]
+        handles = [Line2D([], [], **FULL_LINE, label=labels.STRATEGIES[FULL]), *lines]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        return save(figure, out_dir / NAME)
+
+
+def _draw_curve(panel: Axes, curve: Curve) -> None:
+    panel.axhline(100 * curve.full.value, **FULL_LINE)
+    for name, cls in STRATEGIES.items():
+        found = [curve.by_layers[name][n] for n in curve.layers]
+        values = [100 * estimate.value for estimate in found]
+        reach = [
+            [100 * (e.value - (e.value if e.low is None else e.low)) for e in found],
+            [100 * ((e.value if e.high is None else e.high) - e.value) for e in found],
+        ]
+        panel.errorbar(curve.layers, values, yerr=reach, **cls.look.line, elinewidth=0.8, capsize=1.5)
+    panel.set_xticks(curve.layers)
+    panel.set_ylim(-4, 104)
+    panel.grid(axis="y")
