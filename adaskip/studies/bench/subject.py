@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from adaskip import testbed
@@ -17,6 +24,7 @@ from adaskip.core.blocks import decoder_layers
 from adaskip.core.hf import attn_implementation
 from adaskip.core.packed_sdpa import register_packed
 from adaskip.core.plan import Phase, check_phase
+from adaskip.models.gguf_file import is_gguf
 from adaskip.models.loading import LoadedModel, architecture, load_model
 from adaskip.models.rope import fix_dynamic_rope
 from adaskip.models.source import find_source
@@ -138,7 +146,7 @@ def _gguf_file(config: BenchConfig) -> Path | None:
     if config.random_weights or config.testbed:
         return None
     path = find_source(config.model, config.checkpoint).path
-    return path if path.suffix == ".gguf" else None
+    return path if is_gguf(path) else None
 
 
 def _load(config: BenchConfig, device: torch.device) -> LoadedModel:

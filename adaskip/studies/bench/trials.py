@@ -39,7 +39,8 @@ from adaskip.studies.bench.timing import (
     sublayer_times,
     timed_generation,
     undisturbed,
-)from adaskip.studies.engines.engines import ENGINE_MODES
+)
+from adaskip.studies.engines.engines import ENGINE_MODES
 from adaskip.studies.engines.processes import EngineProcesses
 
 SEED = 0
@@ -100,7 +101,7 @@ class Trials:
             max_decode_steps=workload.new_tokens,
             **({"learning_window": 0} if windowless else {}),
         )
-        if cell.mode in ENGINE_MODES:
+        if cell.mode in ENGINE_MODES and strategy is not None:
             fold(strategy)
         return strategy
 
