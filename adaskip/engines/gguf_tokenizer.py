@@ -66,8 +66,8 @@ SENTENCEPIECE_BPE = 2
 class Vocabulary:
     """What llama.cpp has to know of a tokenizer's tokens.
 
-    model: gpt2 or llama. tokens: texts by id, None for ids without. types: by id, where not NORMAL. scores: by id, for
-    llama. pre, merges: for gpt2. space_prefix: a space goes in front of a text.
+    model: gpt2 or llama. tokens: texts by id. types: by id, where not NORMAL. scores: by id, for llama. pre, merges: for
+    gpt2. space_prefix: a space goes in front of a text.
     """
 
     model: str
