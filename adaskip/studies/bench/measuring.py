@@ -6,6 +6,7 @@ import logging
 import platform
 import re
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +21,8 @@ from adaskip.studies.bench.results import Record, Result, entries_of, open_resul
 from adaskip.studies.bench.settings import BREAKDOWN, BenchConfig, Cell, Workload, cells_of, rotated
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
 from adaskip.studies.bench.trials import Trials, decode_plans
+from adaskip.studies.engines.engines import ENGINE_MODES
+from adaskip.studies.engines.processes import EngineProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +55,15 @@ def run_bench(config: BenchConfig) -> Outcome:
     subject = load_subject(config)
     budgets = config.budgets or tuple(round(2 * subject.num_layers * share) for share in BUDGETS)
     cells = cells_of(config.study, config.phases, config.strategies, budgets, config.modes)
-    trials = Trials(subject, config.clock)  # pyright: ignore[reportArgumentType]
-    for workload in config.workloads:
-        for cell in cells:
-            trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
-    path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
-    result = open_result(path, _describe(config, subject, device), fresh=config.fresh)
-    runner = _Runner(config, trials, cells, result, began)
-    notes = [note for workload in config.workloads if (note := runner.run(workload))]
+    with _engines(config, subject) as engines:
+        trials = Trials(subject, config.clock, engines=engines)  # pyright: ignore[reportArgumentType]
+        for workload in config.workloads:
+            for cell in cells:
+                trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
+        path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
+        result = open_result(path, _describe(config, subject, device), fresh=config.fresh)
+        runner = _Runner(config, trials, cells, result, began)
+        notes = [note for workload in config.workloads if (note := runner.run(workload))]
     timed = [(w, cell) for w in result.workloads for cell in result.cells(w) if cell.name != BREAKDOWN]
     if config.study == "strategies" and any(result.limit(w, cell) is None for w, cell in timed):
         result.limits = limits_of(result, timed, trials, config.attn_implementation)
@@ -67,6 +71,14 @@ def run_bench(config: BenchConfig) -> Outcome:
     result.save()
     complete = all(result.failure(w) or result.rounds_of(w) >= config.rounds for w in config.workloads)
     return Outcome(result, tuple(notes), complete)
+
+
+def _engines(config: BenchConfig, subject: Subject) -> AbstractContextManager[EngineProcesses | None]:
+    """The engines among the modes, whose processes end with the benchmark."""
+    if not set(config.modes) & set(ENGINE_MODES):
+        return nullcontext()
+    largest = Workload(max(config.prompt_tokens), config.new_tokens, max(config.batch_sizes))
+    return EngineProcesses(subject.model, subject.tokenizer, subject.gguf_file, vars(largest), torch.get_num_threads())
 
 
 def folder_name(device: torch.device) -> str:

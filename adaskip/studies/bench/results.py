@@ -19,7 +19,7 @@ from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import Estimate, median_estimate
 from adaskip.strategies import FULL
 from adaskip.strategies.adaskip import LEARNING_WINDOW
-from adaskip.studies.bench.settings import BREAKDOWN, EAGER, WINDOWLESS, Cell, Workload, weights_of
+from adaskip.studies.bench.settings import BREAKDOWN, COMPARISONS, EAGER, WINDOWLESS, Cell, Workload, weights_of
 
 FORMAT = "adaskip-bench/1"
 GENERATION_TOKENS = 256
@@ -195,7 +195,7 @@ def full_of(cell: Cell) -> Cell:
 
 def entries_of(result: Result) -> list[Record]:
     """What is reported of each cell of a study of strategies, in plain numbers; by workload, the full model first."""
-    cells = [] if result.study != "strategies" else [(w, cell) for w in result.workloads for cell in result.cells(w)]
+    cells = [] if result.study not in COMPARISONS else [(w, cell) for w in result.workloads for cell in result.cells(w)]
     entries = [_entry(result, workload, cell) for workload, cell in cells if cell.name != BREAKDOWN]
     names = ("batch_size", "prompt_tokens", "mode", "is_full", "phase", "strategy", "budget")
     return sorted(entries, key=lambda e: [{**e, "is_full": e["strategy"] != FULL}[name] for name in names])

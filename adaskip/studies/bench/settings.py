@@ -20,6 +20,7 @@ from adaskip.core.plan import PHASES
 from adaskip.models.source import find_source
 from adaskip.runs.config import DTYPES, MODEL_HELP
 from adaskip.strategies import FULL, GRID_STRATEGIES, STRATEGIES, needs_selection, strategy_name
+from adaskip.studies.engines.engines import ENGINE_MODES
 from adaskip.testbed.benchmark import Testbed
 
 PATCHED, BREAKDOWN = "patched", "breakdown"
@@ -38,6 +39,7 @@ EAGER, COMPILED = "eager", "compiled"
 MODES = {
     EAGER: "a dynamic cache, nothing compiled",
     COMPILED: "a static cache and transformers' own compilation of decode steps",
+    **{name: engine.what for name, engine in ENGINE_MODES.items()},
 }
 """How decoding runs."""
 
@@ -46,8 +48,11 @@ STUDIES = {
     "overhead": "the model inside `skipping` with nothing to skip, against the stock model",
     "window": "AdaSkip with and without its online learning window",
     "calibration": "a prefill that measures IO similarity, against a plain one",
+    "engines": "the full model and every strategy at every budget, exported to engines and beside transformers",
     "kv": "the KV cache's bytes, and that they are freed before the first decode step (times nothing)",
 }
+COMPARISONS = ("strategies", "engines")
+"""Studies whose cells are compared with the full model in the same mode."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,9 @@ def cells_of(
     study: str, phases: Sequence[str], strategies: Sequence[str], budgets: Sequence[int], modes: Sequence[str]
 ) -> list[Cell]:
     """The cells of a study in the order of its first round."""
-    if study == "strategies":
+    if study in COMPARISONS:
         full = [Cell(FULL, mode=mode) for mode in modes]
-        timed = [Cell(BREAKDOWN)] if EAGER in modes else []
+        timed = [Cell(BREAKDOWN)] if EAGER in modes and study == "strategies" else []
         skipping = [Cell(name, p, n, mode) for mode in modes for p in phases for name in strategies for n in budgets]
         return [*full, *timed, *skipping]
     if study == "overhead":
@@ -117,7 +122,7 @@ def rotated(cells: Sequence[Cell], round_number: int) -> list[Cell]:
 
 SMALL_MODEL = "llama-100m"
 RESULTS_DIR = "speed/results"
-DEVICES = ("cpu", "testbed", "cuda")
+DEVICES = ("cpu", "testbed", "cuda", "engines")
 """Blocks of `configs/bench.yaml` that hold measurements."""
 MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure", "allow_other_weights")
 """Options that may differ when a result is continued."""
@@ -195,6 +200,9 @@ class BenchConfig:
             raise ValueError("--allow-other-weights is about --profile and --selection: give one of them, too")
         if self.selection and (not any(map(needs_selection, self.strategies)) or self.study != "strategies"):
             raise ValueError("--selection is for strategy calibrated in study strategies, which is not asked for")
+        engines = [mode for mode in self.modes if mode in ENGINE_MODES]
+        if engines and (self.study != "engines" or self.device != "cpu"):
+            raise ValueError(f"--modes {engines[0]} is for --study engines on --device cpu: give both with it")
         if self.clock == "process" and self.threads != 1:
             raise ValueError("--clock process adds up the time of all threads: give --threads 1 with it")
 

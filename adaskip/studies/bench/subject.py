@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from adaskip.benchmarks.protocol import BENCHMARKS
@@ -17,8 +24,10 @@ from adaskip.core.blocks import decoder_layers
 from adaskip.core.hf import attn_implementation
 from adaskip.core.packed_sdpa import register_packed
 from adaskip.core.plan import Phase, check_phase
+from adaskip.models.gguf_file import is_gguf
 from adaskip.models.loading import LoadedModel, architecture, load_model
 from adaskip.models.rope import fix_dynamic_rope
+from adaskip.models.source import find_source
 from adaskip.profiles.assumed import assumed_profile
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -54,6 +63,10 @@ class Subject:
     """random, or the weights' fingerprint"""
     selections: Mapping[Phase, SelectionProfile | None] = field(default_factory=dict)
     """What strategy calibrated skips in each phase that is timed; None: AdaSkip's sets."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """None for random weights."""
+    gguf_file: Path | None = None
+    """What the model was read from, if that is a GGUF file."""
 
     def __post_init__(self) -> None:
         self.model.generation_config = GenerationConfig(pad_token_id=0)  # no end token: answers have their full length
@@ -96,7 +109,8 @@ def load_subject(config: BenchConfig) -> Subject:
         loaded = _load(config, device)
         model, weights = loaded.model, loaded.weights_fingerprint
     profile = _named_profile(config, model) or _own_profile(config, loaded, len(decoder_layers(model)))
-    return Subject(model, profile, weights, _selections(config, model, loaded))
+    tokenizer = None if loaded is None else loaded.tokenizer
+    return Subject(model, profile, weights, _selections(config, model, loaded), tokenizer, _gguf_file(config))
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -126,6 +140,13 @@ def random_model(
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     fix_dynamic_rope(model)
     return model.eval().requires_grad_(False)
+
+
+def _gguf_file(config: BenchConfig) -> Path | None:
+    if config.random_weights or config.testbed:
+        return None
+    path = find_source(config.model, config.checkpoint).path
+    return path if is_gguf(path) else None
 
 
 def _load(config: BenchConfig, device: torch.device) -> LoadedModel:

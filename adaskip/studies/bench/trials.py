@@ -13,6 +13,7 @@ from torch import Tensor
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer, check_phase
+from adaskip.engines.fold import fold
 from adaskip.profiles.assumed import KINDS
 from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
 from adaskip.studies.bench.exact import check_kv, count_work
@@ -39,6 +40,8 @@ from adaskip.studies.bench.timing import (
     timed_generation,
     undisturbed,
 )
+from adaskip.studies.engines.engines import ENGINE_MODES
+from adaskip.studies.engines.processes import EngineProcesses
 
 SEED = 0
 
@@ -50,10 +53,16 @@ class Trials:
     subject: Subject
     clock: Clock
     static_caches: StaticCaches = field(default_factory=StaticCaches)
+    engines: EngineProcesses | None = None
 
     def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """What `cell` measures on `workload`. Raises torch's error if the memory is not enough."""
         ids, model = self.prompts(workload), self.subject.model
+        if cell.mode in ENGINE_MODES:
+            assert self.engines is not None, "started where an engine is among the modes"
+            strategy = self.strategy(cell, workload)
+            plan = EMPTY_PLAN if strategy is None else strategy.skipped
+            return self.engines.run(cell.mode, plan, ids.tolist(), workload.new_tokens, self.clock)
         if cell.name == BREAKDOWN:
             return self._breakdown(ids, workload)
         if cell.name == COUNTS:
@@ -71,7 +80,8 @@ class Trials:
         """What a cell skips; None for the stock model. Raises ValueError for an impossible budget.
 
         SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it. A
-        strategy of a selection without one is AdaSkip without its window: another set, the same work.
+        strategy of a selection without one is AdaSkip without its window: another set, the same work. No engine has
+        a strategy that changes its plan on the way.
         """
         num_layers = self.subject.num_layers
         if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
@@ -82,7 +92,7 @@ class Trials:
         searched = cell.name not in (WINDOWLESS, KV_CHECK) and needs_selection(cell.name)
         selection = self.subject.selections.get(phase) if searched else None
         windowless = cell.name in (WINDOWLESS, KV_CHECK) or (searched and selection is None)
-        return build(
+        strategy = build(
             ADASKIP if windowless else cell.name,
             phase=phase,
             budget=Budget(sublayers=cell.sublayers),
@@ -91,6 +101,9 @@ class Trials:
             max_decode_steps=workload.new_tokens,
             **({"learning_window": 0} if windowless else {}),
         )
+        if cell.mode in ENGINE_MODES and strategy is not None:
+            fold(strategy)
+        return strategy
 
     def prompts(self, workload: Workload) -> Tensor:
         """Random token ids [B, S], the same ones in every cell and round."""
