@@ -86,22 +86,22 @@ class ModelShape:
         """
         config = config.get_text_config()
         model = _on_meta(config)
-        layers = [_sublayers(layer) for layer in decoder_layers(model)]
-        of_layers, windows = _layer_configs(config, len(layers)), _windows(config)
-        if len(windows) != len(layers):
+        layers, kept = decoder_layers(model), list[Any](DynamicCache(config=config).layers)
+        if len(kept) != len(layers):
             raise UnsupportedModelError(
-                f"{type(model).__name__} keeps K/V for {len(windows)} of its {len(layers)} layers; what layers share "
+                f"{type(model).__name__} keeps K/V for {len(kept)} of its {len(layers)} layers; what layers share "
                 "is not known here"
             )
+        # Where layers differ, as in Gemma 4, transformers refuses to read their sizes off the whole model's config.
+        own: Any = getattr(config, "per_layer_config", None)
+        own = [config] * len(layers) if own is None else own
+        both = [_sublayers(layer, own[i], cache) for i, (layer, cache) in enumerate(zip(layers, kept, strict=True))]
         shape = cls(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             tied_embeddings=config.tie_word_embeddings,
-            attention=tuple(
-                replace(attention, window=window, **_heads(own))
-                for (attention, _), window, own in zip(layers, windows, of_layers, strict=True)
-            ),
-            ffn=tuple(_with_active_experts(ffn, own) for (_, ffn), own in zip(layers, of_layers, strict=True)),
+            attention=tuple(attention for attention, _ in both),
+            ffn=tuple(ffn for _, ffn in both),
             final_vectors=sum(p.numel() for p in find_decoder(model).norm.parameters()),
         )
         shape._check_against(model)
@@ -137,14 +137,12 @@ class ModelShape:
     @cached_property
     def alike(self) -> dict[SublayerKind, tuple[frozenset[int], ...]]:
         """By kind, the layers whose sublayers are of the same shape; most models have one group."""
-        return {"attention": _groups(self.attention), "ffn": _groups(self.ffn)}
-
-
-def _groups(sublayers: tuple[SublayerShape, ...]) -> tuple[frozenset[int], ...]:
-    groups: dict[SublayerShape, set[int]] = {}
-    for layer, sublayer in enumerate(sublayers):
-        groups.setdefault(sublayer, set()).add(layer)
-    return tuple(map(frozenset, groups.values()))
+        kinds: dict[SublayerKind, tuple[SublayerShape, ...]] = {"attention": self.attention, "ffn": self.ffn}
+        groups = {kind: dict.fromkeys(sublayers) for kind, sublayers in kinds.items()}
+        return {
+            kind: tuple(frozenset(i for i, s in enumerate(kinds[kind]) if s == each) for each in shapes)
+            for kind, shapes in groups.items()
+        }
 
 
 def _entries(matrices: Iterable[tuple[int, int]]) -> int:
@@ -164,34 +162,25 @@ def _on_meta(config: PreTrainedConfig) -> Any:
         ) from error
 
 
-def _layer_configs(config: PreTrainedConfig, num_layers: int) -> list[Any]:
-    """The config of each layer; where layers differ, as in Gemma 4, transformers refuses to read their sizes off the
-    whole model's. Older versions have the one config only."""
-    own: Any = getattr(config, "per_layer_config", None)
-    return [config] * num_layers if own is None else [own[layer] for layer in range(num_layers)]
-
-
-def _heads(config: Any) -> dict[str, int]:
-    """Heads of the attention that `config` describes, as fields of a `SublayerShape`."""
-    heads = config.num_attention_heads
-    return {
-        "num_heads": heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
-
-
-def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """Positions each layer's attention sees at most, as transformers' own cache has it."""
-    layers: list[Any] = DynamicCache(config=config).layers
-    return [layer.sliding_window if getattr(layer, "is_sliding", False) else None for layer in layers]
-
-
-def _sublayers(layer: nn.Module) -> tuple[SublayerShape, SublayerShape]:
+def _sublayers(layer: nn.Module, config: Any, cache: Any) -> tuple[SublayerShape, SublayerShape]:
+    """config, cache: the layer's own, by which heads and window are known."""
     structure = next((structure for structure in known_structures() if structure.fits(layer)), None)
     if structure is None:
         raise UnsupportedModelError(f"{type(layer).__name__} is not one attention and one FFN, one after the other")
-    return _count(layer, structure.attention), _count(layer, structure.ffn)
+    heads = config.num_attention_heads
+    attention = replace(
+        _count(layer, structure.attention),
+        window=cache.sliding_window if getattr(cache, "is_sliding", False) else None,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+    ffn = _count(layer, structure.ffn)
+    if not ffn.experts:
+        return attention, ffn
+    if (active := getattr(config, "num_experts_per_tok", None)) is None:
+        raise UnsupportedModelError(f"{type(config).__name__} does not say how many experts a token visits")
+    return attention, replace(ffn, active_experts=active)
 
 
 def _count(layer: nn.Module, sublayers: Sublayers) -> SublayerShape:
@@ -209,11 +198,3 @@ def _count(layer: nn.Module, sublayers: Sublayers) -> SublayerShape:
         experts=len(stacks[0]) if stacks else 0,
         vectors=sum(p.numel() for p in named.values() if p.dim() == 1),
     )
-
-
-def _with_active_experts(ffn: SublayerShape, config: Any) -> SublayerShape:
-    if not ffn.experts:
-        return ffn
-    if (active := getattr(config, "num_experts_per_tok", None)) is None:
-        raise UnsupportedModelError(f"{type(config).__name__} does not say how many experts a token visits")
-    return replace(ffn, active_experts=active)

@@ -8,7 +8,7 @@ SDPA), or sends them through memory ("eager": transformers' plain implementation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, Required, TypedDict, Unpack, get_args
 
 from adaskip.core.plan import SublayerKind
 from adaskip.roofline.ceilings import Ceilings
@@ -54,15 +54,18 @@ def attention_work(
     Causal attention computes only the half of the scores it needs; the eager one computes and masks the other half.
     """
     _check(tokens, context, batch_size)
-    _check_implementation(attention)
+    if attention not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
     sublayer = shape.attention[layer]
     width = sublayer.num_heads * sublayer.head_dim
     held = context if sublayer.window is None else min(context, sublayer.window - 1 + tokens)
     pairs = tokens * held if attention == "eager" else _pairs(tokens, context, sublayer.window)
     kv_values = 2 * sublayer.num_kv_heads * sublayer.head_dim * held
     values = batch_size * (kv_values + 2 * width * tokens)  # K/V and queries in, heads' outputs out
-    scores = batch_size * sublayer.num_heads * tokens * held
-    scores_bytes = scores * _eager_bytes(bytes_per_value) if attention == "eager" else 0
+    scores_bytes = 0
+    if attention == "eager":
+        moved = EAGER_PASSES * bytes_per_value + (EAGER_FLOAT32_BYTES if bytes_per_value < 4 else 0)
+        scores_bytes = batch_size * sublayer.num_heads * tokens * held * moved
     products = Work(4 * width * pairs * batch_size, values * bytes_per_value + scores_bytes)
     return _matrices_work(sublayer, tokens * batch_size, bytes_per_value) + products
 
@@ -81,20 +84,21 @@ def head_work(shape: ModelShape, *, tokens: int, batch_size: int = 1, bytes_per_
     return Work(0, embeddings * bytes_per_value) + _matrices_work(head, batch_size, bytes_per_value)
 
 
+class Running(TypedDict, total=False):
+    """How a model is run: rows and the ceilings of the device, bytes of a value, and how attention is computed."""
+
+    ceilings: Required[Ceilings]
+    batch_size: int
+    bytes_per_value: int
+    attention: AttentionImplementation
+
+
 def sublayer_seconds(
-    shape: ModelShape,
-    kind: SublayerKind,
-    *,
-    tokens: int,
-    context: int,
-    batch_size: int = 1,
-    ceilings: Ceilings,
-    bytes_per_value: int = 2,
-    layer: int = 0,
-    attention: AttentionImplementation = "fused",
+    shape: ModelShape, kind: SublayerKind, *, tokens: int, context: int, layer: int = 0, **running: Unpack[Running]
 ) -> float:
     """The least time of one forward of one sublayer."""
-    sizes = {"tokens": tokens, "batch_size": batch_size, "bytes_per_value": bytes_per_value, "layer": layer}
+    sizes: dict[str, Any] = {"tokens": tokens, "layer": layer, **running}
+    ceilings, attention = sizes.pop("ceilings"), sizes.pop("attention", "fused")
     if kind == "ffn":
         return ffn_work(shape, **sizes).seconds(ceilings)
     return attention_work(shape, **sizes, context=context, attention=attention).seconds(ceilings)
@@ -114,19 +118,9 @@ def _pairs(tokens: int, context: int, window: int | None) -> int:
     return growing * first + growing * (growing + 1) // 2 + (tokens - growing) * window
 
 
-def _eager_bytes(bytes_per_value: int) -> int:
-    """Bytes that one score moves when it goes through memory."""
-    return EAGER_PASSES * bytes_per_value + (EAGER_FLOAT32_BYTES if bytes_per_value < 4 else 0)
-
-
 def _check(tokens: int, context: int, batch_size: int) -> None:
     if tokens < 1 or batch_size < 1 or context < tokens:
         raise ValueError(
             f"need at least 1 new token and 1 row, and a context that includes the new tokens; got {tokens} tokens, "
             f"{batch_size} rows, context {context}"
         )
-
-
-def _check_implementation(attention: str) -> None:
-    if attention not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(IMPLEMENTATIONS)}")

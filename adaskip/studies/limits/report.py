@@ -260,8 +260,8 @@ def launch_table(predictions: Sequence[Record], operators: Mapping[str, Mapping[
 
 def work_of(shape: ModelShape, step: Step, work: Workload, bytes_per_value: int = 2) -> dict[str, Work]:
     """Operations and bytes of one attention and one FFN of the first layer, and of embeddings and head together."""
-    sizes = {"tokens": work.prompt_tokens if step == "prefill" else 1, "batch_size": work.batch_size}
-    sizes["bytes_per_value"] = bytes_per_value
+    tokens = work.prompt_tokens if step == "prefill" else 1
+    sizes: Any = {"tokens": tokens, "batch_size": work.batch_size, "bytes_per_value": bytes_per_value}
     return {
         "attention": attention_work(shape, context=work.prompt_tokens + (step == "decode"), **sizes),
         "FFN": ffn_work(shape, **sizes),
