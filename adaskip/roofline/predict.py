@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 from adaskip.core.plan import SkipPlan
-from adaskip.roofline.ceilings import Ceilings
 from adaskip.roofline.shape import ModelShape
-from adaskip.roofline.work import AttentionImplementation, head_work, sublayer_seconds
+from adaskip.roofline.work import Running, head_work, sublayer_seconds
 
 DecodePlan = SkipPlan | Callable[[int], SkipPlan]
 """One plan for every decode step, or a function of the step (from 1), such as a strategy's `decode_plan`."""
@@ -29,10 +29,7 @@ def predict(
     decode_plan: DecodePlan,
     prompt_tokens: int,
     new_tokens: int,
-    batch_size: int = 1,
-    ceilings: Ceilings,
-    bytes_per_value: int = 2,
-    attention: AttentionImplementation = "fused",
+    **running: Unpack[Running],
 ) -> Times:
     """TTFT and TPOT if every live sublayer runs at the ceilings and nothing else takes time.
 
@@ -41,56 +38,27 @@ def predict(
     """
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1; got {new_tokens}")
-
-    def seconds(plan: SkipPlan, tokens: int, context: int) -> float:
-        return forward_seconds(
-            shape,
-            plan,
-            tokens=tokens,
-            context=context,
-            batch_size=batch_size,
-            ceilings=ceilings,
-            bytes_per_value=bytes_per_value,
-            attention=attention,
-        )
-
-    gone = prefill_plan.attention_only()
-    steps = range(1, new_tokens)
-    plans = (decode_plan(step) if callable(decode_plan) else decode_plan for step in steps)
-    decode_s = sum(seconds(plan.union(gone), 1, prompt_tokens + step) for step, plan in zip(steps, plans, strict=True))
-    return Times(seconds(prefill_plan, prompt_tokens, prompt_tokens), decode_s / len(steps) if steps else None)
+    gone, decode_s = prefill_plan.attention_only(), 0.0
+    for step in range(1, new_tokens):
+        plan = (decode_plan(step) if callable(decode_plan) else decode_plan).union(gone)
+        decode_s += forward_seconds(shape, plan, tokens=1, context=prompt_tokens + step, **running)
+    prefill_s = forward_seconds(shape, prefill_plan, tokens=prompt_tokens, context=prompt_tokens, **running)
+    return Times(prefill_s, decode_s / (new_tokens - 1) if new_tokens > 1 else None)
 
 
 def forward_seconds(
-    shape: ModelShape,
-    plan: SkipPlan,
-    *,
-    tokens: int,
-    context: int,
-    batch_size: int = 1,
-    ceilings: Ceilings,
-    bytes_per_value: int = 2,
-    attention: AttentionImplementation = "fused",
+    shape: ModelShape, plan: SkipPlan, *, tokens: int, context: int, **running: Unpack[Running]
 ) -> float:
     """The minimum time of one forward of the model without the sublayers of `plan`, which run one after the other."""
     plan.check_fits(shape.num_layers)
-    head = head_work(shape, tokens=tokens, batch_size=batch_size, bytes_per_value=bytes_per_value)
-    total = head.seconds(ceilings)
+    sizes = {name: running[name] for name in ("batch_size", "bytes_per_value") if name in running}
+    total = head_work(shape, tokens=tokens, **sizes).seconds(running["ceilings"])
     for kind, groups in shape.alike.items():
         skipped = plan.attention if kind == "attention" else plan.ffn
         for layers in groups:
             if live := len(layers - skipped):
-                total += live * sublayer_seconds(
-                    shape,
-                    kind,
-                    tokens=tokens,
-                    context=context,
-                    batch_size=batch_size,
-                    ceilings=ceilings,
-                    bytes_per_value=bytes_per_value,
-                    layer=min(layers),
-                    attention=attention,
-                )
+                each = sublayer_seconds(shape, kind, tokens=tokens, context=context, layer=min(layers), **running)
+                total += live * each
     return total
 
 

@@ -1,7 +1,7 @@
-"""The weight matrices of a model's sublayers, read from the stock model without allocating weights.
+"""The matrices of a model, sublayer by sublayer, read off the stock model itself without allocating a weight.
 
-transformers builds the model on the meta device, so the biases, norms, fused projections and experts of every family
-are counted exactly, without formulas per family.
+transformers builds the model on the meta device, so every family's biases, norms, fused projections and experts are
+counted as they are; no formula per family can go stale.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from adaskip.core.plan import SublayerKind
 
 @dataclass(frozen=True)
 class SublayerShape:
-    """The parameters of one attention or FFN sublayer, including its norms.
+    """The parameters of one attention or FFN sublayer, its norms included.
 
-    matrices: (outputs, inputs) of every matrix that each token is multiplied by. experts, active_experts: number of
-    experts, and how many of them each token uses; expert_matrices: (outputs, inputs) of one expert. vectors: entries of
-    biases and norm weights. For an attention also num_heads, num_kv_heads, head_dim, and window: the maximum number of
-    positions it sees, None for all.
+    matrices: (outputs, inputs) of every matrix that each token is multiplied by. experts, active_experts: how many
+    experts there are and how many of them a token visits; expert_matrices: (outputs, inputs) of one of them. vectors:
+    entries of biases and norm weights. Of an attention also num_heads, num_kv_heads, head_dim, and window: the
+    positions it sees at most, None for all.
     """
 
     matrices: tuple[tuple[int, int], ...]
@@ -52,20 +52,20 @@ class SublayerShape:
 
     @property
     def passed(self) -> int:
-        """Number of activations that one token reads and writes at its matrices."""
+        """Activations that one token brings to its matrices and takes from them."""
         passed = sum(map(sum, self.matrices))
         return passed + self.active_experts * sum(map(sum, self.expert_matrices))
 
     def weights_read(self, tokens: int) -> float:
-        """Number of weight entries that `tokens` tokens read, with the expected number of used experts if each token
-        chooses at random."""
+        """Entries of the weights that `tokens` tokens need: of the experts those expected to be visited by any token,
+        if each token chose its own at random."""
         visited = self.experts * (1 - (1 - self.active_experts / self.experts) ** tokens) if self.experts else 0.0
         return _entries(self.matrices) + visited * _entries(self.expert_matrices) + self.vectors
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a decoder that determine its time: matrices, heads, vocabulary and windows. Layers may differ.
+    """What of a decoder decides its time: matrices, heads, vocabulary and windows. Layers need not be alike.
 
     attention, ffn: one `SublayerShape` per layer. final_vectors: entries of the norm before the head.
     """
@@ -86,22 +86,22 @@ class ModelShape:
         """
         config = config.get_text_config()
         model = _on_meta(config)
-        layers = [_sublayers(layer) for layer in decoder_layers(model)]
-        of_layers, windows = _layer_configs(config, len(layers)), _windows(config)
-        if len(windows) != len(layers):
+        layers, kept = decoder_layers(model), list[Any](DynamicCache(config=config).layers)
+        if len(kept) != len(layers):
             raise UnsupportedModelError(
-                f"{type(model).__name__} keeps K/V for {len(windows)} of its {len(layers)} layers; what layers share "
+                f"{type(model).__name__} keeps K/V for {len(kept)} of its {len(layers)} layers; what layers share "
                 "is not known here"
             )
+        # Where layers differ, as in Gemma 4, transformers refuses to read their sizes off the whole model's config.
+        own: Any = getattr(config, "per_layer_config", None)
+        own = [config] * len(layers) if own is None else own
+        both = [_sublayers(layer, own[i], cache) for i, (layer, cache) in enumerate(zip(layers, kept, strict=True))]
         shape = cls(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             tied_embeddings=config.tie_word_embeddings,
-            attention=tuple(
-                replace(attention, window=window, **_heads(own))
-                for (attention, _), window, own in zip(layers, windows, of_layers, strict=True)
-            ),
-            ffn=tuple(_with_active_experts(ffn, own) for (_, ffn), own in zip(layers, of_layers, strict=True)),
+            attention=tuple(attention for attention, _ in both),
+            ffn=tuple(ffn for _, ffn in both),
             final_vectors=sum(p.numel() for p in find_decoder(model).norm.parameters()),
         )
         shape._check_against(model)
@@ -136,15 +136,13 @@ class ModelShape:
 
     @cached_property
     def alike(self) -> dict[SublayerKind, tuple[frozenset[int], ...]]:
-        """For each kind, groups of layers whose sublayers have the same shape; most models have one group."""
-        return {"attention": _groups(self.attention), "ffn": _groups(self.ffn)}
-
-
-def _groups(sublayers: tuple[SublayerShape, ...]) -> tuple[frozenset[int], ...]:
-    groups: dict[SublayerShape, set[int]] = {}
-    for layer, sublayer in enumerate(sublayers):
-        groups.setdefault(sublayer, set()).add(layer)
-    return tuple(map(frozenset, groups.values()))
+        """By kind, the layers whose sublayers are of the same shape; most models have one group."""
+        kinds: dict[SublayerKind, tuple[SublayerShape, ...]] = {"attention": self.attention, "ffn": self.ffn}
+        groups = {kind: dict.fromkeys(sublayers) for kind, sublayers in kinds.items()}
+        return {
+            kind: tuple(frozenset(i for i, s in enumerate(kinds[kind]) if s == each) for each in shapes)
+            for kind, shapes in groups.items()
+        }
 
 
 def _entries(matrices: Iterable[tuple[int, int]]) -> int:
@@ -164,34 +162,25 @@ def _on_meta(config: PreTrainedConfig) -> Any:
         ) from error
 
 
-def _layer_configs(config: PreTrainedConfig, num_layers: int) -> list[Any]:
-    """The config of each layer. If layers differ, as in Gemma 4, the config of the whole model does not have their
-    sizes; older versions of transformers have only that one."""
-    own: Any = getattr(config, "per_layer_config", None)
-    return [config] * num_layers if own is None else [own[layer] for layer in range(num_layers)]
-
-
-def _heads(config: Any) -> dict[str, int]:
-    """Heads of the attention that `config` describes, as fields of a `SublayerShape`."""
-    heads = config.num_attention_heads
-    return {
-        "num_heads": heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
-
-
-def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """Maximum number of positions that each layer's attention sees, from transformers' cache."""
-    layers: list[Any] = DynamicCache(config=config).layers
-    return [layer.sliding_window if getattr(layer, "is_sliding", False) else None for layer in layers]
-
-
-def _sublayers(layer: nn.Module) -> tuple[SublayerShape, SublayerShape]:
+def _sublayers(layer: nn.Module, config: Any, cache: Any) -> tuple[SublayerShape, SublayerShape]:
+    """config, cache: the layer's own, by which heads and window are known."""
     structure = next((structure for structure in known_structures() if structure.fits(layer)), None)
     if structure is None:
         raise UnsupportedModelError(f"{type(layer).__name__} is not one attention and one FFN, one after the other")
-    return _count(layer, structure.attention), _count(layer, structure.ffn)
+    heads = config.num_attention_heads
+    attention = replace(
+        _count(layer, structure.attention),
+        window=cache.sliding_window if getattr(cache, "is_sliding", False) else None,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+    ffn = _count(layer, structure.ffn)
+    if not ffn.experts:
+        return attention, ffn
+    if (active := getattr(config, "num_experts_per_tok", None)) is None:
+        raise UnsupportedModelError(f"{type(config).__name__} does not say how many experts a token visits")
+    return attention, replace(ffn, active_experts=active)
 
 
 def _count(layer: nn.Module, sublayers: Sublayers) -> SublayerShape:
@@ -209,11 +198,3 @@ def _count(layer: nn.Module, sublayers: Sublayers) -> SublayerShape:
         experts=len(stacks[0]) if stacks else 0,
         vectors=sum(p.numel() for p in named.values() if p.dim() == 1),
     )
-
-
-def _with_active_experts(ffn: SublayerShape, config: Any) -> SublayerShape:
-    if not ffn.experts:
-        return ffn
-    if (active := getattr(config, "num_experts_per_tok", None)) is None:
-        raise UnsupportedModelError(f"{type(config).__name__} does not say how many experts a token visits")
-    return replace(ffn, active_experts=active)

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from adaskip.common.intervals import Estimate
 from adaskip.studies.bench.settings import COMPILED, EAGER, Cell, Workload
-from adaskip.studies.limits.measured import Measured, measured_table, read_measured
+from adaskip.studies.limits.predictions import read_measured
+from adaskip.studies.limits.report import measured_table
 from tests.saved_benchmarks import (
     GPU,
     LLAMA_8B,
@@ -33,22 +33,22 @@ def test_speedups_are_predicted_by_the_limits_and_measured_by_the_entries(tmp_pa
         add(result, LONG, cell, [generation(times[cell][0], [times[cell][1]] * 24)] * 2)
     save(result)
     assert read_measured(tmp_path) == [
-        Measured(
-            device="nvidia-l20",
-            model="llama",
-            prompt_tokens=8000,
-            new_tokens=25,
-            batch_size=4,
-            strategy="adaskip",
-            phase="e2e",
-            sublayers=8,
-            mode="eager",
-            predicted_prefill=pytest.approx(1.5),
-            measured_prefill=Estimate(1.25, 1.25, 1.25),
-            predicted_decode=pytest.approx(1.2),
-            measured_decode=Estimate(2.0, 2.0, 2.0),
-            result="gpu_saving",
-        )
+        {
+            "device": "nvidia-l20",
+            "model": "llama",
+            "prompt_tokens": 8000,
+            "new_tokens": 25,
+            "batch_size": 4,
+            "strategy": "adaskip",
+            "phase": "e2e",
+            "sublayers": 8,
+            "mode": "eager",
+            "predicted_prefill": pytest.approx(1.5),
+            "measured_prefill": {"value": 1.25, "low": 1.25, "high": 1.25},
+            "predicted_decode": pytest.approx(1.2),
+            "measured_decode": {"value": 2.0, "low": 2.0, "high": 2.0},
+            "result": "gpu_saving",
+        }
     ]
 
 
@@ -60,7 +60,7 @@ def test_each_workload_and_mode_has_its_own_full_model(tmp_path):
         if limit["cell"] == Cell("full", mode=COMPILED).to_dict() and limit["workload"] == vars(LONG):
             limit["tpot_s"] *= 3
     save(result)
-    found = {(m.prompt_tokens, m.mode): m.predicted_decode for m in read_measured(tmp_path)}
+    found = {(m["prompt_tokens"], m["mode"]): m["predicted_decode"] for m in read_measured(tmp_path)}
     assert found == {
         (512, EAGER): pytest.approx(1.25),
         (512, COMPILED): pytest.approx(1.25),
@@ -82,7 +82,7 @@ def test_what_has_no_limits_is_no_study_of_strategies_or_no_result_is_left_out(t
     save(overhead)
     (tmp_path / "roofline").mkdir()
     (tmp_path / "roofline" / "roofline.json").write_text(json.dumps({"manifest": {}}))
-    assert [(m.result, m.sublayers) for m in read_measured(tmp_path)] == [("interrupted", 3)]
+    assert [(m["result"], m["sublayers"]) for m in read_measured(tmp_path)] == [("interrupted", 3)]
 
 
 @pytest.mark.parametrize("name", ["", "missing"])
@@ -91,8 +91,11 @@ def test_where_nothing_is_measured_there_is_nothing(tmp_path, name):
 
 
 def test_the_table_puts_measured_beside_predicted():
-    one = Measured("cpu", "llama", 512, 25, 1, "adaskip", "e2e", 6, "eager", 1.333, Estimate(1.2, 1.1, 1.3), 1.5,
-                   Estimate(1.4), "saving")  # fmt: skip
+    work = {"device": "cpu", "model": "llama", "prompt_tokens": 512, "new_tokens": 25, "batch_size": 1}
+    way = {"strategy": "adaskip", "phase": "e2e", "sublayers": 6, "mode": "eager", "result": "saving"}
+    predicted = {"predicted_prefill": 1.333, "predicted_decode": 1.5}
+    timed = [{"value": 1.2, "low": 1.1, "high": 1.3}, {"value": 1.4, "low": None, "high": None}]
+    one = {**work, **way, **predicted, "measured_prefill": timed[0], "measured_decode": timed[1]}
     header, _, line = measured_table([one]).splitlines()
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells == ["cpu", "llama", "1 x 512 + 25", "AdaSkip", "e2e", "6", "eager", "1.33", "1.20 [1.10, 1.30]",

@@ -19,22 +19,23 @@ from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.models.loading import architecture
 from adaskip.profiles.assumed import ASSUMED, assumed_profile
 from adaskip.roofline import Ceilings, ModelShape, forward_seconds, known_ceilings
-from adaskip.studies.bench.settings import Workload as BenchWorkload
+from adaskip.studies.bench.settings import Workload
 from adaskip.studies.limits.command import RooflineConfig, main, predict_all, write
-from adaskip.studies.limits.comparison import (
+from adaskip.studies.limits.launches import Launches
+from adaskip.studies.limits.predictions import (
     ATTENTION_ALONE,
     Device,
-    Explained,
     Way,
-    Workload,
     compare,
+    find_crossover,
     published_speedups,
+    seconds,
+    speedup_of_kind,
     ways,
 )
-from adaskip.studies.limits.crossover import find_crossover, seconds, speedup_of_kind
-from adaskip.studies.limits.launches import Launches
-from adaskip.studies.limits.tables import gap_table, launch_table
+from adaskip.studies.limits.report import gap_table, launch_table
 from adaskip.studies.tables.paper import load_paper
+from tests.families import random_model
 from tests.saved_benchmarks import GPU, LLAMA_8B, add_strategies, result_of, save
 
 L20 = known_ceilings("L20")
@@ -47,7 +48,7 @@ def written(tmp_path_factory) -> Path:
     """Beside a measured prompt of 512 tokens on an L20."""
     out_dir, measured_dir = (tmp_path_factory.mktemp(name) for name in ("roofline", "measured"))
     result = result_of(measured_dir, "gpu_saving", "strategies", LLAMA_8B, device=GPU)
-    add_strategies(result, BenchWorkload(512, 25), ("prefill",), (8,))
+    add_strategies(result, Workload(512, 25), ("prefill",), (8,))
     save(result)
     sizes = {"models": ("llama",), "devices": ("L20", "H200"), "budgets": (8,), "new_tokens": 4}
     config = RooflineConfig(**sizes, measured_dir=str(measured_dir), output_dir=str(out_dir))
@@ -94,6 +95,14 @@ def test_the_document_has_measured_speedups_beside_those_predicted_for_them(writ
     assert measured["measured_decode"]["value"] == pytest.approx(1 / 0.9)
 
 
+def test_a_model_that_is_not_listed_is_predicted_under_its_own_name(tmp_path):
+    random_model("qwen2", num_layers=3).config.save_pretrained(folder := tmp_path / "Tiny-Qwen2")
+    config = RooflineConfig(models=(str(folder),), devices=("L20",), budgets=(2,), new_tokens=2, prompt_tokens=9)
+    roofline = predict_all(config)
+    assert {p["model"] for p in roofline.predictions} == set(roofline.operators) == {"Tiny-Qwen2"}
+    assert roofline.explained == []  # the paper has no such model
+
+
 def test_a_document_without_measurements_says_so(tmp_path):
     sizes = {"models": ("llama",), "devices": ("L20",), "budgets": (8,), "new_tokens": 2}
     roofline = predict_all(RooflineConfig(**sizes, measured_dir=str(tmp_path / "none"), output_dir=str(tmp_path)))
@@ -121,10 +130,8 @@ def test_speedups_equal_the_forwards_summed_by_hand(way):
 
     (prediction,) = compare("llama", LLAMA, Device(L20), WORK, [way], profile)
     prompt = EMPTY_PLAN if way.phase == "decode" else skipped
-    assert prediction.ttft_speedup == pytest.approx(prefill(EMPTY_PLAN) / prefill(prompt))
-    assert prediction.tpot_speedup == pytest.approx(decode(EMPTY_PLAN) / decode(skipped))
-    of_phase = prediction.ttft_speedup if way.phase == "prefill" else prediction.tpot_speedup
-    assert prediction.speedup == of_phase
+    assert prediction["ttft_speedup"] == pytest.approx(prefill(EMPTY_PLAN) / prefill(prompt))
+    assert prediction["tpot_speedup"] == pytest.approx(decode(EMPTY_PLAN) / decode(skipped))
 
 
 def test_speedups_of_the_paper_are_all_there_and_adaskips_stand_for_attention_alone():
@@ -196,13 +203,16 @@ def test_the_time_an_operator_may_take_is_the_tokens_time_over_the_operators():
 
 
 def test_gaps_are_means_and_the_nearest_is_named():
-    way = Way("decode", "adaskip", 8)
-    explained = [
-        Explained("llama", way, 1.1, fused=1.0, eager=1.2, launches=1.15),
-        Explained("llama", way, 1.2, fused=1.2, eager=1.3, launches=1.25),
-        Explained("llama", Way("decode", ATTENTION_ALONE, 8), 1.1, fused=9, eager=9, launches=9),
+    def explained(strategy: str, paper: float, fused: float, eager: float, launches: float) -> dict:
+        way = {"phase": "decode", "strategy": strategy, "sublayers": 8}
+        return {"model": "llama", "way": way, "paper": paper, "fused": fused, "eager": eager, "launches": launches}
+
+    cases = [
+        explained("adaskip", 1.1, 1.0, 1.2, 1.15),
+        explained("adaskip", 1.2, 1.2, 1.3, 1.25),
+        explained(ATTENTION_ALONE, 1.1, 9, 9, 9),
     ]
-    cells = [cell.strip() for cell in gap_table(explained).splitlines()[2].split("|")[1:-1]]
+    cells = [cell.strip() for cell in gap_table(cases).splitlines()[2].split("|")[1:-1]]
     assert cells == ["llama", "decode", "AdaSkip", "-0.05", "+0.10", "+0.05", "ceilings = launches"]
 
 

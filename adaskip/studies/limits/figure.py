@@ -11,10 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from adaskip.core.plan import SublayerKind
-from adaskip.roofline.ceilings import Ceilings
-from adaskip.roofline.shape import ModelShape
+from adaskip.roofline import Ceilings, ModelShape
 from adaskip.roofline.work import AttentionImplementation
-from adaskip.studies.limits.crossover import STEPS, Step, find_crossover, seconds
+from adaskip.studies.limits.predictions import STEPS, Step, find_crossover, seconds
 from adaskip.studies.plots.style import BLUE, ORANGE, SKY, Look, save, styled
 
 CONTEXTS = tuple(500 * 2**power for power in range(9))
@@ -34,10 +33,8 @@ def plot_sublayers(shapes: Mapping[str, ModelShape], ceilings: Ceilings, stem: P
         for step, row in zip(STEPS, axes, strict=True):
             for shape, panel in zip(shapes.values(), row, strict=True):
                 _draw(panel, shape, step, ceilings)
-            row[-1].annotate(
-                "prefill: whole prompt" if step == "prefill" else "decode: one token",
-                (1.03, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9,
-            )  # fmt: skip
+            label = "prefill: whole prompt" if step == "prefill" else "decode: one token"
+            row[-1].annotate(label, (1.03, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9)
         for model, panel in zip(shapes, axes[0], strict=True):
             panel.set_title(model)
         figure.supxlabel("context, tokens", fontsize=8)
@@ -48,11 +45,16 @@ def plot_sublayers(shapes: Mapping[str, ModelShape], ceilings: Ceilings, stem: P
 
 
 def _draw(panel: Axes, shape: ModelShape, step: Step, ceilings: Ceilings) -> None:
+    """The lines, and a ring where attention overtakes the FFN, with the context beside it."""
     for (kind, attention), (_, look) in LINES.items():
         times = [1000 * seconds(shape, kind, step, context, ceilings, attention) for context in CONTEXTS]
         panel.plot(CONTEXTS, times, **{**look.line, "markersize": 3})
-        if kind == "attention":
-            _mark(panel, shape, step, ceilings, attention)
+        context = find_crossover(shape, step, ceilings, attention) if kind == "attention" else None
+        if context is not None and CONTEXTS[0] <= context <= CONTEXTS[-1]:
+            at, fused = (context, 1000 * seconds(shape, "ffn", step, context, ceilings)), attention == "fused"
+            panel.plot(*at, marker="o", markersize=8, markerfacecolor="none", markeredgecolor="black", linestyle="none")
+            place = {"xytext": (4, -11), "ha": "left"} if fused else {"xytext": (-4, 7), "ha": "right"}
+            panel.annotate(f"{context / 1000:.1f}k", at, textcoords="offset points", fontsize=7, **place)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     ticks = CONTEXTS[1::2]
@@ -60,22 +62,3 @@ def _draw(panel: Axes, shape: ModelShape, step: Step, ceilings: Ceilings) -> Non
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set_xticklabels([f"{tick // 1000}k" for tick in ticks])
     panel.grid(axis="both")
-
-
-def _mark(panel: Axes, shape: ModelShape, step: Step, ceilings: Ceilings, attention: AttentionImplementation) -> None:
-    """A ring where attention overtakes the FFN, with the context beside it."""
-    context = find_crossover(shape, step, ceilings, attention)
-    if context is None or not CONTEXTS[0] <= context <= CONTEXTS[-1]:
-        return
-    at = (context, 1000 * seconds(shape, "ffn", step, context, ceilings))
-    panel.plot(*at, marker="o", markersize=8, markerfacecolor="none", markeredgecolor="black", linestyle="none")
-    fused = attention == "fused"
-    panel.annotate(
-        thousands(context), at, xytext=(4, -11) if fused else (-4, 7), textcoords="offset points",
-        ha="left" if fused else "right", fontsize=7,
-    )  # fmt: skip
-
-
-def thousands(tokens: int) -> str:
-    """`32.8k`"""
-    return f"{tokens / 1000:.1f}k"

@@ -1,4 +1,4 @@
-"""The other end of the scale: how many operators one decode step dispatches, each a kernel to launch.
+"""The other limit: how many operators one decode step dispatches, each a kernel to launch.
 
 Where a step takes less time on the device than Python takes to launch it, launches decide and not bytes. The count
 needs no device: operators do not depend on widths, so a narrow copy of the model takes the step.
@@ -10,21 +10,15 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from adaskip.core.context import skipping
 from adaskip.core.hf import TorchDispatchMode
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.strategies import FixedPlan
 
-NARROW = {
-    "intermediate_size": 4,
-    "vocab_size": 8,
-    "head_dim": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+NARROW = {"intermediate_size": 4, "vocab_size": 8, "head_dim": 4, **TOKENS}
 WITHOUT_KERNEL = frozenset({"aten::_unsafe_view"})
 """A view that does not call itself one."""
 
@@ -42,16 +36,27 @@ class _Counter(TorchDispatchMode):
 
 
 class Launches:
-    """Operators per decode step of the model that `config` describes, each plan counted once."""
+    """Operators per decode step of the model that `config` describes, each plan counted once, on a random model of the
+    same depth, heads and options, of next to no width, in bfloat16."""
 
     def __init__(self, config: PreTrainedConfig):
-        self._model, self._counts = _narrow_model(config), {}
+        config, self._counts = copy.deepcopy(config), {}
+        for name, value in {**NARROW, "hidden_size": NARROW["head_dim"] * config.num_attention_heads}.items():
+            setattr(config, name, value)
+        options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+        self._model = AutoModelForCausalLM.from_config(config, **options).eval()
         self.num_layers: int = config.num_hidden_layers
 
+    @torch.no_grad()
     def of(self, plan: SkipPlan) -> int:
         """Operators dispatched by one decode step under `plan`, from embedding to logits."""
         if plan not in self._counts:
-            self._counts[plan] = self._count(plan)
+            cache, counter = DynamicCache(config=self._model.config), _Counter()
+            with skipping(self._model, FixedPlan(num_layers=self.num_layers, plan=plan)):
+                self._model(input_ids=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+                with counter:
+                    self._model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+            self._counts[plan] = counter.count
         return self._counts[plan]
 
     def by_kind(self) -> dict[str, int]:
@@ -59,20 +64,3 @@ class Launches:
         last, step = frozenset({self.num_layers - 1}), self.of(EMPTY_PLAN)
         attention, ffn = self.of(SkipPlan(attention=last)), self.of(SkipPlan(ffn=last))
         return {"step": step, "attention": step - attention, "ffn": step - ffn}
-
-    @torch.no_grad()
-    def _count(self, plan: SkipPlan) -> int:
-        cache, counter = DynamicCache(config=self._model.config), _Counter()
-        with skipping(self._model, FixedPlan(num_layers=self.num_layers, plan=plan)):
-            self._model(input_ids=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
-            with counter:
-                self._model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
-        return counter.count
-
-
-def _narrow_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A random model of the same depth, heads and options as `config`, of next to no width, in bfloat16."""
-    config = copy.deepcopy(config)
-    for name, value in {**NARROW, "hidden_size": NARROW["head_dim"] * config.num_attention_heads}.items():
-        setattr(config, name, value)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()

@@ -1,26 +1,70 @@
-"""The predictions as a document: what was predicted, from what, and how far it explains the paper's numbers."""
+"""The predictions as a document, and how far they explain the paper's numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any
 
-from adaskip.roofline.shape import ModelShape
-from adaskip.studies.limits.comparison import ATTENTION_ALONE, PAPER_DEVICE, Device, Explained, Prediction, Workload
-from adaskip.studies.limits.crossover import STEPS, Crossover
-from adaskip.studies.limits.measured import Measured, measured_table
-from adaskip.studies.limits.tables import (
-    EXPLANATIONS,
-    context_table,
-    crossover_table,
-    device_table,
-    gap_table,
-    launch_table,
-    paper_table,
-    times_table,
-    work_of,
-    work_table,
+from adaskip.common.pipe_table import pipe_table
+from adaskip.core.plan import SublayerKind
+from adaskip.roofline import Ceilings, ModelShape, Work, attention_work, ffn_work, head_work
+from adaskip.strategies import FULL
+from adaskip.studies.bench.results import NAMES
+from adaskip.studies.bench.settings import Workload
+from adaskip.studies.limits.predictions import (
+    ADASKIP,
+    ATTENTION_ALONE,
+    PAPER_DEVICE,
+    STEPS,
+    Device,
+    Record,
+    Step,
+    speedup_of_kind,
+)
+from adaskip.studies.tables import labels
+
+Shapes = Mapping[str, ModelShape]
+"""By model."""
+STRATEGIES = {**labels.STRATEGIES, ATTENTION_ALONE: "AdaSkip's budget, attention alone"}
+CONTEXTS = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
+KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
+EXPLANATIONS = {"fused": "ceilings", "eager": "eager attention", "launches": "launches"}
+"""What one thing alone explains, and what its column is called."""
+
+METHOD = (
+    "The least times at which a device can run a model: a sublayer's operations over the device's rate of "
+    "matrix multiplication or its bytes over the memory bandwidth, whichever takes longer, one sublayer after "
+    "the other, and nothing else. Real runs take longer."
+)
+WHO_WINS = (
+    "Below that, FFN skipping wins. While a long prompt is read, both are bound by arithmetic, and attention's "
+    "grows with the square of the prompt. While one row is decoded, both are bound by memory: an FFN reads its "
+    "weights, an attention its smaller weights and the K/V of the whole context, of which grouped heads keep "
+    "little. An attention that sends its scores through memory overtakes far earlier in prefill."
+)
+PAPERS = (
+    "The lengths behind the paper's speedups are not known here; predictions are for those above. Each column "
+    "lets one thing alone take time. *ceilings*: the device's, with an attention that keeps its scores on the "
+    "chip (SDPA, FlashAttention). *eager attention*: the same, but the scores go through memory, as in "
+    "transformers' plain implementation. *launches*: every operator that stock transformers dispatches in a "
+    "decode step takes the same time, as where Python and kernel launches are the limit; counted, not timed."
+)
+GAPS = (
+    "Mean of predicted minus measured speedup. Whole layers take their share of the time whatever limits it, "
+    "so there the columns agree, and what the paper falls short of is time that skipping does not save."
+)
+NOTHING_MEASURED = "Nothing is measured yet: `adaskip bench` times the strategies on a device and its ceilings."
+MEASURED = (
+    "Speedups over the full model in the same mode. Predicted: at the ceilings measured on the device itself, "
+    "with the sets and lengths of the measurement. Measured: medians over the rounds with 95 % intervals, from "
+    "`adaskip bench`. *Phase* is what skips; in phase prefill one set serves prompt and answer."
+)
+LAUNCHES = (
+    "The time an operator of the full model's decode step may take, microseconds. Where Python and the driver "
+    "take longer to launch one, launches are the limit and not bytes: decoding goes at the host's pace, and "
+    "CUDA graphs or larger batches bring it nearer to the device's limit."
 )
 
 
@@ -28,19 +72,19 @@ from adaskip.studies.limits.tables import (
 class Roofline:
     """Everything that was computed.
 
-    shapes: by model. skip_set: where AdaSkip's sets come from. operators: by model, those of a decode step
-    (`Launches.by_kind`). measured: what the benchmark timed, wherever that was.
+    skip_set: where AdaSkip's sets come from. predictions, explained, crossovers, measured: records (`predictions`).
+    operators: by model, those of a decode step (`Launches.by_kind`).
     """
 
     work: Workload
     devices: Sequence[Device]
-    shapes: Mapping[str, ModelShape]
+    shapes: Shapes
     skip_set: str
-    predictions: Sequence[Prediction]
-    explained: Sequence[Explained]
-    crossovers: Sequence[Crossover]
+    predictions: Sequence[Record]
+    explained: Sequence[Record]
+    crossovers: Sequence[Record]
     operators: Mapping[str, Mapping[str, int]]
-    measured: Sequence[Measured]
+    measured: Sequence[Record]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -54,106 +98,184 @@ class Roofline:
                 for step in STEPS
                 for part, work in work_of(shape, step, self.work).items()
             ],
-            "crossovers": [asdict(crossover) for crossover in self.crossovers],
+            "crossovers": self.crossovers,
             "operators": self.operators,
-            "predictions": [asdict(prediction) for prediction in self.predictions],
-            "paper": [asdict(explained) for explained in self.explained],
-            "measured": [asdict(measured) for measured in self.measured],
+            "predictions": self.predictions,
+            "paper": self.explained,
+            "measured": self.measured,
         }
 
     def to_markdown(self, figure: str) -> str:
         """The document. figure: the picture's file name."""
-        parts = ["# Roofline: what the hardware allows", self._settings(), device_table(self.devices)]
-        parts += ["## When attention skipping wins, and when FFN skipping does", *self._by_context(figure)]
-        if self.explained:
-            parts += [f"## Beside what the paper measured on one {PAPER_DEVICE}", *self._beside_the_paper()]
-        parts += ["## Beside what the benchmark measured", *self._beside_the_benchmark()]
-        parts += ["## TTFT: milliseconds, and speedup over the full model", "The prompt skips (phase prefill)."]
-        parts += [f"### {model}\n\n{times_table(self._of(model, 'prefill'), 'ttft')}" for model in self.shapes]
-        parts += ["## TPOT: milliseconds, and speedup over the full model", "Decoding skips (phase decode)."]
-        parts += [f"### {model}\n\n{times_table(self._of(model, 'decode'), 'tpot')}" for model in self.shapes]
-        parts += ["## Launches or bytes", *self._launches_or_bytes()]
-        parts += ["## Operations and bytes of one sublayer", work_table(self.shapes, self.work, self.devices)]
-        return "\n\n".join(parts) + "\n"
-
-    def _launches_or_bytes(self) -> list[str]:
-        return [
-            "The time an operator of the full model's decode step may take, microseconds. Where Python and the driver "
-            "take longer to launch one, launches are the limit and not bytes: decoding goes at the host's pace, and "
-            "CUDA graphs or larger batches bring it nearer to the device's limit.",
-            launch_table(self.predictions, self.operators),
-        ]
-
-    def _operators(self, model: str) -> str:
-        count = self.operators[model]
-        return f"{model} {count['step']}, of which each attention {count['attention']} and each FFN {count['ffn']}"
-
-    def _of(self, model: str, phase: str) -> list[Prediction]:
-        return [p for p in self.predictions if (p.model, p.way.phase) == (model, phase)]
-
-    def _settings(self) -> str:
-        work = self.work
-        return (
-            "The least times at which a device can run a model: a sublayer's operations over the device's rate of "
-            "matrix multiplication or its bytes over the memory bandwidth, whichever takes longer, one sublayer after "
-            "the other, and nothing else. Real runs take longer.\n\n"
-            f"{work.batch_size} x {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens. AdaSkip's sets: "
-            f"{self.skip_set}. SkipDecode reaches its full depth at the last new token."
+        work, device = self.work, self.devices[0].ceilings
+        counts = "; ".join(
+            f"{model} {count['step']}, of which each attention {count['attention']} and each FFN {count['ffn']}"
+            for model, count in self.operators.items()
         )
-
-    def _by_context(self, figure: str) -> list[str]:
-        device = self.devices[0].ceilings
-        return [
+        parts = [
+            "# Roofline: what the hardware allows",
+            f"{METHOD}\n\n{work.batch_size} x {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens. "
+            f"AdaSkip's sets: {self.skip_set}. SkipDecode reaches its full depth at the last new token.",
+            device_table(self.devices),
+            "## When attention skipping wins, and when FFN skipping does",
             f"![What one sublayer takes at least, by context length]({figure})",
             "Skipping an attention saves more than skipping an FFN from that context on at which it takes as long "
             f"(rings in the figure; {device.name}, batch 1), in tokens:",
             crossover_table(self.crossovers),
-            "Below that, FFN skipping wins. While a long prompt is read, both are bound by arithmetic, and attention's "
-            "grows with the square of the prompt. While one row is decoded, both are bound by memory: an FFN reads its "
-            "weights, an attention its smaller weights and the K/V of the whole context, of which grouped heads keep "
-            "little. An attention that sends its scores through memory overtakes far earlier in prefill.",
+            WHO_WINS,
             f"Speedup of one forward on {device.name} with a quarter of the sublayers skipped, all of them attention / "
             "all FFN, by context:",
             context_table(self.shapes, device),
         ]
-
-    def _beside_the_benchmark(self) -> list[str]:
-        if not self.measured:
-            return ["Nothing is measured yet: `adaskip bench` times the strategies on a device and its ceilings."]
-        return [
-            "Speedups over the full model in the same mode. Predicted: at the ceilings measured on the device itself, "
-            "with the sets and lengths of the measurement. Measured: medians over the rounds with 95 % intervals, from "
-            "`adaskip bench`. *Phase* is what skips; in phase prefill one set serves prompt and answer.",
-            measured_table(self.measured),
-        ]
-
-    def _beside_the_paper(self) -> list[str]:
-        return [
-            "The lengths behind the paper's speedups are not known here; predictions are for those above. Each column "
-            "lets one thing alone take time. *ceilings*: the device's, with an attention that keeps its scores on the "
-            "chip (SDPA, FlashAttention). *eager attention*: the same, but the scores go through memory, as in "
-            "transformers' plain implementation. *launches*: every operator that stock transformers dispatches in a "
-            "decode step takes the same time, as where Python and kernel launches are the limit; counted, not timed.",
-            f"Operators of a decode step: {'; '.join(map(self._operators, self.shapes))}; of any context alike.",
-            paper_table(self.explained),
-            "Mean of predicted minus measured speedup. Whole layers take their share of the time whatever limits it, "
-            "so there the columns agree, and what the paper falls short of is time that skipping does not save.",
-            gap_table(self.explained),
-            *_unexplained(self.explained),
-        ]
+        if self.explained:
+            parts += [f"## Beside what the paper measured on one {PAPER_DEVICE}", PAPERS]
+            parts += [f"Operators of a decode step: {counts}; of any context alike.", paper_table(self.explained)]
+            parts += [GAPS, gap_table(self.explained), *_unexplained(self.explained)]
+        parts += ["## Beside what the benchmark measured"]
+        parts += [MEASURED, measured_table(self.measured)] if self.measured else [NOTHING_MEASURED]
+        for phase, time, skips in (("prefill", "TTFT", "The prompt skips"), ("decode", "TPOT", "Decoding skips")):
+            parts += [f"## {time}: milliseconds, and speedup over the full model", f"{skips} (phase {phase})."]
+            for model in self.shapes:
+                found = [p for p in self.predictions if (p["model"], p["way"]["phase"]) == (model, phase)]
+                parts.append(f"### {model}\n\n{times_table(found, time.lower())}")
+        parts += ["## Launches or bytes", LAUNCHES, launch_table(self.predictions, self.operators)]
+        parts += ["## Operations and bytes of one sublayer", work_table(self.shapes, self.work, self.devices)]
+        return "\n\n".join(parts) + "\n"
 
 
-def _unexplained(explained: Sequence[Explained]) -> list[str]:
+def device_table(devices: Sequence[Device]) -> str:
+    lines = []
+    for device in devices:
+        limits = device.ceilings
+        rates = [f"{limits.matmul_flops / 1e12:.4g}", f"{limits.bandwidth / 1e9:.4g}"]
+        lines.append([limits.name, *rates, str(device.bytes_per_value), limits.source])
+    return pipe_table(["Device", "TFLOP/s", "GB/s", "Bytes a value", "Source"], lines)
+
+
+def crossover_table(crossovers: Sequence[Record]) -> str:
+    header = ["Model", *(f"{step}, {how}" for how in ("scores on the chip", "scores through memory") for step in STEPS)]
+    lines: dict[str, list[str]] = {}
+    for found in crossovers:
+        context = "never" if found["context"] is None else f"{found['context']:,}"
+        lines.setdefault(found["model"], [found["model"]]).append(context)
+    return pipe_table(header, [*lines.values()])
+
+
+def context_table(shapes: Shapes, device: Ceilings) -> str:
+    """Speedup of one forward with a quarter of the sublayers skipped: `all attention / all FFN`."""
+    lines = []
+    for model, shape in shapes.items():
+        for step in STEPS:
+            line = [model, step]
+            for context in CONTEXTS:
+                both = (speedup_of_kind(shape, k, step, context, device, shape.num_layers // 2) for k in KINDS)
+                line.append(" / ".join(map(labels.ratio, both)))
+            lines.append(line)
+    return pipe_table(["Model", "Step", *(f"{context // 1000}k" for context in CONTEXTS)], lines)
+
+
+def paper_table(explained: Sequence[Record]) -> str:
+    lines = []
+    for e in explained:
+        way, numbers = e["way"], (labels.ratio(e[name]) for name in ("paper", *EXPLANATIONS))
+        lines.append([e["model"], way["phase"], str(way["sublayers"]), STRATEGIES[way["strategy"]], *numbers])
+    return pipe_table(["Model", "Phase", "Skipped", "Strategy", "Paper", *EXPLANATIONS.values()], lines)
+
+
+def gap_table(explained: Sequence[Record]) -> str:
+    """Mean of predicted minus measured speedup, whole layers and AdaSkip apart; nearest are all that are as printed."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for e in explained:
+        if (strategy := e["way"]["strategy"]) != ATTENTION_ALONE:
+            which = STRATEGIES[ADASKIP] if strategy == ADASKIP else "whole layers"
+            groups.setdefault((e["model"], e["way"]["phase"], which), []).append(e)
+    lines = []
+    for key, group in groups.items():
+        told = {name: column for name, column in EXPLANATIONS.items() if group[0][name] is not None}
+        gaps = {column: mean(e[name] - e["paper"] for e in group) for name, column in told.items()}
+        sizes = {column: abs(round(gap, 2)) for column, gap in gaps.items()}
+        nearest = " = ".join(column for column, size in sizes.items() if size == min(sizes.values()))
+        shown = (f"{gaps[column]:+.2f}" if column in gaps else labels.MISSING for column in EXPLANATIONS.values())
+        lines.append([*key, *shown, nearest])
+    return pipe_table(["Model", "Phase", "Skipping", *EXPLANATIONS.values(), "Nearest"], lines)
+
+
+def _unexplained(explained: Sequence[Record]) -> list[str]:
     """Speedups above every prediction, even with attention alone skipped."""
     cases = []
     for e in explained:
-        highest = max(value for name in EXPLANATIONS if (value := getattr(e, name)) is not None)
-        if e.way.strategy == ATTENTION_ALONE and e.paper > highest:
-            cases.append(f"{e.model}, {e.way.phase}, {e.way.sublayers} sublayers: {e.paper:.2f} > {highest:.2f}")
+        way, highest = e["way"], max(value for name in EXPLANATIONS if (value := e[name]) is not None)
+        if way["strategy"] == ATTENTION_ALONE and e["paper"] > highest:
+            where = f"{e['model']}, {way['phase']}, {way['sublayers']} sublayers"
+            cases.append(f"{where}: {e['paper']:.2f} > {highest:.2f}")
     if not cases:
         return []
-    listed = "; ".join(cases)
     return [
-        f"Above every column, even if AdaSkip had skipped nothing but attention, are: {listed}. There "
+        f"Above every column, even if AdaSkip had skipped nothing but attention, are: {'; '.join(cases)}. There "
         "attention cost more than is counted here, or more was skipped."
     ]
+
+
+def measured_table(measured: Sequence[Record]) -> str:
+    """A line per way to run a model; speedups with 95 % intervals over the rounds."""
+    lines = []
+    for m in measured:
+        strategy = labels.STRATEGIES.get(m["strategy"], m["strategy"])
+        line = [m["device"], m["model"], f"{m['batch_size']} x {m['prompt_tokens']} + {m['new_tokens']}"]
+        line += [strategy, m["phase"], str(m["sublayers"]), m["mode"]]
+        for phase in NAMES:
+            timed = m[f"measured_{phase}"]
+            between = "" if timed["low"] is None else f" [{timed['low']:.2f}, {timed['high']:.2f}]"
+            line += [labels.ratio(m[f"predicted_{phase}"]), f"{labels.ratio(timed['value'])}{between}"]
+        lines.append([*line, m["result"]])
+    header = ["Device", "Model", "Batch x prompt + new", "Strategy", "Phase", "Skipped", "Mode"]
+    header += ["Prefill, predicted", "measured", "Decode, predicted", "measured", "Result"]
+    return pipe_table(header, lines)
+
+
+def times_table(predictions: Sequence[Record], time: str) -> str:
+    """One model's milliseconds and speedups in one phase: a line per strategy and budget, a column per device.
+
+    time: ttft or tpot.
+    """
+    lines: dict[tuple[int, str], list[str]] = {}
+    for p in predictions:
+        strategy, sublayers = p["way"]["strategy"], p["way"]["sublayers"]
+        value, speedup = f"{1000 * p[f'{time}_s']:.4g}", labels.ratio(p[f"{time}_speedup"])
+        line = lines.setdefault((sublayers, strategy), [str(sublayers), STRATEGIES[strategy]])
+        line.append(value if strategy == FULL else f"{value} ({speedup})")
+    return pipe_table(["Skipped", "Strategy", *dict.fromkeys(p["device"] for p in predictions)], [*lines.values()])
+
+
+def launch_table(predictions: Sequence[Record], operators: Mapping[str, Mapping[str, int]]) -> str:
+    """Microseconds an operator of the full model's decode step may take until launches and not bytes decide."""
+    full = {"phase": "decode", "strategy": FULL, "sublayers": 0}
+    lines = {model: [model, str(counts["step"])] for model, counts in operators.items()}
+    devices = dict.fromkeys(p["device"] for p in predictions)
+    for p in predictions:
+        if p["way"] == full:
+            lines[p["model"]].append(f"{1e6 * p['tpot_s'] / operators[p['model']]['step']:.1f}")
+    return pipe_table(["Model", "Operators a step", *devices], [*lines.values()])
+
+
+def work_of(shape: ModelShape, step: Step, work: Workload, bytes_per_value: int = 2) -> dict[str, Work]:
+    """Operations and bytes of one attention and one FFN of the first layer, and of embeddings and head together."""
+    tokens = work.prompt_tokens if step == "prefill" else 1
+    sizes: Any = {"tokens": tokens, "batch_size": work.batch_size, "bytes_per_value": bytes_per_value}
+    return {
+        "attention": attention_work(shape, context=work.prompt_tokens + (step == "decode"), **sizes),
+        "FFN": ffn_work(shape, **sizes),
+        "embeddings and head": head_work(shape, **sizes),
+    }
+
+
+def work_table(shapes: Shapes, work: Workload, devices: Sequence[Device]) -> str:
+    lines = []
+    for model, shape in shapes.items():
+        for step in STEPS:
+            for part, done in work_of(shape, step, work).items():
+                times = [work_of(shape, step, work, d.bytes_per_value)[part].seconds(d.ceilings) for d in devices]
+                amounts = [f"{done.flops / 1e9:.4g}", f"{done.bytes / 1e6:.4g}", f"{done.flops / done.bytes:.3g}"]
+                lines.append([model, step, part, *amounts, *(f"{1000 * seconds:.3g}" for seconds in times)])
+    header = ["Model", "Step", "Part", "GFLOP", "MB", "FLOP/byte", *(f"{d.ceilings.name}, ms" for d in devices)]
+    return pipe_table(header, lines)
