@@ -157,7 +157,7 @@ def _own_profile(config: BenchConfig, loaded: LoadedModel) -> ImportanceProfile:
     """The testbed's models are calibrated at once; for others that takes LongBench, so their set is assumed."""
     if not config.testbed:
         return assumed_profile(len(decoder_layers(loaded.model)))
-    return profiles.measure(find_calibration(SharedConfig(testbed=True)), loaded)
+    return profiles.measure_importance(find_calibration(SharedConfig(testbed=True)), loaded)
 
 
 def _selections(
