@@ -18,7 +18,7 @@ from tqdm import tqdm
 from adaskip.core.plan import Sublayer
 
 Set = frozenset[Sublayer]
-Measure = Callable[[Set, Sequence[int]], list[float]]
+MeasureDivergence = Callable[[Set, Sequence[int]], list[float]]
 """Returns the divergence of a set on each of the prompts with the given indices."""
 
 SCREENING_PROMPTS = 4
@@ -40,7 +40,7 @@ class Choice:
 
 
 def search(
-    measure: Measure,
+    measure: MeasureDivergence,
     candidates: Iterable[Sublayer],
     *,
     num_layers: int,
@@ -112,7 +112,7 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
     return screening * tried + (num_prompts - screening) * finalists
 
 
-def _total(measure: Measure, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:
+def _total(measure: MeasureDivergence, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:
     """Sum of the divergences over all prompts; infinite as soon as it exceeds `least`."""
     total = sum(screened)
     for prompt in rest:

@@ -57,7 +57,7 @@ def check_same_model(
     of the record and what to do instead, for the message.
     """
     if record.num_layers != num_layers:
-        raise error(f"{what} of {record.model} has {record.num_layers} layers, the model has {num_layers}")
+        raise error(f"{what} of {record.model} has {record.num_layers} layers, but the model has {num_layers}")
     if record.hidden_size not in (None, known["hidden_size"]):
         raise error(
             f"{what} of {record.model} has hidden size {record.hidden_size}, but the model has {known['hidden_size']}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
-from typing import Any
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from adaskip.common.files import write_text_atomic
+from adaskip.common.named_files import find_file, read_record
 from adaskip.core.same_model import check_same_model, identity
 from adaskip.core.wrappers import unwrapped
 
@@ -83,23 +87,68 @@ def built(kind: type, what: str, record: Any) -> Any:
     return kind(**record)
 
 
-def check_model(
-    profile: Any, model: nn.Module, *, allow_other_weights: bool, again: str, fingerprint: str | None = None
-) -> None:
-    """Raise ProfileError unless `profile` was measured on `model`.
+class Profile:
+    """The methods that importance and selection profiles share; a subclass is a dataclass with the checked fields.
 
-    The number of layers and, if recorded, the hidden size must be equal. So must the fingerprint of the weights and, if
-    recorded, the active adapter and the fingerprint of the configuration; with allow_other_weights, differences in
-    these are only warned about. again: what to do instead, for the message. fingerprint: of the model's weights; None
-    to compute it.
+    FORMAT: of its files. FILE: name of its file in a folder or a repository on the Hub. KIND, AGAIN: what it is and how
+    to make another one, in errors.
     """
-    config: Any = unwrapped(model).config
-    check_same_model(
-        profile,
-        identity(model, fingerprint=fingerprint),
-        config.get_text_config(decoder=True).num_hidden_layers,
-        what="profile",
-        again=again,
-        allow_other_weights=allow_other_weights,
-        error=ProfileError,
-    )
+
+    FORMAT: ClassVar[str]
+    FILE: ClassVar[str]
+    KIND: ClassVar[str]
+    AGAIN: ClassVar[str]
+
+    def check_num_layers(self: Any, num_layers: int) -> None:
+        """Raise ProfileError unless the profile has `num_layers` layers."""
+        if num_layers != self.num_layers:
+            raise ProfileError(
+                f"{self.KIND} of {self.model} has {self.num_layers} layers, but the model has {num_layers}"
+            )
+
+    def check_fits(
+        self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
+    ) -> None:
+        """Raise ProfileError unless `model` has the weights, adapter and configuration that the profile was made for.
+
+        allow_other_weights: only warn if a model of the same depth and width has other weights (a fine-tune, a
+        quantised copy), another adapter or another configuration. weights_fingerprint: that of the model; None to
+        compute it.
+        """
+        config: Any = unwrapped(model).config
+        check_same_model(
+            self,
+            identity(model, fingerprint=weights_fingerprint),
+            config.get_text_config(decoder=True).num_hidden_layers,
+            what="profile",
+            again=self.AGAIN,
+            allow_other_weights=allow_other_weights,
+            error=ProfileError,
+        )
+
+    def save(self: Any, path: str | Path) -> Path:
+        """Write the profile as JSON, atomically."""
+        return write_text_atomic(path, json.dumps({"format": self.FORMAT, **asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False) -> Self:
+        """Read a saved profile, and check with `check_fits` that it was made for `model` if that is given.
+
+        path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
+
+        Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
+        """
+        path = find_file(path, cls.FILE)
+        record = read_record(path, cls.FORMAT, f"a saved {cls.KIND}", ProfileError)
+        try:
+            profile: Self = built(cls, "it", {**record, **cls._parts(record)})
+        except ProfileError as error:
+            raise ProfileError(f"{path} is not a valid {cls.KIND}: {error}") from error
+        if model is not None:
+            profile.check_fits(model, allow_other_weights=allow_other_weights)
+        return profile
+
+    @classmethod
+    def _parts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a record that are objects, if present, as such."""
+        raise NotImplementedError

@@ -7,18 +7,12 @@ low importance. Paper: Eq. (1)-(3).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from torch import nn
-
-from adaskip.common.files import write_text_atomic
-from adaskip.common.named_files import find_file, read_record
 from adaskip.core.plan import Sublayer
-from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, number, whole
+from adaskip.profiles.fields import Profile, ProfileError, built, check_record, finite, number, whole
 
 __all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
 
@@ -49,7 +43,7 @@ class SublayerMeans:
 
 
 @dataclass(frozen=True)
-class ImportanceProfile:
+class ImportanceProfile(Profile):
     """IO similarity and scale of every attention sublayer, FFN sublayer and whole layer of one model.
 
     attention, ffn, layer: the means, per decoder layer. tokens: number of tokens in the means. phase: "prefill" for
@@ -62,9 +56,10 @@ class ImportanceProfile:
     tokenizer_files: digest of the checkpoint's tokenizer files, in profiles that a command keeps beside its runs.
     """
 
-    FORMAT: ClassVar[str] = "adaskip-importance-profile/1"
-    FILE: ClassVar[str] = "adaskip_profile.json"
-    """In a folder, or a repository of the Hub."""
+    FORMAT = "adaskip-importance-profile/1"
+    FILE = "adaskip_profile.json"
+    KIND = "importance profile"
+    AGAIN = "calibrate this model"
 
     attention: SublayerMeans
     ffn: SublayerMeans
@@ -115,47 +110,6 @@ class ImportanceProfile:
         """All 2M sublayers, the most similar first; ties are in the order of computation."""
         return sorted(self.sublayers(), key=lambda sublayer: -self.similarity_of(sublayer))
 
-    def check_num_layers(self, num_layers: int) -> None:
-        """Raise ProfileError unless the profile has `num_layers` layers."""
-        if num_layers != self.num_layers:
-            raise ProfileError(f"profile of {self.model} has {self.num_layers} layers, but the model has {num_layers}")
-
-    def check_fits(
-        self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
-    ) -> None:
-        """Raise ProfileError unless `model` has the weights, adapter and configuration that it was measured on.
-
-        allow_other_weights: only warn if a model of the same depth and width has other weights (a fine-tune, a
-        quantised copy), another adapter or another configuration. weights_fingerprint: that of the model; None to
-        compute it.
-        """
-        known = weights_fingerprint
-        check_model(
-            self, model, allow_other_weights=allow_other_weights, again="calibrate this model", fingerprint=known
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write the profile as JSON, atomically."""
-        record = {"format": self.FORMAT, **asdict(self)}
-        return write_text_atomic(path, json.dumps(record, indent=2) + "\n")
-
     @classmethod
-    def load(
-        cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False
-    ) -> ImportanceProfile:
-        """Read a saved profile, and check with `check_fits` that it was measured on `model` if that is given.
-
-        path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
-
-        Raises FileNotFoundError if there is no file and ProfileError if it is not a profile or does not fit.
-        """
-        path = find_file(path, cls.FILE)
-        record = read_record(path, cls.FORMAT, "an importance profile", ProfileError)
-        try:
-            means = {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}
-            profile: ImportanceProfile = built(cls, "it", {**record, **means})
-        except ProfileError as error:
-            raise ProfileError(f"{path} is not a valid importance profile: {error}") from error
-        if model is not None:
-            profile.check_fits(model, allow_other_weights=allow_other_weights)
-        return profile
+    def _parts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        return {unit: built(SublayerMeans, unit, record[unit]) for unit in UNITS if unit in record}

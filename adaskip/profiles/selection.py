@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import nn
-
-from adaskip.common.files import write_text_atomic
-from adaskip.common.named_files import find_file, read_record
 from adaskip.core.plan import KINDS, PHASES, Phase, SkipPlan, Sublayer
-from adaskip.profiles.fields import ProfileError, built, check_model, check_record, finite, whole
+from adaskip.profiles.fields import Profile, ProfileError, built, check_record, finite, whole
 
 ROUNDING = 1e-6  # nats; rounding may make a divergence negative by this much
 
@@ -83,15 +77,16 @@ class SearchCost:
 
 
 @dataclass(frozen=True)
-class SelectionProfile:
+class SelectionProfile(Profile):
     """The sets chosen for one model in one phase, by number of sublayers, from 1 up without gaps.
 
     The other fields record the model and the data, as in an `ImportanceProfile`.
     """
 
-    FORMAT: ClassVar[str] = "adaskip-selection-profile/1"
-    FILE: ClassVar[str] = "adaskip_selection.json"
-    """In a folder, or a repository of the Hub."""
+    FORMAT = "adaskip-selection-profile/1"
+    FILE = "adaskip_selection.json"
+    KIND = "selection profile"
+    AGAIN = "select for this model"
 
     selected: Mapping[int, Selected]
     phase: Phase
@@ -137,63 +132,17 @@ class SelectionProfile:
         plans = [chosen.plan for chosen in self.selected.values()]
         return all(a.attention <= b.attention and a.ffn <= b.ffn for a, b in pairwise(plans))
 
-    def check_num_layers(self, num_layers: int) -> None:
-        """Raise ProfileError unless the selection has `num_layers` layers."""
-        if num_layers != self.num_layers:
-            raise ProfileError(
-                f"selection for {self.model} has {self.num_layers} layers, but the model has {num_layers}"
-            )
-
-    def check_fits(
-        self, model: nn.Module, *, allow_other_weights: bool = False, weights_fingerprint: str | None = None
-    ) -> None:
-        """Raise ProfileError unless `model` has the weights, adapter and configuration that it was made for.
-
-        allow_other_weights: only warn if a model of the same depth and width has other weights (a fine-tune, a
-        quantised copy), another adapter or another configuration. weights_fingerprint: that of the model; None to
-        compute it.
-        """
-        known = weights_fingerprint
-        check_model(
-            self, model, allow_other_weights=allow_other_weights, again="select for this model", fingerprint=known
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write the selection as JSON, atomically."""
-        return write_text_atomic(path, json.dumps({"format": self.FORMAT, **asdict(self)}, indent=2) + "\n")
-
     @classmethod
-    def load(
-        cls, path: str | Path, model: nn.Module | None = None, *, allow_other_weights: bool = False
-    ) -> SelectionProfile:
-        """Read a saved selection, and check with `check_fits` that it was made for `model` if that is given.
-
-        path: a file, a folder or a repository `org/name` of the Hub with `FILE`, or a name published with this package.
-
-        Raises FileNotFoundError if there is no file and ProfileError if it is not a selection or does not fit.
-        """
-        path = find_file(path, cls.FILE)
-        record = read_record(path, cls.FORMAT, "a selection profile", ProfileError)
-        try:
-            selection: SelectionProfile = built(cls, "it", {**record, **_parts(record)})
-        except ProfileError as error:
-            raise ProfileError(f"{path} is not a valid selection profile: {error}") from error
-        if model is not None:
-            selection.check_fits(model, allow_other_weights=allow_other_weights)
-        return selection
-
-
-def _parts(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields `selected` and `cost` of a record, if present, as objects."""
-    parts: dict[str, Any] = {}
-    if "selected" in record:
-        if not isinstance(record["selected"], dict):
-            raise ProfileError(f"selected must map numbers of sublayers to sets; got {record['selected']!r}")
-        sets = record["selected"].items()
-        parts["selected"] = {count: built(Selected, f"the set for {count}", chosen) for count, chosen in sets}
-    if "cost" in record:
-        parts["cost"] = built(SearchCost, "cost", record["cost"])
-    return parts
+    def _parts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        parts: dict[str, Any] = {}
+        if "selected" in record:
+            if not isinstance(record["selected"], dict):
+                raise ProfileError(f"selected must map numbers of sublayers to sets; got {record['selected']!r}")
+            sets = record["selected"].items()
+            parts["selected"] = {count: built(Selected, f"the set for {count}", chosen) for count, chosen in sets}
+        if "cost" in record:
+            parts["cost"] = built(SearchCost, "cost", record["cost"])
+        return parts
 
 
 def _check_plan(plan: SkipPlan, num_layers: int) -> None:

@@ -19,7 +19,7 @@ from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
 from adaskip.roofline.predict import DecodePlan
 from adaskip.runs.config import GridConfig
 from adaskip.runs.job import Job, find_cells, resolve
-from adaskip.runs.manifest import DONE, MISSING, find_state
+from adaskip.runs.manifest import DONE, MISSING, run_state
 from adaskip.strategies import FULL, build
 
 TOKENS_PER_WORD = 1.4
@@ -82,7 +82,7 @@ def listing(config: GridConfig) -> Iterator[CellSize]:
             state = MISSING if job.folder.read_manifest() is None else UNCHECKED
             yield CellSize(job, state, {task: _published_size(job, task) for task in job.answer_caps})
         else:
-            yield CellSize(replace(job), find_state(job), sizes)  # a copy of the job without its cached samples
+            yield CellSize(replace(job), run_state(job), sizes)  # a copy of the job without its cached samples
 
 
 def _size(benchmark: Benchmark, task: str, samples: Sequence[dict]) -> TaskSize:

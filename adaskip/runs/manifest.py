@@ -119,10 +119,10 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
 
 def is_done(job: Job) -> bool:
     """Whether the manifest in the job's folder says that exactly this job is finished."""
-    return find_state(job) == DONE
+    return run_state(job) == DONE
 
 
-def find_state(job: Job) -> str:
+def run_state(job: Job) -> str:
     """`done`, `unfinished`, `missing`, or the first field in which the run in the job's folder differs from the job.
 
     Loads no model. Weights, configuration, end tokens and tokenizer are compared by their files, if those of both the

@@ -186,10 +186,10 @@ def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
     """Measure importance, or search a selection; a stopped search continues from its progress file."""
     loaded = wanted.loaded
     if wanted.phase is None:
-        return measure(wanted.calibration, loaded, wanted.batch_size)
+        return measure_importance(wanted.calibration, loaded, wanted.batch_size)
     importance, _ = keep(wanted.importance)
     assert isinstance(importance, ImportanceProfile), "what strategy adaskip chooses by"
-    return search(
+    return search_selection(
         loaded,
         wanted.phase,
         wanted.calibration.records.benchmark,
@@ -246,13 +246,13 @@ def _told(wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def measure(calibration: Calibration, loaded: LoadedModel, batch_size: int = 1) -> ImportanceProfile:
+def measure_importance(calibration: Calibration, loaded: LoadedModel, batch_size: int = 1) -> ImportanceProfile:
     """Calibrate on the samples of the calibration task."""
     known = loaded.weights_fingerprint
     return calibrate(loaded.model, **calibration.data(loaded), batch_size=batch_size, weights_fingerprint=known)
 
 
-def search(
+def search_selection(
     loaded: LoadedModel,
     phase: Phase,
     benchmark: Benchmark,

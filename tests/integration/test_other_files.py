@@ -13,7 +13,7 @@ from adaskip.models.companion_files import FIELDS
 from adaskip.runs import loading
 from adaskip.runs.config import RunConfig
 from adaskip.runs.job import resolve
-from adaskip.runs.manifest import DONE, find_state
+from adaskip.runs.manifest import DONE, run_state
 from tests.tiny_runs import cell, error_of
 
 
@@ -82,9 +82,9 @@ def test_the_state_of_a_run_says_what_is_other(command, own, data_dir, tmp_path,
     places = {"checkpoint": str(own), "data_dir": str(data_dir), "output_dir": str(tmp_path / "runs")}
     cell_of = {"model": "llama", "phase": "decode", "strategy": "early_exit", "budget": 2, "max_new_tokens": 24}
     config = RunConfig(**places, **cell_of, device="cpu", dtype="float32", limit=1, tasks=("trec",))
-    assert find_state(resolve(config)) == DONE
+    assert run_state(resolve(config)) == DONE
     CHANGES[field](own)
-    assert find_state(resolve(config)).startswith(f"other {field.replace('_', ' ')}: ")
+    assert run_state(resolve(config)).startswith(f"other {field.replace('_', ' ')}: ")
 
 
 @pytest.mark.parametrize("field", CHANGES)

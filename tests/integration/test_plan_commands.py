@@ -94,7 +94,7 @@ def test_exports_that_cannot_be_are_one_line_and_write_nothing(away, capsys):
     capsys.readouterr()
     for options, message in [
         (["plan", "--to", "hf"], "changes its plan between prompt and answer"),
-        (["plan", "--to", "hf", "--model", "other"], "has 16 layers, the model has 3"),
+        (["plan", "--to", "hf", "--model", "other"], "has 16 layers, but the model has 3"),
         (["plan", "--to", "hf", "--model", "bin"], ".bin weights; allowed: safetensors"),
         (["plan", "--to", "onnx"], "unknown engine 'onnx'"),
         (["corrupt", "--to", "hf"], "is not JSON"),

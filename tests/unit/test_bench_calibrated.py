@@ -34,8 +34,8 @@ def llama():
 def here(monkeypatch, tmp_path, away, llama):
     """A folder of its own, where nothing is searched or calibrated."""
     measured = replace(profile_of([0.9] * LAYERS, [0.9] * LAYERS), weights_fingerprint=weights_fingerprint(llama.model))
-    monkeypatch.setattr(profiles, "search", lambda *args, **options: pytest.fail("searched"))
-    monkeypatch.setattr(profiles, "measure", lambda *args: measured)
+    monkeypatch.setattr(profiles, "search_selection", lambda *args, **options: pytest.fail("searched"))
+    monkeypatch.setattr(profiles, "measure_importance", lambda *args: measured)
     return tmp_path
 
 
@@ -70,7 +70,7 @@ def test_a_missing_selection_is_searched_once_and_kept(here, llama, monkeypatch)
         searched.append(phase)
         return selection_for(llama, phase)
 
-    monkeypatch.setattr(profiles, "search", search)
+    monkeypatch.setattr(profiles, "search_selection", search)
     assert load_subject(config_of()).selections == load_subject(config_of()).selections
     assert searched == ["prefill"]
     assert len(list((here / "results/testbed/profiles").glob("llama-selection-prefill-*.json"))) == 1

@@ -135,7 +135,7 @@ def test_end_tokens_are_those_of_generation_and_else_of_the_configuration(tmp_pa
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
     assert model_files(tmp_path, config)["config_stop_token_ids"] == [8, 9]
     (tmp_path / "generation_config.json").write_text("[")
-    with pytest.raises(ModelError, match=r"generation_config\.json is not usable"):
+    with pytest.raises(ModelError, match=r"generation_config\.json is invalid"):
         model_files(tmp_path, config)
 
 

@@ -98,7 +98,7 @@ def test_profile_of_another_model_is_refused(tmp_path):
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "not an importance profile"),
+        ("[]", "not a saved importance profile"),
         ('{"format": "other"}', "format is 'other'"),
         ('{"format": "adaskip-importance-profile/1"}', "not a valid importance profile"),
     ],

@@ -91,7 +91,7 @@ def test_a_plan_is_refused_for_other_weights_unless_they_are_allowed(model, capl
 
 def test_a_plan_is_refused_for_another_depth_or_width_or_configuration(model):
     plan = make_plan(model, fixed())
-    with pytest.raises(ValueError, match="plan of LlamaForCausalLM has 4 layers, the model has 5"):
+    with pytest.raises(ValueError, match="plan of LlamaForCausalLM has 4 layers, but the model has 5"):
         tokens(random_model("llama", num_layers=5), plan, allow_other_weights=True)
     with pytest.raises(ValueError, match="has hidden size 16, but the model has 32"):
         tokens(random_model("llama", hidden_size=32), plan, allow_other_weights=True)
@@ -151,7 +151,7 @@ def test_a_plan_with_its_origin_survives_copies_and_pickles(model):
 CORRUPT = [
     ({"origin": None}, "must be an object"),
     ({"origin": {}}, "lacks model, num_layers"),
-    ({"origin.extra": 1}, "unknown here: extra"),
+    ({"origin.extra": 1}, "unknown fields extra"),
     ({"origin.phase": "both"}, "unknown phase 'both'"),
     ({"origin.num_layers": 2}, "layers 0..1"),
     ({"origin.num_layers": True}, "num_layers of a plan must be a whole number"),

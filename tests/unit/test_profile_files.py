@@ -185,7 +185,7 @@ def test_depth_and_width_must_agree_even_then(measured, tmp_path):
     path = measured.save(tmp_path / "p.json")
     with pytest.raises(ProfileError, match="has 4 layers, but the model has 2"):
         ImportanceProfile.load(path, random_model("llama", num_layers=2), allow_other_weights=True)
-    with pytest.raises(ProfileError, match="has hidden size 16, the model has 32"):
+    with pytest.raises(ProfileError, match="has hidden size 16, but the model has 32"):
         ImportanceProfile.load(path, random_model("llama", hidden_size=32), allow_other_weights=True)
     selection = selection_of(2, "decode").save(tmp_path / "s.json")
     with pytest.raises(ProfileError, match="has 2 layers, but the model has 4"):

@@ -173,14 +173,14 @@ def test_a_selection_is_saved_loaded_and_refused_on_another_model(selection, mod
     assert selection.cost.num_forwards > selection.cost.adaskip_forwards == 5
     with pytest.raises(ProfileError, match="this model's weights are"):
         SelectionProfile.load(path, random_model("llama", seed=1))
-    with pytest.raises(ProfileError, match="is not an importance profile"):
+    with pytest.raises(ProfileError, match="is not a saved importance profile"):
         ImportanceProfile.load(path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "is not a selection profile"),
+        ({"format": "other"}, "is not a saved selection profile"),
         ({"cost": {}}, "is not a valid selection profile"),
         ({"selected": {"2": {"attention": {}, "ffn": {"1": 1.0}, "divergence": 1, "found_by": "x"}}}, "from 1 up"),
         ({"selected": {"1": {"attention": {}, "ffn": {}, "divergence": 1, "found_by": "x"}}}, "for 1 sublayers has 0"),

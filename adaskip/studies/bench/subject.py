@@ -162,7 +162,7 @@ def _own_profile(config: BenchConfig, loaded: LoadedModel | None, depth: int) ->
     """A benchmark's own models are calibrated at once; for others that takes data, so their set is assumed."""
     if loaded is None or config.benchmark is None:
         return assumed_profile(depth)
-    return profiles.measure(find_calibration(SharedConfig(benchmark=config.benchmark)), loaded)
+    return profiles.measure_importance(find_calibration(SharedConfig(benchmark=config.benchmark)), loaded)
 
 
 def _named_profile(config: BenchConfig, model: PreTrainedModel) -> ImportanceProfile | None:
