@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 from adaskip.core.plan import SkipPlan
 from adaskip.roofline.shape import ModelShape
@@ -51,7 +51,8 @@ def forward_seconds(
 ) -> float:
     """The minimum time of one forward of the model without the sublayers of `plan`, which run one after the other."""
     plan.check_fits(shape.num_layers)
-    sizes = {name: running[name] for name in ("batch_size", "bytes_per_value") if name in running}
+    given: dict[str, Any] = {**running}
+    sizes = {name: given[name] for name in ("batch_size", "bytes_per_value") if name in given}
     total = head_work(shape, tokens=tokens, **sizes).seconds(running["ceilings"])
     for kind, groups in shape.alike.items():
         skipped = plan.attention if kind == "attention" else plan.ffn

@@ -137,12 +137,12 @@ class ModelShape:
     @cached_property
     def alike(self) -> dict[SublayerKind, tuple[frozenset[int], ...]]:
         """By kind, the layers whose sublayers are of the same shape; most models have one group."""
-        kinds: dict[SublayerKind, tuple[SublayerShape, ...]] = {"attention": self.attention, "ffn": self.ffn}
-        groups = {kind: dict.fromkeys(sublayers) for kind, sublayers in kinds.items()}
-        return {
-            kind: tuple(frozenset(i for i, s in enumerate(kinds[kind]) if s == each) for each in shapes)
-            for kind, shapes in groups.items()
-        }
+        return {"attention": _groups(self.attention), "ffn": _groups(self.ffn)}
+
+
+def _groups(sublayers: tuple[SublayerShape, ...]) -> tuple[frozenset[int], ...]:
+    shapes = dict.fromkeys(sublayers)
+    return tuple(frozenset(i for i, each in enumerate(sublayers) if each == shape) for shape in shapes)
 
 
 def _entries(matrices: Iterable[tuple[int, int]]) -> int:
