@@ -1,0 +1,46 @@
+"""Packs runs for the repository: `python dev/pack_runs.py results/smollm2`, into its `runs.tar.xz`.
+
+Of the data set nothing but ids goes into the archive: references and classes of the records become null. The tables then
+read the scores from each run's `scores.json`, which `eval/tables.py` must have written before. The same runs give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+WITHHELD = ("references", "all_classes")
+
+
+def packed(path: Path) -> bytes:
+    """The file as it goes into the archive."""
+    if path.suffix != ".jsonl" or path.parent.name == "times":
+        return path.read_bytes()
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    lines = (json.dumps({**record, **dict.fromkeys(WITHHELD)}, ensure_ascii=False) for record in records)
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def pack(folder: Path) -> Path:
+    """Write `folder`/runs.tar.xz from its folders `runs` and `profiles`. Raises ValueError for a run without scores."""
+    runs = sorted(manifest.parent for manifest in folder.glob("runs/*/*/manifest.json"))
+    unscored = [str(run) for run in runs if not (run / "scores.json").is_file()]
+    if not runs or unscored:
+        raise ValueError(f"no scores.json in {', '.join(unscored) or folder}; eval/tables.py writes them")
+    files = [path for part in ("runs", "profiles") for path in sorted((folder / part).rglob("*.json*"))]
+    archive = folder / "runs.tar.xz"
+    with tarfile.open(archive, "w:xz", preset=9) as tar:
+        for path in files:
+            content = packed(path)
+            entry = tarfile.TarInfo(str(path.relative_to(folder)))
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return archive
+
+
+if __name__ == "__main__":
+    print(pack(Path(sys.argv[1])))
