@@ -316,10 +316,11 @@ def test_wrong_options_are_one_clear_line(options, message):
         BenchConfig(**options)
 
 
-@pytest.mark.parametrize("block", ["cpu", "testbed", "cuda"])
+@pytest.mark.parametrize("block", ["cpu", "testbed", "cuda", "engines"])
 def test_the_makefile_runs_every_figure_and_each_is_a_valid_measurement(block):
     names = tuple(load_yaml("bench")[block])
-    variable = {"cpu": "BENCH", "testbed": "BENCH_TESTBED", "cuda": "BENCH_GPU"}[block]
+    variables = {"cpu": "BENCH", "testbed": "BENCH_TESTBED", "cuda": "BENCH_GPU", "engines": "BENCH_ENGINES"}
+    variable = variables[block]
     (line,) = re.findall(rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert tuple(line.split()) == names
     for name in names:

@@ -13,7 +13,8 @@ from adaskip.common.pipe_table import pipe_table
 from adaskip.strategies import FULL
 from adaskip.studies.bench.bars import bars_markdown
 from adaskip.studies.bench.results import NAMES, Record, Result, load_results
-from adaskip.studies.bench.settings import BREAKDOWN, EAGER, Cell, Workload
+from adaskip.studies.bench.settings import BREAKDOWN, COMPARISONS, EAGER, Cell, Workload
+from adaskip.studies.engines.report import draw_engines, engine_lines
 from adaskip.studies.plots.style import LOOKS, Look, save, styled
 from adaskip.studies.tables.labels import MISSING, STRATEGIES
 
@@ -40,7 +41,7 @@ TOY = (
 
 
 def write_bench_report(results_dir: Path) -> list[Path]:
-    """Write `summary.md` into `results_dir`, and a table and plots beside every study of strategies.
+    """Write `summary.md` into `results_dir`, and a table and plots beside every study of strategies or engines.
 
     What lacked memory has a page beside it, too. Raises ValueError if there is no result.
     """
@@ -49,9 +50,9 @@ def write_bench_report(results_dir: Path) -> list[Path]:
         raise ValueError(f"no benchmark results in {results_dir}; `adaskip bench` makes them")
     written = [write_text_atomic(results_dir / "summary.md", f"{INTRODUCTION}\n\n{bars_markdown(results)}\n")]
     for result in results:
-        if result.study == "strategies" or any(map(result.failure, result.workloads)):
+        if result.study in COMPARISONS or any(map(result.failure, result.workloads)):
             written.append(write_text_atomic(result.path.with_suffix(".md"), result_markdown(result)))
-            written += draw(result)
+            written += draw_engines(result) if result.study == "engines" else draw(result)
     return written
 
 
@@ -64,7 +65,7 @@ def result_markdown(result: Result) -> str:
             when = f"round {failure['round']}" if failure["round"] else "the warm-up"
             parts.append(f"Not enough memory for {Cell(**failure['cell']).label} in {when}.")
         if lines := [_line(entry) for entry in result.entries if vars(workload).items() <= entry.items()]:
-            parts += [pipe_table(COLUMNS, lines), *_sublayer_lines(result, workload)]
+            parts += [pipe_table(COLUMNS, lines), *_sublayer_lines(result, workload), *engine_lines(result, workload)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -109,7 +109,8 @@ class EngineProcesses:
         path = self.folder / f"{name}-{len(plan)}-{abs(hash(plan))}{'.gguf' if name == 'gguf' else ''}"
         if not path.exists():
             strategy = FixedPlan(num_layers=source.config.num_hidden_layers, plan=plan)
-            export_to(name, Export(strategy, source, gguf_file=self.gguf_file), path, verify=False)
+            export = Export(strategy, source, gguf_file=self.gguf_file, tokenizer=self.tokenizer)
+            export_to(name, export, path, verify=False)
         return path
 
     def _checkpoint(self) -> Checkpoint:
