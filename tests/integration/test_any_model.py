@@ -129,7 +129,7 @@ def test_only_short_records_can_be_had_to_run_and_to_calibrate_on(folder, given,
     assert len(ids) == NUM_SHORT
     assert all(name.startswith("qasper-short") for name in ids)
     assert cli.main(run(folder, *given, "--max-length", "3000")) == 2
-    assert "--max-length 3000 leaves no records, since --min-length 4000" in capsys.readouterr().err
+    assert "--max-length 3000 leaves no record, since --min-length 4000" in capsys.readouterr().err
     assert cli.main(run(folder, *given, "--max-length", "4500")) == 2
     assert "holds no record of multifieldqa_en of over 4000 and at most 4500 words" in capsys.readouterr().err
 

@@ -222,7 +222,7 @@ def test_calibration_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([], "saw no prompt token"), ([torch.tensor([])], "prompt 0 must be"), ([[[1]]], "prompt 0")],
+    [([], "found no prompt tokens"), ([torch.tensor([])], "prompt 0 must be"), ([[[1]]], "prompt 0")],
 )
 def test_nothing_to_measure_is_refused(prompts, message):
     with pytest.raises(ValueError, match=message):

@@ -342,7 +342,7 @@ def test_wrong_arguments_are_refused_in_one_line():
     model = MODELS["llama"]
     with pytest.raises(ValueError, match="was made for 6 layers, LlamaForCausalLM has 4"):
         lossless(model, EarlyExit(num_layers=6, budget=Budget(layers=1)))
-    with pytest.raises(ValueError, match="at least 1 token"):
+    with pytest.raises(ValueError, match="gamma must be at least 1"):
         lossless(model, fixed(), gamma=0)
     with pytest.raises(ValueError, match="excludes draft_cost"):
         lossless(model, fixed(), gamma=3, draft_cost=0.5)

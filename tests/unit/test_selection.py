@@ -206,7 +206,7 @@ def test_a_selection_for_something_else_is_refused(selection, model, prompts):
     options = {"phase": selection.phase, "budget": Budget(sublayers=3), "num_layers": 4, "profile": selection}
     with pytest.raises(ValueError, match=f"for phase {selection.phase}, not for {other}"):
         build("calibrated", **{**options, "phase": other})
-    with pytest.raises(ValueError, match="up to 4 sublayers; budget sublayers=5 asks for 5"):
+    with pytest.raises(ValueError, match="up to 4 sublayers, budget sublayers=5 needs 5"):
         build("calibrated", **{**options, "budget": Budget(sublayers=5)})
     with pytest.raises(ValueError, match="has 4 layers, but the model has 6"):
         build("calibrated", **{**options, "num_layers": 6})
