@@ -113,7 +113,7 @@ def test_a_layer_that_is_set_up_otherwise_is_found(tmp_path, monkeypatch):
 
 def test_stock_classes_refuse_what_they_would_fill_with_random_weights(tmp_path):
     export_to("hf", export_of(random_model("llama"), PLANS["attention"], tmp_path / "source"), tmp_path / "out")
-    with pytest.raises(ValueError, match="adaskip-llama|AdaSkipLlamaConfig"):
+    with pytest.raises(ValueError, match=r"adaskip-llama|AdaSkipLlamaConfig"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
