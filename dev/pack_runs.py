@@ -1,8 +1,8 @@
 """Packs runs for the repository: `python dev/pack_runs.py results/smollm2`, into its `runs.tar.xz`.
 
-Of the data set only ids go into the archive: references and classes of the records become null. The tables then
-read the scores from each run's `scores.json`, which `eval/tables.py` must have written before. The same runs give the
-same bytes.
+The archive contains only the ids of the data set: references and classes of the records become null. Tables then read
+the scores from each run's `scores.json`, which `eval/tables.py` must have written before. The same runs give the same
+bytes.
 """
 
 from __future__ import annotations
