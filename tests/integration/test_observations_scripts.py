@@ -121,7 +121,11 @@ def test_the_importance_check_runs_cells_once_and_draws_from_their_scores(observ
     assert observe("importance_check", *options)[0] == 0
     assert len(runs) == CELLS
     rows = (tmp_path / "out/importance_check.csv").read_text().splitlines()
-    assert [row.split(",")[2] for row in rows] == ["Layers skipped", "0", "1", "2"]
+    floors = ["empty answer", "majority class", "first sentence"]
+    assert [row.split(",")[2] for row in rows] == ["Layers skipped", "0", "1", "2", *floors]
+    (task,) = json.loads((tmp_path / "out/importance_check.json").read_text())["numbers"]
+    assert list(task["floors"]) == floors
+    assert task["floors"]["empty answer"] == 0 < task["floors"]["majority class"] < 1
     monkeypatch.setattr(importance_check, "measure_check", refuse)
     assert observe("importance_check", "--draw-only")[0] == 0
 

@@ -156,6 +156,11 @@ def test_the_importance_check_compares_both_ends_of_the_ranking(tmp_path):
     assert verdicts(findings) == ["holds", "holds", "holds"]
     assert list(findings.table.iloc[1, 2:]) == ["1", "90.0 [90.0, 90.0]", "10.0 [10.0, 10.0]"]
     assert verdicts(importance_check.find(check_scores([0.1, 0.0], [0.9, 0.8]))) == ["does not hold"] * 3
+    for floor, verdict in ((0.2, "holds"), (1.0, "does not hold")):
+        check["llama"]["floors"] = {"trec": {"empty answer": 0.0, "majority class": floor, "first sentence": None}}
+        findings = importance_check.find(check)
+        assert findings.claims[-1].verdict == verdict
+        assert list(findings.table.iloc[-1, 2:]) == ["majority class", f"{100 * floor:.1f}", f"{100 * floor:.1f}"]
     assert [path.name for path in importance_check.draw(check, tmp_path)] == [
         "importance_check.png",
         "importance_check.svg",

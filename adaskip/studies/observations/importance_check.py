@@ -42,6 +42,7 @@ PROVENANCE = (
     *("max_new_tokens", "versions"),
 )
 NAME = "importance_check"
+FLOOR_LINE = {"color": "#888888", "linewidth": 0.8, "linestyle": ":", "zorder": 1}
 MIN_WIDTH = 4.2
 """Inches that the legend needs."""
 
@@ -59,11 +60,12 @@ def measure_check(config: ObserveConfig) -> None:
     for model in config.models:
         full = _ensure(config, model, FULL, 0)
         depth = load_run(full).num_layers
-        entry: dict[str, Any] = {
-            "num_layers": depth,
-            "phase": config.defaults["importance_check"]["phase"],
-            "full": _scores(full),
-        }
+        phase, scored = (
+            config.defaults["importance_check"]["phase"],
+            score_run(load_run(full), data_dir=config.data_dir),
+        )
+        entry: dict[str, Any] = {"num_layers": depth, "phase": phase, "full": _scores(full)}
+        entry["floors"] = {task: each.floors for task, each in scored.tasks.items()}
         for strategy in STRATEGIES:
             layers = [n for n in config.defaults["importance_check"]["layers"] if n < depth]
             folders = {n: _ensure(config, model, strategy, n) for n in layers}
@@ -115,12 +117,13 @@ def load_check(out_dir: Path) -> Check:
 
 @dataclass(frozen=True)
 class Curve:
-    """One model on one task: the full model's score, and each strategy's by whole layers skipped."""
+    """One model on one task: the full model's score, trivial answers', and each strategy's by whole layers skipped."""
 
     model: str
     task: str
     metric: str
     full: Estimate
+    floors: dict[str, float]
     by_layers: dict[str, dict[int, Estimate]]
 
     @property
@@ -137,7 +140,8 @@ def read_curves(check: Check) -> list[Curve]:
                 name: {int(n): _estimate(scores[task]["scores"]) for n, scores in entry[name].items()}
                 for name in STRATEGIES
             }
-            curves.append(Curve(model, task, full["metric"], _estimate(full["scores"]), by_layers))
+            floors = {name: x for name, x in entry.get("floors", {}).get(task, {}).items() if x is not None}
+            curves.append(Curve(model, task, full["metric"], _estimate(full["scores"]), floors, by_layers))
     return curves
 
 
@@ -160,6 +164,7 @@ def find(check: Check) -> Findings:
         task = f"{Target(curve.task, 'prefill').label} ({METRICS.get(curve.metric, curve.metric)})"
         scores = {0: [curve.full] * 2, **{n: [curve.by_layers[name][n] for name in STRATEGIES] for n in curve.layers}}
         rows += [[curve.model, task, str(n), *map(labels.percent, both)] for n, both in scores.items()]
+        rows += [[curve.model, task, name, *[f"{100 * score:.1f}"] * 2] for name, score in curve.floors.items()]
     return Findings(
         name=NAME,
         title="Importance check: skipping the most and the least similar whole layers",
@@ -172,6 +177,7 @@ def find(check: Check) -> Findings:
         numbers=[
             {
                 **{"model": curve.model, "task": curve.task, "metric": curve.metric, "full": curve.full.as_dict()},
+                **({"floors": curve.floors} if curve.floors else {}),
                 **{name: {n: x.as_dict() for n, x in found.items()} for name, found in curve.by_layers.items()},
             }
             for curve in curves
@@ -203,6 +209,14 @@ def _claims(curves: list[Curve]) -> list[Claim]:
             ends = f"from {100 * min(kept):.0f} to {100 * max(kept):.0f} %"
             told = f"Kept on average {100 * sum(kept) / len(kept):.0f} %, {ends}."
         claims.append(Claim(text, sum(map(holds, kept)), len(kept), told))
+    if floored := [c for c in curves if c.floors]:
+        above = [(c.full.value if c.full.low is None else c.full.low) > max(c.floors.values()) for c in floored]
+        lost = ", ".join(
+            f"{c.model} on {Target(c.task, 'prefill').label}" for c in floored if not above[floored.index(c)]
+        )
+        told = f"Scores at their floor, which say little of skipping: {lost or 'none'}."
+        text = f"The full model scores beyond chance more than trivial answers ({', '.join(floored[0].floors)})"
+        claims.append(Claim(text, sum(above), len(above), told))
     return claims
 
 
@@ -226,12 +240,16 @@ def draw(check: Check, out_dir: Path) -> list[Path]:
         figure.supylabel("score, per cent", fontsize=8)
         lines = [Line2D([], [], **cls.look.line, label=cls.label) for cls in STRATEGIES.values()]
         handles = [Line2D([], [], **FULL_LINE, label=labels.STRATEGIES[FULL]), *lines]
+        if any(curve.floors for curve in curves.values()):
+            handles.append(Line2D([], [], **FLOOR_LINE, label="best trivial answer"))
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
         return save(figure, out_dir / NAME)
 
 
 def _draw_curve(panel: Axes, curve: Curve) -> None:
     panel.axhline(100 * curve.full.value, **FULL_LINE)
+    if curve.floors:
+        panel.axhline(100 * max(curve.floors.values()), **FLOOR_LINE)
     for name, cls in STRATEGIES.items():
         found = [curve.by_layers[name][n] for n in curve.layers]
         values = [100 * estimate.value for estimate in found]
