@@ -240,5 +240,5 @@ def test_a_peft_model_is_measured_with_its_adapter(tmp_path):
         assert profile.attention.similarity == pytest.approx(expected.attention.similarity, abs=1e-5)
     path = profile.save(tmp_path / "p.json")
     assert ImportanceProfile.load(path, model.get_base_model()) == profile
-    with model.disable_adapter(), pytest.raises(ProfileError, match="with adapter 'default x2' active"):
+    with model.disable_adapter(), pytest.raises(ProfileError, match="with active adapter 'default x2'"):
         ImportanceProfile.load(path, model)
