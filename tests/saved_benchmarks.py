@@ -47,12 +47,12 @@ def result_of(
 def add(result: Result, workload: Workload, cell: Cell, rounds: Iterable[dict[str, Any]]) -> None:
     """One record of `cell` per round."""
     for number, measured in enumerate(rounds, start=1):
-        result.records.append({"workload": vars(workload), "cell": cell.to_dict(), "round": number, **measured})
+        result.records.append({"workload": vars(workload), "cell": vars(cell), "round": number, **measured})
 
 
 def add_failure(result: Result, workload: Workload, cell: Cell, number: int = 0) -> None:
     """What stands in a result if `cell` lacked memory in that round."""
-    about = {"workload": vars(workload), "cell": cell.to_dict(), "round": number}
+    about = {"workload": vars(workload), "cell": vars(cell), "round": number}
     result.records.append({**about, "error": "out of memory"})
 
 
@@ -86,7 +86,7 @@ def add_strategies(
             shares = {"prefill_shares": nothing if cell.phase == "decode" else gone, "decode_shares": gone}
             measured = generation(ttft_s, [tpot_s / faster] * steps, **(shares if cell.sublayers else {}))
             add(result, workload, cell, [measured] * 3)
-            about = {"workload": vars(workload), "cell": cell.to_dict()}
+            about = {"workload": vars(workload), "cell": vars(cell)}
             result.limits.append({**about, "ttft_s": ttft_s / 2, "tpot_s": tpot_s / 2})
     if EAGER in modes:
         times = {"prefill": 1.0, "decode": 0.1}

@@ -139,7 +139,7 @@ def test_whole_rounds_before_the_memory_ended_stay_and_the_cell_is_named(machine
     assert outcome.notes == ("1 x 1 + 2 tokens: not enough memory on cpu for adaskip e2e 2 eager; 2 of 4 rounds",)
     saved = load_result(outcome.result.path)
     assert [record["round"] for record in saved.of(work, cell)] == [1, 2]
-    about = {"workload": vars(work), "cell": cell.to_dict()}
+    about = {"workload": vars(work), "cell": vars(cell)}
     assert saved.failure(work) == {**about, "round": 3, "error": "out of memory"}
     entries = [(e["prompt_tokens"], e["strategy"], e["rounds"]) for e in saved.entries]
     assert entries == [(1, "full", 2), (1, "adaskip", 2), (2, "full", 4), (2, "adaskip", 4)]

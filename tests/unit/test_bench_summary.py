@@ -77,7 +77,7 @@ def test_ideal_is_unknown_without_a_breakdown_and_for_compiled_steps(strategies)
 def test_entries_hold_medians_and_put_the_full_model_first(strategies):
     add(strategies, WORKLOAD, OURS, [generation(t, [0.05, 0.05, 0.05]) for t in (0.5, 0.8, 0.9)])
     add(strategies, WORKLOAD, FULL, [generation(t, [0.1, 0.1, 0.1]) for t in (1.0, 1.2, 0.9)])
-    about = {"workload": vars(WORKLOAD), "cell": OURS.to_dict()}
+    about = {"workload": vars(WORKLOAD), "cell": vars(OURS)}
     strategies.limits.append({**about, "ttft_s": 0.4, "tpot_s": 0.02})
     full, ours = entries_of(strategies)
     assert (full["strategy"], full["speedup_prefill"], full["limit_ttft_s"]) == ("full", 1.0, None)

@@ -14,7 +14,7 @@ from adaskip.runs.config import RunConfig
 from adaskip.runs.job import resolve
 from adaskip.runs.profiles import profile_for
 from adaskip.studies.bench.settings import BenchConfig
-from adaskip.studies.bench.subject import _named_profile, _named_selections
+from adaskip.studies.bench.subject import find_importance, find_selections
 from tests.profiles import profile_of, selection_of
 
 CELL = {"testbed": True, "model": "llama", "phase": "decode", "budget": 2}
@@ -45,12 +45,16 @@ def test_a_run_takes_a_profile_of_other_weights_only_if_told_to(strategy, loaded
 def test_a_benchmark_takes_profiles_of_other_weights_only_if_told_to(loaded, profiles):
     files = {"profile": str(profiles["adaskip"][1]), "selection": (str(profiles["calibrated"][1]),)}
     config = BenchConfig(testbed=True, phases=PHASES, strategies=("adaskip", "calibrated"), **files)
-    for read in (_named_profile, _named_selections):
+    for read in (find_importance, find_selections):
         with pytest.raises(ProfileError, match="--allow-other-weights"):
             read(config, loaded.model)
     allowed = replace(config, allow_other_weights=True)
-    assert _named_profile(allowed, loaded.model) == profiles["adaskip"][0]
-    assert _named_selections(allowed, loaded.model) == {"decode": profiles["calibrated"][0]}
+    assert find_importance(allowed, loaded.model) == profiles["adaskip"][0]
+    assert find_selections(allowed, loaded.model) == {
+        "prefill": None,
+        "decode": profiles["calibrated"][0],
+        "e2e": None,
+    }
     assert allowed.identity == config.identity
 
 

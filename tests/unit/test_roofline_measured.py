@@ -29,7 +29,7 @@ def test_speedups_are_predicted_by_the_limits_and_measured_by_the_entries(tmp_pa
     limits = {Cell("full"): (0.9, 0.06), Cell("adaskip", "e2e", 8): (0.6, 0.05)}
     times = {Cell("full"): (1.0, 0.2), Cell("adaskip", "e2e", 8): (0.8, 0.1)}
     for cell, (ttft_s, tpot_s) in limits.items():
-        result.limits.append({"workload": vars(LONG), "cell": cell.to_dict(), "ttft_s": ttft_s, "tpot_s": tpot_s})
+        result.limits.append({"workload": vars(LONG), "cell": vars(cell), "ttft_s": ttft_s, "tpot_s": tpot_s})
         add(result, LONG, cell, [generation(times[cell][0], [times[cell][1]] * 24)] * 2)
     save(result)
     assert read_measured(tmp_path) == [
@@ -57,7 +57,7 @@ def test_each_workload_and_mode_has_its_own_full_model(tmp_path):
     for workload in (SHORT, LONG):
         add_strategies(result, workload, ("prefill",), (6,), (EAGER, COMPILED))
     for limit in result.limits:  # of one full model alone
-        if limit["cell"] == Cell("full", mode=COMPILED).to_dict() and limit["workload"] == vars(LONG):
+        if limit["cell"] == vars(Cell("full", mode=COMPILED)) and limit["workload"] == vars(LONG):
             limit["tpot_s"] *= 3
     save(result)
     found = {(m["prompt_tokens"], m["mode"]): m["predicted_decode"] for m in read_measured(tmp_path)}

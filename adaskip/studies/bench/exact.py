@@ -35,26 +35,22 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _torch_operations(work: Callable[[], object]) -> int:
-    with _Operations() as operations:
-        work()
-    return operations.number
-
-
-def _python_calls(work: Callable[[], object]) -> int:
-    number = 0
+def _count_calls(work: Callable[[], object]) -> dict[str, int]:
+    """Function calls of Python (C functions included) and torch operations."""
+    calls, before = 0, sys.getprofile()
 
     def see(frame, event: str, argument) -> None:
-        nonlocal number
-        number += event in ("call", "c_call")
+        nonlocal calls
+        calls += event in ("call", "c_call")
 
-    before = sys.getprofile()
     sys.setprofile(see)
     try:
         work()
     finally:
         sys.setprofile(before)
-    return number
+    with _Operations() as operations:
+        work()
+    return {"python_calls": calls, "torch_operations": operations.number}
 
 
 def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Any:
@@ -73,13 +69,10 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Any:
 def count_work(model: PreTrainedModel, strategy: Strategy | None, ids: Tensor) -> dict[str, dict[str, float]]:
     """Function calls of Python (C functions included) and torch operations, in a prefill and in a decode step: exact
     where times are too noisy to tell one per cent."""
-    counted = {}
     with nullcontext() if strategy is None else skipping(model, strategy):
         _generate(model, ids, 1 + STEPS)  # what is only done once is done now
-        for what, count in (("python_calls", _python_calls), ("torch_operations", _torch_operations)):
-            prefill, whole = (count(lambda new=new: _generate(model, ids, new)) for new in (1, 1 + STEPS))
-            counted[what] = {"prefill": prefill, "decode_step": (whole - prefill) / STEPS}
-    return counted
+        prefill, whole = (_count_calls(lambda new=new: _generate(model, ids, new)) for new in (1, 1 + STEPS))
+    return {what: {"prefill": prefill[what], "decode_step": (whole[what] - prefill[what]) / STEPS} for what in prefill}
 
 
 class _Watch:

@@ -55,13 +55,19 @@ def run_bench(config: BenchConfig) -> Outcome:
     subject = load_subject(config)
     budgets = config.budgets or tuple(round(2 * subject.num_layers * share) for share in BUDGETS)
     cells = cells_of(config.study, config.phases, config.strategies, budgets, config.modes)
+    path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
+    versions = {name: version(name) for name in ("torch", "transformers", "adaskip")}
+    identity = {
+        **{**config.identity, "device_name": device_name(device), "threads": torch.get_num_threads()},
+        **{"versions": {"python": platform.python_version(), **versions}, "subject": subject.describe()},
+    }
+    manifest = {"figure": config.figure, "identity": identity, "rounds": config.rounds, "git_commits": [git_commit()]}
     with _engines(config, subject) as engines:
         trials = Trials(subject, config.clock, engines=engines)  # pyright: ignore[reportArgumentType]
         for workload in config.workloads:
             for cell in cells:
                 trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
-        path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
-        result = open_result(path, _describe(config, subject, device), fresh=config.fresh)
+        result = open_result(path, manifest, fresh=config.fresh)
         runner = _Runner(config, trials, cells, result, began)
         notes = [note for workload in config.workloads if (note := runner.run(workload))]
     timed = [(w, cell) for w in result.workloads for cell in result.cells(w) if cell.name != BREAKDOWN]
@@ -74,7 +80,7 @@ def run_bench(config: BenchConfig) -> Outcome:
 
 
 def _engines(config: BenchConfig, subject: Subject) -> AbstractContextManager[EngineProcesses | None]:
-    """The engines among the modes, whose processes end with the benchmark."""
+    """The engines among the modes; their processes end with the benchmark."""
     if not set(config.modes) & set(ENGINE_MODES):
         return nullcontext()
     largest = Workload(max(config.prompt_tokens), config.new_tokens, max(config.batch_sizes))
@@ -84,19 +90,6 @@ def _engines(config: BenchConfig, subject: Subject) -> AbstractContextManager[En
 def folder_name(device: torch.device) -> str:
     """What a device's folder is called: `cpu`, or the GPU's name in letters and digits."""
     return "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
-
-
-def _describe(config: BenchConfig, subject: Subject, device: torch.device) -> dict[str, Any]:
-    """A result's manifest: what must not change when it is continued, and which code measured it."""
-    versions = {name: version(name) for name in ("torch", "transformers", "adaskip")}
-    identity = {
-        **config.identity,
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **versions},
-        "subject": subject.describe(),
-    }
-    return {"figure": config.figure, "identity": identity, "rounds": config.rounds, "git_commits": [git_commit()]}
 
 
 def limits_of(
@@ -123,7 +116,7 @@ def limits_of(
             bytes_per_value=model.dtype.itemsize,
             attention="eager" if attn_implementation == "eager" else "fused",
         )
-        about = {"workload": vars(workload), "cell": cell.to_dict()}
+        about = {"workload": vars(workload), "cell": vars(cell)}
         limits.append({**about, "ttft_s": times.ttft_s, "tpot_s": times.tpot_s})
     return limits
 
@@ -144,31 +137,35 @@ class _Runner:
 
     def run(self, workload: Workload) -> str | None:
         """Run the missing rounds of a workload; returns a line on why some are still missing."""
-        done = self.result.rounds_of(workload)
-        if self.result.failure(workload) or done >= self.config.rounds:
+        done, rounds = self.result.rounds_of(workload), self.config.rounds
+        if self.result.failure(workload) or done >= rounds:
             return None
         try:
-            for number in (WARM_UP, *range(done + 1, self.config.rounds + 1)):
+            for number in (WARM_UP, *range(done + 1, rounds + 1)):
                 if self._too_late():
-                    return f"{workload}: {self._progress(workload)} so far; the same command continues"
-                records = self._round(workload, number)
+                    told = f"{self.result.rounds_of(workload)} of {rounds} rounds"
+                    return f"{workload}: {told} so far; the same command continues"
+                start, records = time.monotonic(), []
+                for cell in rotated(self.cells, number):
+                    self.running = {"workload": vars(workload), "cell": vars(cell), "round": number}
+                    records.append({**self.running, **_rounded(self.trials.run(cell, workload))})
+                self.round_s = time.monotonic() - start
                 if number != WARM_UP:
                     self._save(records)
-                    logger.info("%s: round %d of %d, %.1f s", workload, number, self.config.rounds, self.round_s)
+                    logger.info("%s: round %d of %d, %.1f s", workload, number, rounds, self.round_s)
         except RuntimeError as error:
-            if not _lacks_memory(error):
+            told = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+            if not told and not any(text in str(error) for text in LACKS_MEMORY):
                 raise
         else:
             return None
-        return self._give_up(workload)  # outside of the handler, whose traceback keeps the tensors alive
-
-    def _round(self, workload: Workload, number: int) -> list[Record]:
-        start, records = time.monotonic(), []
-        for cell in rotated(self.cells, number):
-            self.running = {"workload": vars(workload), "cell": cell.to_dict(), "round": number}
-            records.append({**self.running, **_rounded(self.trials.run(cell, workload))})
-        self.round_s = time.monotonic() - start
-        return records
+        # Outside of the handler, whose traceback keeps the tensors alive. The rounds before this one stay.
+        self.trials.static_caches.caches.clear()
+        torch.cuda.empty_cache()
+        self._save([{**self.running, "error": "out of memory"}])
+        device, cell = self.trials.subject.model.device, Cell(**self.running["cell"])
+        told = f"{self.result.rounds_of(workload)} of {rounds} rounds"
+        return f"{workload}: not enough memory on {device} for {cell.label}; {told}"
 
     def _too_late(self) -> bool:
         """Whether another round would end after the time limit.
@@ -178,26 +175,10 @@ class _Runner:
         limit = self.config.time_limit_s
         return limit is not None and self.saved and time.monotonic() - self.began + self.round_s > limit
 
-    def _give_up(self, workload: Workload) -> str:
-        """Note which cell lacked memory; the rounds before it stay."""
-        self.trials.static_caches.caches.clear()
-        torch.cuda.empty_cache()
-        self._save([{**self.running, "error": "out of memory"}])
-        device, cell = self.trials.subject.model.device, Cell(**self.running["cell"])
-        return f"{workload}: not enough memory on {device} for {cell.label}; {self._progress(workload)}"
-
     def _save(self, records: list[Record]) -> None:
         self.result.records += records
         self.result.save()
         self.saved = True
-
-    def _progress(self, workload: Workload) -> str:
-        return f"{self.result.rounds_of(workload)} of {self.config.rounds} rounds"
-
-
-def _lacks_memory(error: RuntimeError) -> bool:
-    told = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-    return told or any(text in str(error) for text in LACKS_MEMORY)
 
 
 def _rounded(value: Any) -> Any:

@@ -73,7 +73,7 @@ class Result:
 
     def of(self, workload: Workload, cell: Cell | None = None) -> list[Record]:
         """The good records of a workload, or of one cell of it, by round."""
-        wanted = {"workload": vars(workload), **({} if cell is None else {"cell": cell.to_dict()})}
+        wanted = {"workload": vars(workload), **({} if cell is None else {"cell": vars(cell)})}
         return [record for record in self.records if "error" not in record and wanted.items() <= record.items()]
 
     def cells(self, workload: Workload) -> list[Cell]:
@@ -91,7 +91,7 @@ class Result:
 
     def limit(self, workload: Workload, cell: Cell) -> Record | None:
         """`ttft_s` and `tpot_s` at the measured ceilings, where they are known."""
-        same = {"workload": vars(workload), "cell": cell.to_dict()}
+        same = {"workload": vars(workload), "cell": vars(cell)}
         return next((entry for entry in self.limits if same.items() <= entry.items()), None)
 
     def save(self) -> None:

@@ -85,9 +85,6 @@ class Cell:
     def label(self) -> str:
         return " ".join(filter(None, (self.name, self.phase, str(self.sublayers or ""), self.mode)))
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def cells_of(
     study: str, phases: Sequence[str], strategies: Sequence[str], budgets: Sequence[int], modes: Sequence[str]

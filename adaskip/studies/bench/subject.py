@@ -19,15 +19,13 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.hf import attn_implementation
 from adaskip.core.packed_sdpa import register_packed
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.gguf_file import is_gguf
-from adaskip.models.loading import LoadedModel, architecture, load_model
+from adaskip.models.loading import LoadedModel, architecture
 from adaskip.models.rope import fix_dynamic_rope
-from adaskip.models.source import find_source
 from adaskip.profiles.assumed import assumed_profile
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
@@ -62,11 +60,11 @@ class Subject:
     weights: str
     """random, or the weights' fingerprint"""
     selections: Mapping[Phase, SelectionProfile | None] = field(default_factory=dict)
-    """What strategy calibrated skips in each phase that is timed; None: AdaSkip's sets."""
+    """What strategy calibrated skips in each timed phase; None: AdaSkip's sets."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """None for random weights."""
     gguf_file: Path | None = None
-    """What the model was read from, if that is a GGUF file."""
+    """The GGUF file that the model was read from, if any."""
 
     def __post_init__(self) -> None:
         self.model.generation_config = GenerationConfig(pad_token_id=0)  # no end token: answers have their full length
@@ -100,17 +98,26 @@ def load_subject(config: BenchConfig) -> Subject:
         ModelError: the checkpoint, device or dtype cannot be used.
         ValueError: the profile is missing or is of another model.
     """
-    device, loaded = chosen_device(config.device), None
+    device = chosen_device(config.device)
+    dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if config.random_weights:
-        dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
         shape = LlamaConfig(**SMALL_SHAPE) if config.model == SMALL_MODEL else architecture(config.model)
-        model, weights = random_model(shape, device, dtype, config.attn_implementation), "random"
-    else:
-        loaded = _load(config, device)
-        model, weights = loaded.model, loaded.weights_fingerprint
-    profile = _named_profile(config, model) or _own_profile(config, loaded, len(decoder_layers(model)))
-    tokenizer = None if loaded is None else loaded.tokenizer
-    return Subject(model, profile, weights, _selections(config, model, loaded), tokenizer, _gguf_file(config))
+        model = random_model(shape, device, getattr(torch, dtype), config.attn_implementation)
+        return Subject(model, find_importance(config, model), "random", find_selections(config, model))
+    shared = SharedConfig(
+        benchmark=config.benchmark,
+        checkpoint=config.checkpoint,
+        device=str(device),
+        dtype=dtype,
+        attn_implementation=config.attn_implementation,
+        chat="none",
+    )
+    loading = find_loading(shared, config.model)
+    loaded = loading.load()
+    profile, selections = (find(config, loaded.model, loaded) for find in (find_importance, find_selections))
+    path = loading.source.path
+    gguf_file = path if is_gguf(path) else None
+    return Subject(loaded.model, profile, loaded.weights_fingerprint, selections, loaded.tokenizer, gguf_file)
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -142,76 +149,48 @@ def random_model(
     return model.eval().requires_grad_(False)
 
 
-def _gguf_file(config: BenchConfig) -> Path | None:
-    if config.random_weights or config.testbed:
-        return None
-    path = find_source(config.model, config.checkpoint).path
-    return path if is_gguf(path) else None
-
-
-def _load(config: BenchConfig, device: torch.device) -> LoadedModel:
-    options = {"device": device, "dtype": config.dtype, "attn_implementation": config.attn_implementation}
-    if config.benchmark is None:
-        return load_model(config.model, config.checkpoint, chat="none", **options)
-    limit = find_loading(SharedConfig(benchmark=config.benchmark), config.model).max_prompt_tokens
-    folder = BENCHMARKS.find(config.benchmark).checkpoint(config.model)
-    return load_model(config.model, folder, chat="none", max_prompt_tokens=limit, **options)
-
-
-def _own_profile(config: BenchConfig, loaded: LoadedModel | None, depth: int) -> ImportanceProfile:
-    """A benchmark's own models are calibrated at once; for others that takes data, so their set is assumed."""
+def find_importance(
+    config: BenchConfig, model: PreTrainedModel, loaded: LoadedModel | None = None
+) -> ImportanceProfile:
+    """The profile of `--profile`; else a benchmark's own model is calibrated, and for any other, whose calibration
+    takes data, a profile is assumed. Random weights take the profile of any model of their depth."""
+    depth = len(decoder_layers(model))
+    if config.profile is not None:
+        path, fitting = find_profile(config.profile, ImportanceProfile), None if config.random_weights else model
+        profile = ImportanceProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
+        profile.check_num_layers(depth)
+        return profile
     if loaded is None or config.benchmark is None:
         return assumed_profile(depth)
     return profiles.measure_importance(find_calibration(SharedConfig(benchmark=config.benchmark)), loaded)
 
 
-def _named_profile(config: BenchConfig, model: PreTrainedModel) -> ImportanceProfile | None:
-    """The profile of `--profile`; for random weights any of a model of that depth serves."""
-    if config.profile is None:
-        return None
-    path, fitting = find_profile(config.profile, ImportanceProfile), None if config.random_weights else model
-    profile = ImportanceProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
-    profile.check_num_layers(len(decoder_layers(model)))
-    return profile
-
-
-def _selections(
-    config: BenchConfig, model: PreTrainedModel, loaded: LoadedModel | None
+def find_selections(
+    config: BenchConfig, model: PreTrainedModel, loaded: LoadedModel | None = None
 ) -> dict[Phase, SelectionProfile | None]:
-    """The selection of each phase: what `--selection` names, the testbed's kept one, or None."""
+    """The selection of each phase: the file of `--selection`; for a benchmark's own model the one that its runs keep,
+    searched if there is none; else None."""
     if config.study != "strategies" or not any(map(needs_selection, config.strategies)):
         return {}
-    named = _named_selections(config, model)
+    fitting, phases = None if config.random_weights else model, list(map(check_phase, config.phases))
     found: dict[Phase, SelectionProfile | None] = {}
-    for phase in map(check_phase, config.phases):
-        found[phase] = named.get(phase)
-        if phase not in named and config.benchmark and loaded is not None:
-            found[phase] = _kept_selection(config, loaded, phase)
-    return found
-
-
-def _named_selections(config: BenchConfig, model: PreTrainedModel) -> dict[Phase, SelectionProfile]:
-    """The selections of `--selection` by phase."""
-    named: dict[Phase, SelectionProfile] = {}
-    fitting = None if config.random_weights else model
     for path in config.selection or ():
         if not Path(path).is_file():
             raise ValueError(f"--selection {path} does not exist; `adaskip calibrate --select PHASE` makes one")
         selection = SelectionProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
-        if selection.phase in named or selection.phase not in config.phases:
+        if selection.phase in found or selection.phase not in phases:
             raise ValueError(
                 f"--selection {path} is for phase {selection.phase}; give at most one for each of --phases "
-                f"{' '.join(config.phases)}"
+                f"{' '.join(phases)}"
             )
-        named[selection.phase] = selection
-    return named
-
-
-def _kept_selection(config: BenchConfig, loaded: LoadedModel, phase: Phase) -> SelectionProfile:
-    """The selection `adaskip grid --testbed` keeps, searched first when there is none."""
-    job = resolve(RunConfig(benchmark=config.benchmark, model=config.model, phase=phase, strategy=CalibratedSkip.name))
-    if not (path := profiles.kept_path(job, loaded)).is_file():
-        logger.info("searching %s for strategy calibrated, which takes minutes", path)
-    selection, _ = profiles.profile_for(job, loaded)
-    assert isinstance(selection, SelectionProfile)
-    return selection
+        found[selection.phase] = selection
+    for phase in phases:
+        if phase not in found and config.benchmark and loaded is not None:
+            run = RunConfig(benchmark=config.benchmark, model=config.model, phase=phase, strategy=CalibratedSkip.name)
+            job = resolve(run)
+            if not (path := profiles.kept_path(job, loaded)).is_file():
+                logger.info("searching %s for strategy calibrated, which takes minutes", path)
+            kept, _ = profiles.profile_for(job, loaded)
+            assert isinstance(kept, SelectionProfile)
+            found[phase] = kept
+    return {phase: found.get(phase) for phase in phases}
