@@ -20,7 +20,7 @@ from adaskip.runs.grid import run_grid
 from adaskip.runs.plans import ExportConfig, PlanConfig, ShowConfig, export_plan, plan_to, shown
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.runner import run
-from adaskip.studies.bench.command import ReportConfig, bench, bench_report
+from adaskip.studies.bench.measuring import ReportConfig, bench, bench_report
 from adaskip.studies.bench.settings import BenchConfig, figure_settings
 
 

@@ -20,7 +20,6 @@ from adaskip.profiles.assumed import assumed_profile, assumed_ranking
 from adaskip.roofline import Ceilings
 from adaskip.strategies import AdaSkip, FixedPlan, SkipDecode, build
 from adaskip.studies.bench import measuring
-from adaskip.studies.bench.exact import check_kv, count_work
 from adaskip.studies.bench.measuring import run_bench
 from adaskip.studies.bench.results import load_result
 from adaskip.studies.bench.settings import (
@@ -37,7 +36,7 @@ from adaskip.studies.bench.settings import (
     rotated,
 )
 from adaskip.studies.bench.subject import Subject, random_model
-from adaskip.studies.bench.timing import StaticCaches, Stopwatch, sublayer_times, timed_generation
+from adaskip.studies.bench.timing import StaticCaches, Stopwatch, check_kv, count_work, sublayer_times, timed_generation
 from adaskip.studies.bench.trials import Trials, decode_plans, shares
 
 ROOT = Path(__file__).resolve().parents[2]

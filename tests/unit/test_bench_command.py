@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adaskip.cli import main
-from adaskip.studies.bench import command
+from adaskip.studies.bench import measuring
 from adaskip.studies.bench.measuring import Outcome
 from adaskip.studies.bench.settings import BenchConfig, Cell, Workload
 from tests.saved_benchmarks import add_failure, add_overhead, add_strategies, result_of, save
@@ -20,7 +20,7 @@ def result(tmp_path):
 
 def run(monkeypatch, outcome: Outcome, *options: str) -> int:
     """`adaskip bench` where measuring has that outcome."""
-    monkeypatch.setattr(command, "run_bench", lambda config: outcome)
+    monkeypatch.setattr(measuring, "run_bench", lambda config: outcome)
     return main(["bench", "--random-weights", *options])
 
 
@@ -35,7 +35,7 @@ def test_a_complete_benchmark_prints_its_table_and_ends_well(monkeypatch, capsys
 def test_an_incomplete_one_says_what_is_missing_and_ends_with_1(monkeypatch, capsys, result):
     add_strategies(result, SHORT, ("prefill",), budgets=(6,))
     outcome = Outcome(save(result), ("3 of 5 rounds so far; the same command continues",), complete=False)
-    assert run(monkeypatch, outcome) == command.INCOMPLETE == 1
+    assert run(monkeypatch, outcome) == measuring.INCOMPLETE == 1
     assert capsys.readouterr().out.endswith(
         f"\n3 of 5 rounds so far; the same command continues\nincomplete: {result.path}\n"
     )
@@ -55,7 +55,7 @@ def test_a_figures_options_reach_the_benchmark_and_the_command_line_goes_before_
         asked.append(config)
         return Outcome(result, (), complete=True)
 
-    monkeypatch.setattr(command, "run_bench", run_bench)
+    monkeypatch.setattr(measuring, "run_bench", run_bench)
     assert main(["bench", "--figure", "batch_100m", "--rounds", "7"]) == 0
     (config,) = asked
     assert (config.model, config.batch_sizes, config.rounds) == ("llama-100m", (1, 4), 7)

@@ -1,4 +1,7 @@
-"""Runs a benchmark: round after round, every cell once, and each whole round saved before the next begins."""
+"""`adaskip bench` and `adaskip bench-report`: measure what is missing, and draw what is saved.
+
+A benchmark runs round after round, in each every cell once, and each whole round is saved before the next begins.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from transformers.utils import logging as transformers_logging
 
+from adaskip.common.optional import optional_import
+from adaskip.common.options import option
+from adaskip.common.paths import given_or_default
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.roofline import ModelShape, measure_ceilings, predict
 from adaskip.studies.bench.results import Record, Result, entries_of, open_result
-from adaskip.studies.bench.settings import BREAKDOWN, BenchConfig, Cell, Workload, cells_of, rotated
+from adaskip.studies.bench.settings import BREAKDOWN, RESULTS_DIR, BenchConfig, Cell, Workload, cells_of, rotated
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
 from adaskip.studies.bench.trials import Trials, decode_plans
 from adaskip.studies.engines.engines import ENGINE_MODES
@@ -188,3 +195,36 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(inner) for name, inner in value.items()}
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
+INCOMPLETE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Where the results are."""
+
+    results_dir: str | None = option(f"folder of the results; if not given, {RESULTS_DIR}")
+
+
+def bench(config: BenchConfig) -> int:
+    """Run a benchmark; returns the exit code."""
+    with optional_import():
+        from adaskip.studies.bench.report import result_markdown
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("adaskip.studies.bench").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()  # random weights have no generation config to be warned of
+    outcome = run_bench(config)
+    table = [result_markdown(outcome.result)] if outcome.result.entries else []
+    state = "complete" if outcome.complete else "incomplete"
+    print(*table, *outcome.notes, f"{state}: {outcome.result.path}", sep="\n")
+    return 0 if outcome.complete else INCOMPLETE
+
+
+def bench_report(config: ReportConfig) -> int:
+    """Draw again what is saved."""
+    with optional_import():
+        from adaskip.studies.bench.report import write_bench_report
+    written = write_bench_report(given_or_default(config.results_dir, RESULTS_DIR))
+    print(f"wrote {len(written)} files, first {written[0]}")
+    return 0

@@ -16,7 +16,6 @@ from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer, check_phas
 from adaskip.engines.fold import fold
 from adaskip.profiles.assumed import KINDS
 from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
-from adaskip.studies.bench.exact import check_kv, count_work
 from adaskip.studies.bench.settings import (
     ADASKIP,
     BREAKDOWN,
@@ -35,7 +34,9 @@ from adaskip.studies.bench.timing import (
     Clock,
     StaticCaches,
     Stopwatch,
+    check_kv,
     compile_config,
+    count_work,
     sublayer_times,
     timed_generation,
     undisturbed,

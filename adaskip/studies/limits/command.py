@@ -22,7 +22,6 @@ from adaskip.roofline import ModelShape, known_ceilings, known_devices, measure_
 from adaskip.runs.cells import MODELS
 from adaskip.runs.config import DTYPES, MODEL_HELP
 from adaskip.studies.bench.settings import RESULTS_DIR, Workload
-from adaskip.studies.limits.figure import plot_sublayers
 from adaskip.studies.limits.launches import Launches
 from adaskip.studies.limits.predictions import (
     PAPER_DEVICE,
@@ -33,7 +32,7 @@ from adaskip.studies.limits.predictions import (
     read_measured,
     ways,
 )
-from adaskip.studies.limits.report import Roofline
+from adaskip.studies.limits.report import Roofline, plot_sublayers
 from adaskip.studies.tables.paper import load_paper
 
 STEM = "roofline"
