@@ -164,30 +164,16 @@ class LongBenchTasks(Benchmark):
     kept = ("all_classes", "length")
     in_paper = True
 
-    def score(
-        self,
-        task: str,
-        prediction: str,
-        references: Sequence[str],
-        all_classes: Sequence[str] | None = None,
-        length: int | None = None,
-    ) -> SampleScore:
-        return scoring.sample_score(task, prediction, references, all_classes)
+    def score(self, task: str, prediction: str, references: Sequence[str], **kept: Any) -> SampleScore:
+        return scoring.sample_score(task, prediction, references, kept.get("all_classes"))
 
-    def fidelity(
-        self,
-        task: str,
-        prediction: str,
-        full_answer: str,
-        all_classes: Sequence[str] | None = None,
-        length: int | None = None,
-    ) -> float:
+    def fidelity(self, task: str, prediction: str, full_answer: str, **kept: Any) -> float:
         """Of what the metric reads of both, for some tasks the first line; of answers that are classes, the classes
         that both name / those that either names."""
         ours, full = (scoring.scored_text(task, text).strip() for text in (prediction, full_answer))
-        if all_classes and ours and full and ours != full:
-            return scoring.same_classes(task, ours, full, tuple(all_classes))
-        return super().fidelity(task, ours, full, all_classes=all_classes)
+        if (classes := kept.get("all_classes")) and ours and full and ours != full:
+            return scoring.same_classes(task, ours, full, tuple(classes))
+        return super().fidelity(task, ours, full, **kept)
 
     def evaluate(self, task: str, records: Sequence[Record], manifest: Mapping[str, Any]) -> Evaluation:
         """By Google's `rouge_score`, too, where the metric is Rouge-L, and a set of LongBench-E by its buckets."""

@@ -1,7 +1,7 @@
-"""What a benchmark is: tasks with records, how a record becomes a prompt, and the score of an answer.
+"""The Benchmark protocol: tasks with records, the prompt of a record, and the score of an answer.
 
-The runs do the rest: they cut, wrap and tokenise prompts, generate, save and continue. A benchmark is an immutable
-value without model or tokenizer.
+Runs do the rest: they cut, wrap and tokenise prompts, generate, save and continue. A benchmark is an immutable value
+without a model or tokenizer.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from adaskip.common.own_options import own_option
 from adaskip.common.plugins import Registry
 
 HUB = "hub"
-"""The `data_dir` that asks for a download; without it no benchmark touches the network."""
+"""The `data_dir` for downloading the data; without it no benchmark uses the network."""
 DEFAULT = "longbench"
-"""The paper's benchmark, where none is named."""
+"""The benchmark of the paper."""
 TASK_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 Record = Mapping[str, Any]
 
 
 class BenchmarkError(ValueError):
-    """A task, a record or a source of data is not what a benchmark asks for."""
+    """A task, a record or the source of data is invalid."""
 
 
 class MissingDataError(BenchmarkError):
@@ -45,46 +45,45 @@ def benchmark_option(help: str, default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the records of a task share."""
+    """The settings of a task."""
 
     name: str
-    """Also that of the files of its records."""
+    """As in `--tasks`; the files of its saved records have it, too."""
     max_new_tokens: int
-    """The cap on generated tokens."""
+    """Maximum number of generated tokens."""
     metric: str
-    """What the score is called."""
+    """The name of the score."""
     template: str = ""
-    """The prompt, with fields of a record in braces; empty where the benchmark overrides `prompt`."""
+    """The prompt, with fields of a record in braces; empty if the benchmark overrides `prompt`."""
     chat: bool = True
-    """Whether a chat model's template wraps the prompt."""
+    """Whether the chat template of a model wraps the prompt."""
     min_new_tokens: int = 0
     stop_at_newline: bool = False
     """Generation also ends at a newline token."""
     num_records: int | None = None
-    """How many are scored, where that is known without the data; for estimates."""
+    """Number of scored records if it is known without the data; for estimates."""
 
     def __post_init__(self) -> None:
         if not TASK_NAME.fullmatch(self.name):
-            raise BenchmarkError(f"task {self.name!r} cannot be called so; allowed: {TASK_NAME.pattern}")
+            raise BenchmarkError(f"task {self.name!r} has an invalid name; allowed: {TASK_NAME.pattern}")
         if self.max_new_tokens < 1:
             raise BenchmarkError(f"task {self.name}: max_new_tokens is {self.max_new_tokens}, it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(ABC):
-    """Tasks with records. Its fields are options: each has a default, and `data_dir` is where its data is.
+    """Tasks with records. Its fields are options: each has a default; `data_dir` is the place of its data.
 
-    A record is a dict that JSON can hold. `_id` names it within its task, `answers` is a list of at least one
-    reference, `length` its number of words, which estimates count in its prompt where it has none. The rest is the
-    benchmark's own.
+    A record is a dict that can be written as JSON, with `_id` (unique in its task), `answers` (a list of references),
+    optionally `length` (words, for estimates; without it those of the prompt are counted), and any other fields.
 
     Class attributes:
 
-    name: as in `--benchmark NAME`. label: as in texts, if it is written otherwise.
-    tasks: the first one calibrates, and all are run in every phase, unless `configs/phases.yaml` has a protocol of it.
-    kept: fields of a record that are saved beside its answer because `score` takes them.
-    models: the names of the models that it brings along, all that `--model` takes then; they read bare prompts.
-    in_paper: whether the paper publishes scores of it, which tables show beside ours.
+    name: as in `--benchmark NAME`. label: its spelling in texts; empty: the name.
+    tasks: without a protocol in `configs/phases.yaml` every phase runs all of them, and the first one calibrates.
+    kept: fields of a record that are saved with its answer as arguments of `score`.
+    models: names of small models that come with it; `--model` then takes only these, and prompts are not wrapped.
+    in_paper: whether the paper has scores of it, which tables show beside ours.
     """
 
     name: ClassVar[str]
@@ -96,7 +95,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def records(self, task: str, limit: int | None = None) -> Sequence[Record]:
-        """The records that a run is scored on, always in the same order; at least the first `limit` of them.
+        """The records that runs are scored on, in a fixed order: all, or at least the first `limit`.
 
         Raises:
             MissingDataError: the data is not on this machine.
@@ -104,25 +103,25 @@ class Benchmark(ABC):
 
     @abstractmethod
     def score(self, task: str, prediction: str, references: Sequence[str], **kept: Any) -> SampleScore | float:
-        """The score of one answer, in [0, 1]. kept: the record's fields that `kept` names."""
+        """The score of one answer, in [0, 1]. kept: the fields of the record named by the attribute `kept`."""
 
     def unscored_records(self, task: str) -> Sequence[Record]:
-        """Records that no run is scored on: importance is measured on them, and `calibrated` searches on them."""
+        """Records that no run is scored on, for measuring importance and for the search of strategy `calibrated`."""
         raise BenchmarkError(
             f"benchmark {self.name} has no records that no run is scored on; --profile takes a profile made elsewhere"
         )
 
     def calibration_records(self, task: str, limit: int) -> Sequence[Record]:
-        """What importance is measured on."""
+        """The records that importance is measured on, at least the first `limit`."""
         return self.unscored_records(task)[:limit]
 
     def num_records(self, task: str) -> int | None:
-        """How many records of a task are scored, as known without the data."""
+        """Number of scored records of a task if it is known without the data."""
         return self.task(task).num_records
 
     @property
     def unscored_words(self) -> int | None:
-        """Most words of a record that no run is scored on; None where that is not known."""
+        """Maximum number of words of a record that no run is scored on; None if unknown."""
         return None
 
     @property
@@ -131,7 +130,7 @@ class Benchmark(ABC):
         return 0
 
     def prompt(self, task: str, record: Record) -> str:
-        """The text that a model is given, before it is cut and wrapped."""
+        """The text of the prompt, before it is cut and wrapped."""
         try:
             return self.task(task).template.format(**record)
         except KeyError as error:
@@ -139,14 +138,11 @@ class Benchmark(ABC):
             raise BenchmarkError(f"record {name} has no field {error}, which the prompt of {task} needs") from None
 
     def reference(self, task: str, record: Record) -> str:
-        """The reference answer whose loss is taken, as text that follows the prompt."""
+        """The answer whose loss is measured, as text that follows the prompt."""
         return record["answers"][0]
 
     def evaluate(self, task: str, records: Sequence[Record], manifest: Mapping[str, Any]) -> Evaluation:
-        """The scores of a run's records (`prediction`, `references` and what `kept` names), and of their set.
-
-        manifest: of the run.
-        """
+        """Score the saved records of a run: `prediction`, `references` and the `kept` fields. manifest: of the run."""
         samples = []
         for record in records:
             score = self.score(task, record["prediction"], record["references"], **self.kept_of(record))
@@ -156,8 +152,8 @@ class Benchmark(ABC):
         return Evaluation(TaskScore.of(task, self.task(task).metric, samples))
 
     def fidelity(self, task: str, prediction: str, full_answer: str, **kept: Any) -> float:
-        """How alike an answer and the full model's answer to the same record are, in [0, 1]: its score with the full
-        model's answer as the reference; 1 for equal answers, 0 for an empty answer and one that is not."""
+        """Similarity, in [0, 1], of an answer and the full model's answer to the same record: the score with the full
+        model's answer as the reference; 1 for equal answers, 0 if only one is empty."""
         ours, full = prediction.strip(), full_answer.strip()
         if ours == full or not ours or not full:
             return float(ours == full)
@@ -165,47 +161,44 @@ class Benchmark(ABC):
         return score.score if isinstance(score, SampleScore) else score
 
     def contexts(self, task: str, manifest: Mapping[str, Any]) -> Mapping[str, str] | None:
-        """The texts that the records of a run are about, by `_id`; None where there are none, or none at hand.
-
-        The first sentence of each is a trivial answer, whose score is a floor.
-        """
+        """The context of each record of a run by `_id`, whose first sentence is a trivial answer; None if unknown."""
         return None
 
     def score_version(self) -> str | None:
-        """What scores depend on besides the records; None: saved scores are never used again."""
+        """Identifies the code of the score; None: unknown, so that saved scores are not reused."""
         return None
 
     def kept_of(self, record: Record) -> dict[str, Any]:
-        """The fields of a record that `kept` names; of an older record those that it has."""
+        """The `kept` fields of a record; records of older runs may lack some."""
         return {name: record[name] for name in self.kept if name in record}
 
     def task(self, name: str) -> Task:
-        """The task called `name`; ValueError with the nearest and all names if there is none."""
+        """The task called `name`; a ValueError suggests the nearest name and lists all."""
         by_name = {task.name: task for task in self.tasks}
         return by_name[check_choice(f"task of {self.name}", name, by_name)]
 
     def check_tasks(self, names: Sequence[str]) -> None:
-        """ValueError unless these tasks can be run together."""
+        """Raise ValueError unless these tasks can be run together."""
         for name in names:
             self.task(name)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its fields, but for `data_dir`: a run's manifest holds them, and its answers are scored with them."""
+        """Its fields except `data_dir`: they are saved in the manifest of a run, and used to score its answers."""
         return {name: value for name, value in asdict(self).items() if name != "data_dir"}
 
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
-        """Further fields of a run's manifest."""
+        """Further fields of the manifest of a run."""
         return {}
 
     @classmethod
     def results_dir(cls) -> str:
-        """Where results go if no folder is given."""
+        """Default folder of results."""
         return f"results/{cls.name}"
 
     @classmethod
     def checkpoint(cls, model: str) -> Path | None:
-        """The weights of a model that it brings along; None of any other."""
+        """The weights of one of `models`; None for any other model."""
         return None
 
 
@@ -231,13 +224,13 @@ B = TypeVar("B", bound=type[Benchmark])
 
 
 def register_benchmark(cls: B) -> B:
-    """Make a benchmark known by its name to the command line and the tables; also a decorator.
+    """Register a benchmark class for the command line and the tables; can be used as a decorator.
 
-    Put it above `@dataclass(frozen=True, kw_only=True)`. To register the same class again changes nothing.
+    Put it above `@dataclass(frozen=True, kw_only=True)`. Registering the same class again changes nothing.
 
     Raises:
-        ValueError: it is not a concrete, frozen dataclass derived from `Benchmark`, lacks a declaration, has a field
-            without a default, or has the name of another benchmark.
+        ValueError: the class is not a concrete, frozen dataclass derived from `Benchmark`, a declaration is missing or
+            invalid, a field has no default, or its name is already taken.
     """
     return BENCHMARKS.register(cls)
 

@@ -51,7 +51,7 @@ def find_file(given: str | Path, file_name: str, *, revision: str | None = None)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     names = ", ".join(published()) or "none"
     raise FileNotFoundError(
-        f"{given} is no file, no folder with {file_name}, no org/name on the Hub and no published name{hint} "
+        f"{given} is not a file, a folder with {file_name}, org/name on the Hub or a published name{hint} "
         f"(published: {names})"
     )
 
@@ -76,7 +76,7 @@ def _hub_errors(repo: str, wanted: str) -> Iterator[None]:
         raise ValueError(f"{repo!r} is neither a file or folder here nor usable from the Hub: {what}") from None
     except Exception as error:  # the Hub client passes on errors of its HTTP library
         told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{repo!r} is neither a file or folder here nor to be had from the Hub: {told}") from error
+        raise ValueError(f"{repo!r} is neither a file or folder here nor available from the Hub: {told}") from error
 
 
 def write_files(folder: str | Path, files: Mapping[str, str]) -> Path:

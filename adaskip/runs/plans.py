@@ -1,4 +1,4 @@
-"""`adaskip plan`, `show` and `export`: a plan is made and saved, shown, and written as a checkpoint of an engine."""
+"""`adaskip plan`, `show` and `export`: save a plan, show it, and export its model to an inference engine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ShowConfig:
     """A saved plan to be shown."""
 
     plan: str | None = option(
-        "folder or file of a plan or profile, org/name on the Hub, or a published name; if not given, those are listed",
+        "folder or file of a plan or profile, org/name on the Hub, or a published name (default: list these)",
         positional=True,
     )
     plot: str | None = option("also draw the plan into this file (.png, .svg or .pdf)")
@@ -67,11 +67,13 @@ class ExportConfig:
         "folder or file of a plan, org/name on the Hub, or a published name", required=True, positional=True
     )
     to: str = option(f"engine: {', '.join(ENGINES)}", required=True)
-    output: str = option("what is written: a new folder, for gguf a new file", required=True)
+    output: str = option("output to create: a folder, or for gguf a file", required=True)
     weights: str | None = option(
         f"type of the weights in a GGUF file made of a folder: {', '.join(WEIGHTS)}; if not given, the folder's"
     )
-    tokenizer: bool = option("put the checkpoint's tokenizer into the GGUF file, which else takes token ids", True)
+    tokenizer: bool = option(
+        "put the checkpoint's tokenizer into the GGUF file; without it the file takes token ids", True
+    )
     model: str | None = option(
         "weights of the model: a Hub id, a folder or a .gguf file; if not given, what the plan was made for"
     )
@@ -83,13 +85,13 @@ class ExportConfig:
         if self.weights is not None:
             check_choice("type of weights", self.weights, WEIGHTS)
         if self.to != "gguf" and (self.weights is not None or not self.tokenizer):
-            raise ValueError(f"--weights and --no-tokenizer are of GGUF files; the export is to {self.to}")
+            raise ValueError(f"--weights and --no-tokenizer apply to GGUF files only, not to {self.to}")
 
 
 def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     """`adaskip plan`: make a plan and save it. Returns it and its folder.
 
-    AdaSkip's online learning is off unless it is asked for, which is then refused: no saved plan can hold it.
+    AdaSkip's online learning is off by default; asking for it is refused, since a saved plan is fixed.
     """
     job = resolve(RunConfig(**{field.name: getattr(config, field.name) for field in fields(StrategyConfig)}))
     source = job.loading.source
@@ -110,7 +112,7 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
         profile=profile,
         **_without_learning(job),
     )
-    assert strategy is not None, "of the full model alone there is none"
+    assert strategy is not None, "only the full model has no strategy"
     plan = make_plan(
         loaded.model,
         strategy,
@@ -142,7 +144,7 @@ def shown(name: str | None) -> list[str]:
 
 
 def _profile_lines(profile: ImportanceProfile | SelectionProfile) -> list[str]:
-    """What it was measured on, and the similarities by layer, or the set of each budget."""
+    """What the profile was measured on, then the similarities by layer or the selected set of each budget."""
     names = ("model", "phase", "dataset", "dtype", "attn_implementation", "weights_fingerprint", "hidden_size")
     lines = _aligned({name: str(getattr(profile, name)) for name in names})
     if isinstance(profile, SelectionProfile):
@@ -167,7 +169,7 @@ def export_plan(config: ExportConfig) -> dict[str, Any]:
 
 @contextmanager
 def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
-    """The export of a plan; a checkpoint without safetensors is written as one beside the output meanwhile."""
+    """The export of a plan; weights from GGUF are first saved as safetensors in a scratch folder beside the output."""
     source = _source(plan, config)
     depth, phase = (source.num_layers, "e2e") if plan.origin is None else (plan.origin.num_layers, plan.origin.phase)
     strategy = FixedPlan(num_layers=depth, phase=phase, plan=plan)
@@ -196,7 +198,7 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
 
 
 def _tokenizer(folder: Path, config: ExportConfig) -> PreTrainedTokenizerBase | None:
-    """What goes into a GGUF file; None for other exports and for a folder without a tokenizer."""
+    """The tokenizer to write to a GGUF file; None for other exports and for a folder without a tokenizer."""
     has_one = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
     if config.to != "gguf" or not config.tokenizer or not has_one:
         return None
@@ -211,6 +213,6 @@ def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
 
 
 def _check(plan: SkipPlan, known: Callable[[], Mapping[str, Any]], num_layers: int, config: ExportConfig) -> None:
-    """Refuse a plan that was made for another model; all weights are read for that."""
+    """Refuse a plan that was made for another model; this reads all weights."""
     if plan.origin is not None:
         check_plan(plan.origin, known(), num_layers, allow_other_weights=config.allow_other_weights)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 
 from adaskip.core.look import Look
 from adaskip.core.strategy import Strategy
-from adaskip.strategies.registry import FULL, FULL_LABEL, FULL_SHORT_NAME, registered
+from adaskip.strategies.registry import FULL, FULL_LABEL, FULL_SHORT_NAME, registry
 
 V = TypeVar("V")
 
@@ -22,7 +22,7 @@ class Declared(Mapping[str, V]):
         self._of, self._full = of, full
 
     def _entries(self) -> dict[str, V]:
-        return {**self._full, **{name: self._of(cls) for name, cls in registered().items()}}
+        return {**self._full, **{name: self._of(cls) for name, cls in registry.all().items()}}
 
     def __getitem__(self, name: str) -> V:
         return self._entries()[name]
@@ -44,7 +44,7 @@ class Names(Sequence[str]):
         self._which = which
 
     def _names(self) -> tuple[str, ...]:
-        return (FULL, *(name for name, cls in registered().items() if self._which(cls)))
+        return (FULL, *(name for name, cls in registry.all().items() if self._which(cls)))
 
     @overload
     def __getitem__(self, index: int) -> str: ...

@@ -42,7 +42,7 @@ registry = Registry(
     unique=tuple(_full),
     reserved={attribute: {value: "the full model"} for attribute, value in _full.items()},
 )
-
+strategy_name = registry.name_of
 
 S = TypeVar("S", bound=type[Strategy])
 
@@ -57,16 +57,6 @@ def register_strategy(cls: S) -> S:
             invalid, or its name, short name or label is already taken.
     """
     return registry.register(cls)
-
-
-def registered() -> dict[str, type[Strategy]]:
-    """Every strategy by name, those of the library first; ValueError for a plugin that cannot be loaded."""
-    return registry.all()
-
-
-def strategy_name(given: str) -> str:
-    """The name of a strategy that is given as a name or as `package.module:Class`, which is then registered."""
-    return registry.name_of(given)
 
 
 def strategy_class(name: str) -> type[Strategy]:

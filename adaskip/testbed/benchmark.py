@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,13 @@ class Testbed(LongBenchTasks):
         return testbed.records(task, split="calibration", limit=limit)
 
     def contexts(self, task: str, manifest: Mapping[str, Any]) -> Mapping[str, str]:
-        return {record["_id"]: record["context"] for record in testbed.records(task)}
+        return _contexts(task)
 
     @classmethod
     def checkpoint(cls, model: str) -> Path:
         return testbed.checkpoint_dir(model)
+
+
+@cache
+def _contexts(task: str) -> Mapping[str, str]:
+    return {record["_id"]: record["context"] for record in testbed.records(task)}

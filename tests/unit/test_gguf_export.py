@@ -146,7 +146,7 @@ def test_the_command_writes_a_file_of_a_folder_and_of_a_file(tmp_path, capsys):
     assert main(["export", plan, *to, str(tmp_path / "d.gguf"), "--model", str(whole), "--weights", "f16"]) == 2
     assert "keep their types; f16 takes a checkpoint folder" in capsys.readouterr().err
     assert main(["export", plan, "--to", "hf", "--output", "x", "--model", str(folder), "--weights", "f16"]) == 2
-    assert "--weights and --no-tokenizer are of GGUF files; the export is to hf" in capsys.readouterr().err
+    assert "--weights and --no-tokenizer apply to GGUF files only, not to hf" in capsys.readouterr().err
 
 
 def test_internlms_and_vicunas_folders_are_llamas(tmp_path):

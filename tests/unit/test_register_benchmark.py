@@ -89,7 +89,7 @@ def test_what_cannot_be_registered_is_refused(declared, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"name": "a/b"}, "task 'a/b' cannot be called so"), ({"max_new_tokens": 0}, "at least 1")]
+    ("changes", "message"), [({"name": "a/b"}, "task 'a/b' has an invalid name"), ({"max_new_tokens": 0}, "at least 1")]
 )
 def test_a_task_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -197,6 +197,5 @@ def _check_withheld(run: Run, held: dict[str, Any], made_from: dict[str, Any]) -
 
 def _lacks_floors(run: Run, saved: dict[str, Any], data_dir: str | None) -> bool:
     """Whether a floor is missing that can be computed now."""
-    if run.cell.strategy != FULL or not knows_contexts(run, data_dir):
-        return False
-    return any(FIRST_SENTENCE not in task["floors"] for task in saved["tasks"].values() if task["main"]["by_id"])
+    lacks = (FIRST_SENTENCE not in task["floors"] for task in saved["tasks"].values() if task["main"]["by_id"])
+    return run.cell.strategy == FULL and any(lacks) and knows_contexts(run, data_dir)
