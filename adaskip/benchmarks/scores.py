@@ -51,6 +51,20 @@ class TaskScore:
             errors=dict(Counter(sample.error for sample in samples if sample.error is not None)),
         )
 
+    @property
+    def n(self) -> int:
+        return len(self.per_sample)
+
+    @property
+    def num_errors(self) -> int:
+        return sum(self.errors.values())
+
+    def __str__(self) -> str:
+        if self.score is None:
+            return f"{self.task}: no samples"
+        notes = [f"{self.num_empty} empty"] * bool(self.num_empty) + [f"{n} x {why}" for why, n in self.errors.items()]
+        return f"{self.task}: {self.score:.2f} (n={self.n}{''.join(f', {note}' for note in notes)})"
+
 
 @dataclass(frozen=True)
 class BucketScore:

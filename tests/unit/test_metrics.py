@@ -87,7 +87,7 @@ def test_the_score_of_a_set_is_eval_pys(grades):
     result = score_samples("passage_count", [graded(grade) for grade in grades])
     assert result.per_sample == tuple(grade / 1000 for grade in grades)
     assert result.score == eval_py([grade / 1000 for grade in grades])
-    assert len(result.per_sample) == len(grades)
+    assert result.n == len(grades)
 
 
 def test_the_mean_is_a_running_sum_not_a_compensated_one():
@@ -105,33 +105,35 @@ def test_what_the_original_hides_is_counted(monkeypatch):
     monkeypatch.setitem(metrics.METRICS, "rouge", overflows_on_repeats)
     records = [sample("a b", "a b"), sample("", "a b"), sample(" \n", "a b"), sample("again again", "a", "b")]
     result = score_samples("gov_report", records)
-    assert len(result.per_sample) == 4
+    assert result.n == 4
     assert result.num_empty == 2
     assert result.errors == {
         "rouge: ValueError: Collections must contain at least 1 sentence.": 1,
         "rouge: RecursionError: maximum recursion depth exceeded": 1,
     }
-    assert sum(result.errors.values()) == 2
+    assert result.num_errors == 2
     assert result.per_sample[1:] == (0.0, 0.0, 0.0)
+    assert str(result).startswith("gov_report: 25.00 (n=4, 2 empty, 1 x rouge: ValueError")
 
 
 def test_a_real_overflow_scores_zero_and_is_counted():
     result = score_samples("gov_report", [sample("again" + " and" * 1200, "again"), sample("again", "again")])
     assert result.per_sample[0] == 0.0
-    assert sum(result.errors.values()) == 1
+    assert result.num_errors == 1
     assert "RecursionError" in next(iter(result.errors))
 
 
 def test_an_error_on_one_reference_keeps_the_other_references_score():
     result = score_samples("gov_report", [sample("a b", "", "a b")])
     assert result.per_sample[0] == pytest.approx(1.0)
-    assert sum(result.errors.values()) == 1
+    assert result.num_errors == 1
 
 
 def test_no_samples_is_no_score():
     result = score_samples(QA, [])
     assert result.score is None
-    assert result.per_sample == ()
+    assert result.n == 0
+    assert str(result) == "qasper: no samples"
 
 
 def test_the_standard_rouge_stands_beside_longbenchs():
