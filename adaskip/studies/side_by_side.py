@@ -16,9 +16,9 @@ Work = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def side_by_side(work: Sequence[Work], jobs: int, done: Callable[[int], object]) -> None:
-    """Call everything in `jobs` processes, or in this one if `jobs` is 1; the first failure ends it.
+    """Call everything in `jobs` processes, or in this one if `jobs` is 1; stops at the first failure.
 
-    done: told the place in `work` of each call that has ended.
+    done: called with the index in `work` of each call that ended.
     """
     if jobs == 1:
         for i, (call, arguments) in enumerate(work):
@@ -44,6 +44,6 @@ class NoTerminal(io.TextIOWrapper):
 
 
 def draw_no_bars() -> None:
-    """In a process of several: only the one that started them shows progress."""
+    """Initialiser of a worker process: only the main process shows progress."""
     disable_progress_bar()
     sys.stderr = NoTerminal(sys.stderr.buffer, line_buffering=True)

@@ -1,6 +1,6 @@
-"""What all studies share: their options, and their road from measuring to findings, tables and figures.
+"""What all studies share: options, and the steps from measurements to findings, tables and figures.
 
-A study measures what is missing and saves it; findings, tables and figures are made from the saved files alone.
+A study measures and saves what is missing; findings, tables and figures are made from the saved files alone.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ ALL = "all"
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(DataConfig):
-    """The options that every study of models and tasks takes.
+    """The options of every study of models and tasks.
 
-    Class attributes: `folder`, where results go by default, below the benchmark's own folder unless it holds a `/`;
-    `extra_models`, names beside those that `--model` takes elsewhere.
+    Class attributes: `folder`, the default output folder, in the folder of the benchmark's results unless it contains a
+    `/`; `extra_models`, further names that `--models` accepts.
     """
 
     models: tuple[str, ...] = option(f"{MODEL_HELP}; {ALL}: {', '.join(MODELS)}", MODELS, aliases=["--model"])
-    output_dir: str | None = option("where everything goes; if not given, the study's own folder below results/")
-    draw_only: bool = option("run no model: tables and figures of what is saved", False)
+    output_dir: str | None = option("output folder; default: a folder of the study in results/")
+    draw_only: bool = option("run no model; make tables and figures of the saved results", False)
 
     folder: ClassVar[str]
     extra_models: ClassVar[tuple[str, ...]] = ()
@@ -55,7 +55,7 @@ class StudyConfig(DataConfig):
             if name not in self.extra_models:
                 check_model(self, name)
         if self.checkpoint is not None and (len(self.models) != 1 or self.models[0] in self.extra_models):
-            raise ValueError("--checkpoint is one model's: give it with exactly one --model")
+            raise ValueError("--checkpoint applies to one model: give exactly one with --models")
 
     @property
     def out_dir(self) -> Path:
@@ -63,21 +63,21 @@ class StudyConfig(DataConfig):
         return given_or_default(self.output_dir, self.folder if "/" in self.folder else f"{results}/{self.folder}")
 
     def run_config(self, model: str, *, phase: str, strategy: str = FULL, **options: Any) -> RunConfig:
-        """A run of one model with the options of the study, but for those given here."""
+        """The configuration of a run of one model: the options of the study, overridden by those given here."""
         shared = {field.name: getattr(self, field.name) for field in fields(DataConfig)}
         shared |= {"output_dir": str(self.out_dir / "runs")}
         return RunConfig(**{**shared, **options}, model=model, phase=phase, strategy=strategy)
 
 
 def prompts_of(calibration: Calibration, samples: Sequence[tuple[str, Sample]], loaded: LoadedModel) -> list[Tensor]:
-    """Prompts, token ids, 1-D, of (task, sample) that no run is scored on, cut as a search cuts them."""
+    """The prompts of (task, sample) pairs as 1-D token ids, truncated as in the search of a selection."""
     benchmark, most = calibration.records.benchmark, calibration.search_prompt_tokens
     return [prompt_ids(benchmark, task, [sample], loaded, most)[0] for task, sample in samples]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, and in how many of the tested cases it holds."""
+    """A claim, and the number of tested cases in which it holds."""
 
     text: str
     holding: int
@@ -99,10 +99,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study found: claims, and a table of text cells.
+    """The findings of a study: claims, and a table of text cells.
 
-    numbers: the table's, unrounded. sources: what they were measured on. summary: a line told with the claims. closing:
-    paragraphs below the table. kinds: the files to write. subfolder: of the output folder, where they go.
+    numbers: those of the table, unrounded. sources: what they were measured on. summary: a line printed after the
+    claims. closing: paragraphs below the table. kinds: the files to write, into `subfolder` of the output folder.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Findings:
         return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
     def write(self, out_dir: Path) -> list[Path]:
-        """Write `<name>.md`, `.csv` and `.json`, those of them that `kinds` names."""
+        """Write `<name>.md`, `.csv` and `.json`, as far as `kinds` contains them."""
         texts = {
             "md": self.as_markdown,
             "csv": lambda: self.table.to_csv(index=False, lineterminator="\n"),
@@ -148,10 +148,10 @@ Saved = TypeVar("Saved")
 
 @dataclass(frozen=True)
 class Study(Generic[Config, Saved]):
-    """The steps of one study; `run` takes them in order.
+    """The steps of a study; `run` calls them in order.
 
-    measure: brings the saved files up to date, from where a stopped run left them. read: the saved files; ValueError if
-    nothing is saved. find, draw: from what was read alone.
+    measure: measures and saves what is missing; a stopped study continues. read: reads the saved files; ValueError if
+    there are none. find, draw: make findings and figures of what was read.
     """
 
     config: type[Config]
@@ -161,7 +161,7 @@ class Study(Generic[Config, Saved]):
     draw: Callable[[Saved, Config], list[Path]] = lambda saved, config: []
 
     def main(self, doc: str | None) -> int:
-        """The whole life of the study's script; returns its exit code. doc: the script's docstring."""
+        """Run the study as a script; returns the exit code. doc: the docstring of the script."""
         return study(doc, self.config, self.run)
 
     def run(self, config: Config) -> int:
@@ -175,7 +175,7 @@ class Study(Generic[Config, Saved]):
         return 0
 
     def write(self, config: Config) -> tuple[list[Findings], list[Path]]:
-        """Findings of what is saved, and the files that they and the figures were written to."""
+        """Make findings and figures of the saved files; returns the findings and all written paths."""
         saved = self.read(config)
         found = self.find(saved, config)
         return found, [path for findings in found for path in findings.write(config.out_dir)] + self.draw(saved, config)

@@ -300,7 +300,7 @@ def test_random_weights_are_usable_numbers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"random_weights": True, "testbed": True}, "--random-weights, --testbed each say where the weights come from"),
+        ({"random_weights": True, "testbed": True}, "--random-weights, --testbed all choose the weights"),
         ({"model": "llama-100m"}, "give --random-weights with it"),
         ({"clock": "process"}, "give --threads 1 with it"),
         ({"new_tokens": 1}, "--new-tokens must be at least 2"),

@@ -101,7 +101,7 @@ def test_what_an_engine_cannot_do_is_refused_before_anything_runs(fake, subject,
     monkeypatch.setattr(measuring, "load_subject", lambda config: subject)
     with pytest.raises(ValueError, match="changes its plan between prompt and answer"):
         run_bench(config(tmp_path, phases=("decode",)))
-    with pytest.raises(ValueError, match="--modes vllm is for --study engines on --device cpu"):
+    with pytest.raises(ValueError, match="--modes vllm needs --study engines and --device cpu"):
         config(tmp_path, study="strategies")
     with pytest.raises(ValueError, match=r"no_such_package is neither in this environment nor in \.venv-engines"):
         python_with("no_such_package")

@@ -1,1 +1,1 @@
-"""Single parts of AdaSkip switched on and off, and varied: online learning, compensation."""
+"""Ablations of parts of AdaSkip: online learning, compensation."""

@@ -1,7 +1,7 @@
-"""`eval/compensation.py`: how far the output lies from the full model's under each way to compensate AdaSkip's sets.
+"""`eval/compensation.py`: how much the output diverges from the full model's with each compensation of AdaSkip's sets.
 
-Fitted on the calibration prompts, measured on samples of the phase's tasks that no run is scored on. On stories260K
-both are stories that the model tells itself.
+Fitted on the calibration prompts, measured on samples of the phase's tasks that no run is scored on. For stories260K
+both are stories sampled from the model itself.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ RESULTS_FILE = "compensation_divergences.json"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 STORIES_BUDGETS = (2, 4, 6)
 STORIES_SEED = 1
-"""Other stories than those that the ablation of online learning tests on."""
+"""Not the seed of the ablation of online learning, which tests on other stories."""
 SAME = ("weights_fingerprint", "dtype", "device", "attn_implementation", "prompts_fingerprint", "calibration_prompts")
-"""What must be equal for measurements to be continued."""
+"""Fields that must be equal to continue a measurement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class CompensationConfig(StudyConfig):
 
     folder = "results/compensation"
 
-    held_out: int = option("prompts to measure on, none of them among those that calibrate", 24)
+    held_out: int = option("number of prompts to measure on; none of them calibrates", 24)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +65,7 @@ class CompensationConfig(StudyConfig):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. calibration, held_out: prompts to fit on and, by phase, to measure on, token ids, 1-D."""
+    """A model to measure. calibration: prompts to fit on, 1-D token ids; held_out: prompts to measure on, by phase."""
 
     loaded: LoadedModel
     calibration: Sequence[Tensor]
@@ -75,7 +75,7 @@ class Subject:
 
     @property
     def sources(self) -> dict[str, Any]:
-        """What the numbers are measured on."""
+        """Description of model and prompts."""
         told = str([prompt.tolist() for prompts in (self.calibration, *self.held_out.values()) for prompt in prompts])
         described = describe_model(self.loaded)
         return {
@@ -87,9 +87,9 @@ class Subject:
 
 
 def measure(config: CompensationConfig) -> None:
-    """Measure what is missing; each model's phase is saved as soon as it is measured.
+    """Measure what is missing; each phase of a model is saved when it is complete.
 
-    Raises ValueError if what is saved of a model was measured on other weights or prompts.
+    Raises ValueError if saved results of a model are of other weights or prompts.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -109,7 +109,7 @@ def measure(config: CompensationConfig) -> None:
 
 
 def _of_tasks(config: CompensationConfig, name: str) -> Subject:
-    """Held out are prompts of the phase's tasks, in turns, behind those that a selection is searched on."""
+    """Prompts are held out alternately from the phase's tasks, after those that a selection is searched on."""
     held_out: dict[Phase, Sequence[Tensor]] = {}
     job = resolve(config.run_config(name, phase=PHASES[0], strategy=AdaSkip.name))
     loaded, calibration = job.loading.load(), job.calibration
@@ -130,7 +130,7 @@ def _of_stories(held_out: int) -> Subject:
 
 
 def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
-    """Measure the phases that the file at `path` lacks of one model, and add them to it."""
+    """Measure the phases of a model that are missing in the file at `path`, and add them."""
     results, sources = _read(path), subject.sources
     held = results.setdefault(name, {"sources": sources, "cells": []})
     if other := [key for key in SAME if held["sources"][key] != sources[key]]:
@@ -152,7 +152,7 @@ def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
 def _cells(
     subject: Subject, phase: Phase, importance: ImportanceProfile, moments: dict[Sublayer, StreamMoments]
 ) -> list[dict[str, Any]]:
-    """Of each budget the divergences on every held-out prompt, by compensation."""
+    """For each budget and compensation the divergence on every held-out prompt."""
     stand_ins: dict[str, Callable[[Sublayer], Compensation]] = {
         NONE: lambda sublayer: 1.0,
         SCALE: importance.scale_of,
@@ -181,7 +181,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read(config: CompensationConfig) -> dict[str, Any]:
-    """What is saved, by model; ValueError if nothing is."""
+    """The saved results by model; ValueError if there are none."""
     if not (results := _read(config.results_path)):
         raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
     return results

@@ -1,6 +1,6 @@
-"""The verdict on compensation, and its table; both are made from the saved divergences.
+"""The verdict on compensation, and its table, from the saved divergences.
 
-Every way is compared with Eq. (3)'s scale, prompt by prompt.
+Every compensation is compared with the scale of Eq. (3), prompt by prompt.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ OTHERS = (NONE, LEAST_SQUARES, AFFINE, SHIFT)
 HELPS, HARMS, MIXED, CHANCE = "helps", "harms", "mixed", "within chance"
 
 Cells = list[dict[str, Any]]
-"""As they are saved: phase, sublayers, and divergences by compensation and prompt."""
+"""Saved cells: phase, sublayers, and divergences by compensation and prompt."""
 
 
 def _differences(cell: Mapping[str, Any], name: str) -> list[float]:
-    """Prompt by prompt the divergence less that under Eq. (3)'s scale, nats."""
+    """For each prompt the divergence minus that with the scale of Eq. (3), in nats."""
     measured = cell["divergences"]
     return [ours - scale for ours, scale in zip(measured[name], measured[SCALE], strict=True)]
 
 
 def difference(cell: Mapping[str, Any], name: str) -> Estimate:
-    """Their mean."""
+    """The mean of the differences."""
     found = mean_estimate(_differences(cell, name))
     assert found is not None, "there are prompts"
     return found
 
 
 def relative(cells: Cells, name: str) -> Estimate:
-    """The same as a share of the mean under Eq. (3)'s scale, averaged over cells; the prompts of each phase are
-    what is resampled."""
+    """The difference relative to the mean with the scale of Eq. (3), averaged over cells; bootstrap over the prompts of
+    each phase."""
     by_phase: dict[str, list[list[float]]] = {}
     for cell in cells:
         shares = [x / mean(cell["divergences"][SCALE]) for x in _differences(cell, name)]
@@ -57,22 +57,22 @@ def relative(cells: Cells, name: str) -> Estimate:
 
 
 def beyond_chance(found: Estimate) -> int:
-    """-1 if the whole interval of a difference lies below 0, 1 if above, else 0."""
+    """-1 if the whole interval of a difference is below 0, 1 if above, else 0."""
     assert found.low is not None
     assert found.high is not None
     return -1 if found.high < 0 else 1 if found.low > 0 else 0
 
 
 def verdict(cells: Cells, name: str) -> str:
-    """On one model: what holds over all cells, unless cells say the opposite beyond chance (mixed)."""
+    """The verdict on one model over all cells; mixed if a cell significantly shows the opposite."""
     overall = beyond_chance(relative(cells, name))
     found = {overall, *(beyond_chance(difference(cell, name)) for cell in cells)}
     return MIXED if {-1, 1} <= found else {-1: HELPS, 0: CHANCE, 1: HARMS}[overall]
 
 
 def best(*models: Cells) -> str:
-    """The way that helps on all of these models, of several the one that lowers divergence most on average; Eq. (3)'s
-    scale if none does."""
+    """The compensation that helps on all of these models and lowers divergence most on average; the scale of Eq. (3)
+    if none does."""
     helping = [name for name in OTHERS if all(verdict(cells, name) == HELPS for cells in models)]
     gains = {name: mean([relative(cells, name).value for cells in models]) for name in helping}
     return min(gains, key=gains.__getitem__, default=SCALE)

@@ -1,7 +1,7 @@
-"""`eval/online_ablation.py`: AdaSkip in the decode phase with and without online learning, its P and beta varied.
+"""`eval/online_ablation.py`: AdaSkip in the decode phase with and without online learning, for several P and beta.
 
-On models that run tasks each variant is a run like any other; on stories260K its loss is measured story by story. Of
-every model and variant each sample's quality, and how much was skipped, are kept in one JSON file.
+For models that run tasks, each variant is a run like any other; for stories260K its loss is measured story by story.
+One JSON file keeps the quality of each sample and the number of skipped sublayers, by model and variant.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ SAMPLES_FILE = "online_ablation_samples.json"
 WINDOWS = (5, 10, 20, 40)
 QUANTILES = (0.1, 0.25, 0.5)
 OFFLINE = (1.0, 1.5, 2.0, 2.5, 3.0)
-"""Budgets without online learning, as multiples of the least one, which is the one with it."""
+"""Budgets without online learning, as multiples of the smallest, which is the budget with online learning."""
 STORIES_BUDGETS = (2, 3, 4, 5, 6)
 """The same for stories260K, of 10 sublayers."""
 STORY_TOKENS, PROMPT_TOKENS = 128, 16
-"""Length of a story, and of its beginning, which is the prompt."""
+"""Length of a story, and of its prompt, in tokens."""
 SOURCES = (
     *("checkpoint", "weights_fingerprint", "num_layers", "dtype", "device", "tasks", "max_new_tokens", "batch_size"),
     *("data_fingerprint", "profile_fingerprint", "versions", "git_commit"),
 )
-"""Fields of a run's manifest that go with the numbers."""
+"""Fields of a run's manifest that are saved with the numbers."""
 NO_SOURCES = ("variant", "checkpoint", "started", "finished", "resumed", "measured")
-"""Fields of a manifest of stories that do not."""
+"""Fields of a manifest of stories that are not."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Variant:
 
 
 def variants(budgets: Sequence[int], windows: Sequence[int], quantiles: Sequence[float]) -> list[Variant]:
-    """The full model, every budget without online learning, and the least one with it under every P and beta."""
+    """The full model, every budget without online learning, and the smallest one with every P and beta."""
     betas = (*sorted(quantiles), None)
     online = [Variant(budgets[0], window, beta) for window in windows for beta in betas]
     return [Variant(0), *map(Variant, budgets), *online]
@@ -89,27 +89,34 @@ class AblationConfig(StudyConfig):
 
     folder = "online"
 
-    tasks: tuple[str, ...] = option("tasks with answers longer than P", ("gov_report", "multi_news"))
+    tasks: tuple[str, ...] = option("tasks, with answers longer than P", ("gov_report", "multi_news"))
     limit: int = option("samples of each task", 8)
-    stories: int = option(f"stories for {STORIES}, where ADASKIP_REAL names the folder that holds it; 0 for none", 24)
-    windows: tuple[int, ...] = option("values of P", WINDOWS)
-    quantiles: tuple[float, ...] = option("values of beta beside the paper's, quantiles of FFN similarity", QUANTILES)
-    max_new_tokens: int | None = option("most tokens of an answer; if not given, the phase's cap")
-    jobs: int | None = option("runs side by side; if not given, with --testbed one per core, else one")
+    stories: int = option(
+        f"number of stories for {STORIES}, which is in the folder of the environment variable ADASKIP_REAL; 0 for none",
+        24,
+    )
+    windows: tuple[int, ...] = option("values of P, the learning window in tokens", WINDOWS)
+    quantiles: tuple[float, ...] = option(
+        "values of beta besides the paper's, as quantiles of FFN similarity", QUANTILES
+    )
+    max_new_tokens: int | None = option("maximum number of new tokens per answer; default: the cap of the phase")
+    jobs: int | None = option("number of parallel runs; default: with --testbed one per core, else one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.windows, default=0) < 1:
-            raise ValueError(f"--windows are at least 1 token each; got {' '.join(map(str, self.windows)) or 'none'}")
+            raise ValueError(
+                f"--windows must be at least 1 token each, not {' '.join(map(str, self.windows)) or 'none'}"
+            )
         if not all(0 <= quantile <= 1 for quantile in self.quantiles):
-            raise ValueError(f"--quantiles lie between 0 and 1; got {' '.join(map(str, self.quantiles))}")
+            raise ValueError(f"--quantiles must be from 0 to 1, not {' '.join(map(str, self.quantiles))}")
 
     @property
     def num_jobs(self) -> int:
         return self.jobs or ((os.cpu_count() or 1) if self.find_benchmark().models else 1)
 
     def variants(self, name: str) -> list[Variant]:
-        """Of a model: its budgets are multiples of the least one of a model of its depth."""
+        """The variants of a model; its budgets are multiples of the smallest budget for its depth."""
         if name == STORIES:
             return variants(STORIES_BUDGETS, self.windows, self.quantiles)
         loading = find_loading(self, name)
@@ -118,16 +125,16 @@ class AblationConfig(StudyConfig):
 
 
 Results = dict[str, Any]
-"""Of one model, as it is saved. measure: `score` or `loss`. sources: what the numbers were measured on. variants: of
-each its fields, and `samples`: of each its id, quality (score, or negative loss: more is better), sublayers skipped per
-decode step, FFNs that joined online, and milliseconds per token (None where not measured)."""
+"""Saved results of one model. measure: `score` or `loss`. sources: what the numbers were measured on. variants: their
+fields, and `samples`: for each its id, quality (score or negative loss: higher is better), skipped sublayers per decode
+step, FFNs added online, and milliseconds per token (None if not measured)."""
 
 
 def measure(config: AblationConfig) -> None:
-    """Bring every run to its end and keep what the findings need; what is finished is passed over.
+    """Complete every run and save what the findings need; finished runs are skipped.
 
     Raises:
-        ValueError: a run cannot be, or its folder holds another or is in use.
+        ValueError: a run is impossible, or its folder contains another run or is in use.
         RunError: a run failed half-way; the same command continues.
     """
     work: list[Work] = [(ensure_run, (config, name, v)) for name in config.models for v in config.variants(name)]
@@ -143,7 +150,7 @@ def measure(config: AblationConfig) -> None:
 
 
 def ensure_run(config: AblationConfig, model: str, variant: Variant) -> None:
-    """Bring one variant's run to its end; loads no model where it is already there."""
+    """Complete the run of a variant; if it is finished, no model is loaded."""
     cell = _run_config(config, model, variant)
     if not is_done(resolve(cell)):
         run(cell)
@@ -161,7 +168,7 @@ def _run_config(config: AblationConfig, model: str, variant: Variant) -> RunConf
         output_dir=str(config.out_dir / "runs" / variant.label),
         threads=config.threads or (1 if config.num_jobs > 1 else None),
         limit=config.limit,
-        batch_size=1,  # what is learnt is learnt of one request
+        batch_size=1,  # online learning is per request
         max_new_tokens=config.max_new_tokens,
     )
 
@@ -175,7 +182,7 @@ def read_runs(config: AblationConfig, model: str) -> Results:
         for task, scored in score_run(found).tasks.items():
             most = found.manifest["max_new_tokens"][task]
             for name, record in scored.records.by_id.items():
-                # An answer that ends by itself has an end token, which is no part of the record but took a step.
+                # An answer that ends by itself has an end token, which is not in the record but took a step.
                 steps, added = min(record["new_tokens"], most - 1), len(record["online_ffns"])
                 learnt = [mean_skipped(variant, added, steps), added, record.get("tpot_ms")]
                 samples.append([f"{task}/{name}", scored.main.by_id[name], *learnt])
@@ -184,12 +191,12 @@ def read_runs(config: AblationConfig, model: str) -> Results:
 
 
 def mean_skipped(variant: Variant, added: int, steps: int) -> float:
-    """Sublayers skipped per decode step: the offline set from the first, what was learnt after the window."""
+    """Sublayers skipped per decode step: the offline set in all steps, the added FFNs after the window."""
     return variant.sublayers + (added * max(0, steps - variant.window) / steps if steps else 0.0)
 
 
 def ensure_stories(config: AblationConfig, variant: Variant) -> None:
-    """Measure what is missing of one variant, story by story."""
+    """Measure the missing stories of a variant."""
     folder = _stories_folder(config, variant)
     torch.set_num_threads(config.threads or 1)
     loaded, profile, told = _prepared(config.stories, config.seed)
@@ -223,7 +230,7 @@ def _stories_folder(config: AblationConfig, variant: Variant) -> RunFolder:
 
 @lru_cache(maxsize=1)
 def _prepared(count: int, seed: int) -> tuple[LoadedModel, ImportanceProfile, list[Tensor]]:
-    """The model, its profile on stories of its own, and `count` others to measure on."""
+    """The model, its profile measured on its own stories, and `count` other stories to measure on."""
     loaded = load_stories()
     told = tell(loaded, CALIBRATION_STORIES + count, STORY_TOKENS, seed)
     return loaded, calibrate(loaded.model, told[:CALIBRATION_STORIES]), told[CALIBRATION_STORIES:]
@@ -246,7 +253,7 @@ def read_stories(config: AblationConfig) -> Results:
 
 
 def keep(config: AblationConfig, results: Mapping[str, Results]) -> None:
-    """Put these models' results into the file, in place of what it holds of them."""
+    """Save the results of these models in the file, replacing older ones of the same models."""
     path = config.out_dir / SAMPLES_FILE
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     both = {**held, **results}
@@ -255,7 +262,7 @@ def keep(config: AblationConfig, results: Mapping[str, Results]) -> None:
 
 
 def read(config: AblationConfig) -> dict[str, Results]:
-    """Everything kept, by model; ValueError if nothing is."""
+    """The saved results by model; ValueError if there are none."""
     path = config.out_dir / SAMPLES_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist; leave out --draw-only")

@@ -1,8 +1,8 @@
-"""What online learning brings: against none with the same offline set, and against as many sublayers chosen offline.
+"""The effect of online learning, against none with the same offline set, and against as many sublayers chosen offline.
 
-Differences are paired by sample, with 95 % bootstrap intervals. Learning online skips more, and who skips more keeps
-less; so the question is whether what is learnt is better than what a larger offline budget would have added. Between
-two budgets a sample's quality is interpolated.
+Differences are paired by sample, with 95 % bootstrap intervals. Online learning skips more sublayers, which costs
+quality, so it is compared with a larger offline budget of the same size. Between two budgets the quality of a sample is
+interpolated.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from adaskip.studies.tables import labels
 NAME = "online_ablation"
 BETTER, WORSE, CHANCE, BEYOND, NOTHING = "better", "worse", "within chance", "beyond the offline sets", "adds nothing"
 COLORS = (SKY, BLUE, GREEN, ORANGE, PURPLE)
-"""By P, in order; more than these begin again."""
+"""By P, in order; repeated if there are more."""
 MARKERS = ("v", "s", "D", "^", "o")
-"""By beta: quantiles rising, the paper's last."""
+"""By beta: increasing quantiles, then the paper's."""
 OFFLINE_LINE = {"color": "black", "marker": ".", "linewidth": 0.9, "markersize": 5, "zorder": 1}
 HEADER = (
     *("Model", "Budget", "P", "beta", "fired", "FFNs added", "skipped per step", "quality"),
@@ -41,16 +41,16 @@ HEADER = (
 
 COLUMNS = ("id", "quality", "skipped", "added", "tpot_ms")
 Samples = Mapping[Variant, DataFrame]
-"""Of one model; its frames have `COLUMNS` and the same samples in the same order."""
+"""Samples of one model; all frames have `COLUMNS` and the same samples in the same order."""
 
 
 @dataclass(frozen=True)
 class Compared:
     """One variant over all samples of a group of models.
 
-    skipped: sublayers per decode step. added: FFNs that joined, per request. fired: share of requests in which any did.
-    over_off: quality gained over the same offline set. over_offline: over offline sets of as many sublayers, None
-    beyond the largest. verdict: on the latter.
+    skipped: sublayers per decode step. added: FFNs added per request. fired: share of requests with added FFNs.
+    over_off: gain in quality over the same offline set. over_offline: gain over offline sets of as many sublayers, None
+    beyond the largest. verdict: on `over_offline`.
     """
 
     variant: Variant
@@ -87,8 +87,8 @@ def compare(models: Sequence[Samples], variant: Variant) -> Compared:
 
 
 def _offline_quality(samples: Samples, variant: Variant) -> list[float]:
-    """Each sample's quality if as many sublayers as the variant skips on average had been skipped offline; nothing
-    where that is beyond the offline sets."""
+    """Quality of each sample with an offline set of the variant's mean number of skipped sublayers; empty beyond the
+    range of the offline sets."""
     wanted = mean(samples[variant].skipped.tolist())
     budgets = sorted(v.sublayers for v in samples if not v.window and v.sublayers)
     if not budgets[0] <= wanted <= budgets[-1]:
@@ -108,7 +108,7 @@ def _estimate(values: np.ndarray) -> Estimate:
 
 @dataclass(frozen=True)
 class Group:
-    """Models of one measure and the same variants, whose samples are taken together."""
+    """Models with the same measure and variants, whose samples are pooled."""
 
     name: str
     is_score: bool
@@ -117,7 +117,7 @@ class Group:
 
 
 def groups(results: Mapping[str, Results]) -> list[Group]:
-    """Models that run tasks, by the variants that were run, and stories260K."""
+    """Groups of the models that run tasks, by their variants, and stories260K."""
     alike: dict[tuple[str, tuple[Variant, ...]], dict[str, Samples]] = {}
     for name, each in sorted(results.items(), key=lambda item: item[1]["measure"] == "loss"):
         samples = {
@@ -158,7 +158,7 @@ def find(results: Mapping[str, Results]) -> Findings:
 
 
 def _claims(group: Group) -> list[Claim]:
-    """That the window adds FFNs, that these are better than as many chosen offline, and that they cost no quality."""
+    """The window adds FFNs; they are better than as many chosen offline; they cost no quality."""
     adding = [c for c in group.learning if c.added > 0]
     paper = [c for c in group.learning if (c.variant.window, c.variant.quantile) == (LEARNING_WINDOW, None)]
     told = ""
@@ -226,8 +226,8 @@ def _numbers(group: Group, c: Compared) -> dict[str, object]:
 
 
 def draw(results: Mapping[str, Results], out_dir: Path) -> list[Path]:
-    """Quality against sublayers skipped per decode step, a panel per group: the line of offline budgets, and every P
-    and beta beside it."""
+    """Draw quality against sublayers skipped per decode step, a panel per group: a line of offline budgets, and a point
+    for each P and beta."""
     found = groups(results)
     with styled():
         figure = Figure(figsize=(3.4 * len(found) + 1.5, 3.2), layout="constrained")

@@ -1,8 +1,8 @@
-"""`eval/stories.py`: test loss of stories260K under every strategy, on stories that the full model tells.
+"""`eval/stories.py`: test loss of stories260K under every strategy, on stories sampled from the full model.
 
-The model tells the stories by sampling, so that their loss under it is its own entropy, and what skipping adds to it
-estimates the divergence of the skipped model from the full one. The first stories calibrate, the others are the test:
-their beginning is the prompt, the rest is fed token by token as the answer.
+The loss of such stories under the full model is its own entropy, so the loss that skipping adds estimates the
+divergence of the skipped model from the full one. The first stories calibrate, the others test: their beginning is the
+prompt, the rest is fed token by token as the answer.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ BUDGETS = (2, 4, 6)
 PROMPT_TOKENS = 96
 ANSWER_TOKENS = 64
 BATCH_SIZE = 20
-"""Stories that run together; with a strategy that learns online every story runs alone, a request of its own."""
+"""Stories per batch; 1 for strategies with online learning, which is per request."""
 SAME = ("weights_fingerprint", "dtype", "attn_implementation", "stories", "seed", "versions")
-"""What must be equal for a study to be continued."""
+"""Fields that must be equal to continue a study."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoriesConfig:
     """The options of `eval/stories.py`."""
 
-    stories: int = option("test stories", 300)
+    stories: int = option("number of test stories", 300)
     seed: int = option("seed of the stories", 0)
     threads: int = option("CPU threads of torch", 1)
-    output_dir: str | None = option(f"where everything goes; if not given, {OUTPUT_DIR}")
-    draw_only: bool = option("run no model: the table of what is saved", False)
+    output_dir: str | None = option(f"output folder; default: {OUTPUT_DIR}")
+    draw_only: bool = option("run no model; make the table of the saved results", False)
 
     def __post_init__(self) -> None:
         if self.stories < 2:
@@ -73,9 +73,9 @@ class StoriesConfig:
 
 
 def measure(config: StoriesConfig) -> None:
-    """Measure the phases that are missing; each is saved as soon as it is measured.
+    """Measure the missing phases; each is saved when it is complete.
 
-    Raises ValueError if stories260K is not there, or what is saved was measured on other weights or stories.
+    Raises ValueError if stories260K is missing, or saved results are of other weights or stories.
     """
     torch.set_num_threads(config.threads)
     path = config.results_path
@@ -102,7 +102,7 @@ def measure(config: StoriesConfig) -> None:
 def _measure_phase(
     model: Any, phase: Phase, importance: ImportanceProfile, prompts: list[Tensor], test: Tensor
 ) -> dict[str, Any]:
-    """The cost of the search, and for each budget the set it chose and every strategy's losses, story by story."""
+    """The cost of the search, and for each budget the selected set and the losses of every strategy by story."""
     selection, cells = select(model, prompts, phase, up_to=max(BUDGETS), eos_token_ids=[], pad_token_id=0), []
     for count in BUDGETS:
         measured = {}
@@ -132,7 +132,7 @@ def losses(model: Any, strategy: Strategy | None, stories: Tensor) -> list[float
 @torch.no_grad()
 def token_losses(model: Any, strategy: Strategy | None, ids: Tensor, begin: int) -> tuple[Tensor, list[int]]:
     """Negative log-likelihood [B, S - begin] of the tokens from `begin` on, fed one by one, and the FFNs that the
-    strategy learnt to skip meanwhile. ids: [B, S]."""
+    strategy added online. ids: [B, S]."""
     cache, logits = DynamicCache(config=model.config), []
     with nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=[]) as session:
         for start, end in [(0, begin), *((i, i + 1) for i in range(begin, ids.shape[1] - 1))]:
@@ -143,14 +143,14 @@ def token_losses(model: Any, strategy: Strategy | None, ids: Tensor, begin: int)
 
 
 def read(config: StoriesConfig) -> dict[str, Any]:
-    """What is saved; ValueError if nothing is."""
+    """The saved results; ValueError if there are none."""
     if not config.results_path.is_file():
         raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
     return json.loads(config.results_path.read_text(encoding="utf-8"))
 
 
 def find(result: dict[str, Any]) -> Findings:
-    """Mean losses, and calibrated's paired difference from the best of the others."""
+    """Mean losses, and the paired difference of calibrated and the best of the others."""
     full, rows, costs = result["full"], [], []
     for phase, measured in result["phases"].items():
         label = labels.PHASES[phase]

@@ -1,6 +1,6 @@
-"""What the benchmark must show: figure, bar, what was measured, and the verdict. From saved results only.
+"""What the benchmark must show: figure, bar, measured value and verdict, from saved results only.
 
-The bars are data, `bars` in `configs/bench.yaml`; here is how the number of each is found in a result.
+The bars are in `bars` of `configs/bench.yaml`; this module finds the number for each in a result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adaskip.studies.tables.paper import load_paper
 
 PHASES = ("prefill", "decode")
 PARAMETERS_8B = 8_030_261_248
-"""Of Llama-3.1-8B: weights of that shape, whatever they are called."""
+"""Parameters of Llama-3.1-8B, which identify its shape."""
 MET, MISSED, INFORMATION, NEEDS_GPU = "met", "missed", "for information", "not measured here: needs a GPU"
 NO_MEMORY, TOO_SHORT = "not measured: not enough memory", f"not measured: needs {WINDOW_STEPS} decode steps"
 NOTHING = "not measured yet"
@@ -48,9 +48,9 @@ class Row(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A number of one result: what it is about, its value (None if the answers are too short), its bar, and a note.
+    """A number of a result: its subject, its value (None if the answers are too short), its bar, and a note.
 
-    counts: whether the bar is meant for a run of this kind; else the number is for information.
+    counts: whether the bar applies to such a run; else the number is for information.
     """
 
     about: str
@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 
 
 def verdict(measured: Estimate, bar: Bar) -> str:
-    """By the median; says so if the interval reaches over the bound or lies above the ideal, where there is one."""
+    """The verdict by the median; it mentions an interval that includes the bound or is above the ideal."""
     below = "at_most" in bar
     bound = bar["at_most"] if below else bar["at_least"]
     met = MET if (measured.value <= bound if below else measured.value >= bound) else MISSED
@@ -86,7 +86,7 @@ def _overhead(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]
 
 
 def _saving(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
-    """In phase prefill, where one set serves prompt and answer and no window measures; on models that are no toys."""
+    """In phase prefill, with one set for prompt and answer and no learning window; not on the testbed's models."""
     if result.weights == "testbed" or COMPILED in result.identity.get("modes", ()):
         return
     for cell in result.cells(workload):
@@ -109,7 +109,7 @@ def _calibration(bar: Bar, result: Result, workload: Workload) -> Iterator[Findi
 
 
 def _compiled(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
-    """Of each compiled cell: its time / its limit, or the same cell's eager time / its time."""
+    """For each compiled cell its time / its limit, or its eager time / its time."""
     counts = _is_8b_on_gpu(result, workload)
     bar = bar if counts else {**bar, "bar": f"{bar['bar']} (the 8B shape's at batch 1 on a GPU)"}
     for cell in result.cells(workload):
@@ -124,10 +124,10 @@ def _compiled(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]
 
 
 def _paper(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
-    """The 8B shape in phase e2e; for information, other models and devices in every phase, at the same shares, at batch
-    1 and uncompiled.
+    """The 8B shape in phase e2e; for information, other models and devices in every phase at the same fractions, batch
+    size 1, uncompiled.
 
-    Beside what the paper measured of a model that it does not have stands Llama's. Paper: Table 3.
+    A model that the paper does not have is compared with its Llama. Paper: Table 3.
     """
     counts, paper, identity = _is_8b_on_gpu(result, workload), load_paper(), result.identity
     alike = counts or (workload.batch_size == 1 and COMPILED not in identity.get("modes", ()))
@@ -170,7 +170,7 @@ FIND: dict[str, Callable[[Bar, Result, Workload], Iterator[Finding]]] = {
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """Every figure that must be shown, with each result that has it; a line without a number where none has."""
+    """Every figure with each result that has it; a row without a number if none has."""
     rows = []
     for name, bar in load_yaml("bench")["bars"].items():
         measured = [(r, w) for r in results if r.study == bar["study"] for w in r.workloads]
@@ -182,7 +182,7 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
                 found += [_row(finding, result, workload) for finding in FIND[name](bar, result, workload)]
         if bar.get("gpu") and all(row.verdict == INFORMATION for row in found):
             found.append(Row(bar["figure"], bar["bar"], "", NEEDS_GPU))
-        if bar["study"] != "strategies":  # which has a table of its own for what lacked memory
+        if bar["study"] != "strategies":  # it has its own table of cells that ran out of memory
             for result, workload in measured:
                 if result.failure(workload) and not result.rounds_of(workload):
                     found.append(Row(bar["figure"], bar["bar"], "", NO_MEMORY, *_where(result, workload)))
@@ -200,7 +200,7 @@ def _row(found: Finding, result: Result, workload: Workload) -> Row:
 
 
 def _kv_row(bar: Bar, result: Result, workload: Workload, cell: Cell) -> Row:
-    """The first round in which bytes were not exact or not freed, or the last one."""
+    """The first round in which bytes were not exact or not freed, else the last round."""
     checks = result.of(workload, cell)
     missed = [
         check
@@ -220,7 +220,7 @@ def _kv_row(bar: Bar, result: Result, workload: Workload, cell: Cell) -> Row:
 
 
 def _where(result: Result, workload: Workload) -> tuple[str, str]:
-    """Device and work, and the command."""
+    """Device and work, and the command that measured them."""
     identity, figure = result.identity, result.manifest.get("figure")
     rounds = result.rounds_of(workload)
     where = f"{result.device}, {identity['model']} ({result.weights}), {workload}, {rounds} rounds"
@@ -228,6 +228,6 @@ def _where(result: Result, workload: Workload) -> tuple[str, str]:
 
 
 def bars_markdown(results: Sequence[Result]) -> str:
-    """The table figure | bar | measured | verdict, with where and by which command."""
+    """The table of figure, bar, measured value and verdict, with device, work and command."""
     header = ["figure", "bar", "measured [95 % interval]", "verdict", "device and work", "command"]
     return pipe_table(header, rows_of(results))

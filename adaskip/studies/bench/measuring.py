@@ -1,6 +1,6 @@
-"""`adaskip bench` and `adaskip bench-report`: measure what is missing, and draw what is saved.
+"""`adaskip bench` and `adaskip bench-report`: measure what is missing, and report saved results.
 
-A benchmark runs round after round, in each every cell once, and each whole round is saved before the next begins.
+A benchmark runs in rounds, in each of which every cell runs once; each complete round is saved before the next starts.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 
 BUDGETS = (0.125, 0.25)
 WARM_UP = 0
-"""The number of the round that does not count."""
+"""Number of the warm-up round, which does not count."""
 LACKS_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How CUDA and cuBLAS say it; torch's own allocators are known to accelerate."""
+"""Messages of CUDA and cuBLAS; accelerate knows those of torch's allocators."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """result: what is saved. notes: what a user should know of it, one line each."""
+    """result: the saved result. notes: lines for the user."""
 
     result: Result
     notes: tuple[str, ...]
@@ -50,10 +50,10 @@ class Outcome:
 
 
 def run_bench(config: BenchConfig) -> Outcome:
-    """Measure what is missing of a benchmark's rounds and save it.
+    """Measure and save the missing rounds of a benchmark.
 
     Raises:
-        ValueError: an impossible device, checkpoint, profile or budget, or a saved result of another kind.
+        ValueError: an impossible device, checkpoint, profile or budget, or a saved result of another configuration.
     """
     began = time.monotonic()
     device = chosen_device(config.device)
@@ -95,15 +95,15 @@ def _engines(config: BenchConfig, subject: Subject) -> AbstractContextManager[En
 
 
 def folder_name(device: torch.device) -> str:
-    """What a device's folder is called: `cpu`, or the GPU's name in letters and digits."""
+    """The name of a device's folder: `cpu`, or the name of the GPU in letters and digits."""
     return "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
 
 
 def limits_of(
     result: Result, timed: list[tuple[Workload, Cell]], trials: Trials, attn_implementation: str
 ) -> list[Record]:
-    """`ttft_s` and `tpot_s` of every timed cell if it ran at the measured copy bandwidth and matmul rate, which stand
-    in the result's manifest."""
+    """`ttft_s` and `tpot_s` of every timed cell at the measured copy bandwidth and matmul rate, which are saved in the
+    manifest of the result."""
     model = trials.subject.model
     ceilings, shape = measure_ceilings(model.device, model.dtype), ModelShape.of(model.config)
     rates = {"matmul_flops": ceilings.matmul_flops, "bandwidth_bytes_per_s": ceilings.bandwidth}
@@ -130,8 +130,8 @@ def limits_of(
 
 @dataclass
 class _Runner:
-    """saved: whether this command has added anything to the result. round_s: how long the last round took; a warm-up's
-    time, which may hold compilation, until a round that counts follows. running: workload, cell and round now."""
+    """saved: whether this command has added a round to the result. round_s: duration of the last round, at first of the
+    warm-up, which may include compilation. running: current workload, cell and round."""
 
     config: BenchConfig
     trials: Trials
@@ -143,7 +143,7 @@ class _Runner:
     running: Record = field(default_factory=dict)
 
     def run(self, workload: Workload) -> str | None:
-        """Run the missing rounds of a workload; returns a line on why some are still missing."""
+        """Run the missing rounds of a workload; returns a line that explains why some are still missing, else None."""
         done, rounds = self.result.rounds_of(workload), self.config.rounds
         if self.result.failure(workload) or done >= rounds:
             return None
@@ -166,7 +166,7 @@ class _Runner:
                 raise
         else:
             return None
-        # Outside of the handler, whose traceback keeps the tensors alive. The rounds before this one stay.
+        # Outside the handler, since its traceback keeps the tensors alive. Earlier rounds are kept.
         self.trials.static_caches.caches.clear()
         torch.cuda.empty_cache()
         self._save([{**self.running, "error": "out of memory"}])
@@ -177,7 +177,7 @@ class _Runner:
     def _too_late(self) -> bool:
         """Whether another round would end after the time limit.
 
-        Never before something is saved: however slow the warm-up, a command that is repeated comes to an end.
+        False until a round is saved, so that a repeated command completes, however slow its warm-up is.
         """
         limit = self.config.time_limit_s
         return limit is not None and self.saved and time.monotonic() - self.began + self.round_s > limit
@@ -189,7 +189,7 @@ class _Runner:
 
 
 def _rounded(value: Any) -> Any:
-    """Times to a tenth of a microsecond."""
+    """Round times to a tenth of a microsecond."""
     if isinstance(value, float):
         return round(value, 7)
     if isinstance(value, dict):
@@ -202,9 +202,9 @@ INCOMPLETE = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Where the results are."""
+    """The options of `adaskip bench-report`."""
 
-    results_dir: str | None = option(f"folder of the results; if not given, {RESULTS_DIR}")
+    results_dir: str | None = option(f"folder of the results; default: {RESULTS_DIR}")
 
 
 def bench(config: BenchConfig) -> int:
@@ -222,7 +222,7 @@ def bench(config: BenchConfig) -> int:
 
 
 def bench_report(config: ReportConfig) -> int:
-    """Draw again what is saved."""
+    """Write tables and plots of saved results; returns the exit code."""
     with optional_import():
         from adaskip.studies.bench.report import write_bench_report
     written = write_bench_report(given_or_default(config.results_dir, RESULTS_DIR))

@@ -19,7 +19,7 @@ from adaskip.studies.plots.style import LOOKS, Look, save, styled
 from adaskip.studies.tables.labels import MISSING, STRATEGIES
 
 OTHER = Look("#666666", "x", (2, 1))
-"""For strategies that have no look of their own."""
+"""The look of strategies that declare none."""
 INTRODUCTION = """# What the benchmark shows
 
 Made from the saved results by `adaskip bench-report`. A ratio is the median of the rounds' own ratios, in brackets its
@@ -41,9 +41,9 @@ TOY = (
 
 
 def write_bench_report(results_dir: Path) -> list[Path]:
-    """Write `summary.md` into `results_dir`, and a table and plots beside every study of strategies or engines.
+    """Write `summary.md` into `results_dir`, and a table and plots beside each study of strategies or engines.
 
-    What lacked memory has a page beside it, too. Raises ValueError if there is no result.
+    A study that ran out of memory has a page, too. Raises ValueError if there is no result.
     """
     results = load_results(results_dir)
     if not results:
@@ -57,7 +57,7 @@ def write_bench_report(results_dir: Path) -> list[Path]:
 
 
 def result_markdown(result: Result) -> str:
-    """One study of strategies: what was measured on what, a table per workload, and the time of the sublayers."""
+    """The document of a study: subject and machine, a table per workload, and the times of sublayers."""
     parts = [f"# {result.name}", *_about(result)]
     for workload in result.workloads:
         parts.append(f"## {workload}, {result.rounds_of(workload)} rounds")
@@ -132,9 +132,9 @@ def _sublayer_lines(result: Result, workload: Workload) -> list[str]:
 
 
 def draw(result: Result) -> list[Path]:
-    """Speedup of prefill and decode against prompt length, or against the budget where there is one length.
+    """Draw the speedup of prefill and decode against prompt length or, if there is only one, against the budget.
 
-    A marker is what was measured, with its interval, a faint line the ideal. One figure per mode, phase and batch size.
+    Markers with intervals are measured, faint lines ideal. One figure per mode, phase and batch size.
     """
     written = []
     kinds = dict.fromkeys((e["mode"], e["phase"], e["batch_size"]) for e in result.entries if e["strategy"] != FULL)

@@ -1,9 +1,9 @@
-"""A benchmark's result file, and what is reported of it.
+"""The result file of a benchmark, and the numbers reported from it.
 
-The file has a manifest and one record for each cell and round. It is written whole after every round, so that a stopped
-run loses at most the round it was in. Reported are medians over the rounds and ratios: the median of the rounds' own
-ratios, with a 95 % bootstrap interval over the rounds. Ideal is the full model's time without the share that its
-breakdown, in the same run, gives the skipped sublayers.
+The file has a manifest and one record for each cell and round. It is written after every round, so that a stopped run
+loses at most its current round. Reported are medians over the rounds, and medians of the ratios of each round, with a
+95 % bootstrap interval over the rounds. The ideal time is the full model's time without the skipped sublayers' share,
+which is measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from adaskip.studies.bench.settings import BREAKDOWN, COMPARISONS, EAGER, WINDOW
 
 FORMAT = "adaskip-bench/1"
 GENERATION_TOKENS = 256
-"""The length of generation that the learning window's cost is told for."""
+"""Length of the generation for which the cost of the learning window is reported."""
 WINDOW_STEPS = LEARNING_WINDOW + 1
-"""Decode steps that differ by the window: its own, and the one after it."""
+"""Decode steps that the window affects: its own, and the one after it."""
 NAMES = {"prefill": "ttft_s", "decode": "tpot_s"}
 Record = dict[str, Any]
 
@@ -34,9 +34,9 @@ Record = dict[str, Any]
 class Result:
     """One benchmark.
 
-    manifest: `identity` (what must not change), and what describes model, machine and code. records: each with
-    workload, cell, round and what the cell measured, or `error` if its memory was not enough. limits: least times of
-    cells on the device's measured ceilings. entries: medians over the rounds, made from the records.
+    manifest: `identity` (what must not change), and a description of model, machine and code. records: workload, cell,
+    round and the measurements, or `error` if memory was insufficient. limits: minimum times of cells at the measured
+    ceilings of the device. entries: medians over the rounds, made from the records.
     """
 
     path: Path
@@ -68,34 +68,34 @@ class Result:
 
     @property
     def workloads(self) -> list[Workload]:
-        """Those with records, in order."""
+        """The workloads with records, in order."""
         return list(dict.fromkeys(Workload(**record["workload"]) for record in self.records))
 
     def of(self, workload: Workload, cell: Cell | None = None) -> list[Record]:
-        """The good records of a workload, or of one cell of it, by round."""
+        """The valid records of a workload, or of one of its cells, by round."""
         wanted = {"workload": vars(workload), **({} if cell is None else {"cell": vars(cell)})}
         return [record for record in self.records if "error" not in record and wanted.items() <= record.items()]
 
     def cells(self, workload: Workload) -> list[Cell]:
-        """The cells with good records, in the order of the first round."""
+        """The cells with valid records, in the order of the first round."""
         return list(dict.fromkeys(Cell(**record["cell"]) for record in self.of(workload)))
 
     def rounds_of(self, workload: Workload) -> int:
-        """How many rounds of `workload` are saved."""
+        """Number of saved rounds of `workload`."""
         return max((record["round"] for record in self.of(workload)), default=0)
 
     def failure(self, workload: Workload) -> Record | None:
-        """Which cell in which round lacked memory, None if none did; whole rounds before that still count."""
+        """The record of the cell and round that ran out of memory; None if none did. Earlier rounds count."""
         failed = (r for r in self.records if "error" in r and r["workload"] == vars(workload))
         return next(failed, None)
 
     def limit(self, workload: Workload, cell: Cell) -> Record | None:
-        """`ttft_s` and `tpot_s` at the measured ceilings, where they are known."""
+        """`ttft_s` and `tpot_s` at the measured ceilings; None if unknown."""
         same = {"workload": vars(workload), "cell": vars(cell)}
         return next((entry for entry in self.limits if same.items() <= entry.items()), None)
 
     def save(self) -> None:
-        """Write the file: JSON, one record a line."""
+        """Write the file: JSON with one record per line."""
         parts = {"manifest": json.dumps(self.manifest, indent=1)}
         for name in ("entries", "limits", "records"):
             lines = ",\n".join(json.dumps(record, allow_nan=False) for record in getattr(self, name))
@@ -105,9 +105,9 @@ class Result:
 
 
 def open_result(path: Path, manifest: Mapping[str, Any], *, fresh: bool) -> Result:
-    """The saved result at `path` to continue, or a new one.
+    """The saved result at `path`, to be continued, or a new one.
 
-    Raises ValueError if what is saved there was measured in another way.
+    Raises ValueError if the saved result has another configuration.
     """
     if fresh or not path.is_file():
         return Result(path, dict(manifest))
@@ -117,7 +117,7 @@ def open_result(path: Path, manifest: Mapping[str, Any], *, fresh: bool) -> Resu
         name = different[0]
         raise ValueError(
             f"{path} holds a measurement with another {', '.join(different)} (there {found.get(name)!r}, now "
-            f"{asked.get(name)!r}): give --name for a result of its own or --fresh to measure anew"
+            f"{asked.get(name)!r}): give another --name, or --fresh to measure again"
         )
     commits = [*saved.manifest["git_commits"], *manifest["git_commits"]]
     saved.manifest = {**saved.manifest, **manifest, "git_commits": list(dict.fromkeys(commits))}
@@ -125,7 +125,7 @@ def open_result(path: Path, manifest: Mapping[str, Any], *, fresh: bool) -> Resu
 
 
 def load_result(path: Path) -> Result:
-    """Read one result; ValueError if the file is none."""
+    """Read a result; ValueError if the file is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -136,21 +136,21 @@ def load_result(path: Path) -> Result:
 
 
 def load_results(folder: Path) -> list[Result]:
-    """Every benchmark result in the device folders below `folder`, by device and name; other files are passed over."""
+    """All benchmark results in the device folders of `folder`, by device and name; other files are ignored."""
     begin = f'{{"format": "{FORMAT}"'
     paths = sorted(folder.glob("*/*.json"))
     return [load_result(path) for path in paths if path.read_text(encoding="utf-8").startswith(begin)]
 
 
 def time_of(record: Record, phase: str) -> float:
-    """Time to the first token (prefill), or the mean time of a decode step; of a prefill alone, its own."""
+    """Time to the first token (or of the prefill, if nothing is decoded), or mean time of a decode step."""
     if phase == "decode":
         return statistics.fmean(record["steps_s"])
     return record["prefill_s"] if "prefill_s" in record else record["ttft_s"]
 
 
 def ratio(result: Result, workload: Workload, one: Cell, other: Cell, phase: str = "prefill") -> Estimate:
-    """The median over the rounds of one cell's time / another's."""
+    """The median over the rounds of the time of `one` / that of `other`."""
     pairs = zip(result.of(workload, one), result.of(workload, other), strict=True)
     return _median(time_of(a, phase) / time_of(b, phase) for a, b in pairs)
 
@@ -162,9 +162,9 @@ def _median(values: Iterable[float]) -> Estimate:
 
 
 def ideal_share(result: Result, workload: Workload, cell: Cell, phase: str) -> float | None:
-    """Share of the full model's time spent in the sublayers that a cell skips; None without a breakdown.
+    """The share of the full model's time that the sublayers skipped by a cell take; None without a breakdown.
 
-    A decode step counts by medians over the steps, which are what the breakdown holds.
+    For decoding, medians over the steps are used, as in the breakdown.
     """
     timed = result.of(workload, Cell(BREAKDOWN))
     if not timed or cell.mode != EAGER:
@@ -181,7 +181,7 @@ def ideal_share(result: Result, workload: Workload, cell: Cell, phase: str) -> f
 
 
 def realised(result: Result, workload: Workload, cell: Cell, phase: str) -> Estimate | None:
-    """Saving / ideal saving; None where nothing is skipped or nothing is known of the sublayers."""
+    """Saving / ideal saving; None if nothing is skipped, or the times of sublayers are unknown."""
     if not (share := ideal_share(result, workload, cell, phase)):
         return None
     pairs = zip(result.of(workload, full_of(cell)), result.of(workload, cell), strict=True)
@@ -194,7 +194,7 @@ def full_of(cell: Cell) -> Cell:
 
 
 def entries_of(result: Result) -> list[Record]:
-    """What is reported of each cell of a study of strategies, in plain numbers; by workload, the full model first."""
+    """The reported numbers of each cell of a study of strategies; by workload, the full model first."""
     cells = [] if result.study not in COMPARISONS else [(w, cell) for w in result.workloads for cell in result.cells(w)]
     entries = [_entry(result, workload, cell) for workload, cell in cells if cell.name != BREAKDOWN]
     names = ("batch_size", "prompt_tokens", "mode", "is_full", "phase", "strategy", "budget")
@@ -225,11 +225,11 @@ def _entry(result: Result, workload: Workload, cell: Cell) -> Record:
 
 
 def window_cost(result: Result, workload: Workload, cell: Cell) -> Estimate | None:
-    """Time the learning window adds to a generation of 256 tokens / that generation's decoding without it; None if the
-    answers end before the window does.
+    """The relative time that the learning window adds to decoding 256 tokens; None if the answers are shorter than the
+    window.
 
-    The window's bookkeeping ends with the step after it; only these steps are compared, and the time they add is
-    set against 255 mean steps: so a machine's noise over the rest does not drown it.
+    The bookkeeping of the window ends with the step after it. Only these steps are compared, and the added time is
+    divided by 255 mean steps, so that noise in the other steps does not hide it.
     """
     if workload.decode_steps < WINDOW_STEPS:
         return None

@@ -1,7 +1,7 @@
 """What the benchmark times, and the options of `adaskip bench`.
 
-A cell is one way to run the model, a workload the work of each cell, a study some cells. Within a study every cell does
-the same work in every round, so that ratios are of things that ran side by side.
+A cell is one way to run the model, a workload the work of each cell, a study a set of cells. Every cell of a study does
+the same work in every round, so ratios compare cells that ran side by side.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ EXACT = (KV_CHECK, COUNTS)
 
 Clock = Literal["wall", "process"]
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
-"""On the CPU: time as it passes, or the process's own time, which other processes hardly stretch; with one thread the
-two agree on a quiet machine."""
+"""On the CPU: wall-clock time, or the CPU time of the process, which other processes hardly affect; with one thread on
+an idle machine the two agree."""
 
 EAGER, COMPILED = "eager", "compiled"
 MODES = {
@@ -49,7 +49,7 @@ STUDIES = {
     "window": "AdaSkip with and without its online learning window",
     "calibration": "a prefill that measures IO similarity, against a plain one",
     "engines": "the full model and every strategy at every budget, exported to engines and beside transformers",
-    "kv": "the KV cache's bytes, and that they are freed before the first decode step (times nothing)",
+    "kv": "the bytes of the KV cache, and whether they are freed before the first decode step (nothing is timed)",
 }
 COMPARISONS = ("strategies", "engines")
 """Studies whose cells are compared with the full model in the same mode."""
@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def decode_steps(self) -> int:
-        """Forwards after the one over the prompt, which makes the first new token."""
+        """Forwards after the prompt's, which generates the first new token."""
         return self.new_tokens - 1
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to run the model. name: a strategy's, or one of the benchmark's own above."""
+    """One way to run the model. name: a strategy, or one of the names above."""
 
     name: str
     phase: str = ""
@@ -106,9 +106,9 @@ def cells_of(
 
 
 def rotated(cells: Sequence[Cell], round_number: int) -> list[Cell]:
-    """The cells in another order each round, so that none always runs first or behind the same neighbour.
+    """The cells in another order each round, so that none always runs first or after the same cell.
 
-    Odd rounds run backwards; every two rounds begin one cell further. Exact cells run in the first round only.
+    Odd rounds run backwards; every second round begins one cell later. Exact cells run only in the first round.
     """
     if round_number != 1 and not all(cell.name in EXACT for cell in cells):
         cells = [cell for cell in cells if cell.name not in EXACT]
@@ -129,57 +129,61 @@ MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure",
 class BenchConfig:
     """One study of one model on one device."""
 
-    figure: str | None = option("a measurement of configs/bench.yaml; other options override what it says")
+    figure: str | None = option("a measurement of configs/bench.yaml; other options override its settings")
     model: str = option(f"{MODEL_HELP}; with --random-weights also {SMALL_MODEL}", "llama")
     study: str = option(f"what is timed side by side: {', '.join(STUDIES)}", "strategies", choices=[*STUDIES])
     random_weights: bool = option(
-        "the architecture alone, filled on the device; speed does not depend on values", False
+        "use only the architecture, with random weights; speed does not depend on their values", False
     )
-    testbed: bool = option("the embedded small model of that name", False)
-    checkpoint: str | None = option("folder or Hub id of the weights instead of the model's own")
+    testbed: bool = option("use the embedded small model of that name", False)
+    checkpoint: str | None = option("folder, .gguf file or Hub id of weights to use instead of the named model's own")
     profile: str | None = option(
-        "importance profile strategies choose by; if not given, measured with --testbed, else assumed: mostly "
-        "attention, late layers (the result says so)"
+        "importance profile of the strategies; default: with --testbed measured, else assumed: mostly attention, late "
+        "layers (the result says so)"
     )
     selection: tuple[str, ...] | None = option(
-        "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated; if not given, with "
-        "--testbed the one kept by the runs (searched if missing: minutes), else AdaSkip's sets (the result says so)",
+        "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated; default: with --testbed "
+        "that of the runs (searched if missing: minutes), else AdaSkip's sets (the result says so)",
         distinct=True,
     )
     allow_other_weights: bool = option(
-        "use --profile and --selection although made for other weights, of a model of the same depth and width",
+        "accept a --profile and --selection of other weights; depth and width must be equal",
         False,
     )
-    phases: tuple[str, ...] = option(f"what skips, of {', '.join(PHASES)}", ("e2e",), choices=PHASES, distinct=True)
+    phases: tuple[str, ...] = option(
+        f"phases in which sublayers are skipped: {', '.join(PHASES)}", ("e2e",), choices=PHASES, distinct=True
+    )
     strategies: tuple[str, ...] = option(
-        lambda: f"of {', '.join(STRATEGIES)}, or package.module:Class",
+        lambda: f"strategies: {', '.join(STRATEGIES)}, or package.module:Class",
         lambda: GRID_STRATEGIES[1:],
         choices=lambda: [*STRATEGIES],
         distinct=True,
     )
     budgets: tuple[int, ...] | None = option(
-        "sublayers to skip; if not given, 12.5 and 25 per cent of the model's", least=1, distinct=True
+        "numbers of sublayers to skip; default: 12.5 and 25 per cent of the model's", least=1, distinct=True
     )
-    modes: tuple[str, ...] = option(f"of decoding: {', '.join(MODES)}", (EAGER,), choices=[*MODES], distinct=True)
+    modes: tuple[str, ...] = option(f"how to decode: {', '.join(MODES)}", (EAGER,), choices=[*MODES], distinct=True)
     prompt_tokens: tuple[int, ...] = option(
-        "prompt lengths; one too long for the memory is passed over", (8000,), least=1, distinct=True
+        "prompt lengths in tokens; one that does not fit in memory is skipped", (8000,), least=1, distinct=True
     )
-    new_tokens: int = option("tokens generated after each prompt, always all of them", 64, least=2)
-    batch_sizes: tuple[int, ...] = option("prompts generated together", (1,), least=1, distinct=True)
-    rounds: int = option("rounds that count; in each, everything runs once; one more before them warms up", 5, least=1)
+    new_tokens: int = option("tokens generated after each prompt; generation never stops earlier", 64, least=2)
+    batch_sizes: tuple[int, ...] = option("prompts per batch", (1,), least=1, distinct=True)
+    rounds: int = option(
+        "number of rounds, in each of which everything runs once, after one more for warm-up", 5, least=1
+    )
     time_limit_s: int | None = option(
-        "begin no round that would end after so many seconds; the same command continues", least=1
+        "start no round that would end after this many seconds; the same command continues", least=1
     )
-    clock: str = option(f"on the CPU, of {', '.join(CLOCKS)}; CUDA has its own", "wall", choices=[*CLOCKS])
-    device: str | None = option("torch device; if not given, cuda where there is one, else cpu")
+    clock: str = option(f"clock on the CPU: {', '.join(CLOCKS)}; on CUDA, events are timed", "wall", choices=[*CLOCKS])
+    device: str | None = option("torch device; default: cuda if available, else cpu")
     dtype: str | None = option(
-        f"weights' dtype: {', '.join(DTYPES)}; if not given, bfloat16 on cuda, else float32", choices=DTYPES
+        f"dtype of the weights: {', '.join(DTYPES)}; default: bfloat16 on cuda, else float32", choices=DTYPES
     )
     attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
-    threads: int | None = option("CPU threads of torch; if not given, torch's own choice", least=1)
-    output_dir: str | None = option(f"results go to a folder of the device's name in here; if not given, {RESULTS_DIR}")
-    name: str | None = option("name of the result; if not given, the figure's, or model, weights and study")
-    fresh: bool = option("measure anew instead of continuing what is saved", False)
+    threads: int | None = option("CPU threads of torch; default: torch's choice", least=1)
+    output_dir: str | None = option(f"output folder, in which each device has its own folder; default: {RESULTS_DIR}")
+    name: str | None = option("name of the result; default: that of the figure, or model, weights and study")
+    fresh: bool = option("measure again instead of continuing a saved result", False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategies", tuple(map(strategy_name, self.strategies)))
@@ -189,19 +193,19 @@ class BenchConfig:
         if self.model != SMALL_MODEL:
             find_source(self.model, self.checkpoint)
         elif not self.random_weights:
-            raise ValueError(f"{SMALL_MODEL} is a shape without a checkpoint: give --random-weights with it")
+            raise ValueError(f"{SMALL_MODEL} has no checkpoint: give --random-weights")
         sources = {"--random-weights": self.random_weights, "--testbed": self.testbed, "--checkpoint": self.checkpoint}
         if len(given := [flag for flag, value in sources.items() if value]) > 1:
-            raise ValueError(f"{', '.join(given)} each say where the weights come from: give one of them")
+            raise ValueError(f"{', '.join(given)} all choose the weights: give only one of them")
         if self.allow_other_weights and not (self.profile or self.selection):
-            raise ValueError("--allow-other-weights is about --profile and --selection: give one of them, too")
+            raise ValueError("--allow-other-weights needs --profile or --selection, to which it applies")
         if self.selection and (not any(map(needs_selection, self.strategies)) or self.study != "strategies"):
-            raise ValueError("--selection is for strategy calibrated in study strategies, which is not asked for")
+            raise ValueError("--selection needs --study strategies with strategy calibrated")
         engines = [mode for mode in self.modes if mode in ENGINE_MODES]
         if engines and (self.study != "engines" or self.device != "cpu"):
-            raise ValueError(f"--modes {engines[0]} is for --study engines on --device cpu: give both with it")
+            raise ValueError(f"--modes {engines[0]} needs --study engines and --device cpu")
         if self.clock == "process" and self.threads != 1:
-            raise ValueError("--clock process adds up the time of all threads: give --threads 1 with it")
+            raise ValueError("--clock process adds up the time of all threads, so it needs --threads 1")
 
     @property
     def out_dir(self) -> Path:
@@ -216,7 +220,7 @@ class BenchConfig:
 
     @property
     def benchmark(self) -> str | None:
-        """The benchmark that brings the model along; None for other weights."""
+        """The benchmark that provides the model; None for other weights."""
         return Testbed.name if self.testbed else None
 
     @property
@@ -226,17 +230,17 @@ class BenchConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a saved result to be continued."""
+        """The options that must be equal to continue a saved result."""
         return {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
 
 
 def weights_of(identity: Mapping[str, Any]) -> str:
-    """Where the weights come from: `random`, the `testbed`, or a `checkpoint`."""
+    """The kind of weights: `random`, `testbed` or `checkpoint`."""
     return "random" if identity["random_weights"] else Testbed.name if identity["testbed"] else "checkpoint"
 
 
 def figure_settings(figure: str) -> Mapping[str, Any]:
-    """The options that `configs/bench.yaml` gives the measurement of that name."""
+    """The options of a measurement in `configs/bench.yaml`."""
     content = load_yaml("bench")
     figures = {name: settings for block in DEVICES for name, settings in content[block].items()}
     return figures[check_choice("figure", figure, figures)]

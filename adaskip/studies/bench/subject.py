@@ -53,12 +53,12 @@ SMALL_SHAPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that never ends an answer by itself, and the profiles strategies choose by."""
+    """A model that never ends an answer by itself, and the profiles of the strategies."""
 
     model: PreTrainedModel
     profile: ImportanceProfile
     weights: str
-    """random, or the weights' fingerprint"""
+    """`random`, or the fingerprint of the weights."""
     selections: Mapping[Phase, SelectionProfile | None] = field(default_factory=dict)
     """What strategy calibrated skips in each timed phase; None: AdaSkip's sets."""
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -74,7 +74,7 @@ class Subject:
         return len(decoder_layers(self.model))
 
     def describe(self) -> dict[str, Any]:
-        """What stands in a result's manifest."""
+        """Its description in the manifest of a result."""
         model, profile = self.model, self.profile
         chosen = {
             phase: "AdaSkip's sets" if found is None else f"{found.dataset} ({len(found.data_ids)} prompts)"
@@ -92,7 +92,7 @@ class Subject:
 
 
 def load_subject(config: BenchConfig) -> Subject:
-    """The model and profiles a configuration asks for.
+    """The model and the profiles of a configuration.
 
     Raises:
         ModelError: the checkpoint, device or dtype cannot be used.
@@ -121,13 +121,13 @@ def load_subject(config: BenchConfig) -> Subject:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The torch device of that name, or cuda where there is one, else the CPU; ValueError if there is none such."""
+    """The torch device of that name, by default cuda if available, else the CPU; ValueError if it is unavailable."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; allowed: cpu, cuda, cuda:0, ...") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name} asked for, but torch {torch.__version__} sees no CUDA device; use cpu")
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use cpu")
     return device
 
 
@@ -135,7 +135,7 @@ def chosen_device(name: str | None) -> torch.device:
 def random_model(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
-    """The architecture with N(0, 0.02) weights, allocated and filled on `device` itself."""
+    """A model with N(0, 0.02) weights, allocated and initialised on `device`."""
     register_packed()
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)

@@ -1,7 +1,7 @@
 """One generation, timed or counted.
 
-Timed generations are greedy, of a fixed length, without a synchronisation between the first mark and the last. Counted
-are calls, operations and the bytes of the KV cache: exact where times are too noisy to tell one per cent.
+Timed generations are greedy, of fixed length, without synchronisation between the first mark and the last. Calls,
+operations and bytes of the KV cache are counted: they are exact where times are too noisy to resolve one per cent.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from adaskip.strategies import Strategy
 from adaskip.studies.bench.settings import CLOCKS, Cell, Clock, Workload
 
 MANY = 64
-"""Every set of a benchmark gets a graph of the whole step, so that none is slower for having come late."""
+"""Number of step graphs: enough for every set of a benchmark, so that later sets are not slower."""
 
 
 class Stopwatch:
-    """Marks moments without waiting for the device (CUDA events, or a clock of the system); only `laps` waits, once."""
+    """Marks moments by CUDA events or a system clock without waiting for the device; only `laps` waits, once."""
 
     def __init__(self, device: torch.device, clock: Clock):
         self.device, self.now = device, CLOCKS[clock]
@@ -77,20 +77,20 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 @cache
 def compile_config() -> CompileConfig:
-    """transformers' default, on any device, with graphs of their own for every prompt length; always the same object,
-    so that graphs last."""
+    """transformers' default on any device, with separate graphs for each prompt length; always the same object, so that
+    graphs are reused."""
     return on_any_device(CompileConfig(dynamic=False))
 
 
 class StaticCaches:
-    """The static KV cache of each cell, emptied and used again: a captured CUDA graph reads fixed addresses, and would
-    be captured anew for a new cache. A longer cache left from another workload would slow a shorter one down."""
+    """The static KV caches of cells, emptied and reused: a captured CUDA graph reads fixed addresses, so a new one
+    needs a new capture. Caches of other workloads are dropped, since a longer one would slow down a shorter one."""
 
     def __init__(self) -> None:
         self.caches: dict[tuple[Cell, Workload], StaticCache] = {}
 
     def emptied(self, cell: Cell, workload: Workload, model: PreTrainedModel) -> StaticCache:
-        """The cell's cache for a workload, as if new; those of other workloads are let go."""
+        """The empty cache of a cell for a workload; those of other workloads are dropped."""
         self.caches = {key: cache for key, cache in self.caches.items() if key[1] == workload}
         if (cell, workload) not in self.caches:
             length = workload.prompt_tokens + workload.new_tokens
@@ -104,9 +104,9 @@ class StaticCaches:
 
 @dataclass(frozen=True)
 class TimedGeneration:
-    """ttft_s: from the call to the first token. steps_s: from each call of the stopping criteria to the next, which
-    is the time of a further token. tokens: [B, S + new]. cache: as the last step left it. peak_bytes: most memory
-    allocated meanwhile, None on the CPU. trace: what was skipped, None for the stock model."""
+    """ttft_s: from the call to the first token. steps_s: time of each further token, between calls of the stopping
+    criteria. tokens: [B, S + new]. cache: after the last step. peak_bytes: peak of allocated memory, None on the CPU.
+    trace: what was skipped, None for the stock model."""
 
     ttft_s: float
     steps_s: list[float]
@@ -116,7 +116,7 @@ class TimedGeneration:
     trace: RequestTrace | None
 
     def to_dict(self) -> dict[str, Any]:
-        """What stands in a result's records."""
+        """The fields in the records of a result."""
         measured: dict[str, Any] = {"ttft_s": self.ttft_s, "steps_s": self.steps_s, "kv_bytes": kv_bytes(self.cache)}
         measured["peak_memory_bytes"] = self.peak_bytes
         return measured if self.trace is None else {**measured, "online_ffns": list(self.trace.online_ffns)}
@@ -138,7 +138,7 @@ class _MarkTokens(StoppingCriteria):
 def timed_generation(
     model: PreTrainedModel, strategy: Strategy | None, ids: Tensor, new_tokens: int, clock: Clock, **options: Any
 ) -> TimedGeneration:
-    """Generate at most `new_tokens` tokens per row and note the time of each.
+    """Generate at most `new_tokens` tokens per row and time each.
 
     strategy: None for the stock model. ids: [B, S]. options: further arguments of `generate`.
     """
@@ -164,7 +164,7 @@ def timed_generation(
 
 
 class _SublayerMarks:
-    """Probe that marks the moment after each sublayer; a hook on the first layer marks the one before them all."""
+    """Probe that marks the moment after each sublayer; a hook marks the one before the first layer."""
 
     def __init__(self, stopwatch: Stopwatch):
         self.stopwatch = stopwatch
@@ -180,7 +180,7 @@ class _SublayerMarks:
 def sublayer_times(
     model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Clock
 ) -> tuple[TimedGeneration, list[list[float]]]:
-    """A generation by the full model, and the time of its sublayers: [forward][2M], attention and FFN in turn."""
+    """A generation of the full model, and the times of its sublayers: [forward][2M], alternating attention and FFN."""
     patches, first, stopwatch = patches_of(model), decoder_layers(model)[0], Stopwatch(ids.device, clock)
     probe = _SublayerMarks(stopwatch)
     with patches.install():
@@ -200,7 +200,7 @@ STEPS = 8
 
 
 class _Operations(TorchDispatchMode):
-    """Counts the operations torch dispatches: on a GPU, about the kernels that it is asked to launch."""
+    """Counts the operations that torch dispatches: on a GPU, roughly its kernel launches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _count_calls(work: Callable[[], object]) -> dict[str, int]:
-    """Function calls of Python (C functions included) and torch operations."""
+    """Count the Python function calls (including C functions) and torch operations of a call."""
     calls, before = 0, sys.getprofile()
 
     def see(frame, event: str, argument) -> None:
@@ -243,16 +243,15 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Any:
 
 @torch.no_grad()
 def count_work(model: PreTrainedModel, strategy: Strategy | None, ids: Tensor) -> dict[str, dict[str, float]]:
-    """Function calls of Python (C functions included) and torch operations, in a prefill and in a decode step: exact
-    where times are too noisy to tell one per cent."""
+    """Python function calls (including C functions) and torch operations of a prefill and of a decode step."""
     with nullcontext() if strategy is None else skipping(model, strategy):
-        _generate(model, ids, 1 + STEPS)  # what is only done once is done now
+        _generate(model, ids, 1 + STEPS)  # work that is only done once
         prefill, whole = (_count_calls(lambda new=new: _generate(model, ids, new)) for new in (1, 1 + STEPS))
     return {what: {"prefill": prefill[what], "decode_step": (whole[what] - prefill[what]) / STEPS} for what in prefill}
 
 
 class _Watch:
-    """Hooks of the decoder: the cache's bytes as each forward begins, and the prompt's K/V by weak references."""
+    """Hooks of the decoder: the bytes of the cache before each forward, and weak references to the prompt's K/V."""
 
     def __init__(self) -> None:
         self.bytes_at_start: list[int] = []
@@ -272,10 +271,10 @@ class _Watch:
 
 @torch.no_grad()
 def check_kv(model: PreTrainedModel, strategy: Strategy, ids: Tensor, new_tokens: int) -> dict[str, Any]:
-    """Bytes held and bytes expected when the first decode step begins and at the end, and which layers' K/V of the
-    prompt were kept although they are skipped.
+    """Actual and expected bytes of the KV cache before the first decode step and at the end, and the skipped layers
+    whose K/V of the prompt were not freed.
 
-    Expected are the live layers' share of all layers' K/V, from the configuration.
+    The expected bytes are those of the live layers, computed from the configuration.
     """
     watch, decoder = _Watch(), find_decoder(model)
     with skipping(model, strategy):

@@ -49,7 +49,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs cells of one subject with one clock."""
+    """Runs the cells of one subject with one clock."""
 
     subject: Subject
     clock: Clock
@@ -57,10 +57,10 @@ class Trials:
     engines: EngineProcesses | None = None
 
     def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
-        """What `cell` measures on `workload`. Raises torch's error if the memory is not enough."""
+        """Run `cell` on `workload` and return what it measured. Raises torch's error if memory is insufficient."""
         ids, model = self.prompts(workload), self.subject.model
         if cell.mode in ENGINE_MODES:
-            assert self.engines is not None, "started where an engine is among the modes"
+            assert self.engines is not None, "started if a mode is an engine"
             strategy = self.strategy(cell, workload)
             plan = EMPTY_PLAN if strategy is None else strategy.skipped
             return self.engines.run(cell.mode, plan, ids.tolist(), workload.new_tokens, self.clock)
@@ -78,11 +78,11 @@ class Trials:
         return self._generation(cell, ids, workload)
 
     def strategy(self, cell: Cell, workload: Workload) -> Strategy | None:
-        """What a cell skips; None for the stock model. Raises ValueError for an impossible budget.
+        """The strategy of a cell; None for the stock model. Raises ValueError for an impossible budget.
 
-        SkipDecode's schedule spans the workload's new tokens, so that a short run goes through all of it. A
-        strategy of a selection without one is AdaSkip without its window: another set, the same work. No engine has
-        a strategy that changes its plan on the way.
+        SkipDecode's schedule spans the new tokens of the workload, so that a short run goes through all of it. Without
+        a selection, strategy calibrated is replaced by AdaSkip without its window: another set, the same work. Engines
+        take only strategies with a constant plan.
         """
         num_layers = self.subject.num_layers
         if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
@@ -107,14 +107,14 @@ class Trials:
         return strategy
 
     def prompts(self, workload: Workload) -> Tensor:
-        """Random token ids [B, S], the same ones in every cell and round."""
+        """Random token ids [B, S], the same in every cell and round."""
         model, generator = self.subject.model, torch.Generator().manual_seed(SEED)
         size = (workload.batch_size, workload.prompt_tokens)
         embeddings: Any = model.get_input_embeddings()
         return torch.randint(embeddings.num_embeddings, size, generator=generator).to(execution_device(model))
 
     def _generation(self, cell: Cell, ids: Tensor, workload: Workload) -> dict[str, Any]:
-        """In the cell's mode; and in which share of the forwards each sublayer was skipped."""
+        """Time a generation in the cell's mode, and find the share of forwards in which each sublayer was skipped."""
         strategy, model, options = self.strategy(cell, workload), self.subject.model, {}
         if cell.mode != EAGER:
             cache = self.static_caches.emptied(cell, workload, model)
@@ -129,14 +129,14 @@ class Trials:
         return measured
 
     def _breakdown(self, ids: Tensor, workload: Workload) -> dict[str, Any]:
-        """Seconds of each sublayer in the prompt's forward and, by medians over the steps, in a decode step."""
+        """Seconds of each sublayer in the prompt's forward and in a decode step (median over the steps)."""
         timed, forwards = sublayer_times(self.subject.model, ids, workload.new_tokens, self.clock)
         prefill, decode = forwards[0], [statistics.median(times) for times in zip(*forwards[1:], strict=True)]
         return {**timed.to_dict(), "prefill_sublayers_s": _by_kind(prefill), "decode_sublayers_s": _by_kind(decode)}
 
     @torch.no_grad()
     def _prefill(self, cell: Cell, ids: Tensor) -> dict[str, Any]:
-        """A prompt through the decoder without cache and logits, measured or not: what a calibration does."""
+        """Time a prompt through the decoder without cache and logits, as in calibration, with or without measuring."""
         stopwatch = Stopwatch(ids.device, self.clock)
         with undisturbed(ids.device):
             stopwatch.mark()
@@ -154,9 +154,9 @@ def _by_kind(times: Sequence[float]) -> dict[str, list[float]]:
 
 
 def decode_plans(strategy: Strategy, steps: int, online_ffns: Collection[int]) -> list[SkipPlan]:
-    """What is skipped in each decode step of one request, given the FFNs that joined after its learning window.
+    """The plan of each decode step of a request, given the FFNs added after its learning window.
 
-    An attention that the prompt skipped has no K/V and stays skipped.
+    An attention that was skipped in the prompt has no K/V and stays skipped.
     """
     floor, joined, plans = strategy.prefill_plan.attention_only(), SkipPlan(ffn=frozenset(online_ffns)), []
     for step in range(1, steps + 1):
@@ -167,7 +167,7 @@ def decode_plans(strategy: Strategy, steps: int, online_ffns: Collection[int]) -
 
 
 def shares(plans: Collection[SkipPlan], num_layers: int) -> dict[str, list[float]]:
-    """In which share of the plans each sublayer is skipped: kind -> [M]."""
+    """The share of plans in which each sublayer is skipped: kind -> [M]."""
     return {
         kind: [sum(Sublayer(kind, layer) in plan for plan in plans) / max(len(plans), 1) for layer in range(num_layers)]
         for kind in KINDS

@@ -1,4 +1,4 @@
-"""The paper's observations on any model: measured once, saved, then tested in numbers, tabulated and drawn.
+"""The paper's observations on any model: measured and saved, then tested, tabulated and drawn.
 
-Only `measuring` and `skip_check` run models; everything else reads what they saved.
+Only `measuring` and `importance_check` run models; everything else reads what they saved.
 """

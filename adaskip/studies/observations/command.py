@@ -1,4 +1,4 @@
-"""The scripts in `observations/`: each is a study of some tasks' prompts and answers."""
+"""The scripts in `observations/`: each is a study of the prompts and answers of some tasks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from adaskip.studies.observations.settings import ObserveConfig, Target
 from adaskip.studies.study import Findings, Study
 
 PHASES: dict[str, tuple[Any, ...]] = {"ob1": ("prefill",), "ob2": ("prefill",), "ob3": ("prefill", "decode")}
-"""Of each figure."""
+"""The phases of each figure."""
 
 
 def main(observation: str, doc: str | None) -> int:
-    """A script's whole life; returns its exit code. doc: the script's docstring."""
+    """Run the script of an observation; returns the exit code. doc: the docstring of the script."""
     return OBSERVATIONS[observation].main(doc)
 
 
 def figure_targets(name: str, config: ObserveConfig) -> list[Target]:
-    """What a figure is made of: some tasks in its phases."""
+    """The measurements of a figure: its tasks in its phases."""
     return [Target(task, phase) for task in config.tasks or config.defaults[name] for phase in PHASES[name]]
 
 
@@ -37,20 +37,20 @@ def _figure(name: str, find: Callable[..., Findings], draw: Callable[..., list[P
 
 
 def table_targets(config: ObserveConfig) -> tuple[list[Target], list[Target]]:
-    """What Table 1 is made of, and Table 2."""
+    """The measurements of Table 1, and of Table 2."""
     pairs, stand_ins, online = _tables_of(config)
     offline = [Target(stand_ins.get(task, task), "prefill") for pair in pairs for task in pair]
     return offline, [Target(task, "decode") for task in online]
 
 
 def all_targets(config: ObserveConfig) -> list[Target]:
-    """All that the figures and tables are made of, each once."""
+    """The measurements of all figures and tables, without repeats."""
     tables = [target for targets in table_targets(config) for target in targets]
     return list(dict.fromkeys([*(t for name in PHASES for t in figure_targets(name, config)), *tables]))
 
 
 def _tables_of(config: ObserveConfig) -> tuple[list[tuple[str, str]], dict[str, str], list[str]]:
-    """Pairs of Table 1, what was measured in the place of their tasks, and the tasks of Table 2."""
+    """The pairs of Table 1, the tasks measured instead of theirs, and the tasks of Table 2."""
     if config.tasks is None:
         defaults = config.defaults
         return [(one, other) for one, other in defaults["table1"]], defaults["stand_ins"], defaults["table2"]

@@ -1,7 +1,6 @@
 """Similarity over layers: a panel per model, lines for the means and bands for the spread over samples.
 
-Most layers lie between 0.9 and 1, the first one far below: the axis is logarithmic in the distance to 1, so that both
-can be read.
+Most layers are between 0.9 and 1, the first one far below, so the axis is logarithmic in the distance to 1.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from adaskip.studies.observations.settings import KINDS, Target
 from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, Look, save, styled
 
 BAND = (10, 90)
-"""Percentiles of the samples between which the band lies."""
+"""Percentiles of the samples at the edges of the band."""
 NEAREST = 1e-5
 """Distance to 1 at which the axis ends."""
 MIN_WIDTH = 5.6
-"""Inches that the legend needs."""
+"""Width of the legend, in inches."""
 TICKS = (-0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 TASK_LOOKS = (
     Look(BLUE, "o", ()),
@@ -108,7 +107,7 @@ def _draw_series(panel: Axes, series: Series, measured: Measured) -> None:
 
 
 def _scale(axes: np.ndarray) -> None:
-    """The axis, from the lowest to the highest of what was drawn; the panels share it."""
+    """Set the shared axis from the lowest to the highest drawn value."""
     low = min(panel.dataLim.y0 for panel in axes.flat)
     high = min(max(panel.dataLim.y1 for panel in axes.flat), 1 - NEAREST)
     margin = 0.03 * (_forward(high) - _forward(low))

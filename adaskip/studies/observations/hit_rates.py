@@ -1,4 +1,4 @@
-"""Tables 1 and 2: importance carried over between datasets, and from a request's first tokens to its rest."""
+"""Tables 1 and 2: does importance carry over between datasets, and from the first tokens of a request to the rest?"""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from adaskip.studies.tables import labels
 MIN_REST = 10
 """Tokens that must follow the window for a request to count."""
 Row = dict[str, Any]
-"""`row`: what it compares. `samples`. `hits`: by k, the mean hits (`ours`), a random ranking's and the paper's."""
+"""`row`: what is compared. `samples`: their number. `hits`: for each k the mean hits (`ours`), those of a random
+ranking (`chance`) and the paper's."""
 
 
 def find_offline(saved: Saved, pairs: Sequence[tuple[str, str]], stand_ins: Mapping[str, str]) -> Findings:
-    """Table 1. pairs: (calibrated on, applied to), by the paper's datasets; stand_ins: what was measured for them."""
+    """Table 1. pairs: (calibrated on, applied to) of the paper's datasets; stand_ins: tasks measured instead."""
 
     def named(task: str) -> str:
         label = Target(task, "prefill").label
@@ -45,7 +46,7 @@ def find_offline(saved: Saved, pairs: Sequence[tuple[str, str]], stand_ins: Mapp
 
 
 def find_online(saved: Saved, tasks: Iterable[str], windows: Iterable[int]) -> Findings:
-    """Table 2: FFNs in the first tokens of an answer against its rest."""
+    """Table 2: FFNs in the first tokens of an answer, and in the rest."""
     published, rows = load_yaml("paper")["online_hit_rate"], []
     for model, task, size in product(saved, tasks, windows):
         target = Target(task, "decode")
@@ -61,7 +62,7 @@ def find_online(saved: Saved, tasks: Iterable[str], windows: Iterable[int]) -> F
 
 
 def _published(table: Mapping[str, Any], model: str, **wanted: Any) -> list[float | None]:
-    """The paper's hits by k in the row with these values; None where it has no such row, or not of this model."""
+    """The paper's hits for each k in the row with these values; None if it has no such row, or none of this model."""
     for row in table["rows"] if model == table["model"] else ():
         if all(row[name] == value for name, value in wanted.items()):
             return row["hits"]
@@ -71,8 +72,8 @@ def _published(table: Mapping[str, Any], model: str, **wanted: Any) -> list[floa
 def _row(
     compared: tuple[str, ...], ones: np.ndarray, others: np.ndarray, ks: Sequence[int], paper: Sequence[float | None]
 ) -> Row:
-    """Hits among the k highest of `ones`, [M] or [N, M], and of `others`, [N, M]; none of a model with no more than k
-    layers, of which all would hit."""
+    """Hits among the k highest of `ones`, [M] or [N, M], and of `others`, [N, M]; none for a model of at most k layers,
+    where every layer would be a hit."""
     depth, found = others.shape[1], []
     for k, printed in zip(ks, paper, strict=True):
         ours = mean_estimate(hits(ones, others, k)) if k < depth else None
@@ -82,7 +83,7 @@ def _row(
 
 
 def hits(ones: np.ndarray, others: np.ndarray, k: int) -> list[float]:
-    """Row by row, how many of the k most similar by `ones`, [M] or [N, M], are among those of `others`, [N, M]."""
+    """For each row, how many of the k most similar in `ones`, [M] or [N, M], are among the k of `others`, [N, M]."""
     pairs = zip(np.broadcast_to(ones, others.shape), others, strict=True)
     return [float(len(set(most_similar(one, k)) & set(most_similar(other, k)))) for one, other in pairs]
 
@@ -124,7 +125,7 @@ def _texts(hit: dict[str, Any]) -> list[str]:
 
 
 def _above_chance(rows: Sequence[Row]) -> Claim:
-    """It holds where the whole interval lies above chance, or, without an interval, the value."""
+    """It holds if the whole interval is above chance or, without an interval, the value."""
     cells = [hit for row in rows for hit in row["hits"] if hit["ours"] is not None]
     least = [hit["ours"]["value"] if hit["ours"]["low"] is None else hit["ours"]["low"] for hit in cells]
     holding = sum(low > hit["chance"] for low, hit in zip(least, cells, strict=True))

@@ -1,7 +1,7 @@
-"""The importance check: skip the most and the least similar whole layers and see what the task's metric says.
+"""The importance check: skip the most and the least similar whole layers, and compare the scores.
 
-Its runs are cells like any other and continue when stopped. Their scores are kept in one JSON file, from which table
-and figure are made. The paper had a GPT judge score the answers.
+Its runs are cells like any other and continue when stopped. Their scores are saved in one JSON file, from which table
+and figure are made. In the paper a GPT judge scored the answers.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ PROVENANCE = (
 NAME = "importance_check"
 FLOOR_LINE = {"color": "#888888", "linewidth": 0.8, "linestyle": ":", "zorder": 1}
 MIN_WIDTH = 4.2
-"""Inches that the legend needs."""
+"""Width of the legend, in inches."""
 
 Check = dict[str, Any]
-"""By model: `num_layers`, `phase`, `sources`, and the scores by task of `full`, and by layers of each strategy."""
+"""For each model `num_layers`, `phase`, `sources`, and the scores by task: of `full`, and by skipped layers of each
+strategy."""
 
 
 def measure_check(config: ObserveConfig) -> None:
-    """Run and score the check on every model and keep the scores.
+    """Run the check on every model, score it and save the scores.
 
     Raises:
-        ValueError: a run cannot be, or its folder holds another or is in use.
+        ValueError: a run is impossible, or its folder contains another run or is in use.
         RunError: a run failed half-way.
     """
     for model in config.models:
@@ -73,14 +74,14 @@ def measure_check(config: ObserveConfig) -> None:
             manifest = load_run(next(iter(folders.values()), full)).manifest
             entry["sources"] = {name: manifest[name] for name in PROVENANCE if name in manifest}
         path = config.out_dir / SCORES_FILE
-        with exclusive(path.with_suffix(".lock"), wait=True):  # another model's scores may come at the same time
+        with exclusive(path.with_suffix(".lock"), wait=True):  # another process may save another model
             held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             text = json.dumps({**held, config.label(model): entry}, ensure_ascii=False, allow_nan=False)
             write_text_atomic(path, text + "\n")
 
 
 def _ensure(config: ObserveConfig, model: str, strategy: str, layers: int) -> Path:
-    """The finished folder of one run; loads no model where it is already there."""
+    """The folder of a finished run; the run is made if needed."""
     check = config.defaults["importance_check"]
     cell = config.run_config(
         model,
@@ -107,7 +108,7 @@ def _scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_check(out_dir: Path) -> Check:
-    """What `measure_check` kept, in the order in which models are drawn."""
+    """What `measure_check` saved, in the order in which models are drawn."""
     path = out_dir / SCORES_FILE
     if not path.is_file():
         raise NotMeasuredError(f"{path} does not exist; leave out --draw-only")
@@ -117,7 +118,7 @@ def load_check(out_dir: Path) -> Check:
 
 @dataclass(frozen=True)
 class Curve:
-    """One model on one task: the full model's score, trivial answers', and each strategy's by whole layers skipped."""
+    """One model on one task: scores of the full model, of trivial answers, and of each strategy by skipped layers."""
 
     model: str
     task: str
@@ -152,7 +153,7 @@ def _estimate(scores: Sequence[float]) -> Estimate:
 
 
 def find(check: Check) -> Findings:
-    """Test that whole-layer similarity says what can be spared."""
+    """Test whether the similarity of whole layers tells which can be skipped."""
     curves, paper = read_curves(check), load_yaml("paper")["importance_check"]
     published = "; ".join(
         f"{cls.label} {', '.join(f'{score} at {n}' for n, score in paper[name].items())}"

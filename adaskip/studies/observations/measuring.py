@@ -23,15 +23,15 @@ from adaskip.studies.observations.saved import MEASUREMENTS
 from adaskip.studies.observations.settings import ObserveConfig, Target
 
 DIGITS = 6
-"""Decimals that are saved; float32 sums have no more."""
+"""Decimals that are saved; float32 sums are not more exact."""
 SIMILARITY, SCALE = 0, 1
 
 
 def measure_targets(config: ObserveConfig, targets: Iterable[Target]) -> None:
-    """Measure every target on every model; what is finished is passed over without loading the model.
+    """Measure every target on every model; finished ones are skipped without loading the model.
 
     Raises:
-        ValueError: the configuration cannot be run, or a folder holds other measurements or is in use.
+        ValueError: the configuration is invalid, or a folder contains other measurements or is in use.
         RunError: measuring failed half-way.
     """
     if config.threads is not None:
@@ -89,7 +89,7 @@ def _fill(folder: RunFolder, job: Job, loaded: LoadedModel, described: dict[str,
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 raise RunError(
                     f"{label} stopped at samples {start} to {end - 1}: {reason}; "
-                    "those made before are kept and the same command continues"
+                    "earlier samples are kept; run the same command again to continue"
                 ) from error
             bar.update(end - start)
     folder.merge(part.name, part.ids, size)
@@ -114,7 +114,7 @@ def _measure_batch(
 
 
 def _as_record(measured: Measurement | None) -> dict[str, Any]:
-    """Token means of one sample, rounded; of windows only the FFNs, and only where tokens follow the window."""
+    """Token means of one sample, rounded; of windows only FFNs, and only if tokens follow the window."""
     tokens = 0 if measured is None else int(measured.tokens)
     if measured is None or tokens == 0:
         return {"tokens": 0, **dict.fromkeys(UNITS), "windows": {}}

@@ -17,21 +17,21 @@ from adaskip.runs.folder import RunFolder
 from adaskip.studies.observations.settings import Target
 
 MEASUREMENTS = "measurements"
-"""Folder of the measurements, below the output folder."""
+"""Folder of the measurements, in the output folder."""
 PROVENANCE = (
     *("checkpoint", "weights_fingerprint", "num_layers", "dtype", "device", "attn_implementation", "testbed"),
     *("benchmark", "samples", "batch_size", "max_new_tokens", "data_fingerprint", "versions"),
 )
-"""Manifest fields that go with every number drawn from a measurement; older ones say `testbed`, newer `benchmark`."""
+"""Manifest fields that are saved with every number; older manifests have `testbed`, newer ones `benchmark`."""
 
 
 class NotMeasuredError(ValueError):
-    """Nothing is saved of what is to be drawn."""
+    """There are no saved measurements to draw."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's samples of one task in one phase; samples without a token are left out."""
+    """The samples of a model, task and phase; samples without a token are left out."""
 
     manifest: dict[str, Any]
     records: tuple[dict[str, Any], ...]
@@ -65,11 +65,11 @@ class Measured:
 
 
 Saved = dict[str, dict[Target, Measured]]
-"""By model, in the order in which they are drawn."""
+"""By model, in drawing order."""
 
 
 def load_saved(out_dir: Path, targets: Iterable[Target]) -> Saved:
-    """All models of which every target is finished.
+    """All models with every target finished.
 
     Raises:
         NotMeasuredError: there is none.
@@ -88,12 +88,12 @@ def load_saved(out_dir: Path, targets: Iterable[Target]) -> Saved:
 
 
 def drawing_order(model: str) -> tuple[int, str]:
-    """Sorts the paper's models as the paper does, others behind them by name."""
+    """Sort key: the paper's models in its order, then others by name."""
     return (MODELS.index(model) if model in MODELS else len(MODELS), model)
 
 
 def _read(folder: Path, target: Target) -> Measured | None:
-    """The measurements in a folder; None where they are missing or unfinished."""
+    """The measurements in a folder; None if missing or unfinished."""
     run_folder = RunFolder(folder)
     manifest = run_folder.read_manifest()
     if manifest is None or not manifest["finished"]:
@@ -121,7 +121,7 @@ def sources(saved: Saved) -> dict[str, Any]:
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's rho of two [M]; 0 where one of them is constant and ranks nothing."""
+    """Spearman's rho of two [M]; 0 if one of them is constant."""
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return 0.0
     result: Any = spearmanr(one, other)
@@ -138,5 +138,5 @@ def chance_correlation(num_layers: int) -> float:
 
 
 def most_similar(similarity: np.ndarray, k: int) -> list[int]:
-    """The k layers of highest similarity, the highest first; of equals the earlier layer."""
+    """The k layers of highest similarity, the highest first; ties in layer order."""
     return np.argsort(-similarity, kind="stable")[:k].tolist()

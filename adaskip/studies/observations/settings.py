@@ -1,4 +1,4 @@
-"""The options of the observation scripts, and what `configs/observations.yaml` says where none is given."""
+"""The options of the observation scripts; their defaults are in `configs/observations.yaml`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASKS = {**labels.TASKS, "qasper": "Qasper", "2wikimqa": "2WikiMQA"}
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: a task's prompts, or the answers to them."""
+    """What is measured: the prompts of a task (prefill), or the answers to them (decode)."""
 
     task: str
     phase: Literal["prefill", "decode"]
@@ -30,12 +30,12 @@ class Target:
 
     @property
     def label(self) -> str:
-        """The dataset's own spelling; the name of a task that the paper does not use."""
+        """The spelling of the dataset, or the name of a task that the paper does not use."""
         return TASKS.get(self.task, self.task)
 
 
 def load_defaults(benchmark: str) -> dict[str, Any]:
-    """A benchmark's block of `configs/observations.yaml`, and what all share; ValueError if it has none."""
+    """The block of a benchmark in `configs/observations.yaml` with the shared settings; ValueError if it has none."""
     content = load_yaml("observations")
     windows = content.pop("windows")
     return {"windows": windows, **content[check_choice("benchmark of the observations", benchmark, content)]}
@@ -49,7 +49,7 @@ class ObserveConfig(StudyConfig):
 
     limit: int | None = option("samples of each task (default: configs/observations.yaml)")
     batch_size: int | None = option("samples measured together (default: configs/observations.yaml)")
-    max_new_tokens: int | None = option("most tokens of an answer (default: the task's and the setup's cap)")
+    max_new_tokens: int | None = option("maximum number of new tokens per answer (default: the cap of task and phase)")
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -57,15 +57,15 @@ class ObserveConfig(StudyConfig):
 
     @property
     def num_samples(self) -> int:
-        """Of each task that is measured."""
+        """Samples of each measured task."""
         return self.limit or self.defaults["limit"]
 
     @property
     def out_dir(self) -> Path:
-        """With `--checkpoint`, the default folder has one of the checkpoint's name for it."""
+        """With `--checkpoint`, a folder of the checkpoint's name in the default folder."""
         named = self.checkpoint is not None and self.output_dir is None
         return super().out_dir / Path(self.checkpoint).name if named and self.checkpoint else super().out_dir
 
     def label(self, model: str) -> str:
-        """What a model is called in folders, tables and figures."""
+        """The name of a model in folders, tables and figures."""
         return find_source(model).name if self.checkpoint is None else Path(self.checkpoint).name

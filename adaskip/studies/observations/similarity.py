@@ -20,9 +20,9 @@ from adaskip.studies.observations.settings import KINDS, Target
 from adaskip.studies.study import Claim, Findings, span
 
 UNRELATED = 0.5
-"""Rankings that correlate less are called different: about what 16 random layers reach once in twenty times."""
+"""Rankings with a lower correlation count as different; random ones of 16 layers exceed it in 5 % of cases."""
 ALIKE = 0.7
-"""Rankings that correlate at least so much are called alike."""
+"""Rankings with at least this correlation count as alike."""
 PEAKS = 5
 SIGNIFICANT = 0.05
 NOTE = "Mean over the tokens of all prompts: the figure's lines. Its bands: 10th to 90th percentile of samples."
@@ -33,9 +33,9 @@ PHASES_NOTE = (
 
 
 def find_layers(saved: Saved, targets: list[Target]) -> Findings:
-    """Observation 1: which layers matter differs between models, hardly between datasets.
+    """Observation 1: important layers differ between models, hardly between datasets.
 
-    Models of different depth rank different things and are not compared.
+    Models of different depth are not compared.
     """
     profiles = {(model, t.task): saved[model][t].profile("layer") for model, t in product(saved, targets)}
     between, within = [], []
@@ -104,7 +104,7 @@ def _chance(depth: int) -> str:
 
 
 def find_kinds(saved: Saved, targets: list[Target]) -> Findings:
-    """Observation 2: within a layer, attention and FFN matter differently."""
+    """Observation 2: the attention and the FFN of a layer differ in importance."""
     panels, rows = [], []
     for model, target in product(saved, targets):
         attention, ffn = (saved[model][target].profile(kind) for kind in KINDS)
@@ -146,7 +146,7 @@ def find_kinds(saved: Saved, targets: list[Target]) -> Findings:
 
 
 def _kind_claims(panels: list[dict[str, Any]], first: Target) -> list[Claim]:
-    """The last: in the paper's LLaMA, attention is the more similar kind in the last 11 of 32 layers."""
+    """The last claim: in the paper's LLaMA, attention is the more similar kind in the last 11 of 32 layers."""
     p, rhos, ks = ([panel[name] for panel in panels] for name in ("ks_p", "rank_correlation", "ks_statistic"))
     depths = dict.fromkeys(len(panel["ffn"]) for panel in panels)
     shapes = (
@@ -227,7 +227,7 @@ def _phases_agree(panels: list[dict[str, Any]], kind: str) -> Claim:
 
 
 def _higher_in_decode(panels: list[dict[str, Any]], kind: str) -> Claim:
-    """In the paper's models it is so for the FFN of every layer; for attention the paper says nothing."""
+    """In the paper this holds for the FFN of every layer; about attention it says nothing."""
     chosen = [panel for panel in panels if panel["kind"] == kind]
     shares = [len(panel["higher_in_decode"]) / len(panel["decode"]) for panel in chosen]
     gaps = [panel["median_difference"] for panel in chosen]

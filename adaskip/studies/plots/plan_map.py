@@ -16,12 +16,12 @@ RUNS = "#ededed"
 
 
 def plot_plan(name: str | None, path: Path) -> Path:
-    """Write the picture of a saved plan; the file's ending, .png, .svg or .pdf, says of which kind. Returns the path.
+    """Draw a saved plan into a .png, .svg or .pdf file; returns its path.
 
-    Raises ValueError for another ending, and for a plan that names no model.
+    Raises ValueError for another file type, and for a plan that names no model.
     """
     if name is None or (plan := SkipPlan.from_pretrained(name)).origin is None:
-        raise ValueError("--plot draws a saved plan that names its model; give one")
+        raise ValueError("--plot needs a saved plan that names its model")
     origin = plan.origin
     num_layers, title = origin.num_layers, f"{Path(origin.model).name}, phase {origin.phase}, {len(plan)} skipped"
     with styled():

@@ -1,6 +1,6 @@
 """Score against the share of sublayers skipped: one figure per phase, a row per model, a column per task.
 
-And over all phases what is kept of the full model's score, beside what the paper's models kept.
+Also retention over all phases: the share of the full model's score that is kept, beside the paper's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from adaskip.studies.tables.results import PLACE, Results
 
 LEGEND_COLUMNS = 3
 DODGE = 0.35
-"""Percentage points of the axis between neighbouring strategies, so that their error bars stand side by side."""
+"""Offset between neighbouring strategies in percentage points, so that their error bars do not overlap."""
 
 
 def plot_scores(results: Results, phase: str, out_dir: Path) -> list[Path]:
-    """Write `scores_<phase>.png` and `.svg`: lines per strategy with 95 % intervals, the full model as a level line.
+    """Write `scores_<phase>.png` and `.svg`: a line per strategy with 95 % intervals, and one for the full model.
 
     A phase without any run has no figure.
     """
@@ -78,7 +78,7 @@ def _models_run(cells: pd.DataFrame) -> list[str]:
 
 
 def _mean_if_whole(values: pd.Series) -> float:
-    """NaN if any value lacks."""
+    """The mean; NaN if any value is missing."""
     return math.nan if values.isna().any() else mean_if_whole([*values]) or 0.0
 
 
@@ -109,7 +109,7 @@ def _draw_retention(panel: Axes, results: Results, means: pd.DataFrame) -> None:
 
 
 def _name(axes: np.ndarray, models: Sequence[str], columns: Sequence[str]) -> None:
-    """Columns above, models on the right."""
+    """Write the names of columns above, of models at the right."""
     for panel, column in zip(axes[0], columns, strict=True):
         panel.set_title(column)
     for panel, model in zip(axes[:, -1], models, strict=True):
@@ -121,7 +121,7 @@ def _share_axes(figure: Figure, axes: np.ndarray, fractions: Sequence[float], qu
     panel = axes[0, 0]
     panel.set_xticks([100 * fraction for fraction in fractions], [f"{100 * fraction:.4g}" for fraction in fractions])
     panel.set_xlim(low - 4 * DODGE, high + 4 * DODGE)
-    top = max(104, *(drawn.dataLim.y1 + 4 for drawn in axes.flat))  # a strategy may keep more than all
+    top = max(104, *(drawn.dataLim.y1 + 4 for drawn in axes.flat))  # a strategy may score more than the full model
     panel.set_ylim(-4, top)
     panel.set_yticks(range(0, int(top), 25))
     for panel in axes.flat:
@@ -145,5 +145,5 @@ _PAPER_HANDLE = Line2D(
 
 
 def _x(results: Results, strategy: str, fractions: pd.Series) -> pd.Series:
-    """Where points stand: at their budget, moved aside for their strategy."""
+    """Positions of points: at their budget, with an offset for their strategy."""
     return 100 * fractions + (results.skipping.index(strategy) - (len(results.skipping) - 1) / 2) * DODGE

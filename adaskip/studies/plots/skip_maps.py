@@ -1,6 +1,6 @@
 """Which sublayers were skipped, as a map of the layers: one figure per model, a column per phase, a strip per budget.
 
-Drawn from the plans in the records, so it shows what ran and not what was asked for.
+Drawn from the plans in the records, so it shows what was skipped, not what was configured.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from adaskip.studies.tables.runs import Run
 
 RUNS_COLOR = "#ededed"
 FAINTEST = 0.25
-"""Share of its colour that a sublayer keeps if only a few requests skipped it."""
+"""Strength of the colour of a sublayer that few requests skipped."""
 GAP = 0.6
-"""Between strips, in heights of a cell; between strategies twice that."""
+"""Space between strips in heights of a cell; twice that between strategies."""
 KINDS = ("attention", "ffn")
 CATEGORIES = {
     "prefill and decode": BLUE,
@@ -38,7 +38,7 @@ ONLINE = "decode, added online"
 Strip = tuple[float, str, float]
 """Upper edge, strategy, fraction."""
 PLUS: dict[str, Any] = {"color": "black", "marker": "+", "markersize": 3, "markeredgewidth": 0.7, "linestyle": "none"}
-"""Over what was added online, so that it is told from the rest without colour."""
+"""Marks sublayers added online, so that they are visible without colour."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class SkipShares:
 
     prefill: np.ndarray
     decode: np.ndarray
-    """In the last decode step, without what was added online."""
+    """In the last decode step, without sublayers added online."""
     online: np.ndarray
 
     def category(self, kind: int, layer: int) -> tuple[str, float] | None:
-        """What to draw and its share; None for a sublayer that always ran."""
+        """Category of a sublayer and its share; None if it always ran."""
         prefill, decode, online = (float(part[kind, layer]) for part in (self.prefill, self.decode, self.online))
         if prefill and decode:
             return "prefill and decode", max(prefill, decode)
@@ -61,7 +61,7 @@ class SkipShares:
 
 
 def skip_shares(run: Run) -> SkipShares | None:
-    """The shares over all of a run's records; None if it has none yet."""
+    """The shares over all records of a run; None if it has none."""
     records = [record for task in run.tasks.values() for record in task.records]
     if not records:
         return None
@@ -138,7 +138,7 @@ def _color(category: tuple[str, float] | None) -> tuple[float, ...]:
 
 
 def _strips(results: Results, model: str) -> Iterator[Strip]:
-    """The strips, the last strategy's first."""
+    """The strips, those of the last strategy first."""
     top = 0.0
     for strategy in reversed(results.skipping):
         for fraction in results.fractions(model):

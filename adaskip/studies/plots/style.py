@@ -1,4 +1,4 @@
-"""One look for every figure: readable without colour, and the same bytes for the same data."""
+"""The style of all figures: readable without colour, and the same bytes for the same data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 RC: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs everywhere
+    "font.family": "DejaVu Sans",  # part of matplotlib: the same glyphs on every machine
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -49,14 +49,14 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-"""By ending of a picture's file, what would differ between two of the same data."""
+"""Metadata to leave out, by file type: it would differ between files of the same data."""
 
 FULL_LINE: dict[str, Any] = {"color": "black", "linewidth": 0.9, "dashes": (6, 2), "zorder": 1}
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in this look, whatever the user's matplotlibrc says."""
+    """Draw in this style, whatever the user's matplotlibrc contains."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)
@@ -64,14 +64,14 @@ def styled() -> Iterator[None]:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg without dates and program versions; called inside `styled()`."""
+    """Write `stem`.png and `stem`.svg without dates and program versions; call it inside `styled()`."""
     return [save_as(figure, stem.parent / f"{stem.name}.{kind}") for kind in ("png", "svg")]
 
 
 def save_as(figure: Figure, path: Path) -> Path:
-    """Write one file of the kind that its ending names; called inside `styled()`. ValueError for another ending."""
+    """Write one file, .png, .svg or .pdf; call it inside `styled()`. ValueError for another file type."""
     if (kind := path.suffix[1:]) not in LEFT_OUT:
-        raise ValueError(f"{path} is no name of a picture; allowed endings: {', '.join(LEFT_OUT)}")
+        raise ValueError(f"{path} is not the name of a picture; allowed endings: {', '.join(LEFT_OUT)}")
     image = io.BytesIO()
     figure.savefig(image, format=kind, dpi=200, metadata=LEFT_OUT[kind])
     return write_bytes_atomic(path, image.getvalue())

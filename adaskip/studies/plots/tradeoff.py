@@ -1,4 +1,4 @@
-"""Quality against measured speedup, with the Pareto front: score kept, or fidelity above loss, a panel per phase."""
+"""Quality against measured speedup with the Pareto front, a panel per phase: score kept, or fidelity and loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adaskip.studies.tables.tradeoff import Tradeoff
 FRONT: dict[str, Any] = {"color": "#bdbdbd", "linewidth": 3, "solid_capstyle": "round", "zorder": 0.9}
 FULL_MARK: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 8, "linestyle": "none", "zorder": 4}
 SMALLEST, STEP = 3.5, 1.5
-"""Size of the least budget's marker in points, and how much each further budget adds."""
+"""Marker size of the smallest budget in points, and the increase per further budget."""
 
 
 def plot_kept(tradeoff: Tradeoff, out_dir: Path) -> list[Path]:
@@ -30,12 +30,12 @@ def plot_kept(tradeoff: Tradeoff, out_dir: Path) -> list[Path]:
 
 
 def plot_measures(tradeoffs: Sequence[Tradeoff], out_dir: Path) -> list[Path]:
-    """Write `tradeoff_measures`, a line of panels per quality, means over the models, as .png and .svg."""
+    """Write `tradeoff_measures`, a row of panels per quality, means over the models, as .png and .svg."""
     return _plot([(tradeoff, None) for tradeoff in tradeoffs], out_dir / "tradeoff_measures")
 
 
 def _plot(lines: Sequence[tuple[Tradeoff, str | None]], stem: Path) -> list[Path]:
-    """lines: what each line of panels shows, and of which model, None for the mean over all."""
+    """lines: what each row of panels shows, and of which model; None for the mean over all models."""
     first, qualities = lines[0][0], {tradeoff.quality.name: tradeoff.quality for tradeoff, _ in lines}
     phases = [name for name in labels.PHASES if any(name in tradeoff.phases for tradeoff, _ in lines)]
     fractions = sorted({fraction for tradeoff, _ in lines for fraction in tradeoff.fractions})
@@ -71,7 +71,7 @@ def _draw(panel: Axes, tradeoff: Tradeoff, points: pd.DataFrame, fractions: Sequ
     panel.grid()
     front = points[points["on_front"]].sort_values("speedup")
     x, y = [*front["speedup"]], [*(scale * front["value"])]
-    if x:  # what the front dominates reaches to the axes
+    if x:  # the dominated area extends to the axes
         worst = 0.0 if sign > 0 else scale * points["value"].max()
         x, y = [points["speedup"].min(), *x, x[-1]], [y[0], *y, worst]
     panel.step(x, y, where="pre", **FRONT)
@@ -91,7 +91,7 @@ def _draw(panel: Axes, tradeoff: Tradeoff, points: pd.DataFrame, fractions: Sequ
 
 
 def _set_limits(panels: Sequence[Axes], less_is_better: bool) -> None:
-    """The better is above, of losses too."""
+    """Set the limits of the y axis; better is up, also for losses."""
     reach = [panel.dataLim.y1 for panel in panels]
     limits = (1.05 * max(reach), -0.05 * max(reach)) if less_is_better else (-4, max(104, *(y + 3 for y in reach)))
     next(iter(panels)).set_ylim(*limits)

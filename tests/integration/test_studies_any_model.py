@@ -1,0 +1,95 @@
+"""Every study on models that no list knows, folders of different depth, with LongBench's records."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.integration.test_real_road import script
+from tests.tiny_runs import WORDS
+
+NAMES = ("Tiny-Five", "Tiny-Three")
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, tmp_path_factory) -> tuple[str, str]:
+    """A random Llama of three layers, and one of five."""
+    root = tmp_path_factory.mktemp("models")
+    five, three = (shutil.copytree(checkpoint, root / name) for name in NAMES)
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(five, num_hidden_layers=5)
+    LlamaForCausalLM(config).save_pretrained(five)
+    return str(five), str(three)
+
+
+@pytest.fixture
+def study(folders, data_dir, tmp_path, monkeypatch, capsys):
+    """Runs the script of a study on both models: what it printed, and the folder of what it wrote."""
+
+    def run(path: str, *options: str):
+        given = ["--models", *folders, "--data-dir", str(data_dir), "--device", "cpu", "--threads", "1"]
+        out = tmp_path / path.replace("/", "-")
+        assert script(monkeypatch, path, *given, "--output-dir", out, *options) == 0
+        # what is saved is enough, and names no folder and no text of the records
+        assert script(monkeypatch, path, "--draw-only", "--output-dir", out, *options) == 0
+        kept = "".join(f.read_text() for f in out.rglob("*.json") if "runs" not in f.relative_to(out).parts)
+        assert not any(f" {word} " in kept for word in WORDS)
+        return capsys.readouterr().out, out
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["ob1", "ob2", "ob3"])
+def test_observations_have_a_column_for_each_model(study, name):
+    _, out = study(f"observations/{name}.py", "--tasks", "trec", "gov_report", "--limit", "2", "--max-new-tokens", "6")
+    rows = (out / f"{name}.csv").read_text().splitlines()
+    assert {row.split(",")[0] for row in rows[1:]} == set(NAMES)
+    assert set(json.loads((out / f"{name}.json").read_text())["sources"]) == set(NAMES)
+    assert (out / f"{name}.png").is_file()
+    manifest = json.loads((out / "measurements/Tiny-Five/trec-prefill/manifest.json").read_text())
+    assert (manifest["model"], manifest["num_layers"], manifest["benchmark"]) == ("Tiny-Five", 5, "longbench")
+
+
+def test_hit_rates_are_told_for_each_depth(study):
+    _, out = study(
+        "observations/tables12.py", "--tasks", "trec", "gov_report", "--limit", "2", "--max-new-tokens", "24"
+    )
+    assert "M = 5 and 3 layers" in (out / "table1.md").read_text()
+    rows = json.loads((out / "table2.json").read_text())["numbers"]
+    assert {row["row"][0] for row in rows} == set(NAMES)
+
+
+@pytest.mark.slow
+def test_the_importance_check_shows_the_floor_of_each_task(study):
+    told, out = study("observations/importance_check.py", "--tasks", "trec", "--limit", "3", "--max-new-tokens", "4")
+    assert "The full model scores beyond chance more than trivial answers (empty answer, majority class" in told
+    rows = [row.split(",")[:3] for row in (out / "importance_check.csv").read_text().splitlines()]
+    assert [row[2] for row in rows if row[0] == "Tiny-Three"][:3] == ["0", "1", "2"]
+    assert [row[2] for row in rows if row[0] == "Tiny-Five"][:5] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.slow
+def test_models_of_different_depth_are_groups_of_their_own_in_the_online_ablation(study):
+    few = ("--tasks", "gov_report", "--limit", "2", "--max-new-tokens", "12", "--stories", "0")
+    told, out = study("eval/online_ablation.py", *few, "--windows", "3", "--quantiles", "0.5")
+    for name in NAMES:
+        assert f"- {name}: the window adds FFNs: " in told
+    assert len(json.loads((out / "online_ablation_samples.json").read_text())) == 2
+
+
+def test_compensation_is_judged_on_each_model(study):
+    told, out = study("eval/compensation.py", "--held-out", "2", "--tasks", "trec", "gov_report", "multi_news")
+    assert "Kept as the default: " in told
+    cells = json.loads((out / "compensation_divergences.json").read_text())
+    assert {name: len(each["cells"]) for name, each in cells.items() if name in NAMES} == dict.fromkeys(NAMES, 2)
+
+
+def test_lossless_answers_equal_the_full_models(study):
+    few = ("--prompts", "2", "--new-tokens", "6", "--strategies", "adaskip", "unified", "--tasks", "trec", "gov_report")
+    told, out = study("speed/lossless.py", *few)
+    assert f"{2 * 2 * 5} answers compared with stock `generate`, 0 differing." in told
+    assert {path.name for path in (out / "cpu").glob("lossless-*.json")} == {f"lossless-{name}.json" for name in NAMES}
