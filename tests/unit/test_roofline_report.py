@@ -224,7 +224,7 @@ def test_gaps_are_means_and_the_nearest_is_named():
         (["--new-tokens", "1"], "error: --new-tokens must be at least 2, not 1"),
         (["--budgets", "7"], "error: a whole-layer strategy needs an even number of sublayers; got 7"),
         (["--measure", "--device", "tpu"], "error: cannot measure device 'tpu'; present here: cpu"),
-        (["--device", "cpu"], "error: --device says what is measured: give --measure with it"),
+        (["--device", "cpu"], "error: --device needs --measure"),
         (["--models", "llama", "--profile", "none.json"], "error: --profile none.json does not exist"),
     ],
 )

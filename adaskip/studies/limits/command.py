@@ -38,31 +38,31 @@ from adaskip.studies.tables.paper import load_paper
 STEM = "roofline"
 OUTPUT_DIR = "speed/results/roofline"
 PLACES = ("measured_dir", "output_dir")
-"""Options that name folders, not what is predicted."""
+"""Options that name folders and do not affect predictions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RooflineConfig:
-    """What is predicted for which devices."""
+    """The options of `speed/roofline.py`."""
 
     models: tuple[str, ...] = option(MODEL_HELP, MODELS, aliases=["--model"])
     devices: tuple[str, ...] = option(
-        f"data sheets, of {', '.join(known_devices())}; the first is drawn", known_devices()
+        f"GPUs by their data sheets: {', '.join(known_devices())}; the figure shows the first", known_devices()
     )
-    measure: bool = option("also the ceilings measured on a device of this machine, in a few seconds", False)
-    device: str | None = option("torch device that is measured; if not given, cuda where there is one, else cpu")
-    dtype: str = option(f"dtype in which it is measured: {', '.join(DTYPES)}", "bfloat16", choices=DTYPES)
-    budgets: tuple[int, ...] = option("sublayers to skip", (8, 12, 16))
-    prompt_tokens: int = option("length of the prompts", 8000, least=1)
-    new_tokens: int = option("tokens generated after each", 512, least=2)
-    batch_size: int = option("prompts generated together", 1, least=1)
-    profile: str | None = option(
-        "saved importance profile of the one model given; if not given, a set like the paper's"
+    measure: bool = option(
+        "also predict for a device of this machine, whose ceilings are measured in a few seconds", False
     )
+    device: str | None = option("torch device for --measure; default: cuda if available, else cpu")
+    dtype: str = option(f"dtype for --measure: {', '.join(DTYPES)}", "bfloat16", choices=DTYPES)
+    budgets: tuple[int, ...] = option("numbers of sublayers to skip", (8, 12, 16))
+    prompt_tokens: int = option("prompt length in tokens", 8000, least=1)
+    new_tokens: int = option("tokens generated after each prompt", 512, least=2)
+    batch_size: int = option("prompts per batch", 1, least=1)
+    profile: str | None = option("saved importance profile, for exactly one model; default: sets like the paper's")
     measured_dir: str | None = option(
-        f"folder of the benchmark's results, beside which predictions are shown; if not given, {RESULTS_DIR}"
+        f"folder of the benchmark's results, to compare with predictions; default: {RESULTS_DIR}"
     )
-    output_dir: str | None = option(f"where the results go; if not given, {OUTPUT_DIR}")
+    output_dir: str | None = option(f"output folder; default: {OUTPUT_DIR}")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -71,15 +71,17 @@ class RooflineConfig:
         for device in self.devices:
             known_ceilings(device)
         if self.profile is not None and len(self.models) != 1:
-            raise ValueError(f"--profile is of one model, but --models has {len(self.models)}: {' '.join(self.models)}")
+            raise ValueError(
+                f"--profile needs exactly one model, but --models has {len(self.models)}: {' '.join(self.models)}"
+            )
         if self.profile is not None and not Path(self.profile).is_file():
             raise ValueError(f"--profile {self.profile} does not exist; `adaskip calibrate` makes one")
         if self.device is not None and not self.measure:
-            raise ValueError("--device says what is measured: give --measure with it")
+            raise ValueError("--device needs --measure")
 
 
 def main(doc: str | None) -> int:
-    """The script's whole life; returns its exit code. doc: the script's docstring."""
+    """Run the script; returns the exit code. doc: its docstring."""
     return study(doc, RooflineConfig, _run)
 
 
@@ -89,7 +91,7 @@ def _run(config: RooflineConfig) -> int:
 
 
 def predict_all(config: RooflineConfig) -> Roofline:
-    """Every prediction `config` asks for."""
+    """All predictions of a configuration."""
     devices = [Device(known_ceilings(name)) for name in config.devices]
     if config.measure:
         dtype = getattr(torch, config.dtype)
@@ -114,7 +116,7 @@ def predict_all(config: RooflineConfig) -> Roofline:
 
 
 def write(config: RooflineConfig, roofline: Roofline) -> list[Path]:
-    """Write `roofline.md`, `.json` and the figure `sublayers` into the output folder; the paths."""
+    """Write `roofline.md`, `.json` and the figure `sublayers` into the output folder; returns their paths."""
     out_dir = given_or_default(config.output_dir, OUTPUT_DIR)
     figure = plot_sublayers(roofline.shapes, roofline.devices[0].ceilings, out_dir / "sublayers")
     models = list(roofline.shapes)

@@ -1,7 +1,7 @@
-"""The other limit: how many operators one decode step dispatches, each a kernel to launch.
+"""The other limit: the number of operators that a decode step dispatches, each of which launches a kernel.
 
-Where a step takes less time on the device than Python takes to launch it, launches decide and not bytes. The count
-needs no device: operators do not depend on widths, so a narrow copy of the model takes the step.
+If the device computes a step faster than Python launches it, launches are the limit, not bytes. Counting needs no GPU:
+the operators do not depend on widths, so a narrow copy of the model runs the step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaskip.strategies import FixedPlan
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NARROW = {"intermediate_size": 4, "vocab_size": 8, "head_dim": 4, **TOKENS}
 WITHOUT_KERNEL = frozenset({"aten::_unsafe_view"})
-"""A view that does not call itself one."""
+"""A view that is not declared as one."""
 
 
 class _Counter(TorchDispatchMode):
@@ -36,8 +36,8 @@ class _Counter(TorchDispatchMode):
 
 
 class Launches:
-    """Operators per decode step of the model that `config` describes, each plan counted once, on a random model of the
-    same depth, heads and options, of next to no width, in bfloat16."""
+    """Operators per decode step of a model, counted once per plan on a narrow random model of the same depth, heads and
+    options in bfloat16."""
 
     def __init__(self, config: PreTrainedConfig):
         config, self._counts = copy.deepcopy(config), {}
@@ -60,7 +60,7 @@ class Launches:
         return self._counts[plan]
 
     def by_kind(self) -> dict[str, int]:
-        """Those of a whole step, and those one attention and one FFN of the last layer have in it."""
+        """The operators of a whole step, and those of the attention and of the FFN of the last layer."""
         last, step = frozenset({self.num_layers - 1}), self.of(EMPTY_PLAN)
         attention, ffn = self.of(SkipPlan(attention=last)), self.of(SkipPlan(ffn=last))
         return {"step": step, "attention": step - attention, "ffn": step - ffn}

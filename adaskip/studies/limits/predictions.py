@@ -1,6 +1,6 @@
-"""Every strategy at every budget on every device: predicted times and speedups, beside those that were measured.
+"""Predicted times and speedups of every strategy at every budget on every device, beside measured ones.
 
-Records are dicts, as the JSON file holds them.
+Records are dicts, as in the JSON file.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from adaskip.studies.tables.paper import load_paper
 PAPER_DEVICE = "L20"
 ADASKIP = "adaskip"
 ATTENTION_ALONE = "attention_alone"
-"""AdaSkip's budget spent on nothing but attention, late layers first: how far its set can move the numbers."""
+"""AdaSkip's budget spent on attention only, late layers first: an upper bound of what another set could change."""
 SKIPPING = PAPER_STRATEGIES[1:]
 """The paper's own."""
 Step = Literal["prefill", "decode"]
 STEPS: tuple[Step, ...] = get_args(Step)
 LONGEST = 2**22
-"""Positions beyond which no crossover is looked for."""
+"""Maximum context of the search for a crossover."""
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Device:
-    """Ceilings, and the bytes of a value in the dtype they hold for."""
+    """Ceilings, and the bytes per value of their dtype."""
 
     ceilings: Ceilings
     bytes_per_value: int = 2
@@ -47,14 +47,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a model: skip `sublayers` of it as `strategy` does in `phase`."""
+    """One way to run a model: `strategy` skips `sublayers` sublayers in `phase`."""
 
     phase: Phase
     strategy: str = FULL
     sublayers: int = 0
 
     def build(self, num_layers: int, profile: ImportanceProfile, new_tokens: int) -> Strategy | None:
-        """The strategy itself, SkipDecode's with `new_tokens` as its T_max; None for the full model."""
+        """The strategy, with `new_tokens` as the T_max of SkipDecode; None for the full model."""
         if self.strategy == ATTENTION_ALONE:
             late = range(num_layers - self.sublayers, num_layers)
             plan = SkipPlan.of_sublayers({Sublayer("attention", layer): ASSUMED_SCALE for layer in late})
@@ -78,7 +78,7 @@ def compare(
     profile: ImportanceProfile,
     attention: AttentionImplementation = "fused",
 ) -> list[Record]:
-    """TTFT and TPOT at the ceilings of one device for the ways asked for, and speedups over the full model."""
+    """TTFT and TPOT of ways at the ceilings of a device, and their speedups over the full model."""
 
     def times(way: Way) -> tuple[float, float]:
         strategy = way.build(shape.num_layers, profile, work.new_tokens)
@@ -105,7 +105,7 @@ def compare(
 
 
 def published_speedups(model: str) -> dict[Way, float]:
-    """What the paper measured ("actual SU") of this model; AdaSkip's number stands for `ATTENTION_ALONE`, too."""
+    """The paper's measured speedups ("actual SU") of a model; `ATTENTION_ALONE` has AdaSkip's number, too."""
     paper, published = load_paper(), {}
     for phase in PHASES:
         table = paper.tables[phase]
@@ -120,10 +120,10 @@ def published_speedups(model: str) -> dict[Way, float]:
 def explain(
     model: str, shape: ModelShape, device: Device, work: Workload, profile: ImportanceProfile, launches: Launches
 ) -> list[Record]:
-    """Every speedup the paper measured on this model, and what it would be if one thing alone took time.
+    """Every speedup that the paper measured on a model, and predictions that each assume a single limit.
 
-    fused, eager: at the device's ceilings, by how attention is computed. launches: if the number of dispatched
-    operators decided; None for a prompt, whose operators are few for their size.
+    fused, eager: the ceilings of the device, by the implementation of attention. launches: the number of dispatched
+    operators; None for prefill, where operators are large.
     """
     published = published_speedups(model)
     fused, eager = (compare(model, shape, device, work, [*published], profile, how) for how in IMPLEMENTATIONS)
@@ -150,7 +150,8 @@ def seconds(
     ceilings: Ceilings,
     attention: AttentionImplementation = "fused",
 ) -> float:
-    """One sublayer of the first layer at batch 1: over a prompt of `context` tokens, or for the last of them alone."""
+    """Time of a sublayer of the first layer at batch size 1, over a prompt of `context` tokens or for its last
+    token."""
     tokens = context if step == "prefill" else 1
     return sublayer_seconds(shape, kind, tokens=tokens, context=context, ceilings=ceilings, attention=attention)
 
@@ -158,7 +159,7 @@ def seconds(
 def find_crossover(
     shape: ModelShape, step: Step, ceilings: Ceilings, attention: AttentionImplementation = "fused"
 ) -> int | None:
-    """The least context at which attention takes as long as the FFN; None if that is beyond `LONGEST`."""
+    """The smallest context at which attention takes as long as the FFN; None if it is beyond `LONGEST`."""
 
     def overtaken(context: int) -> bool:
         one, other = (seconds(shape, kind, step, context, ceilings, attention) for kind in ("attention", "ffn"))
@@ -169,7 +170,7 @@ def find_crossover(
 
 
 def crossovers(model: str, shape: ModelShape, ceilings: Ceilings) -> list[Record]:
-    """When attention takes as long as the FFN, in both phases and for both ways to compute attention."""
+    """The context at which attention takes as long as the FFN, by phase and implementation of attention."""
     records = []
     for attention in IMPLEMENTATIONS:
         for step in STEPS:
@@ -182,7 +183,7 @@ def crossovers(model: str, shape: ModelShape, ceilings: Ceilings) -> list[Record
 def speedup_of_kind(
     shape: ModelShape, kind: SublayerKind, step: Step, context: int, ceilings: Ceilings, count: int
 ) -> float:
-    """Speedup of one forward at batch 1 if the last `count` sublayers of one kind are skipped and none of the other."""
+    """Speedup of a forward at batch size 1 if the last `count` sublayers of one kind are skipped."""
     last, tokens = frozenset(range(shape.num_layers - count, shape.num_layers)), context if step == "prefill" else 1
     plan = SkipPlan(attention=last) if kind == "attention" else SkipPlan(ffn=last)
     full, skipped = (
@@ -192,10 +193,10 @@ def speedup_of_kind(
 
 
 def read_measured(folder: Path) -> list[Record]:
-    """What the benchmark's studies of strategies in the device folders below `folder` measured: speedups over the full
-    model in the same mode, timed, and predicted at the ceilings measured on the device.
+    """Speedups over the full model in the same mode from the saved benchmarks in `folder`: measured, and predicted at
+    the measured ceilings of the device.
 
-    What was stopped before its limits were known is left out.
+    Benchmarks without measured ceilings are left out.
     """
     records, work = [], ("batch_size", "prompt_tokens", "new_tokens", "mode")
     for result in load_results(folder):

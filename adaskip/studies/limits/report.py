@@ -1,4 +1,4 @@
-"""The predictions as a document with a figure, and how far they explain the paper's numbers."""
+"""The predictions as a document with a figure, and a comparison with the paper's numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STRATEGIES = {**labels.STRATEGIES, ATTENTION_ALONE: "AdaSkip's budget, attention
 CONTEXTS = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
 KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 EXPLANATIONS = {"fused": "ceilings", "eager": "eager attention", "launches": "launches"}
-"""What one thing alone explains, and what its column is called."""
+"""The limits assumed one at a time, and the names of their columns."""
 
 DRAWN = tuple(500 * 2**power for power in range(9))
 """500 to 128k positions."""
@@ -88,9 +88,9 @@ LAUNCHES = (
 
 @dataclass(frozen=True)
 class Roofline:
-    """Everything that was computed.
+    """All predictions and comparisons.
 
-    skip_set: where AdaSkip's sets come from. predictions, explained, crossovers, measured: records (`predictions`).
+    skip_set: the origin of AdaSkip's sets. predictions, explained, crossovers, measured: records (`predictions`).
     operators: by model, those of a decode step (`Launches.by_kind`).
     """
 
@@ -105,7 +105,7 @@ class Roofline:
     measured: Sequence[Record]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The content of the JSON file."""
         return {
             "workload": asdict(self.work),
             "devices": [asdict(device) for device in self.devices],
@@ -201,7 +201,7 @@ def paper_table(explained: Sequence[Record]) -> str:
 
 
 def gap_table(explained: Sequence[Record]) -> str:
-    """Mean of predicted minus measured speedup, whole layers and AdaSkip apart; nearest are all that are as printed."""
+    """Mean of predicted minus measured speedup, for whole layers and AdaSkip; nearest: the smallest as printed."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for e in explained:
         if (strategy := e["way"]["strategy"]) != ATTENTION_ALONE:
@@ -219,7 +219,7 @@ def gap_table(explained: Sequence[Record]) -> str:
 
 
 def _unexplained(explained: Sequence[Record]) -> list[str]:
-    """Speedups above every prediction, even with attention alone skipped."""
+    """Speedups above every prediction, even if only attention is skipped."""
     cases = []
     for e in explained:
         way, highest = e["way"], max(value for name in EXPLANATIONS if (value := e[name]) is not None)
@@ -266,7 +266,7 @@ def times_table(predictions: Sequence[Record], time: str) -> str:
 
 
 def launch_table(predictions: Sequence[Record], operators: Mapping[str, Mapping[str, int]]) -> str:
-    """Microseconds an operator of the full model's decode step may take until launches and not bytes decide."""
+    """Microseconds per operator of the full model's decode step above which launches, not bytes, are the limit."""
     full = {"phase": "decode", "strategy": FULL, "sublayers": 0}
     lines = {model: [model, str(counts["step"])] for model, counts in operators.items()}
     devices = dict.fromkeys(p["device"] for p in predictions)
@@ -319,7 +319,7 @@ def plot_sublayers(shapes: Mapping[str, ModelShape], ceilings: Ceilings, stem: P
 
 
 def _draw(panel: Axes, shape: ModelShape, step: Step, ceilings: Ceilings) -> None:
-    """The lines, and a ring where attention overtakes the FFN, with the context beside it."""
+    """Draw the lines, and a ring with the context at which attention takes as long as the FFN."""
     for (kind, attention), (_, look) in LINES.items():
         times = [1000 * seconds(shape, kind, step, context, ceilings, attention) for context in DRAWN]
         panel.plot(DRAWN, times, **{**look.line, "markersize": 3})

@@ -31,7 +31,7 @@ MEANS = {
 
 
 def all_comparisons(results: Results) -> pd.DataFrame:
-    """`comparisons` by every measure, told apart by the column `measure`."""
+    """`comparisons` of every measure, with the column `measure`."""
     found = {measure.name: comparisons(results, measure) for measure in MEASURES}
     return pd.concat(found, names=["measure"]).reset_index(level="measure").reset_index(drop=True)
 
@@ -76,7 +76,7 @@ def _against_each(compared: pd.DataFrame) -> Iterator[list[str]]:
 
 
 def _means(results: Results, name: str) -> str:
-    """A line per strategy, a column per phase and budget; `-` where a cell has not come to its end."""
+    """A row per strategy, a column per phase and budget; `-` if a cell is not finished."""
     places = ["phase", "fraction", "strategy"]
     whole = results.cells.groupby(places)["final"].all()
     samples = results.samples.dropna(subset=[name])

@@ -22,13 +22,13 @@ from adaskip.studies.tables.tradeoff import find_tradeoffs
 from adaskip.studies.tables.tradeoff_text import sentences
 
 SPEEDS, OTHER_SPEEDS = "speed/results/cpu/testbed_{model}.json", "speed/results/cpu/{model}.json"
-"""Results of `adaskip bench`: of the testbed's models, and of others."""
+"""Results of `adaskip bench` for the testbed's models, and for others."""
 
 
 def main(name: str, doc: str | None) -> int:
-    """A script's whole life; returns its exit code. name: of `SCRIPTS`. doc: the script's docstring.
+    """Run a script; returns the exit code. name: in `SCRIPTS`. doc: the docstring of the script.
 
-    A user's mistake is one line and 2, a file that cannot be read or written one line and 1.
+    A user's mistake prints one line and returns 2; a file that cannot be read or written prints one line and returns 1.
     """
     try:
         SCRIPTS[name](_parser(doc))
@@ -42,23 +42,25 @@ def _parser(doc: str | None) -> Parser:
     parser = Parser(description=doc, allow_abbrev=False)
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--results-dir", type=Path, metavar="DIR", help="folder of the runs (default: results/runs)")
-    place.add_argument("--benchmark", metavar="NAME", help="its runs in results/NAME/runs; also package.module:Class")
+    place.add_argument(
+        "--benchmark", metavar="NAME", help="read the runs in results/NAME/runs; also package.module:Class"
+    )
     place.add_argument(
         "--testbed", action="store_const", dest="benchmark", const="testbed", help="the same as --benchmark testbed"
     )
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="the benchmark's data, for the floor that is the first sentence of the context (the testbed's is known)",
+        help="data of the benchmark, to score the first sentence of the context as a floor; not needed for the testbed",
     )
     return parser
 
 
 def _eval(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, metavar="RUN_NAME", help="name of the run, e.g. llama-EE-PREFILL")
+    parser.add_argument("--model", required=True, metavar="RUN_NAME", help="name of a run, e.g. llama-EE-PREFILL")
     arguments = parser.parse_args()
     results = evaluate(arguments.model, _runs_dir_with(arguments.model, arguments), arguments.data_dir)
-    console = Console()  # where there is no terminal (a pipe, a file), lines wide enough for the tables
+    console = Console()  # without a terminal (a pipe, a file): wide enough for the tables
     print_scores(results, arguments.model, console if console.is_terminal else Console(width=120))
 
 
@@ -82,7 +84,10 @@ def _tradeoff(parser: Parser) -> None:
         f"(default: {OTHER_SPEEDS}; of the testbed {SPEEDS})",
     )
     parser.add_argument(
-        "--prompt-tokens", type=int, metavar="N", help="take the speeds of prompts of N tokens, where there are several"
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="use the speeds for prompts of N tokens, if there are several lengths",
     )
     arguments, out_dir = _with_output_dir(parser)
     results = _load(arguments)
@@ -94,16 +99,19 @@ def _tradeoff(parser: Parser) -> None:
 
 
 def _with_output_dir(parser: Parser) -> tuple[argparse.Namespace, Path]:
-    """The arguments, and `--output-dir`, by default the folder that holds the runs' folder."""
+    """The arguments, and the output folder, by default the parent of the runs' folder."""
     parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR", help="where to write (default: beside the runs' folder)"
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="output folder (default: the folder that contains the folder of the runs)",
     )
     arguments = parser.parse_args()
     return arguments, arguments.output_dir or _runs_dir(arguments).parent
 
 
 def _runs_dir(arguments: argparse.Namespace) -> Path:
-    """The folder that `--results-dir` or `--benchmark` names; the paper's where neither is given."""
+    """The folder of `--results-dir` or `--benchmark`, by default of the paper's benchmark."""
     return given_or_default(arguments.results_dir, _runs_of(BENCHMARKS.name_of(arguments.benchmark or DEFAULT)))
 
 
@@ -112,20 +120,20 @@ def _runs_of(benchmark: str) -> str:
 
 
 def _runs_dir_with(name: str, arguments: argparse.Namespace) -> Path:
-    """The folder that `--results-dir` or `--benchmark` names.
+    """The folder of `--results-dir` or `--benchmark`.
 
-    Where neither is given and only the testbed has a run called `name`: the testbed's, which standard error is told.
+    If neither is given and only the testbed has a run called `name`, its folder, with a line on standard error.
     """
     asked, testbed = _runs_dir(arguments), default_path(_runs_of("testbed"))
     wanted = run_name(*parse_run_name(name))
     if arguments.results_dir or arguments.benchmark or has_run(wanted, asked) or not has_run(wanted, testbed):
         return asked
-    print(f"no run {wanted} in {asked}; taking the testbed's, in {testbed}", file=sys.stderr)
+    print(f"no run {wanted} in {asked}; using that of the testbed in {testbed}", file=sys.stderr)
     return testbed
 
 
 def _load(arguments: argparse.Namespace) -> Results:
-    """The results of the folder asked for; what cannot be compared goes to standard error."""
+    """Load the results; runs that cannot be compared are reported on standard error."""
     jobs = os.cpu_count() or 1
     results = load_results(_runs_dir(arguments), jobs=jobs, progress=True, data_dir=arguments.data_dir)
     for line in results.notes:

@@ -1,4 +1,4 @@
-"""AdaSkip against each other strategy, cell by cell and measure by measure, over the samples that both have."""
+"""AdaSkip compared with every other strategy by cell and measure, over the samples that both have."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ OURS = "adaskip"
 OTHERS = tuple(name for name in COMPARED if name != OURS)
 BETTER, TIED, WORSE = "better", "tied", "worse"
 OUTCOMES = {BETTER: "best", TIED: "tied", WORSE: "beaten"}
-"""Against all others, by the worst of the verdicts."""
+"""The outcome against all others, by the worst verdict."""
 CHANCE = ("interval_above", "paired_better", "paired_worse")
 
 
 def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
-    """A row for each cell and other strategy, both run to their end: the means `ours` and `theirs`, and the interval
-    `low` to `high` of the paired difference, positive where AdaSkip is better, all as printed: per cent or nats.
+    """A row for each cell and other strategy, if both runs are finished: the means `ours` and `theirs`, and the
+    interval `low` to `high` of the paired difference, positive if AdaSkip is better; per cent or nats, as printed.
 
-    `verdict` compares the means; `interval_above`: AdaSkip's own interval is better than the other's. Cells at their
-    floor do not count by score.
+    `verdict` compares the means; `interval_above`: AdaSkip's interval is better than the other's. Scores at their floor
+    are left out.
     """
     cells = results.cells[results.cells["final"] & results.cells[measure.name].notna()]
     if measure is SCORE:
@@ -56,11 +56,11 @@ def _verdict(gap: float) -> str:
 
 
 def contests(compared: pd.DataFrame) -> pd.DataFrame:
-    """A row for each cell in which all of the paper's strategies have run to their end.
+    """A row for each cell in which the runs of all of the paper's strategies are finished.
 
-    `outcome`: AdaSkip is `best`, `tied` (none is better and one as good) or `beaten`; `interval_above`: its interval is
-    better than each other's; `paired_better`: the paired difference to each is positive beyond chance; `paired_worse`:
-    to one of them it is negative beyond chance. compared: of `comparisons`.
+    `outcome`: AdaSkip is `best`, `tied` (none is better and one is equal) or `beaten`; `interval_above`: its interval
+    is better than all others; `paired_better`: it is significantly better than each other; `paired_worse`: it is
+    significantly worse than one. compared: from `comparisons`.
     """
     rows = []
     for place, group in compared[compared["other"].isin(OTHERS)].groupby(PLACE, sort=False):
@@ -72,7 +72,7 @@ def contests(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_contests(paper: Paper) -> pd.DataFrame:
-    """The same of the paper's tables, which print no intervals."""
+    """The same for the paper's tables, which have no intervals."""
     rows = []
     for phase, table in paper.tables.items():
         for model in paper.models:
@@ -108,7 +108,7 @@ def claim(counts: dict[str, Any]) -> str:
 
 
 def beyond_chance(counts: dict[str, Any]) -> str:
-    """The claim's second sentence; empty where nothing was compared."""
+    """The second sentence of the claim; empty if nothing was compared."""
     if not counts["compared"]:
         return ""
     return (

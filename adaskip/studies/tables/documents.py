@@ -1,6 +1,6 @@
-"""Tables 3 and 4 as Markdown: per model the scores, ours beside the paper's, and the share kept of the full model's.
+"""Tables 3 and 4 as Markdown: for each model our scores beside the paper's, and retention.
 
-And tables of the same form of fidelity and of the loss of the reference answer, with the floors of the scores.
+Also tables of fidelity and of the loss of the reference answer, with the floors of the scores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adaskip.studies.tables.labels import MISSING, PARTIAL, UNKNOWN, UNPUBLISHED
 from adaskip.studies.tables.results import COMPARED, PLACE, Results, estimate
 
 Pairs = list[tuple[str, str]]
-"""Headings and texts of some columns of one line."""
+"""Headings and texts of columns of a row."""
 
 
 def scores_document(results: Results, phase: str) -> str:
@@ -51,7 +51,7 @@ def measures_document(results: Results, phase: str) -> str:
 
 
 def at_floor_sentence(cells: pd.DataFrame) -> str:
-    """Which tasks of a model in a phase are at their floor, and what follows."""
+    """A sentence on the tasks of a model and phase at their floor."""
     tasks = ", ".join(labels.TASKS[task] for task in cells.loc[cells["at_floor"], "task"].unique())
     return (
         f"At its floor: {tasks}. The interval of the full model's score includes what a trivial answer scores, so that "
@@ -64,8 +64,8 @@ def title(phase: str) -> str:
 
 
 def table_of(results: Results, phase: str) -> pd.DataFrame:
-    """The cells of one phase with marks: `mark` of unfinished runs; `score_best`, `paper_score_best`, `fidelity_best`
-    and `loss_best` of the best of the four strategies, once all have run to their end."""
+    """The cells of one phase with `mark` for unfinished runs, and `score_best`, `paper_score_best`, `fidelity_best` and
+    `loss_best` for the best of the four strategies, if all four runs are finished."""
     cells = results.cells[results.cells["phase"] == phase].copy()
     cells["mark"] = (cells["score"].notna() & ~cells["final"]).map({True: PARTIAL, False: ""})
     cells["in_paper"] = cells["model"].isin(results.paper.models)
@@ -81,7 +81,7 @@ def table_of(results: Results, phase: str) -> pd.DataFrame:
 
 
 def lines_of(cells: pd.DataFrame) -> Iterator[tuple[tuple[float, str], list[Any]]]:
-    """Fraction and strategy of each line of a model's table, and its cells."""
+    """Yield fraction and strategy of each row of a model's table, and its cells."""
     for key, group in cells.groupby(["fraction", "strategy"], sort=False):
         yield key, [*group.itertuples()]
 
@@ -92,7 +92,7 @@ def _lines(
     of_line: Callable[[Any], Pairs] = lambda cell: [],
     below: Iterable[list[str]] = (),
 ) -> str:
-    """A model's table. of_cell: the columns of one task; of_line: those after all; below: more lines."""
+    """The table of a model. of_cell: the columns of a task; of_line: columns after all tasks; below: more rows."""
     lines: list[Pairs] = []
     for (fraction, strategy), group in lines_of(cells):
         first = [("Skipped", labels.budget(fraction)), ("Strategy", labels.STRATEGIES[strategy])]
@@ -101,7 +101,7 @@ def _lines(
 
 
 def score(cell: Any) -> Pairs:
-    """Our score, the paper's if it ran the model, and Google's Rouge-L."""
+    """Our score, the paper's if it has the model, and Google's Rouge-L."""
     ours = labels.percent(estimate(cell, "score"), cell.mark, bold=cell.score_best)
     pairs = [(f"{labels.TASKS[cell.task]} {labels.METRICS[cell.metric]}", ours)]
     if cell.in_paper:
@@ -112,7 +112,7 @@ def score(cell: Any) -> Pairs:
 
 
 def retention(cell: Any) -> Pairs:
-    """Ours, and the paper's if it ran the model."""
+    """Our retention, and the paper's if it has the model."""
     kept = (labels.TASKS[cell.task], labels.percent(estimate(cell, "retention"), cell.mark))
     return [kept, *([("paper", labels.published(100 * cell.paper_retention))] if cell.in_paper else [])]
 
@@ -123,14 +123,14 @@ def fidelity(cell: Any) -> Pairs:
 
 
 def loss(cell: Any) -> Pairs:
-    """The loss, and its paired difference to the full model's."""
+    """The loss, and its paired difference from the full model's."""
     ours = labels.nats(estimate(cell, "loss"), cell.mark, bold=cell.loss_best)
     added = "" if cell.strategy == FULL else _if_run(cell, labels.added_nats(estimate(cell, "loss_added")))
     return [(labels.TASKS[cell.task], _if_run(cell, ours)), ("above full", added)]
 
 
 def _if_run(cell: Any, text: str) -> str:
-    """`text`; of a cell that was run but lacks the measure `n/a`."""
+    """`text`, or `n/a` for a cell that was run without this measure."""
     return UNKNOWN if text == MISSING and cell.score == cell.score else text
 
 
@@ -139,7 +139,7 @@ def _speedup(cell: Any) -> Pairs:
 
 
 def _floors(results: Results, phase: str, model: str) -> Iterator[list[str]]:
-    """A line for each trivial answer of which any score is known."""
+    """A row for each trivial answer with a known score."""
     own = results.floors[(results.floors["phase"] == phase) & (results.floors["model"] == model)].dropna()
     for baseline in (EMPTY, MAJORITY, FIRST_SENTENCE):
         known = own[own["baseline"] == baseline].set_index("task")["score"]
@@ -192,7 +192,7 @@ def _legend(known: bool) -> str:
 
 
 def subsets_of(results: Results, phase: str) -> str | None:
-    """One sentence if any run of a phase is over a random subset of the samples."""
+    """A sentence if any run of a phase is over a random subset of the samples, else None."""
     manifests = [scored.run.manifest for (where, *_), scored in results.runs.items() if where == phase]
     draws = {(each["subset"], each["seed"]) for each in manifests if each.get("subset")}
     if not draws:
@@ -202,7 +202,7 @@ def subsets_of(results: Results, phase: str) -> str | None:
 
 
 def describe_model(results: Results, phase: str, model: str) -> str:
-    """What was run here under this model's name, what the paper ran, and the budgets of both."""
+    """The model and budgets that were run here, and those of the paper."""
     runs = [scored.run for (where, name, *_), scored in results.runs.items() if (where, name) == (phase, model)]
     ours = "Ours: not run."
     if runs:

@@ -1,4 +1,4 @@
-"""What `eval/eval.py` shows: every budget and task of one run, scored, on the console."""
+"""The output of `eval/eval.py`: the scores of every budget and task of a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from adaskip.studies.tables.scores import SCORES_FILE, SampleScores, ScoredRun, 
 
 
 def evaluate(name: str, runs_dir: str | Path, data_dir: str | None = None) -> Results:
-    """Score every budget of the run called `name`, and the full model's run of its phase that it is compared with, if
-    there is one, and save the scores beside the records.
+    """Score every budget of the run called `name`, and the full model's run if there is one; save the scores beside the
+    records.
 
-    data_dir: the benchmark's data, for floors that need contexts.
+    data_dir: data of the benchmark, for floors that need contexts.
     """
     model, phase, strategy = parse_run_name(name)
     name_of_full = run_name(model, phase, FULL)
@@ -32,8 +32,8 @@ def evaluate(name: str, runs_dir: str | Path, data_dir: str | None = None) -> Re
 
 
 def print_scores(results: Results, name: str, console: Console) -> None:
-    """Tables over all budgets and tasks: of scores, of fidelity, loss and floors, and of buckets of length; what is
-    wrong, and where the scores are."""
+    """Print tables over all budgets and tasks (scores; fidelity, loss and floors; buckets of length), then warnings,
+    and the paths of the scores."""
     model, phase, strategy = parse_run_name(name)
     title, runs = run_name(model, phase, strategy), {row: r for row, r in results.runs.items() if row[2] == strategy}
     scores = _table(title, "per cent, 95 % bootstrap intervals in brackets", "metric")
@@ -81,14 +81,14 @@ def _scores(found: ScoredTask) -> Iterator[str]:
 
 
 def _score(scores: SampleScores) -> str:
-    """The benchmark's number and our interval."""
+    """The score of the benchmark and our interval."""
     if scores.mean is None:
         return "no samples"
     return " ".join([f"{scores.as_printed:.2f}", *labels.percent(scores.mean).split(" ")[1:]])
 
 
 def _measures(results: Results, cell: Any) -> Iterator[str]:
-    """Fidelity, loss, loss above the full model's, and the floor with the trivial answer whose score it is."""
+    """Fidelity, loss, loss above the full model's, and the floor with its trivial answer."""
     for name, text in (("fidelity", labels.percent), ("loss", labels.nats), ("loss_added", labels.added_nats)):
         found = estimate(cell, name)
         yield labels.UNKNOWN if found is None else text(found)

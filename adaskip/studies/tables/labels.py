@@ -1,4 +1,4 @@
-"""How models, tasks, strategies and numbers are written in tables and plots."""
+"""Spellings of models, tasks, strategies and numbers in tables and plots."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from adaskip.strategies.names import LABELS
 
 
 class Spelled(dict[str, str]):
-    """How names are written; any other name is written as it is."""
+    """Spellings of names; other names are unchanged."""
 
     def __missing__(self, name: str) -> str:
         return name
 
 
 STRATEGIES = LABELS
-"""What each strategy declares."""
+"""The labels that strategies declare."""
 TASKS = Spelled(
     multifieldqa_en="MultiFieldQA",
     triviaqa="TriviaQA",
@@ -23,7 +23,7 @@ TASKS = Spelled(
     multi_news="MultiNews",
 )
 METRICS = Spelled(f1="F1", acc="accuracy", rouge_l="Rouge-L")
-"""As the paper names them."""
+"""The names of the paper."""
 PHASES = {"prefill": "prefill", "decode": "decode", "e2e": "end to end"}
 MISSING = "-"
 UNPUBLISHED = "n/p"
@@ -37,7 +37,7 @@ def budget(fraction: float) -> str:
 
 
 def percent(estimate: Estimate | None, mark: str = "", *, bold: bool = False) -> str:
-    """A score as per cent with its interval, `88.1 [84.2, 91.0]`; `-` where there is none. mark: after the value."""
+    """A score in per cent with its interval, `88.1 [84.2, 91.0]`; `-` for None. mark: added to the value."""
     return _shown(estimate, 100, ".1f", mark, bold)
 
 
@@ -62,7 +62,7 @@ def _shown(estimate: Estimate | None, scale: float, form: str, mark: str, bold: 
 
 
 def published(value: float, digits: int = 1, *, bold: bool = False) -> str:
-    """A number of the paper's; `n/p` for NaN."""
+    """A number of the paper; `n/p` for NaN."""
     if value != value:
         return UNPUBLISHED
     return f"**{value:.{digits}f}**" if bold else f"{value:.{digits}f}"

@@ -61,9 +61,9 @@ def _table(
     *,
     speedup: bool = True,
 ) -> str:
-    """columns: of each task; texts: their cells, as in Markdown. speedup: with the paper's, where it has any.
+    """columns: headings of each task; texts: its cells, as in Markdown. speedup: whether to show the paper's speedups.
 
-    No speedup of ours: the times of our runs are of different moments.
+    Our runs have no speedup, since they were not timed side by side.
     """
     cells, tasks = documents.table_of(results, phase), results.tasks(phase)
     speeds = ["Paper"] * (speedup and bool(cells["has_speedup"].any()))

@@ -1,4 +1,4 @@
-"""The paper's published scores, looked up by the fraction of sublayers skipped, so that models of any depth compare."""
+"""The paper's scores by fraction of skipped sublayers, so that models of any depth can be compared."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class PaperTable:
 
     source: str
     metrics: dict[str, str]
-    """Task -> the metric the paper names, in the table's column order."""
+    """Task -> metric of the paper, in the column order of the table."""
     has_speedup: bool
     by_fraction: dict[float, dict[str, dict[str, list[float]]]]
-    """Fraction of sublayers skipped -> model -> strategy -> a number per task, then the speedup."""
+    """Fraction of skipped sublayers -> model -> strategy -> a number per task, then the speedup."""
 
     @property
     def tasks(self) -> list[str]:
         return list(self.metrics)
 
     def score(self, model: str, strategy: str, fraction: float, task: str) -> float | None:
-        """The published score, per cent; None where the paper prints none."""
+        """The published score, per cent; None if the paper has none."""
         numbers = self._numbers(model, strategy, fraction)
         return numbers[self.tasks.index(task)] if numbers and task in self.metrics else None
 
@@ -44,7 +44,7 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper printed."""
+    """The numbers of the paper."""
 
     source: str
     models: dict[str, str]
@@ -57,7 +57,7 @@ class Paper:
 
 @cache
 def load_paper(*, publishes: bool = True) -> Paper:
-    """The paper's numbers, from `configs/paper.yaml`. publishes: whether it has any of the benchmark that was run."""
+    """The paper's numbers from `configs/paper.yaml`. publishes: whether it has scores of the benchmark that was run."""
     content = load_yaml("paper")
     num_sublayers = 2 * content["num_layers"]
     if not publishes:

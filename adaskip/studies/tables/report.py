@@ -1,4 +1,4 @@
-"""Everything a reader sees of scored runs: tables, figures and the summary. The same runs give the same bytes."""
+"""Writes tables, figures and the summary of scored runs. The same runs give the same bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adaskip.studies.tables.summary import headline, summarise, to_text
 from adaskip.studies.tables.tradeoff import KEPT, Tradeoff
 
 TABLE_NAMES = {"prefill": "table3_prefill", "decode": "table3_decode", "e2e": "table4_e2e"}
-"""The paper's. Of a benchmark that it does not publish, `scores_<phase>`."""
+"""File names of the paper's tables; for other benchmarks `scores_<phase>`."""
 CELL = [
     *("phase", "model", "strategy", "fraction", "skipped_sublayers", "num_sublayers", "task", "metric"),
     *("n", "n_expected"),
@@ -28,8 +28,8 @@ CELL = [
 
 
 def write_tables(results: Results, out_dir: Path) -> list[Path]:
-    """Tables 3 and 4, and those of fidelity and loss, as Markdown, CSV and LaTeX; the summary as Markdown and JSON; the
-    claim by every measure; and calibrated's matches, if there are any."""
+    """Write Tables 3 and 4, and tables of fidelity and loss, as Markdown, CSV and LaTeX; the summary as Markdown and
+    JSON; the claim by every measure; and the comparison of calibrated, if it was run."""
     texts = {}
     for phase in results.phases:
         name = TABLE_NAMES[phase] if results.paper.models else f"scores_{phase}"
@@ -50,19 +50,19 @@ def write_tables(results: Results, out_dir: Path) -> list[Path]:
 
 
 def scores_csv(results: Results, phase: str) -> str:
-    """Our scores and the paper's, one line per cell."""
+    """Our scores and the paper's, one row per cell."""
     ours = dict.fromkeys(_with_ends("score", "rouge_score", "retention"), 100)
     return _cells_csv(results, phase, {**ours, "paper_score": 1, "paper_retention": 100, "paper_speedup": 1})
 
 
 def measures_csv(results: Results, phase: str) -> str:
-    """Score and its floor, fidelity and loss, one line per cell."""
+    """Score and its floor, fidelity and loss, one row per cell."""
     scores = dict.fromkeys([*_with_ends("score"), "floor", *_with_ends("fidelity")], 100)
     return _cells_csv(results, phase, {**scores, **dict.fromkeys(_with_ends("loss", "loss_added"), 1)})
 
 
 def _cells_csv(results: Results, phase: str, columns: dict[str, float]) -> str:
-    """Empty where not run, not measured or not published. columns: with the factor of each, 100 for per cent."""
+    """Empty if not run, not measured or not published. columns: name -> factor, 100 for per cent."""
     cells = results.cells[results.cells["phase"] == phase]
     numbers = {name: cells[name].mul(scale).map(lambda x: round(x, 3)) for name, scale in columns.items()}
     return _as_csv(pd.DataFrame({**cells[CELL], **numbers}).rename(columns={"fraction": "fraction_skipped"}))
@@ -77,14 +77,14 @@ def _as_csv(table: pd.DataFrame) -> str:
 
 
 def write_plots(results: Results, out_dir: Path) -> list[Path]:
-    """Scores against the budget per phase, retention over all phases, and a skip map per model."""
+    """Draw scores against the budget for each phase, retention over all phases, and a skip map for each model."""
     written = [path for phase in results.phases for path in plot_scores(results, phase, out_dir)]
     written += plot_retention(results, out_dir)
     return written + [path for model in results.models for path in plot_skip_map(results, model, out_dir)]
 
 
 def write_tradeoffs(tradeoffs: Sequence[Tradeoff], out_dir: Path) -> list[Path]:
-    """Quality against measured speedup: Markdown and JSON into `out_dir`/tables, figures into `out_dir`/plots."""
+    """Write quality against measured speedup: Markdown and JSON into `out_dir`/tables, figures into `out_dir`/plots."""
     texts, figures = {}, []
     for kept in (each for each in tradeoffs if each.quality is KEPT):
         texts |= {"tradeoff.json": tradeoff_text.to_json(kept), "tradeoff.md": tradeoff_text.to_text(kept)}
@@ -96,5 +96,5 @@ def write_tradeoffs(tradeoffs: Sequence[Tradeoff], out_dir: Path) -> list[Path]:
 
 
 def headline_of(results: Results) -> list[str]:
-    """The summary's answers in plain sentences."""
+    """The main sentences of the summary."""
     return headline(summarise(results))

@@ -1,6 +1,6 @@
-"""All scored runs as two tidy frames: `samples`, a row a record, and `cells`, a row a cell of the paper's tables.
+"""All scored runs as two tidy frames: `samples`, a row per record, and `cells`, a row per cell of the paper's tables.
 
-Ours and the paper's meet here: a budget is the fraction of the sublayers skipped, so that 4 of 32 stand beside 8 of 64.
+A budget is the fraction of skipped sublayers, so that 4 of 32 are compared with 8 of the paper's 64.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from adaskip.studies.tables.scores import ScoredRun, score_run
 COMPARED = PAPER_STRATEGIES[1:]
 """The four strategies that the paper compares."""
 PAPER_FRACTIONS = (0.125, 0.1875, 0.25)
-"""The paper's budgets (it prints scores for the first and the last): shown of its models, run or not."""
+"""The paper's budgets (it has scores for the first and the last), always shown for its models."""
 ROW = ["phase", "model", "strategy", "fraction"]
-"""Columns that tell a row of the tables."""
+"""Columns that identify a row of the tables."""
 PLACE = ["phase", "model", "fraction", "task"]
-"""Columns that tell a cell in which the strategies compete."""
+"""Columns that identify a cell, in which strategies are compared."""
 MEASURED = ("score", "rouge_score", "fidelity", "loss")
 SAMPLE = ("task", "id", *MEASURED, "new_tokens", "added_online", "compared")
 COUNTS = ("skipped_sublayers", "num_sublayers", "n", "n_expected")
@@ -44,8 +44,8 @@ Row = tuple[str, str, str, float]
 
 @dataclass(frozen=True)
 class Measure:
-    """What an answer is measured by, in the column `name`. scale: for printing, 100 for per cent. sign: -1 where less
-    is better."""
+    """A measure of answers, in the column `name`. scale: for printing, 100 for per cent. sign: -1 if lower is
+    better."""
 
     name: str
     scale: float
@@ -67,43 +67,43 @@ class Results:
 
     @property
     def benchmarks(self) -> list[Benchmark]:
-        """Those whose records were run."""
+        """The benchmarks that were run."""
         return [*{scored.run.benchmark.name: scored.run.benchmark for scored in self.runs.values()}.values()]
 
     @cached_property
     def notes(self) -> list[str]:
-        """What could not be compared, a line each."""
+        """A line for each run that cannot be compared."""
         alone = {row[:2] for row in self.runs} - {row[:2] for row in self.runs if row[2] == FULL}
         lines = [f"no run of the full model {model} in phase {phase}: no comparison" for phase, model in sorted(alone)]
         return lines + [line for scored in self.runs.values() for line in scored.notes]
 
     @cached_property
     def models(self) -> list[str]:
-        """The paper's models, if any of them was run, then every other that was run."""
+        """The paper's models if any of them was run, then all others that were run."""
         run = list(dict.fromkeys(model for _, model, _, _ in self.runs))
         papers = list(self.paper.models) if set(run) & set(self.paper.models) else []
         return list(dict.fromkeys([*papers, *run]))
 
     @property
     def paper_models(self) -> list[str]:
-        """Those of `models` that the paper ran."""
+        """The models that the paper has."""
         return [model for model in self.models if model in self.paper.models]
 
     @cached_property
     def skipping(self) -> tuple[str, ...]:
-        """The strategies with rows in the tables: those of the grid, run or not, and every other one that was run."""
+        """The strategies in the tables: those of the grid, and all others that were run."""
         run = {strategy for _, _, strategy, _ in self.runs} - set(GRID_STRATEGIES)
         return (*GRID_STRATEGIES[1:], *(name for name in SHORT_NAMES if name in run))
 
     def fractions(self, model: str | None = None) -> list[float]:
-        """The budgets of a model, or of all, smallest first: of the paper's models the paper's, and those run."""
+        """The budgets of a model, or of all, smallest first: those that were run and, for its models, the paper's."""
         models = self.models if model is None else [model]
         run = {fraction for _, name, strategy, fraction in self.runs if name in models and strategy != FULL}
         return sorted(run | (set(PAPER_FRACTIONS) if set(models) & set(self.paper.models) else set()))
 
     def tasks(self, phase: str) -> list[str]:
-        """The columns of a phase's table: the paper's tasks and every other that was run; where none of the paper's
-        models was, only those that were run."""
+        """The tasks in the table of a phase: the paper's and all others that were run; without a run of the paper's
+        models only those that were run."""
         run = dict.fromkeys(
             task for (where, *_), scored in self.runs.items() if where == phase for task in scored.tasks
         )
@@ -113,7 +113,7 @@ class Results:
 
     @cached_property
     def phases(self) -> list[str]:
-        """Those with columns in the tables: all, or those that were run of a benchmark that the paper does not have."""
+        """The phases with tables: all, or those that were run of a benchmark that the paper does not have."""
         return [phase for phase in self.paper.tables if self.tasks(phase)]
 
     def rows(self, phase: str, model: str) -> Iterator[Row]:
@@ -125,10 +125,10 @@ class Results:
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """A row a record: scores and fidelity as fractions of 1, loss in nats a token, NaN where unknown.
+        """A row per record: scores and fidelity as fractions of 1, loss in nats per token, NaN if unknown.
 
-        `full_score` and `full_loss` are the full model's of the same sample, NaN where its run cannot be compared;
-        `loss_added` is the loss above the full model's.
+        `full_score` and `full_loss` are those of the full model on the same sample, NaN if its run cannot be compared;
+        `loss_added` is the loss minus the full model's.
         """
         lines = [line for row, scored in self.runs.items() for line in _sample_lines(row, scored)]
         samples = pd.DataFrame(lines, columns=[*ROW, *SAMPLE]).astype(dict.fromkeys(MEASURED, float))
@@ -145,7 +145,7 @@ class Results:
 
     @cached_property
     def floors(self) -> pd.DataFrame:
-        """A row a trivial answer (`baseline`) to a task, with its mean `score`, NaN where unknown."""
+        """A row per trivial answer (`baseline`) to a task, with its mean `score`, NaN if unknown."""
         lines = [
             (phase, model, task, baseline, score)
             for (phase, model, _, _), scored in self.runs.items()
@@ -156,11 +156,11 @@ class Results:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """A row a cell, in the tables' order, run or not: estimates with `_low` and `_high`, and the paper's numbers.
+        """A row per cell in the order of the tables, run or not: estimates with `_low` and `_high`, and the paper's
+        numbers.
 
         Our scores, retention and fidelity are fractions of 1, the paper's scores per cent, as printed. `floor` is the
-        best score of a trivial answer; `at_floor`: the full model's interval reaches down to it. `final`: the run has
-        come to its end.
+        best score of a trivial answer; `at_floor`: the full model's interval includes it. `final`: the run is finished.
         """
         cells = pd.DataFrame(
             self._cell(row, task, self.samples_of.get((*row, task)))
@@ -202,7 +202,7 @@ class Results:
         }
 
     def metric(self, phase: str, task: str) -> str:
-        """A task's metric as the paper names it; ours where the paper has no such task."""
+        """The paper's name of a task's metric; ours if it has no such task."""
         ours = (scored.tasks[task].main.metric for scored in self.runs.values() if task in scored.tasks)
         return self.paper.tables[phase].metrics.get(task) or next(ours)
 
@@ -223,7 +223,7 @@ def _sample_lines(row: Row, scored: ScoredRun) -> Iterator[tuple[Any, ...]]:
 
 
 def _estimates(samples: pd.DataFrame | None) -> dict[str, float]:
-    """Each estimate's value, low and high; NaN where unknown."""
+    """Value, low and high of each estimate; NaN if unknown."""
     found: dict[str, Estimate | None] = dict.fromkeys(ESTIMATES)
     if samples is not None:
         found = {name: mean_estimate([*samples[name].dropna()]) for name in (*MEASURED, "loss_added")}
@@ -237,7 +237,7 @@ def _estimates(samples: pd.DataFrame | None) -> dict[str, float]:
 
 
 def estimate(cell: Any, name: str) -> Estimate | None:
-    """An estimate of a cell, a row of `Results.cells` as `itertuples` gives it; None where it is unknown."""
+    """An estimate of a cell, a row of `Results.cells` from `itertuples`; None if unknown."""
     value, low, high = (getattr(cell, name + end) for end in ("", "_low", "_high"))
     return None if math.isnan(value) else Estimate(value, *(None if math.isnan(end) else end for end in (low, high)))
 
@@ -245,12 +245,12 @@ def estimate(cell: Any, name: str) -> Estimate | None:
 def load_results(
     runs_dir: str | Path, *, jobs: int = 1, progress: bool = False, data_dir: str | None = None
 ) -> Results:
-    """Read every run below `runs_dir`, scoring those whose scores are not saved yet.
+    """Read all runs in `runs_dir`; runs without saved scores are scored.
 
     Args:
-        jobs: processes that score; more than one need a caller that guards `__main__`.
+        jobs: scoring processes; more than one need a caller that guards `__main__`.
         progress: draw a progress bar if standard error is a terminal.
-        data_dir: the benchmark's data, for floors that need contexts.
+        data_dir: data of the benchmark, for floors that need contexts.
 
     Raises:
         ValueError: there are no runs, or a manifest cannot be read.
