@@ -83,7 +83,7 @@ def test_what_is_measured_is_what_the_observations_draw(monkeypatch, kept):
 
 
 def test_the_committed_results_are_refused_as_a_place():
-    with pytest.raises(ValueError, match="holds the committed results; FULL=1 makes those anew"):
+    with pytest.raises(ValueError, match="contains the committed results; make reproduce FULL=1 makes them again"):
         ReproduceConfig(output_dir=str(ROOT / "results/testbed"))
 
 

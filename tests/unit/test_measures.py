@@ -231,7 +231,7 @@ def test_records_without_their_references_are_shown_by_the_scores_saved_beside_t
     again = load_results(tmp_path)
     assert again.cells.equals(before.cells)
     assert again.notes == [
-        f"{label}-sublayers: scores of another version of the metrics; no references to score anew"
+        f"{label}-sublayers: scores of another version of the metrics; no references to score again"
         for label in ("smollm2-ADA-PREFILL/8", "smollm2-FULL-PREFILL/0")
     ]
 
@@ -246,5 +246,5 @@ def test_records_without_references_are_never_scored_by_other_scores(tmp_path, c
     else:
         path = folder / "gov_report.jsonl"
         path.write_text(path.read_text().replace('"prediction": "', '"prediction": "x', 1))
-    with pytest.raises(ResultsError, match=r"the records hold no references, and scores\.json is not of these answers"):
+    with pytest.raises(ResultsError, match=r"the records have no references, and scores\.json is not of these answers"):
         load_results(tmp_path)

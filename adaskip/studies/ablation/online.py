@@ -121,7 +121,8 @@ class AblationConfig(StudyConfig):
             return variants(STORIES_BUDGETS, self.windows, self.quantiles)
         loading = find_loading(self, name)
         least = min(self.setup_of(loading.source.entry).budgets_for(loading.num_layers))
-        return variants([round(least * factor) for factor in OFFLINE], self.windows, self.quantiles)
+        budgets = [count for factor in OFFLINE if (count := round(least * factor)) < 2 * loading.num_layers]
+        return variants(budgets, self.windows, self.quantiles)
 
 
 Results = dict[str, Any]

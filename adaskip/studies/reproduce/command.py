@@ -1,7 +1,7 @@
 """`eval/reproduce.py`, which `make reproduce` runs: grid, tables, plots and observations of the testbed's three models.
 
-It uses the committed profiles and selections, takes fewer samples than the committed results, and writes into a folder
-of its own. What was stopped continues.
+It uses the committed profiles and selections and fewer samples than the committed results, and writes into a separate
+folder. A stopped run continues.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from adaskip.studies.tables.tradeoff import find_tradeoffs
 
 
 def main(doc: str | None) -> int:
-    """The script's whole life; returns its exit code. doc: the script's docstring."""
+    """Run the script; returns the exit code. doc: its docstring."""
     return study(doc, ReproduceConfig, _run)
 
 
@@ -69,7 +69,7 @@ def _run(config: ReproduceConfig) -> int:
 
 
 def observations(config: ReproduceConfig) -> list[tuple[Work, float]]:
-    """All that is measured for the observations, model by model, and the estimated seconds that it takes."""
+    """The measurements of the observations by model, each with its estimated duration in seconds."""
     work: list[tuple[Work, float]] = []
     for model in MODELS:
         observe, checked = config.observe(model), config.observe(model, check=True)
@@ -81,7 +81,7 @@ def observations(config: ReproduceConfig) -> list[tuple[Work, float]]:
 
 
 def _draw(config: ReproduceConfig) -> list[str]:
-    """Score, tabulate and draw what is saved. Returns what to tell: the answers, and where everything is."""
+    """Make tables and plots of the saved runs; returns lines with the main results and the folders."""
     out = config.out_dir
     results = load_results(out / "runs", jobs=config.num_jobs)
     written = [*write_tables(results, out / "tables"), *write_plots(results, out / "plots")]

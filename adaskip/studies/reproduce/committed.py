@@ -1,4 +1,4 @@
-"""The profiles that the committed results were made with, so that nothing is calibrated or searched again."""
+"""The profiles of the committed results, so that nothing is calibrated or searched again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaskip.strategies import needs_profile, needs_selection
 ARCHIVE = "results/testbed/runs.tar.xz"
 """Runs and profiles of the committed results."""
 FOLDER = "profiles/"
-"""Where the profiles are in the archive."""
+"""Folder of the profiles in the archive."""
 
 
 class ProfilesError(ValueError):
@@ -28,31 +28,31 @@ def read_profiles(archive: Path | None = None) -> dict[str, bytes]:
         ProfilesError: the archive is missing, damaged, or holds none.
     """
     path = archive or default_path(ARCHIVE)
-    anew = "FULL=1 calibrates and searches anew"
+    anew = "FULL=1 calibrates and searches again"
     try:
         with tarfile.open(path) as opened:
             members = [member for member in opened if member.isfile() and member.name.startswith(FOLDER)]
             found = {Path(member.name).name: opened.extractfile(member) for member in members}
             profiles = {name: handle.read() for name, handle in found.items() if handle is not None}
     except FileNotFoundError:
-        raise ProfilesError(f"{path} is missing, which holds the committed profiles; {anew}") from None
+        raise ProfilesError(f"{path}, which contains the committed profiles, is missing; {anew}") from None
     except (tarfile.TarError, EOFError, OSError) as error:
         reason = str(error).split("\n")[0].rstrip(":")
         raise ProfilesError(f"{path} cannot be read ({reason}); {anew}") from None
     if not profiles:
-        raise ProfilesError(f"{path} holds no {FOLDER}; {anew}")
+        raise ProfilesError(f"{path} contains no {FOLDER}; {anew}")
     return profiles
 
 
 def keep_profiles(profiles: Mapping[str, bytes], folder: Path) -> None:
-    """Write the profiles into `folder`; what is there already stays."""
+    """Write the profiles into `folder`; existing files are kept."""
     for name, content in profiles.items():
         if not (folder / name).is_file():
             write_bytes_atomic(folder / name, content)
 
 
 def profile_of(cell: RunConfig, folder: Path) -> str | None:
-    """The kept profile that a cell of the testbed is run with; None for a strategy that needs none.
+    """The profile in `folder` for a cell of the testbed; None for a strategy that needs none.
 
     Raises:
         ProfilesError: there is none, or more than one.

@@ -1,4 +1,4 @@
-"""One bar for a whole list of unlike pieces of work, with the time that is left for all of it."""
+"""A progress bar over different kinds of work, with the time left for all of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import TracebackType
 from tqdm import tqdm
 
 TOLD_EVERY_S = 30.0
-"""Where standard error is no terminal, a line is written at most that often."""
+"""Minimum time between lines if standard error is not a terminal."""
 
 
 class Whole:
-    """Progress in estimated seconds of work; the time left is that of the pace so far.
+    """Progress in estimated seconds of work; the time left is extrapolated from the pace so far.
 
-    It has what `runs.grid.Pool` needs of a bar: `update`, and `disable`, which says that nothing else shows progress.
+    It has the attributes of a bar that `runs.grid.Pool` needs: `update` and `disable`.
     """
 
     disable = False
@@ -38,7 +38,7 @@ class Whole:
         self.bar.close()
 
     def update(self, seconds: float) -> None:
-        """So much of the estimated work has been done."""
+        """Add finished work, in estimated seconds."""
         self.done_s += seconds
         self.bar.update(seconds)
         if self.bar.disable and time.monotonic() - self.told > TOLD_EVERY_S:
@@ -46,11 +46,11 @@ class Whole:
             print(self.line(), file=sys.stderr)
 
     def stage(self, name: str) -> None:
-        """What is done now, beside the bar."""
+        """Show the current stage beside the bar."""
         self.bar.set_postfix_str(name)
 
     def line(self) -> str:
-        """Share done, and the time so far and left, as one line of a log."""
+        """The finished share, and the time so far and left, as a line for a log."""
         passed = time.monotonic() - self.began
         left = passed * (self.total_s - self.done_s) / self.done_s if self.done_s else 0.0
         share = 100 * self.done_s / self.total_s

@@ -1,4 +1,4 @@
-"""What `make reproduce` may be told, how many samples it takes, and what those take."""
+"""The options of `make reproduce`, and the estimated durations of its samples."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from adaskip.studies.observations.settings import ObserveConfig
 
 OUTPUT_DIR = "results/reproduced"
 SAMPLE_S = {"prefill": 0.3, "decode": 0.9, "e2e": 0.9}
-"""CPU seconds of a sample of a cell, on one core; only their ratios matter to the time left."""
+"""CPU seconds per sample of a cell, on one core; only their ratios matter for the time left."""
 TARGET_S = {"prefill": 0.15, "decode": 0.4}
-"""CPU seconds of a sample of an observation."""
+"""CPU seconds per sample of an observation."""
 CHECK_S = 4.0
-"""CPU seconds of a sample of the importance check, over all of its cells."""
+"""CPU seconds per sample of the importance check, over all its cells."""
 DRAW_S = 30.0
-"""Seconds that scoring and drawing take."""
+"""Seconds for scoring and drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
     """The options of `eval/reproduce.py`."""
 
-    strategies: tuple[str, ...] = option(f"of {', '.join(GRID_STRATEGIES)}", GRID_STRATEGIES)
-    limit: int | None = option("samples of each task; if not given, those of `quick` in configs/phases.yaml")
-    subset: int | None = option("instead, N samples of each task drawn at random by --seed, the same for every cell")
+    strategies: tuple[str, ...] = option(f"strategies: {', '.join(GRID_STRATEGIES)}", GRID_STRATEGIES)
+    limit: int | None = option("use only the first N samples of each task; default: `quick` in configs/phases.yaml")
+    subset: int | None = option("use N random samples of each task instead (--seed), the same for every cell")
     seed: int = option("seed of --subset", 0)
-    jobs: int | None = option("processes; if not given, one per core")
-    output_dir: str | None = option(f"where everything goes; if not given, {OUTPUT_DIR}")
-    dry_run: bool = option("print what would be done, and run nothing", False)
+    jobs: int | None = option("number of processes; default: one per core")
+    output_dir: str | None = option(f"output folder; default: {OUTPUT_DIR}")
+    dry_run: bool = option("print the cells and an estimate, and run nothing", False)
 
     def __post_init__(self) -> None:
         for name in ("limit", "subset", "jobs"):
@@ -44,8 +44,9 @@ class ReproduceConfig:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
         committed = default_path("results/testbed")
         if self.out_dir.resolve() == committed.resolve():
-            raise ValueError(f"--output-dir {committed} holds the committed results; FULL=1 makes those anew")
-        self.cells()  # the grid's own mistakes
+            raise ValueError(f"--output-dir {committed} contains the committed results; make reproduce FULL=1 makes them
+            again")
+        self.cells()  # raises for invalid options of the grid
 
     @property
     def out_dir(self) -> Path:
@@ -76,7 +77,7 @@ class ReproduceConfig:
         return sorted(cells, key=lambda cell: MODELS.index(cell.model))
 
     def observe(self, model: str | None = None, *, check: bool = False) -> ObserveConfig:
-        """The observations on one model, or all; check: the importance check, which runs many cells."""
+        """The options of the observations on one model, or on all; check: those of the importance check."""
         quick = load_yaml("phases")["quick"]
         return ObserveConfig(
             benchmark="testbed",

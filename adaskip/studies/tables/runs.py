@@ -1,9 +1,9 @@
-"""Reads what the runner saved: a folder per run and budget, a JSON line per sample, a manifest of what should be there.
+"""Reads saved runs: a folder per run and budget with a manifest, and a JSON line per sample.
 
-How long a sample took is in a file of its own (`times/<task>.jsonl`) and joins its record here; runs whose records
-themselves hold the times are read as well.
+The times of samples are in separate files (`times/<task>.jsonl`) and are joined with the records; records of older runs
+contain their times.
 
-A run may be unfinished or damaged. What is readable is used; what is missing or broken is named, never guessed.
+A run may be unfinished or damaged. Readable records are used; missing or invalid ones are reported, never guessed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from adaskip.runs.cells import Cell, parse_run_name, run_name
 from adaskip.runs.folder import RunFolder
 
 MANIFESTS = "*-sublayers/manifest.json"
-"""Where a run's manifests are, below its folder."""
+"""Manifests of a run, in its folder."""
 ANY = "*"
-"""Stands for every run's name in a pattern."""
+"""Matches every run name in a pattern."""
 FOLDER_NAME = re.compile(r"(\d+)-sublayers")
 REQUIRED_FIELDS = ("id", "index", "prediction", "references")
 REQUIRED_IN_MANIFEST = ("tasks", "num_layers", "checkpoint", "dtype", "device")
@@ -35,21 +35,21 @@ PROTOCOL = (
     *("benchmark", "benchmark_options", "weights_fingerprint", "dtype", "chat_template", "max_prompt_tokens"),
     *("templates_fingerprint", "stop_token_ids", "stop_strings", "min_length", "sets", "max_new_tokens"),
 )
-"""Manifest fields in which two runs must agree for their answers to be compared; older manifests lack some."""
+"""Manifest fields that must be equal to compare the answers of two runs; older manifests lack some."""
 
 Record = dict[str, Any]
 
 
 class ResultsError(ValueError):
-    """Saved results that were asked for are not there, or are not what the runner writes."""
+    """Saved results are missing or invalid."""
 
 
 @dataclass(frozen=True)
 class TaskRecords:
     """The records of one task in one run, in the order of the task's samples.
 
-    expected: how many the finished run has, by its manifest. problems: one line per thing wrong with its files.
-    kept: fields that its benchmark scores by, beside the references.
+    expected: number of records of the finished run, from its manifest. problems: a line per problem with its files.
+    kept: fields that the benchmark needs for scoring besides the references.
     """
 
     task: str
@@ -68,17 +68,17 @@ class TaskRecords:
 
     @property
     def withheld(self) -> bool:
-        """Whether the references were left out (null), as in records that are published without their data set."""
+        """Whether the references are left out (null), as in records that are published without their data."""
         return any(record["references"] is None for record in self.records)
 
     @cached_property
     def answers_sha256(self) -> str:
-        """Of what the model answered to which samples."""
+        """Digest of the answers, with the ids of their samples."""
         return self._digest("id", "prediction")
 
     @cached_property
     def references_sha256(self) -> str:
-        """Of what the data set holds of the samples."""
+        """Digest of the references."""
         return self._digest("references", *self.kept)
 
     def _digest(self, *fields: str) -> str:
@@ -88,7 +88,7 @@ class TaskRecords:
 
 @dataclass(frozen=True)
 class Run:
-    """One cell's folder of saved results. benchmark: whose records they are, which scores them."""
+    """The saved results of a cell. benchmark: it provides the records and scores them."""
 
     folder: Path
     cell: Cell
@@ -103,7 +103,7 @@ class Run:
         return self.cell.sublayers / (2 * self.num_layers)
 
     def other_protocol(self, other: Run) -> str | None:
-        """The first field of the protocol in which `other` differs, with both values; None if they can be compared."""
+        """The first protocol field that differs in `other`, with both values; None if the runs can be compared."""
         for name in PROTOCOL:
             mine, theirs = (run.manifest.get(name) for run in (self, other))
             if isinstance(mine, dict) and isinstance(theirs, dict):  # by task
@@ -114,10 +114,10 @@ class Run:
 
 
 def load_runs(runs_dir: str | Path) -> list[Run]:
-    """Every run below `runs_dir`, ordered by name and budget; a folder without a manifest holds no run yet.
+    """All runs in `runs_dir`, ordered by name and budget; folders without a manifest are ignored.
 
     Raises:
-        ResultsError: there is no such folder, it holds no run, or a manifest cannot be read.
+        ResultsError: the folder does not exist, it contains no run, or a manifest is invalid.
     """
     root = Path(runs_dir)
     runs = [load_run(manifest.parent) for manifest in root.glob(f"*/{MANIFESTS}")]
@@ -128,10 +128,10 @@ def load_runs(runs_dir: str | Path) -> list[Run]:
 
 
 def find_run(name: str, runs_dir: str | Path) -> list[Run]:
-    """Every budget of the run called `name` (the artifact's form, `llama-EE-PREFILL`), smallest first.
+    """All budgets of the run called `name` (e.g. `llama-EE-PREFILL`), smallest first.
 
     Raises:
-        ResultsError: the run is not there; the line says where it is, or which runs are.
+        ResultsError: there is no such run; the message names its folder, or the runs that exist.
     """
     root, wanted = Path(runs_dir), run_name(*parse_run_name(name))
     folders = [path.parent for path in root.glob(f"{wanted}/{MANIFESTS}")]
@@ -146,12 +146,12 @@ def find_run(name: str, runs_dir: str | Path) -> list[Run]:
 
 
 def has_run(name: str, runs_dir: str | Path) -> bool:
-    """Whether any budget of the run called `name`, as it is spelled in folders, lies below `runs_dir`."""
+    """Whether `runs_dir` contains any budget of the run called `name`, as spelled in folders."""
     return any(Path(runs_dir).glob(f"{name}/{MANIFESTS}"))
 
 
 def _elsewhere(name: str, root: Path) -> str:
-    """In which benchmark's default folder, other than `root`, runs called `name` are; nothing where in none."""
+    """A hint at a default folder, other than `root`, that contains runs called `name`; empty if there is none."""
     for benchmark in BENCHMARKS.all().values():
         other = default_path(f"{benchmark.results_dir()}/runs")
         if other.resolve() != root.resolve() and has_run(name, other):
@@ -163,7 +163,7 @@ def load_run(folder: Path) -> Run:
     """Read one `<run name>/<N>-sublayers` folder."""
     match = FOLDER_NAME.fullmatch(folder.name)
     if match is None:
-        raise ResultsError(f"{folder} is no run's folder: expected <run name>/<N>-sublayers")
+        raise ResultsError(f"{folder} is not the folder of a run: expected <run name>/<N>-sublayers")
     path, again = folder / "manifest.json", f"delete {folder} and run it again"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ def load_run(folder: Path) -> Run:
 
 
 def _benchmark_of(folder: Path, manifest: dict[str, Any]) -> Benchmark:
-    """The benchmark of a run; older manifests say whether it is the testbed."""
+    """The benchmark of a run; older manifests only tell whether it is the testbed."""
     name = manifest.get("benchmark") or ("testbed" if manifest.get("testbed") else DEFAULT)
     try:
         return build_benchmark(name, **(manifest.get("benchmark_options") or {}))
@@ -189,7 +189,7 @@ def _benchmark_of(folder: Path, manifest: dict[str, Any]) -> Benchmark:
 def read_task(folder: Path, task: str, expected: int, kept: tuple[str, ...] = ()) -> TaskRecords:
     """Read a task's records and their times, merged or still in parts.
 
-    The first whole record of each sample is kept and everything else is named.
+    The first complete record of each sample is used; everything else is reported.
     """
     place = RunFolder(folder)
     path, times_path = place.records_path(task), place.times_path(task)
@@ -205,7 +205,7 @@ def read_task(folder: Path, task: str, expected: int, kept: tuple[str, ...] = ()
 
 
 def _read_lines(path: Path, name: str, required: Sequence[str], problems: list[str]) -> dict[str, Record]:
-    """The records of a file by their ids; what is wrong with other lines is added to `problems`."""
+    """The records of a file by id; problems of invalid lines are added to `problems`."""
     records: dict[str, Record] = {}
     *lines, torn = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):

@@ -1,7 +1,7 @@
-"""Scores a run once and keeps every sample's scores beside its records, so that tables and plots never score again.
+"""Scores a run and saves the scores of its samples beside the records, so that tables and plots need not score again.
 
-`scores.json` names what it was made from: the run's answers and references, the full model's answers, and the metrics.
-When any has changed it is made anew. Scores are fractions of 1, as the metrics return them; per cent is for printing.
+`scores.json` has digests of the answers, the references, the full model's answers and the metrics; when any of them
+changes, the run is scored again. Scores are fractions of 1; per cent is only for printing.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from adaskip.studies.tables.runs import ResultsError, Run, TaskRecords
 
 SCORES_FILE = "scores.json"
 FORMAT = 2
-"""Of that file; bump it when the fields change."""
+"""Version of `scores.json`; bump it when the fields change."""
 
 
 @dataclass(frozen=True)
 class SampleScores:
-    """One metric over one task's records."""
+    """The scores of a task's records by one metric."""
 
     metric: str
     as_printed: float | None
-    """Their mean: per cent, two decimals, as the benchmark rounds it; None if there are no samples."""
+    """The mean in per cent, rounded to two decimals by the benchmark; None if there are no samples."""
     by_id: dict[str, float]
     num_empty: int
-    """Predictions of which nothing but white space was scored."""
+    """Number of predictions whose scored text is empty or white space."""
     errors: dict[str, int]
-    """Samples that score 0 because the metric failed on them, by reason."""
+    """Number of samples that score 0 because the metric failed, by reason."""
 
     @cached_property
     def mean(self) -> Estimate | None:
@@ -49,25 +49,25 @@ class SampleScores:
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """One task's records in one run, scored."""
+    """The scored records of a task in a run."""
 
     records: TaskRecords
     main: SampleScores
-    """By the task's own metric."""
+    """By the metric of the task."""
     rouge_score: SampleScores | None
-    """By a second metric, too, as Google's `rouge_score`; None for a task that has none."""
+    """By a second metric, e.g. Google's `rouge_score`; None if the task has none."""
     buckets: dict[str, BucketScore] | None
-    """Of `main`, by buckets of length; None for a set that has none."""
+    """`main` by buckets of length; None if the set has none."""
     fidelity: dict[str, float]
-    """By record id, against the full model's answer; without those that the full model's run lacks."""
+    """By record id, against the full model's answer; without records that its run lacks."""
     floors: dict[str, float | None]
-    """Of the full model's run, mean scores of trivial answers; else empty."""
+    """Mean scores of trivial answers, only in the full model's run; else empty."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """full: the full model's run that it is compared with, by the same protocol; None if there is none. notes: what
-    could not be compared or made anew, a line each."""
+    """full: the full model's run of the same protocol, for comparison; None if there is none. notes: a line for each
+    run that could not be compared or scored again."""
 
     run: Run
     full: Run | None
@@ -79,12 +79,12 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
     """Score every task of `run` and write `scores.json` into its folder.
 
     Args:
-        full: the full model's run of the same model and phase, `run` itself if it is that; None if there is none.
-        data_dir: the benchmark's data, for floors that need contexts.
-        fresh: score again even where the saved scores are of these records by these metrics.
+        full: the full model's run of the same model and phase, which may be `run`; None if there is none.
+        data_dir: data of the benchmark, for floors that need contexts.
+        fresh: score again even if the saved scores are up to date.
 
     Raises:
-        ResultsError: the records hold no references, and the saved scores are not of these records.
+        ResultsError: the records have no references, and the saved scores are of other records.
     """
     notes = []
     if full is not None and (other := run.other_protocol(full)):
@@ -108,7 +108,7 @@ def score_run(run: Run, full: Run | None = None, *, data_dir: str | None = None,
 
 
 def score_task(run: Run, task: str, full: Run | None = None, data_dir: str | None = None) -> ScoredTask:
-    """Score one task's records as their benchmark does, and against the answers of `full`."""
+    """Score the records of a task by their benchmark, and against the answers of `full`."""
     records, benchmark = run.tasks[task], run.benchmark
     made = benchmark.evaluate(task, records.records, run.manifest)
     answers = {r["id"]: r["prediction"] for r in full.tasks[task].records} if full and task in full.tasks else {}
@@ -149,7 +149,7 @@ def _from_saved(records: TaskRecords, saved: dict[str, Any]) -> ScoredTask:
 
 
 def _lacking(run: Run, full: Run | None, tasks: dict[str, ScoredTask]) -> Iterator[str]:
-    """A line for each task of which the full model's run lacks records."""
+    """Yield a line for each task of which the full model's run lacks records."""
     for name, task in tasks.items():
         if full is not None and len(task.fidelity) < (have := len(task.records.records)):
             yield (
@@ -159,7 +159,7 @@ def _lacking(run: Run, full: Run | None, tasks: dict[str, ScoredTask]) -> Iterat
 
 
 def _made_from(run: Run, full: Run | None) -> dict[str, Any]:
-    """What the scores depend on; `metrics` is None where the benchmark does not say, so that scores are made anew."""
+    """What the scores depend on; `metrics` is None if the benchmark has no version, so that runs are always scored."""
     version = run.benchmark.score_version()
     return {
         "format": FORMAT,
@@ -176,7 +176,7 @@ def _floors_fingerprint() -> str:
 
 
 def _read_saved(path: Path) -> dict[str, Any]:
-    """The saved scores; empty where there are none, or torn ones."""
+    """The saved scores; empty if there are none, or the file is invalid."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -185,14 +185,15 @@ def _read_saved(path: Path) -> dict[str, Any]:
 
 
 def _check_withheld(run: Run, held: dict[str, Any], made_from: dict[str, Any]) -> list[str]:
-    """Records without references cannot be scored: only scores of these very answers will do. Returns notes."""
+    """Check that saved scores are of these answers, since records without references cannot be scored; returns
+    notes."""
     if any(held.get(name, "none") != made_from[name] for name in ("format", "answers", "full")):
         raise ResultsError(
-            f"{run.folder}: the records hold no references, and {SCORES_FILE} is not of these answers; put the "
-            f"{SCORES_FILE} there that was made with the references"
+            f"{run.folder}: the records have no references, and {SCORES_FILE} is not of these answers; copy the "
+            f"{SCORES_FILE} that was made with the references there"
         )
     same = held["metrics"] == made_from["metrics"]
-    return [] if same else [f"{run.cell.label}: scores of another version of the metrics; no references to score anew"]
+    return [] if same else [f"{run.cell.label}: scores of another version of the metrics; no references to score again"]
 
 
 def _lacks_floors(run: Run, saved: dict[str, Any], data_dir: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Strategy calibrated against the best of the other four, model by model: mean scores, and the paired difference."""
+"""Strategy calibrated compared with the best of the other four for each model: mean scores, paired difference."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ VERDICTS = BETTER, EQUAL, WORSE = "better than", "equal to", "worse than"
 
 
 def matches(results: Results) -> pd.DataFrame:
-    """A row for each phase, fraction and model in which all five strategies have run all tasks to their end.
+    """A row for each phase, fraction and model in which all tasks of all five strategies are finished.
 
-    Of each strategy the mean score over the tasks, per cent; `best_other`; and of calibrated less that one the mean
-    over tasks of the mean over the samples that both have: `difference`, `low`, `high`.
+    Columns: the mean score of each strategy over the tasks, per cent; `best_other`; and `difference`, `low`, `high`:
+    calibrated minus the best other, the mean over tasks of the mean over common samples.
     """
     cells = results.cells[results.cells["strategy"].isin(STRATEGIES)]
     whole = cells.groupby(["phase", "fraction", "model"])["final"].all()
@@ -63,7 +63,7 @@ def to_text(found: pd.DataFrame) -> str:
 
 
 def sentence(found: pd.DataFrame) -> str:
-    """How often calibrated is at least as good as the best of the other four."""
+    """A sentence on how often calibrated is at least as good as the best of the other four."""
     count = {verdict: int((found["verdict"] == verdict).sum()) for verdict in VERDICTS}
     beyond = {verdict: int(((found["verdict"] == verdict) & found["beyond_chance"]).sum()) for verdict in VERDICTS}
     return (

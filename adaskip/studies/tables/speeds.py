@@ -1,4 +1,4 @@
-"""Speedups of a benchmark's result file, which is read by its format alone."""
+"""Reads speedups from the result files of `adaskip bench`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from adaskip.strategies.registry import FULL
 BENCH_FORMAT = "adaskip-bench/1"
 FULL_KEY = ("", FULL, 0)
 Speeds = Mapping[tuple[str, str, int], dict[str, Any]]
-"""(phase, strategy, sublayers) -> entry of a benchmark's result."""
+"""(phase, strategy, sublayers) -> entry of a result of `adaskip bench`."""
 
 
 def speed_paths(pattern: str, models: Iterable[str]) -> dict[str, Path]:
-    """The result file of each model: `pattern` with its name for {model}.
+    """The result file of each model: `pattern` with {model} replaced by its name.
 
     Raises:
-        ValueError: a file does not exist; the line names the command that makes it.
+        ValueError: a file does not exist; the message names the command that makes it.
     """
     paths = {model: Path(pattern.format(model=model)) for model in models}
     absent = [path for path in paths.values() if not path.is_file()]
@@ -30,11 +30,11 @@ def speed_paths(pattern: str, models: Iterable[str]) -> dict[str, Path]:
 
 
 def read_speeds(path: Path, prompt_tokens: int | None = None) -> Speeds:
-    """The entries of uncompiled runs of one prompt at a time, with prompts of `prompt_tokens` if it is given.
+    """The entries of uncompiled runs at batch size 1, for prompts of `prompt_tokens` tokens if given.
 
     Raises:
-        ValueError: the file is no benchmark's result, lacks the full model, or has several prompt lengths and none is
-            chosen.
+        ValueError: the file is not a result of the benchmark, lacks the full model, or has several prompt lengths and
+            none is chosen.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +56,8 @@ def read_speeds(path: Path, prompt_tokens: int | None = None) -> Speeds:
 
 
 def speedup(phase: str, full: Mapping[str, Any], ours: Mapping[str, Any], steps: float) -> float:
-    """The full model's time / a strategy's: TTFT in prefill, TPOT in decode, end to end a request of `steps` steps."""
+    """The full model's time / the strategy's: TTFT in prefill, TPOT in decode, end to end a request of `steps`
+    steps."""
     if phase == "e2e":
         return (full["ttft_s"] + steps * full["tpot_s"]) / (ours["ttft_s"] + steps * ours["tpot_s"])
     return ours[f"speedup_{phase}"]

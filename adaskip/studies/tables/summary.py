@@ -1,4 +1,4 @@
-"""The summary: the paper's claim counted by score, retention, and how often the online window fired."""
+"""The summary: in how many cells AdaSkip is best by score, retention, and how often online learning added FFNs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTEST_HEADER = ["Phase", "Model", "Skipped", "Task", *(labels.STRATEGIES[name]
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """Every number of the summary, as plain data."""
+    """All numbers of the summary, as plain data."""
     ours, cells = contests(comparisons(results, SCORE)), results.cells
     at_floor = cells.loc[cells["at_floor"], ["phase", "model", "task"]].drop_duplicates()
     return {
@@ -48,9 +48,9 @@ def summarise(results: Results) -> dict[str, Any]:
 
 
 def _mean_retention(results: Results) -> list[dict[str, Any]]:
-    """Per phase, fraction and strategy the mean over models (of the paper's, those) and tasks, ours and the paper's.
+    """For each phase, fraction and strategy the mean over models (only the paper's, if any was run) and tasks.
 
-    None if any cell lacks; tasks at their floor do not count.
+    `ours` and `paper` are None if a cell is missing; tasks at their floor are left out.
     """
     cells = results.cells[results.cells["model"].isin(results.paper_models or results.models)]
     cells = cells[~cells["at_floor"]].assign(ours=cells["retention"].where(cells["final"]))
@@ -68,7 +68,7 @@ def _mean_retention(results: Results) -> list[dict[str, Any]]:
 
 
 def _online_learning(results: Results) -> dict[str, Any]:
-    """How often AdaSkip's online window added FFN sublayers, and how many, over its decode and end-to-end runs."""
+    """How often AdaSkip's online window added FFNs, and how many, over its decode and end-to-end runs."""
     samples = results.samples[(results.samples["strategy"] == OURS) & results.samples["phase"].isin(ONLINE_PHASES)]
     added = {place: [*group] for place, group in samples.groupby(["phase", "model", "fraction"])["added_online"]}
     lines = [
@@ -111,7 +111,7 @@ def to_text(summary: dict[str, Any]) -> str:
 
 
 def headline(summary: dict[str, Any]) -> list[str]:
-    """The answers in plain sentences: ours, the paper's, and the online window's."""
+    """The main results in sentences: ours, the paper's, and online learning."""
     ours, online = summary["ours"], summary["online"]
     left_out = summary["cells"] - ours["compared"]
     incomplete = f" {left_out} of {summary['cells']} cells are not complete." if left_out else ""
@@ -130,7 +130,7 @@ def headline(summary: dict[str, Any]) -> list[str]:
 
 
 def _tally_lines(summary: dict[str, Any]) -> Iterator[list[str]]:
-    """The paper prints no samples, so its intervals are unknown."""
+    """Rows of the tallies; the paper has no samples, so its intervals are unknown."""
     for whose, known in (("ours", len(COUNTS)), ("paper", 4)):
         found = summary[whose]
         lines = {f"**{whose}**": found}
@@ -151,7 +151,7 @@ def _contest_line(contest: dict[str, Any]) -> list[str]:
 
 
 def _retention(summary: dict[str, Any]) -> str:
-    """A row per strategy, a column per phase and budget, each cell ours / the paper's."""
+    """A table with a row per strategy and a column per phase and budget: ours / the paper's."""
     rows: dict[str, dict[str, str]] = {}
     for line in summary["mean_retention"]:
         ours, paper = (None if line[name] is None else f"{100 * line[name]:.1f}" for name in ("ours", "paper"))

@@ -1,7 +1,7 @@
-"""Quality against measured speedup: every strategy and budget a point, and the Pareto front of the points.
+"""Quality against measured speedup: a point per strategy and budget, and the Pareto front of the points.
 
-Quality is the share kept of the full model's score, fidelity, or the loss above the full model's. Scores come from the
-runs, times from a benchmark's result file.
+Quality is the share of the full model's score that is kept, fidelity, or the loss above the full model's. Scores come
+from the runs, times from result files of `adaskip bench`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ AT_FLOOR = "scores at their floor"
 
 @dataclass(frozen=True)
 class Quality:
-    """What is drawn against speedup. scale: for printing, 100 for per cent. sign: -1 where less is better."""
+    """A quality to draw against speedup. scale: for printing, 100 for per cent. sign: -1 if lower is better."""
 
     name: str
     title: str
     scale: float
     sign: int
     needs: tuple[str, ...]
-    """Columns of the samples that it is made of."""
+    """The columns of the samples that it needs."""
     estimate: Callable[[Sequence[pd.DataFrame]], Estimate | None]
-    """Of the samples of each task: the mean over the tasks."""
+    """Maps the samples of each task to the mean over the tasks."""
 
 
 KEPT = Quality(
     *("kept", "score kept, per cent", 100, 1, ("score", "full_score")),
     lambda tasks: mean_ratio_estimate([[*zip(task["score"], task["full_score"], strict=True)] for task in tasks]),
 )
-"""Of finished runs only, and without tasks whose scores are at their floor."""
+"""Only for finished runs, without tasks whose scores are at their floor."""
 FIDELITY = Quality(
     *("fidelity", "fidelity, per cent", 100, 1, ("fidelity",)),
     lambda tasks: mean_of_means_estimate([[*task["fidelity"]] for task in tasks]),
@@ -52,7 +52,7 @@ LOSS = Quality(
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """All points by one quality.
+    """All points of a quality.
 
     points: a row for each strategy, budget, phase and model, and for the mean over all models (`model` is None), with
     `speedup`, `value`, `value_low`, `value_high`, `partial` (of an unfinished run) and `on_front`. missing: runs
@@ -85,7 +85,7 @@ class Tradeoff:
         return sorted(self.points.loc[self.points["strategy"] != FULL, "fraction"].unique())
 
     def fastest(self, phase: str, model: str | None, keeping: float) -> str | None:
-        """The fastest strategy of a panel with at least such a value; None if the full model is."""
+        """The fastest strategy of a panel whose value is at least `keeping`; None if it is the full model."""
         kept = self.panel(phase, model).query("value >= @keeping")
         best = kept.loc[kept["speedup"].idxmax(), "strategy"] if len(kept) else FULL
         return None if best == FULL else best
@@ -93,7 +93,7 @@ class Tradeoff:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's speedup, and its samples by task. partial: it or the full model's run is unfinished."""
+    """The speedup of a run, and its samples by task. partial: it or the full model's run is unfinished."""
 
     speedup: float
     samples: list[pd.DataFrame]
@@ -101,12 +101,12 @@ class Measured:
 
 
 def find_tradeoffs(results: Results, speed_pattern: str, prompt_tokens: int | None = None) -> list[Tradeoff]:
-    """The points of every model that was run, and of their mean, by each quality that the records have.
+    """The points of every model that was run and of their mean, for each quality in the records.
 
-    prompt_tokens: of the prompts whose speeds are taken, where the result files have several lengths.
+    prompt_tokens: prompt length whose speeds are used, if the result files have several.
 
     Raises:
-        ValueError: a model's speeds are missing, or nothing has both a quality and a speed.
+        ValueError: the speeds of a model are missing, or no run has both a quality and a speed.
     """
     run = {model for _, model, *_ in results.runs}
     models = [model for model in results.models if model in run]
@@ -142,7 +142,7 @@ def _find(results: Results, quality: Quality, models: Sequence[str], speeds: Map
 
 
 def _measure(results: Results, quality: Quality, row: Row, speeds: Speeds) -> Measured | str:
-    """What a run's point is made of, or why it has none."""
+    """The data of a run's point, or the reason why it has none."""
     phase, model, strategy, _ = row
     full = (phase, model, FULL, 0.0)
     cells = {task: results.cell_of[*row, task] for task in results.tasks(phase)}
@@ -165,7 +165,7 @@ def _measure(results: Results, quality: Quality, row: Row, speeds: Speeds) -> Me
 
 
 def _point(quality: Quality, of_models: Sequence[Measured]) -> tuple[float, float, float | None, float | None, bool]:
-    """The mean over models: geometric in speed, of the quality over all tasks of all models."""
+    """The mean over models: geometric for speedups; for the quality over all tasks of all models."""
     fast = geometric_mean([each.speedup for each in of_models]) if len(of_models) > 1 else of_models[0].speedup
     estimate = quality.estimate([task for each in of_models for task in each.samples])
     assert estimate is not None, "where the full model scores nothing, scores are at their floor"
@@ -173,7 +173,7 @@ def _point(quality: Quality, of_models: Sequence[Measured]) -> tuple[float, floa
 
 
 def _on_front(panel: pd.DataFrame, sign: int) -> pd.Series:
-    """Whether each point of a panel is on its Pareto front: no other is as good in both and better in one."""
+    """Whether each point of a panel is on its Pareto front: no other is at least as good in both and better in one."""
     points = [(point.speedup, sign * point.value) for point in panel.itertuples()]
     dominated = [any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points) for p in points]
     return pd.Series([not each for each in dominated], index=panel.index)

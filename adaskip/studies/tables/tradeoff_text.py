@@ -1,4 +1,4 @@
-"""The trade-off in words and as tables; every number in them comes from `tradeoff.find_tradeoffs`."""
+"""The trade-off as sentences, tables and JSON, from the points of `tradeoff.find_tradeoffs`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adaskip.studies.tables.tradeoff import KEPT, Tradeoff
 
 ENDS = {"value": "value", "low": "value_low", "high": "value_high"}
 KEEPING = 0.95
-"""Share of the score below which a speedup is of little use."""
+"""Minimum share of the score for comparing speedups."""
 SPEEDUP = (
     "Speedup: the full model's time / the strategy's as `adaskip bench` measured them side by side; TTFT in "
     "prefill, TPOT in decode, end to end the time of a request with the full model's mean answer. The mean over "
@@ -25,8 +25,8 @@ SPEEDUP = (
 
 
 def fronts(tradeoff: Tradeoff) -> dict[str, dict[str, int]]:
-    """By strategy, model by model: its points and those on a front; panels, those whose front it is on, and those in
-    which it is the fastest to keep 95 % of the score.
+    """For each strategy the numbers of its points, of points on a Pareto front, of panels, of panels on whose front it
+    is, and of panels in which it is the fastest that keeps 95 % of the score.
     """
     points = tradeoff.points[tradeoff.points["model"].notna()]
     fastest = [tradeoff.fastest(phase, model, KEEPING) for phase in tradeoff.phases for model in tradeoff.models]
@@ -45,7 +45,7 @@ def fronts(tradeoff: Tradeoff) -> dict[str, dict[str, int]]:
 
 
 def to_json(tradeoff: Tradeoff) -> str:
-    """`tradeoff.json`, of scores kept."""
+    """The file `tradeoff.json`, for the score kept."""
     content: dict[str, Any] = {
         "fronts": fronts(tradeoff),
         "sentences": sentences(tradeoff),
@@ -63,7 +63,7 @@ def to_json(tradeoff: Tradeoff) -> str:
 
 
 def sentences(tradeoff: Tradeoff) -> list[str]:
-    """How often each strategy is on the Pareto front and, of scores kept, how often the fastest; what is not drawn."""
+    """How often each strategy is on the Pareto front and, for the score kept, the fastest; runs that are not drawn."""
     counts = fronts(tradeoff).items()
     each = [
         f"{labels.STRATEGIES[name]} is on the front with {n['on_front']} of its {n['points']} points, "
@@ -85,7 +85,7 @@ def sentences(tradeoff: Tradeoff) -> list[str]:
 
 
 def to_text(tradeoff: Tradeoff) -> str:
-    """The document `tradeoff.md`, of scores kept."""
+    """The document `tradeoff.md`, for the score kept."""
     parts = ["# Score kept against measured speedup", "![](../plots/tradeoff.png)", *sentences(tradeoff)]
     parts.append(
         "Kept: score / full model's score, the mean over the phase's tasks, per cent with 95 % bootstrap intervals. "
@@ -97,7 +97,7 @@ def to_text(tradeoff: Tradeoff) -> str:
 
 
 def measures_text(tradeoffs: Sequence[Tradeoff]) -> str:
-    """The document `tradeoff_measures.md`, of fidelity and loss."""
+    """The document `tradeoff_measures.md`, for fidelity and loss."""
     parts = ["# Fidelity and loss against measured speedup", "![](../plots/tradeoff_measures.png)"]
     parts += [line for tradeoff in tradeoffs for line in sentences(tradeoff)]
     parts.append(
@@ -113,7 +113,7 @@ def measures_text(tradeoffs: Sequence[Tradeoff]) -> str:
 
 
 def _table(tradeoff: Tradeoff, phase: str) -> str:
-    """A line per strategy and budget, a column per model and one for their mean."""
+    """A row per strategy and budget, a column per model and one for their mean."""
     places = tradeoff.models if len(tradeoff.models) == 1 else [None, *tradeoff.models]
     panels = [
         {(point.fraction, point.strategy): point for point in tradeoff.panel(phase, model).itertuples()}
