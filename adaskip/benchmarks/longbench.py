@@ -1,7 +1,7 @@
-"""LongBench as a benchmark: which of its records count, and its prompts and scores, which the testbed shares.
+"""LongBench as a benchmark: selection of its records, and its prompts and scores, which the testbed shares.
 
-The tasks are data (`longbench_tasks`); `longbench_files` finds and reads files. The records that count are a
-`datasets.Dataset` of LongBench's own columns and types.
+`longbench_tasks` has the tasks; `longbench_files` finds and reads files. The selected records are a `datasets.Dataset`
+with LongBench's columns and types.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COLUMNS = {
     **{"input": "text", "context": "text", "answers": "texts", "length": "number", "dataset": "text"},
     **{"language": "text", "all_classes": "texts", "_id": "text"},
 }
-"""LongBench's own, and what each holds."""
+"""LongBench's columns, and the type of each."""
 _REQUIRED: dict[str, type] = {"input": str, "context": str, "answers": list, "length": int, "_id": str}
 
 
@@ -62,16 +62,16 @@ def load_records(
     limit: int | None = None,
     extended: bool | None = None,
 ) -> Dataset:
-    """The records of a task that count, in file order; a column that a record lacks and nothing needs is None.
+    """The selected records of a task, in file order; optional columns that a record lacks are None.
 
     Args:
         task: a LongBench task; `trec_e` means `trec` with `extended=True`.
         source: a folder of jsonl files, a zip archive, `"hub"`, or None for the local Hub cache (see
             `longbench_files.list_sets`).
-        min_length: keep records of more than so many words; None keeps all.
-        limit: keep the first so many of those; None keeps all.
-        extended: take the LongBench-E set `<task>_e`, as the paper does (True), or the plain one (False). None: the
-            LongBench-E set where the task and the source have one, else the plain one.
+        min_length: keep only records of more than this many words; None keeps all.
+        limit: keep only the first `limit` of those; None keeps all.
+        extended: use the LongBench-E set `<task>_e`, as in the paper (True), or the plain one (False). None: the
+            LongBench-E set if the task and the source have one, else the plain one.
 
     Raises:
         LongBenchError: unknown task, missing or broken source, a record that lacks a field, or no record left.
@@ -80,7 +80,7 @@ def load_records(
         raise LongBenchError(f"limit is {limit}, it must be at least 1")
     spec, file = get_task(task), find_set(task, source, extended)
     if extended is None and file.set_name != (meant := set_meant(task)):
-        logger.warning("%s has no %s.jsonl (LongBench-E); taking %s.jsonl", source, meant, file.set_name)
+        logger.warning("%s has no %s.jsonl (LongBench-E); using %s.jsonl", source, meant, file.set_name)
     records = (_checked(record, spec, f"{file}:{number}") for number, record in file.records())
     kept = list(islice((r for r in records if min_length is None or r["length"] > min_length), limit))
     if not kept:
@@ -89,14 +89,14 @@ def load_records(
     try:
         return as_dataset(kept)
     except (ValueError, OverflowError) as error:  # half a surrogate pair in a text, a length of more than 64 bits
-        raise LongBenchError(f"{file} holds what no table can: {error}") from None
+        raise LongBenchError(f"{file} contains values that cannot be stored: {error}") from None
 
 
 def load_both_sets(
     task: str, source: str | Path | None = None, min_length: int | None = PAPER_MIN_LENGTH, limit: int | None = None
 ) -> Dataset:
-    """`load_records` of LongBench-E's set and, behind them, of the plain one those that are not among them, by id or by
-    input and context. Of a task that is named as LongBench-E's (`trec_e`), or of which there is one set, that one."""
+    """`load_records` of the LongBench-E set, followed by records of the plain set that are not in it (by id, or by
+    input and context). A task named like a LongBench-E set (`trec_e`), or with a single set, has only that set."""
     names = sets_of(task, source)
     records: list[dict[str, Any]] = []
     for name in names:
@@ -112,7 +112,7 @@ def load_both_sets(
 
 
 def sets_of(task: str, source: str | Path | None = None) -> tuple[str, ...]:
-    """The sets of a task that `source` has, LongBench-E's first; of `trec_e` that one.
+    """The sets of a task in `source`, LongBench-E's first; for `trec_e` only that one.
 
     Raises:
         LongBenchError: unknown task, a missing or broken source, or no such set in it.
@@ -127,7 +127,7 @@ def _text_of(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Records in LongBench's format as a table in memory; texts stay as they are, to the last byte."""
+    """Records in LongBench's format as a table in memory; texts are unchanged."""
     with optional_import():
         from datasets import Dataset, Features, List, Value
     types = {"text": Value("string"), "texts": List(Value("string")), "number": Value("int64")}
@@ -136,7 +136,7 @@ def as_dataset(records: Sequence[Mapping[str, Any]]) -> Dataset:
 
 
 def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, Any]:
-    """The record's columns, once every field the protocol reads is there and of its type."""
+    """The columns of a record, after checking the required fields and their types."""
     for field, kind in _REQUIRED.items():
         if field not in record:
             raise LongBenchError(f"{place}: the record has no field {field!r}; it has: {', '.join(record)}")
@@ -153,7 +153,7 @@ def _checked(record: dict[str, Any], spec: TaskSpec, place: str) -> dict[str, An
 
 BOTH = "both"
 SETS: dict[str, bool | None] = {"auto": None, "plain": False, "extended": True, BOTH: None}
-"""Choices of `longbench_set`, and what they are to `load_records`; `both` to `load_both_sets`."""
+"""Choices of `longbench_set`, with the `extended` of `load_records`; for `both`, `load_both_sets` is used."""
 
 
 class LongBenchTasks(Benchmark):
@@ -168,15 +168,15 @@ class LongBenchTasks(Benchmark):
         return scoring.sample_score(task, prediction, references, kept.get("all_classes"))
 
     def fidelity(self, task: str, prediction: str, full_answer: str, **kept: Any) -> float:
-        """Of what the metric reads of both, for some tasks the first line; of answers that are classes, the classes
-        that both name / those that either names."""
+        """Of the texts that the metric uses, for some tasks the first line. If answers are classes: the classes that
+        both name / the classes that either names."""
         ours, full = (scoring.scored_text(task, text).strip() for text in (prediction, full_answer))
         if (classes := kept.get("all_classes")) and ours and full and ours != full:
             return scoring.same_classes(task, ours, full, tuple(classes))
         return super().fidelity(task, ours, full, **kept)
 
     def evaluate(self, task: str, records: Sequence[Record], manifest: Mapping[str, Any]) -> Evaluation:
-        """By Google's `rouge_score`, too, where the metric is Rouge-L, and a set of LongBench-E by its buckets."""
+        """Also by Google's `rouge_score` if the metric is Rouge-L, and by buckets of length for LongBench-E."""
         main = super().evaluate(task, records, manifest).main
         beside = scoring.STANDARD_ROUGE.get(main.metric)
         is_extended = set_of(task, manifest).endswith(EXTENDED_SUFFIX)
@@ -193,7 +193,7 @@ class LongBenchTasks(Benchmark):
 
 
 def set_of(task: str, manifest: Mapping[str, Any]) -> str:
-    """The set that a run's samples are of, `trec`, `trec_e` or both, `trec_e+trec`; of older runs the task's name."""
+    """The set of a run's samples: `trec`, `trec_e` or both, `trec_e+trec`; for older runs the name of the task."""
     return (manifest.get("sets") or {}).get(task, task)
 
 
@@ -202,8 +202,8 @@ def set_of(task: str, manifest: Mapping[str, Any]) -> str:
 class LongBench(LongBenchTasks):
     """LongBench's records of more than `min_length` and at most `max_length` words.
 
-    data_dir: see `longbench_files.list_sets`. longbench_set: which set a task's name means, of `SETS`.
-    calibration_min_length: importance is measured on records of more words.
+    data_dir: see `longbench_files.list_sets`. longbench_set: the set that a task name means, one of
+    `SETS`. calibration_min_length: importance is measured on records of more words.
     """
 
     name = "longbench"
@@ -249,7 +249,7 @@ class LongBench(LongBenchTasks):
         return self._load(task, limit, self.min_length, self.longbench_set)
 
     def unscored_records(self, task: str) -> Sequence[Record]:
-        """Those that are too short to be scored."""
+        """The records that are too short to be scored."""
         return [each for each in self._load_all(task, None, 0, self.longbench_set) if each["length"] <= self.min_length]
 
     @property
@@ -261,14 +261,14 @@ class LongBench(LongBenchTasks):
         return load_yaml("longbench")["hub"]["bytes"]
 
     def calibration_records(self, task: str, limit: int) -> Sequence[Record]:
-        """The first ones of a calibration task, of more than `calibration_min_length` words, or, where `max_length`
-        leaves none of these, of more than `min_length`.
+        """The first records of a calibration task with more than `calibration_min_length` words or, if `max_length`
+        excludes these, more than `min_length`.
 
-        They are of the kind of set that the scored samples are of, plain or LongBench-E's, or, where the data has none
-        of that, of the other kind, which is warned of once in a process.
+        They are from the same kind of set as the scored samples, plain or LongBench-E's; if the data has no such set,
+        from the other kind, with one warning per process.
 
         Raises:
-            LongBenchError: the data has neither set, or no such samples in it.
+            LongBenchError: the data has neither set, or no such samples.
         """
         kind = self.longbench_set
         if SETS[kind] is not None:
@@ -280,7 +280,7 @@ class LongBench(LongBenchTasks):
             raise LongBenchError(f"to calibrate on {task}: {error}; --profile takes a profile made elsewhere") from None
 
     def contexts(self, task: str, manifest: Mapping[str, Any]) -> Mapping[str, str] | None:
-        """None without a `data_dir`: the local Hub cache is not searched for them."""
+        """None without a `data_dir`; the local Hub cache is not searched."""
         if self.data_dir is None:
             return None
         sets = [_load_set(name, self.data_dir) for name in reversed(set_of(task, manifest).split("+"))]
@@ -306,7 +306,7 @@ class LongBench(LongBenchTasks):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {}  # `describe` says what came of them
+        return {}  # `describe` has the resulting sets
 
     def describe(self, tasks: Sequence[str]) -> dict[str, Any]:
         limit = {} if self.max_length is None else {"max_length": self.max_length}
@@ -325,7 +325,7 @@ def _load_set(name: str, data_dir: str) -> Sequence[Record]:
 
 @lru_cache
 def _kind_at_hand(task: str, data_dir: str | None, kind: str) -> str:
-    """`plain` or `extended`: `kind` if the data has such a set of `task`, or has none at all; else the other one."""
+    """`plain` or `extended`: `kind` if the data has such a set of `task` or no set of it at all, else the other."""
     sets = list_sets(data_dir)
     wanted, other = (set_meant(task, extended) for extended in (SETS[kind], not SETS[kind]))
     if wanted in sets or other not in sets:

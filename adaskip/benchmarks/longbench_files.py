@@ -26,7 +26,7 @@ from adaskip.common.configs import load_yaml
 
 
 class LongBenchError(BenchmarkError):
-    """A task, a record or a data source is not what LongBench's protocol asks for."""
+    """A LongBench task, record or data source is invalid."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class JsonlFile:
         return Path(self.member or self.path).stem
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (line number, JSON object) in file order; blank lines are passed over.
+        """Yield (line number, JSON object) in file order; blank lines are skipped.
 
         Raises:
             LongBenchError: a line is not a JSON object in UTF-8, or the archive is damaged; file and line are named.
@@ -76,14 +76,14 @@ def _parse_object(line: bytes, place: str) -> dict[str, Any]:
 
 
 def list_sets(source: str | Path | None = None) -> dict[str, JsonlFile]:
-    """Every set a source holds, by name (`trec`, `trec_e`, ...).
+    """The sets in a source, by name (`trec`, `trec_e`, ...).
 
     Args:
         source: a folder with `<set>.jsonl` files (also in its `data/` or its `data.zip`), a zip of them, `"hub"` to
-            download the Hub's archive, or None for the one in the local Hub cache, without touching the network.
+            download the Hub's archive, or None for the one in the local Hub cache, without using the network.
 
     Raises:
-        LongBenchError: there is no such source, it holds no jsonl file, or the Hub's archive cannot be had.
+        LongBenchError: there is no such source, it contains no jsonl file, or the Hub's archive is unavailable.
     """
     if source is None or source == HUB:
         return _sets_in_zip(hub_archive(download=source == HUB))
@@ -103,7 +103,7 @@ def _sets_in_folder(folder: Path) -> dict[str, JsonlFile]:
     archive = folder / "data.zip"
     if archive.is_file():
         return _sets_in_zip(archive)
-    raise LongBenchError(f"folder {folder} holds no <task>.jsonl files, no data/<task>.jsonl files and no data.zip")
+    raise LongBenchError(f"folder {folder} contains no <task>.jsonl files, no data/<task>.jsonl files and no data.zip")
 
 
 def _sets_in_zip(path: Path) -> dict[str, JsonlFile]:
@@ -115,7 +115,7 @@ def _sets_in_zip(path: Path) -> dict[str, JsonlFile]:
     except (zipfile.BadZipFile, OSError) as error:
         raise LongBenchError(f"{path} is neither a folder nor a readable zip archive ({error})") from None
     if not members:
-        raise LongBenchError(f"archive {path} holds no .jsonl files")
+        raise LongBenchError(f"archive {path} contains no .jsonl files")
     return {file.set_name: file for file in (JsonlFile(path, member) for member in members)}
 
 
@@ -124,7 +124,7 @@ def hub_archive(download: bool = False) -> Path:
     """The Hub's data.zip at the pinned revision in the local Hub cache, checked against its sha256.
 
     Args:
-        download: fetch it if it is not there.
+        download: download it if it is missing.
     """
     pin = load_yaml("longbench")["hub"]
     try:
@@ -149,7 +149,7 @@ def hub_archive(download: bool = False) -> Path:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Leave out the Hub client's warning per retry: when all fail, our one line says so."""
+    """Silence the Hub client's warning per retry: if all fail, our error says so."""
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level
     hub_logger.setLevel(logging.ERROR)

@@ -59,7 +59,7 @@ def get_task(name: str) -> TaskSpec:
 
 
 def set_meant(task: str, extended: bool | None = None) -> str:
-    """The set that a task's name means: of `trec` LongBench-E's `trec_e`, unless `extended` is False; of `trec_e` that.
+    """The set of a task name: `trec_e` for `trec_e` and, unless `extended` is False, for `trec`.
 
     Raises:
         LongBenchError: no such task.

@@ -1,7 +1,7 @@
 """The closed vocabulary of the testbed: every generated text is made of these words and of LongBench's templates.
 
-Words of one kind are interchangeable, so nothing but the context tells which word comes next: a model can answer
-only by looking the answer up.
+Words of one kind are interchangeable, so only the context determines the next word: a model must look up the answer
+in it.
 """
 
 from __future__ import annotations

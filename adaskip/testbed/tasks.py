@@ -1,8 +1,8 @@
 """Generated counterparts of the paper's tasks, as records in LongBench's format.
 
-Every task states facts ("Alder sells copper ships to Oslo.") and asks for some of them back. A fact is drawn at random,
-so only the context knows it. The split of a fact is a hash of its words: no fact of the test set occurs in any training
-or calibration text, whatever the seeds.
+Every task states random facts ("Alder sells copper ships to Oslo.") and asks for some of them, so the answer is only in
+the context. The split of a fact is a hash of its words: no fact of the test set is in any training or calibration text,
+for any seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SPLITS = ("train", "calibration", "test")
 TEST_CONTEXT_TOKENS = (520, 600)
 MAX_SECTIONS = 8
 
-# Lengths in tokens, by which a context is filled to its size.
+# Lengths in tokens, to fill a context to its size.
 FACT_TOKENS = 7
 FILLER_TOKENS = 8
 PARAGRAPH_TOKENS = 70
@@ -27,14 +27,14 @@ TYPED_QUESTION_TOKENS = 15
 SECTION_OVERHEAD_TOKENS = 15
 MIN_SECTION_TOKENS = 26
 TOKENS_PER_FACT = (10, 22)
-"""Context tokens per fact of a document: the sparsest, except in training, where it varies."""
+"""Range of context tokens per fact of a document: random in training, else the maximum."""
 
 MAX_FACTS = 30
 SUMMARIES = ("gov_report", "multi_news")
 
 
 def split_of(*words: str) -> str:
-    """The one split in which this combination of words may be stated: 3 of 5 train, 1 calibration, 1 test."""
+    """The only split that contains this combination of words: 3 of 5 train, 1 calibration, 1 test."""
     bucket = hashlib.sha256(" ".join(words).encode()).digest()[0] % 5
     return {0: "test", 1: "calibration"}.get(bucket, "train")
 
@@ -64,7 +64,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Sample:
-    """A LongBench record, and further questions on the same context that only training uses."""
+    """A LongBench record, and further questions about its context for training."""
 
     task: str
     input: str
@@ -72,7 +72,7 @@ class Sample:
     answer: str
     """The reference that a prediction is scored against."""
     response: str = ""
-    """What a model is trained to say, if it is more than the answer."""
+    """The response that a model is trained on, if it is longer than the answer."""
     more: tuple[tuple[str, str], ...] = ()
 
     def record(self) -> dict:
@@ -91,7 +91,7 @@ class Sample:
 
 
 class Writer:
-    """Draws facts and filler of one split; within one context no name, kind or goods comes twice."""
+    """Draws facts and filler of one split; a context has no name, kind or goods twice."""
 
     def __init__(self, rng: random.Random, split: str):
         self.rng = rng
@@ -111,7 +111,7 @@ class Writer:
         return found
 
     def words(self, kind: tuple[str, ...], count: int) -> list[str]:
-        """`count` words of a kind, each as often as it must be and no more."""
+        """`count` words of a kind, with as few repeats as possible."""
         return self.rng.sample(kind * -(-count // len(kind)), count)
 
     def filler(self) -> str:
@@ -130,7 +130,7 @@ class Writer:
 
 
 def document_qa(writer: Writer, size: int, task: str) -> Sample:
-    """Paragraphs of facts and filler; one fact is asked for, the others are left for training."""
+    """Paragraphs of facts and filler; one fact is asked for, the others only in training."""
     paragraphs = max(1, size // PARAGRAPH_TOKENS)
     spacing = writer.rng.uniform(*TOKENS_PER_FACT) if writer.split == "train" else max(TOKENS_PER_FACT)
     count = max(2, min(MAX_FACTS, round(size / spacing)))
@@ -162,9 +162,9 @@ def few_shot_qa(writer: Writer, size: int, task: str) -> Sample:
 
 
 def few_shot_classification(writer: Writer, size: int, task: str) -> Sample:
-    """Questions with their types; the place in a question decides its type, by a mapping drawn for this context.
+    """Questions with their types; the type depends on the place in the question, by a random mapping of the context.
 
-    As in few-shot prompts that show their reasoning, the answer first names the place: "Type: Oslo Food".
+    As in few-shot prompts with reasoning, the answer first names the place: "Type: Oslo Food".
     """
     rng = writer.rng
     shots = max(3, round(size / TYPED_QUESTION_TOKENS))

@@ -102,7 +102,7 @@ def test_the_extended_set_comes_first_and_a_fallback_is_announced(tmp_path, capl
 
     write_jsonl(tmp_path / "plain" / "qasper.jsonl", plain)
     assert list(load_records("qasper", tmp_path / "plain")) == plain
-    assert "has no qasper_e.jsonl (LongBench-E); taking qasper.jsonl" in caplog.text
+    assert "has no qasper_e.jsonl (LongBench-E); using qasper.jsonl" in caplog.text
     assert "has no qasper_e (.jsonl); it has: qasper" in failure("qasper", tmp_path / "plain", extended=True)
     assert "has no qasper_e (.jsonl)" in failure("qasper_e", tmp_path / "plain")
 
@@ -139,9 +139,9 @@ def test_all_classes_may_be_left_out_where_no_metric_needs_it(tmp_path):
 
 def test_a_source_that_is_not_there_or_holds_nothing(tmp_path):
     assert f"no LongBench data at {tmp_path}/none" in failure("qasper", tmp_path / "none")
-    assert "holds no <task>.jsonl files" in failure("qasper", tmp_path)
+    assert "contains no <task>.jsonl files" in failure("qasper", tmp_path)
     write_zip(tmp_path / "other.zip", {})
-    assert "holds no .jsonl files" in failure("qasper", tmp_path / "other.zip")
+    assert "contains no .jsonl files" in failure("qasper", tmp_path / "other.zip")
     write_jsonl(tmp_path / "trec.jsonl", [])
     assert "has no qasper_e or qasper (.jsonl); it has: trec" in failure("qasper", tmp_path)
 
@@ -205,7 +205,7 @@ def test_what_no_table_can_hold_is_named_with_its_file(tmp_path, changes, says):
     line = json.dumps(record(1, **changes))
     (tmp_path / "qasper_e.jsonl").write_text(line + "\n")
     message = failure("qasper", tmp_path)
-    assert message.startswith(f"{tmp_path}/qasper_e.jsonl holds what no table can: ")
+    assert message.startswith(f"{tmp_path}/qasper_e.jsonl contains values that cannot be stored: ")
     assert says in message
 
 

@@ -35,7 +35,7 @@ def read_profiles(archive: Path | None = None) -> dict[str, bytes]:
             found = {Path(member.name).name: opened.extractfile(member) for member in members}
             profiles = {name: handle.read() for name, handle in found.items() if handle is not None}
     except FileNotFoundError:
-        raise ProfilesError(f"{path}, which contains the committed profiles, is missing; {anew}") from None
+        raise ProfilesError(f"{path} is missing, so there are no committed profiles; {anew}") from None
     except (tarfile.TarError, EOFError, OSError) as error:
         reason = str(error).split("\n")[0].rstrip(":")
         raise ProfilesError(f"{path} cannot be read ({reason}); {anew}") from None
