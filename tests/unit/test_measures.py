@@ -71,7 +71,7 @@ def test_records_without_a_loss_are_read_and_shown_as_unknown(tmp_path):
     write(tmp_path, "full", "adaskip", loss=None)
     results = load_results(tmp_path)
     assert estimate(cell_of(results), "loss") is None
-    assert "`n/a`: these records hold none." in measures_document(results, "decode")
+    assert "`n/a`: not in these records." in measures_document(results, "decode")
     assert ",,,,,\n" in measures_csv(results, "decode")
 
 
@@ -170,7 +170,7 @@ def test_floors_stand_below_the_scores_and_tasks_at_theirs_are_named(tmp_path):
         [part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| floor")
     ]
     assert [row[:4] for row in rows] == [["floor", "empty answer", "0.0", "0.0"], ["floor", "majority class", "-", "-"]]
-    assert "At its floor: TREC." in text
+    assert "At the floor: TREC." in text
 
 
 def test_a_task_at_its_floor_counts_by_fidelity_and_loss_only(tmp_path):
@@ -181,12 +181,13 @@ def test_a_task_at_its_floor_counts_by_fidelity_and_loss_only(tmp_path):
     assert results.cells.query("phase == 'decode'")["at_floor"].all()
     counted = {measure.name: len(contests(comparisons(results, measure))) for measure in (SCORE, FIDELITY, LOSS)}
     assert counted == {"score": 0, "fidelity": 2, "loss": 2}
-    assert "At their floor, where scores do not count: smollm2 decode GovReport, smollm2 decode MultiNews." in headline(
-        summarise(results)
+    assert (
+        "Left out, since their scores are at the floor: smollm2 decode GovReport, smollm2 decode MultiNews."
+        in headline(summarise(results))
     )
     said = claims.to_text(results)
     assert "By score AdaSkip cannot be compared yet" in said
-    assert "smollm2, decode: At its floor: GovReport, MultiNews." in said
+    assert "smollm2, decode: At the floor: GovReport, MultiNews." in said
 
 
 def test_the_claim_is_counted_by_each_measure_and_less_loss_is_better(whole):

@@ -43,7 +43,7 @@ def test_only_what_is_complete_is_compared_and_counted(tmp_path):
     assert [*found["model"]] == ["llama", "vicuna"]
     said = sentence(found)
     assert "In 2 of 2 places" in said
-    assert "more in 1 (1 beyond chance), the same in 1. It scores less in 0 (0 beyond chance)." in said
+    assert "more in 1 (1 significantly), the same in 1. It scores less in 0 (0 significantly)." in said
     assert (
         said
         in next(path for path in write_tables(results, tmp_path / "out") if path.name == "selection.md").read_text()

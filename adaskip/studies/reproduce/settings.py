@@ -44,8 +44,9 @@ class ReproduceConfig:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
         committed = default_path("results/testbed")
         if self.out_dir.resolve() == committed.resolve():
-            raise ValueError(f"--output-dir {committed} contains the committed results; make reproduce FULL=1 makes them
-            again")
+            raise ValueError(
+                f"--output-dir {committed} contains the committed results; make reproduce FULL=1 makes them again"
+            )
         self.cells()  # raises for invalid options of the grid
 
     @property

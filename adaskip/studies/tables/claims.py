@@ -23,7 +23,7 @@ from adaskip.studies.tables.documents import at_floor_sentence
 from adaskip.studies.tables.results import MEASURES, Results
 
 ALL_HEADER = ["Measure", "Phase", "cells", "best", "tied", "beaten", "better than all", "worse than one"]
-EACH_HEADER = ["Measure", "Strategy", "cells", "better", "beyond chance", "tied", "worse", "beyond chance"]
+EACH_HEADER = ["Measure", "Strategy", "cells", "better", "significantly", "tied", "worse", "significantly"]
 MEANS = {
     "fidelity": ("Fidelity, per cent", labels.percent),
     "loss_added": ("Loss above the full model's, nats per token", labels.added_nats),
@@ -46,13 +46,13 @@ def to_text(results: Results) -> str:
         parts += [f"{model}, {labels.PHASES[phase]}: {at_floor_sentence(cells)}"] if cells["at_floor"].any() else []
     parts += [
         "A cell is one task of one model in one phase at one budget. Fidelity is the task's metric against the full "
-        "model's own answer, loss that of the reference answer. Beyond chance: the 95 % bootstrap interval of the "
-        "paired difference, over the same samples, excludes zero; not corrected for the number of cells.",
+        "model's own answer, loss that of the reference answer. Significant: the 95 % bootstrap interval of the paired "
+        "difference, over the same samples, excludes zero; not corrected for the number of cells.",
         "## Against the other three strategies of the paper",
-        "Once all four have run a cell to its end. The last two columns are beyond chance.",
+        "Cells with finished runs of all four strategies. The last two columns count significant differences.",
         pipe_table(ALL_HEADER, [line for name in tallies for line in _against_all(name, tallies[name])]),
         "## Against each other strategy",
-        "Once both have run a cell to its end. Better and worse: AdaSkip.",
+        "Cells with finished runs of both strategies. Better, worse: AdaSkip is better or worse than the other.",
         pipe_table(EACH_HEADER, list(_against_each(compared))),
     ]
     for name, (title, _) in MEANS.items():

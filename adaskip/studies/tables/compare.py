@@ -99,7 +99,7 @@ def _count(found: pd.DataFrame) -> dict[str, int]:
 def claim(counts: dict[str, Any]) -> str:
     """`is the best of the four strategies in 40 of 42 cells (95 %), tied for the best in 1 and beaten in 1.`"""
     if not counts["compared"]:
-        return "cannot be compared yet: no cell has all four strategies run to their end."
+        return "cannot be compared yet: no cell has finished runs of all four strategies."
     share = f"{100 * counts['best'] / counts['compared']:.0f} %"
     return (
         f"is the best of the four strategies in {counts['best']} of {counts['compared']} cells ({share}), "
@@ -112,6 +112,6 @@ def beyond_chance(counts: dict[str, Any]) -> str:
     if not counts["compared"]:
         return ""
     return (
-        f" Its lead over every other strategy is beyond chance (paired bootstrap) in {counts['paired_better']} "
-        f"cells, and it is beyond chance behind another in {counts['paired_worse']}."
+        f" It is significantly better than every other strategy (paired bootstrap) in {counts['paired_better']} "
+        f"cells, and significantly worse than one in {counts['paired_worse']}."
     )

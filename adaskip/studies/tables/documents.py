@@ -43,7 +43,7 @@ def measures_document(results: Results, phase: str) -> str:
         parts += [f"## {model}", describe_model(results, phase, model)]
         parts += ["### Fidelity: the task's metric against the full model's answer", _lines(own, fidelity)]
         parts += ["### Loss of the reference answer, nats per token"]
-        parts += [_lines(own, loss) if own["loss"].notna().any() else f"`{UNKNOWN}`: these records hold none."]
+        parts += [_lines(own, loss) if own["loss"].notna().any() else f"`{UNKNOWN}`: not in these records."]
         floors = _floors(results, phase, model)
         parts += ["### Score, and what trivial answers score", _lines(own, lambda cell: score(cell)[:1], below=floors)]
         parts += [at_floor_sentence(own)] if own["at_floor"].any() else []
@@ -54,8 +54,8 @@ def at_floor_sentence(cells: pd.DataFrame) -> str:
     """A sentence on the tasks of a model and phase at their floor."""
     tasks = ", ".join(labels.TASKS[task] for task in cells.loc[cells["at_floor"], "task"].unique())
     return (
-        f"At its floor: {tasks}. The interval of the full model's score includes what a trivial answer scores, so that "
-        "scores do not tell strategies apart; these tasks count by fidelity and loss only."
+        f"At the floor: {tasks}. The interval of the full model's score includes the score of a trivial answer, so "
+        "scores do not distinguish strategies; compare fidelity and loss on these tasks."
     )
 
 
@@ -159,13 +159,13 @@ def _score_notes(results: Results, cells: pd.DataFrame, phase: str) -> list[str]
         f"paired with the full model's for retention).{paper if known else ''}",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
         _legend(known),
-        "No speedup of ours stands here: the times of runs are of different moments. `adaskip bench` times the full "
+        "Our speedups are not in these tables, since runs are not timed side by side. `adaskip bench` times the full "
         "model and every strategy side by side, and `eval/tradeoff.py` shows its speedups beside scores.",
     ]
     if cells["rouge_score"].notna().any():
         lines.append(
-            "Rouge-L is by `rouge` 1.0.1, as LongBench and the paper have it; `rouge_score` is Google's rougeL of the "
-            "same outputs."
+            "Rouge-L is computed by `rouge` 1.0.1, as in LongBench and the paper; `rouge_score` is Google's rougeL of "
+            "the same outputs."
         )
     return lines
 
@@ -175,12 +175,12 @@ def _measure_notes(results: Results, phase: str) -> list[str]:
     return [
         f"95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples). Fidelity: the task's metric of "
         "an answer against the full model's own answer to the same sample, per cent; 100 where they are equal. Loss: "
-        "of the reference answer given the prompt, teacher-forced, the mean over samples of nats per token; `above "
+        "of the reference answer given the prompt, teacher-forced, mean over samples, nats per token; `above "
         f"full`: the mean of paired differences to the full model. Score: {_listed(whose)}, per cent, above the scores "
         "of trivial answers to the same samples: nothing, always the most frequent class, the first sentence of the "
         "context.",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
-        f"`{UNKNOWN}` no such measure in these records; {_legend(known=False)}",
+        f"`{UNKNOWN}` not in these records; {_legend(known=False)}",
     ]
 
 
@@ -198,7 +198,9 @@ def subsets_of(results: Results, phase: str) -> str | None:
     if not draws:
         return None
     sizes = " / ".join(f"{size} samples a task (seed {seed})" for size, seed in sorted(draws))
-    return f"Scores and intervals are of a random subset of {sizes}, the same for every strategy, not of all samples."
+    return (
+        f"Scores and intervals are over a random subset of {sizes}, the same for every strategy, not over all samples."
+    )
 
 
 def describe_model(results: Results, phase: str, model: str) -> str:

@@ -54,9 +54,9 @@ def to_text(found: pd.DataFrame) -> str:
     parts = [
         "# Calibrated against the best of the other four",
         sentence(found),
-        "Mean score over the phase's tasks, per cent. Difference: calibrated less the best of the other four, the mean "
-        "over tasks of paired differences, with its 95 % bootstrap interval over samples, not corrected for the number "
-        "of rows.",
+        "Mean score over the phase's tasks, per cent. Difference: calibrated minus the best of the other four, the "
+        "mean over tasks of paired differences, with its 95 % bootstrap interval over samples, not corrected for the "
+        "number of rows. Significant: the interval excludes zero.",
         pipe_table(header, [_row(match) for match in found.to_dict("records")]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -67,10 +67,10 @@ def sentence(found: pd.DataFrame) -> str:
     count = {verdict: int((found["verdict"] == verdict).sum()) for verdict in VERDICTS}
     beyond = {verdict: int(((found["verdict"] == verdict) & found["beyond_chance"]).sum()) for verdict in VERDICTS}
     return (
-        f"In {len(found) - count[WORSE]} of {len(found)} places (model, phase and budget) calibrated scores at least "
-        f"as much as the best of Early Exit, SkipDecode, Unified Skipping and AdaSkip: more in {count[BETTER]} "
-        f"({beyond[BETTER]} beyond chance), the same in {count[EQUAL]}. It scores less in {count[WORSE]} "
-        f"({beyond[WORSE]} beyond chance)."
+        f"In {len(found) - count[WORSE]} of {len(found)} combinations of model, phase and budget, calibrated scores at "
+        f"least as much as the best of Early Exit, SkipDecode, Unified Skipping and AdaSkip: more in {count[BETTER]} "
+        f"({beyond[BETTER]} significantly), the same in {count[EQUAL]}. It scores less in {count[WORSE]} "
+        f"({beyond[WORSE]} significantly)."
     )
 
 
@@ -81,5 +81,5 @@ def _row(match: dict) -> list[str]:
         *(labels.PHASES[match["phase"]], labels.budget(match["fraction"]), match["model"]),
         *(f"{match[name]:.1f}" for name in STRATEGIES),
         f"{match['difference']:+.1f}" + (f" [{match['low']:+.1f}, {match['high']:+.1f}]" if known else ""),
-        f"{verdict} {labels.STRATEGIES[match['best_other']]}{', beyond chance' * match['beyond_chance']}",
+        f"{verdict} {labels.STRATEGIES[match['best_other']]}{', significant' * match['beyond_chance']}",
     ]

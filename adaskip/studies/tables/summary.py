@@ -96,10 +96,10 @@ def to_text(summary: dict[str, Any]) -> str:
     """The document `summary.md`."""
     parts = ["# Summary", *headline(summary), "## AdaSkip against the other three strategies"]
     parts += [
-        "A cell is one task of one model in one phase at one budget; it counts once all four strategies have run "
-        "to their end. The last three columns use 95 % bootstrap intervals, not corrected for the number of cells: "
-        "AdaSkip's lies above each other's; that of the paired difference, over the same samples, lies above zero "
-        "against each other strategy, or below zero against one.",
+        "A cell is one task of one model in one phase at one budget; it counts if the runs of all four strategies are "
+        "finished. The last three columns use 95 % bootstrap intervals, not corrected for the number of cells: "
+        "AdaSkip's interval is above those of all others; the interval of the paired difference, over the same "
+        "samples, is above zero against every other strategy, or below zero against one.",
         pipe_table(["", *COUNTS.values()], list(_tally_lines(summary))),
     ]
     if lost := [contest for contest in summary["contests"] if contest["outcome"] != "best"]:
@@ -118,13 +118,13 @@ def headline(summary: dict[str, Any]) -> list[str]:
     lines = [f"Here AdaSkip {claim(ours)}{incomplete}{beyond_chance(ours)}"]
     if places := summary.get("at_floor"):
         each = (f"{p['model']} {labels.PHASES[p['phase']]} {labels.TASKS[p['task']]}" for p in places)
-        lines.append(f"At their floor, where scores do not count: {', '.join(each)}.")
+        lines.append(f"Left out, since their scores are at the floor: {', '.join(each)}.")
     if summary["paper"]["compared"]:
         lines.append(f"In the paper's own tables AdaSkip {claim(summary['paper'])}")
     if online["requests"]:
         lines.append(
             f"The online window added FFN sublayers in {online['fired']} of {online['requests']} requests "
-            f"({_share(online)}), {online['mean_added']:.2f} a request on average and {online['most_added']} at most."
+            f"({_share(online)}), {online['mean_added']:.2f} per request on average and {online['most_added']} at most."
         )
     return lines
 
@@ -145,7 +145,7 @@ def _tally_lines(summary: dict[str, Any]) -> Iterator[list[str]]:
 def _contest_line(contest: dict[str, Any]) -> list[str]:
     top = max(contest["scores"].values())
     scores = [f"**{score:.1f}**" if score == top else f"{score:.1f}" for score in contest["scores"].values()]
-    behind = "beyond chance" if contest["paired_worse"] else "within chance"
+    behind = "significantly" if contest["paired_worse"] else "not significantly"
     place = [labels.PHASES[contest["phase"]], contest["model"], labels.budget(contest["fraction"])]
     return [*place, labels.TASKS[contest["task"]], *scores, "tied" if contest["outcome"] == "tied" else behind]
 

@@ -18,9 +18,9 @@ KEEPING = 0.95
 """Minimum share of the score for comparing speedups."""
 SPEEDUP = (
     "Speedup: the full model's time / the strategy's as `adaskip bench` measured them side by side; TTFT in "
-    "prefill, TPOT in decode, end to end the time of a request with the full model's mean answer. The mean over "
-    "models is geometric for speedups. **Bold**: on the Pareto front, no other point being as good in both and "
-    "better in one; by the values, whatever their intervals."
+    "prefill, TPOT in decode, end to end the time of a request with the full model's mean answer length. The mean over "
+    "models is geometric for speedups. **Bold**: on the Pareto front (no other point is at least as good in both and "
+    "better in one), by the values, regardless of intervals."
 )
 
 
@@ -73,13 +73,13 @@ def sentences(tradeoff: Tradeoff) -> list[str]:
     num_models, num_phases = len(tradeoff.models), len(tradeoff.phases)
     title = tradeoff.quality.title.partition(",")[0].capitalize()
     where = f"{num_models} {'model' if num_models == 1 else 'models'} x {num_phases} phases"
-    lines = [f"{title} against measured speedup, {where}, a Pareto front each: {'; '.join(each)}."]
+    lines = [f"{title} against measured speedup, {where}, each with a Pareto front: {'; '.join(each)}."]
     if tradeoff.quality is KEPT:
         fastest = [f"{labels.STRATEGIES[name]} {n['panels_fastest']}" for name, n in counts]
         none = num_models * num_phases - sum(n["panels_fastest"] for _, n in counts)
         lines.append(
-            f"Of what keeps at least {100 * KEEPING:.0f} % of the score, the fastest is (times in {num_models} x "
-            f"{num_phases}): {', '.join(fastest)}, the full model {none}."
+            f"Fastest with at least {100 * KEEPING:.0f} % of the score, number of panels out of {num_models} x "
+            f"{num_phases}: {', '.join(fastest)}, the full model {none}."
         )
     return lines + [f"Not drawn, {reason}: {', '.join(runs)}." for reason, runs in tradeoff.missing.items()]
 
@@ -102,8 +102,8 @@ def measures_text(tradeoffs: Sequence[Tradeoff]) -> str:
     parts += [line for tradeoff in tradeoffs for line in sentences(tradeoff)]
     parts.append(
         "Fidelity: the task's metric against the full model's own answer, per cent. Loss: of the reference answer, "
-        "nats per token, less the full model's on the same samples. Both are means over the phase's tasks with 95 % "
-        f"bootstrap intervals; `{PARTIAL}` unfinished run, over the samples it has. " + SPEEDUP
+        "nats per token, minus the full model's on the same samples. Both are means over the phase's tasks with 95 % "
+        f"bootstrap intervals; `{PARTIAL}` unfinished run, over its samples so far. " + SPEEDUP
     )
     for tradeoff in tradeoffs:
         for phase in tradeoff.phases:
