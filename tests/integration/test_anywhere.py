@@ -36,9 +36,11 @@ def test_the_artifacts_way_of_working_goes_through(ran):
     ended = python("eval.py", "--model", NAME, cwd=ran / "eval", path=ran)
     assert "8 of 32" in ended.stdout
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"no run {NAME} in {ran}/results/runs; using that of the testbed in
-    {ran}/results/testbed/runs") assert (ran / f"results/testbed/runs/{NAME}/8-sublayers/scores.json").is_file() for
-    folder in ("prefill", "eval"):
+    assert line.startswith(
+        f"no run {NAME} in {ran}/results/runs; using that of the testbed in {ran}/results/testbed/runs"
+    )
+    assert (ran / f"results/testbed/runs/{NAME}/8-sublayers/scores.json").is_file()
+    for folder in ("prefill", "eval"):
         assert not {name for name in below(ran / folder) if not name.endswith(".py")}
 
 
