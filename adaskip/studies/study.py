@@ -69,6 +69,18 @@ class StudyConfig(DataConfig):
         return RunConfig(**{**shared, **options}, model=model, phase=phase, strategy=strategy)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A saved JSON object; empty if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """A saved JSON object; ValueError if there is none."""
+    if not (saved := read_json(path)):
+        raise ValueError(f"{path} does not exist; leave out --draw-only")
+    return saved
+
+
 def prompts_of(calibration: Calibration, samples: Sequence[tuple[str, Sample]], loaded: LoadedModel) -> list[Tensor]:
     """The prompts of (task, sample) pairs as 1-D token ids, truncated as in the search of a selection."""
     benchmark, most = calibration.records.benchmark, calibration.search_prompt_tokens

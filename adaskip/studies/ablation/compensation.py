@@ -34,7 +34,7 @@ from adaskip.strategies import AdaSkip
 from adaskip.studies.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
 from adaskip.studies.ablation.online import STORY_TOKENS
 from adaskip.studies.ablation.stories import PROMPT_TOKENS
-from adaskip.studies.study import Study, StudyConfig, prompts_of
+from adaskip.studies.study import Study, StudyConfig, prompts_of, read_json, read_saved
 
 RESULTS_FILE = "compensation_divergences.json"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -51,12 +51,7 @@ class CompensationConfig(StudyConfig):
 
     folder = "results/compensation"
 
-    held_out: int = option("number of prompts to measure on; none of them calibrates", 24)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.held_out < 2:
-            raise ValueError(f"--held-out must be at least 2, not {self.held_out}: one prompt has no interval")
+    held_out: int = option("number of prompts to measure on; none of them calibrates", 24, least=2)
 
     @property
     def results_path(self) -> Path:
@@ -131,7 +126,7 @@ def _of_stories(held_out: int) -> Subject:
 
 def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
     """Measure the phases of a model that are missing in the file at `path`, and add them."""
-    results, sources = _read(path), subject.sources
+    results, sources = read_json(path), subject.sources
     held = results.setdefault(name, {"sources": sources, "cells": []})
     if other := [key for key in SAME if held["sources"][key] != sources[key]]:
         raise ValueError(f"{path} holds {name} measured with other {', '.join(other)}; give another --output-dir")
@@ -176,16 +171,10 @@ def _cells(
     return cells
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def read(config: CompensationConfig) -> dict[str, Any]:
-    """The saved results by model; ValueError if there are none."""
-    if not (results := _read(config.results_path)):
-        raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
-    return results
-
-
-STUDY = Study(CompensationConfig, measure, read, find=lambda results, config: [find(results)])
+STUDY = Study(
+    CompensationConfig,
+    measure,
+    read=lambda config: read_saved(config.results_path),
+    find=lambda results, config: [find(results)],
+)
 main = STUDY.main

@@ -36,7 +36,7 @@ from adaskip.runs.runner import run
 from adaskip.strategies import FULL, AdaSkip
 from adaskip.studies.ablation.stories import token_losses
 from adaskip.studies.side_by_side import Work, side_by_side
-from adaskip.studies.study import StudyConfig
+from adaskip.studies.study import StudyConfig, read_json
 from adaskip.studies.tables.runs import load_run
 from adaskip.studies.tables.scores import score_run
 
@@ -95,7 +95,7 @@ class AblationConfig(StudyConfig):
         f"number of stories for {STORIES}, which is in the folder of the environment variable ADASKIP_REAL; 0 for none",
         24,
     )
-    windows: tuple[int, ...] = option("values of P, the learning window in tokens", WINDOWS)
+    windows: tuple[int, ...] = option("values of P, the learning window in tokens", WINDOWS, least=1)
     quantiles: tuple[float, ...] = option(
         "values of beta besides the paper's, as quantiles of FFN similarity", QUANTILES
     )
@@ -104,10 +104,6 @@ class AblationConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.windows, default=0) < 1:
-            raise ValueError(
-                f"--windows must be at least 1 token each, not {' '.join(map(str, self.windows)) or 'none'}"
-            )
         if not all(0 <= quantile <= 1 for quantile in self.quantiles):
             raise ValueError(f"--quantiles must be from 0 to 1, not {' '.join(map(str, self.quantiles))}")
 
@@ -256,15 +252,6 @@ def read_stories(config: AblationConfig) -> Results:
 def keep(config: AblationConfig, results: Mapping[str, Results]) -> None:
     """Save the results of these models in the file, replacing older ones of the same models."""
     path = config.out_dir / SAMPLES_FILE
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    both = {**held, **results}
+    both = {**read_json(path), **results}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, allow_nan=False)}" for name, each in both.items())
     write_text_atomic(path, f"{{\n{lines}\n}}\n")
-
-
-def read(config: AblationConfig) -> dict[str, Results]:
-    """The saved results by model; ValueError if there are none."""
-    path = config.out_dir / SAMPLES_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; leave out --draw-only")
-    return json.loads(path.read_text(encoding="utf-8"))

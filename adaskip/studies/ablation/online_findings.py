@@ -23,7 +23,7 @@ from adaskip.strategies.adaskip import LEARNING_WINDOW
 from adaskip.studies.ablation import online
 from adaskip.studies.ablation.online import AblationConfig, Results, Variant
 from adaskip.studies.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, save, styled
-from adaskip.studies.study import Claim, Findings, Study
+from adaskip.studies.study import Claim, Findings, Study, read_saved
 from adaskip.studies.tables import labels
 
 NAME = "online_ablation"
@@ -265,7 +265,7 @@ def _draw(panel: Axes, group: Group, handles: dict[str, Line2D]) -> None:
 STUDY = Study(
     AblationConfig,
     measure=online.measure,
-    read=online.read,
+    read=lambda config: read_saved(config.out_dir / online.SAMPLES_FILE),
     find=lambda results, config: [find(results)],
     draw=lambda results, config: draw(results, config.out_dir),
 )

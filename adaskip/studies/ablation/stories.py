@@ -24,7 +24,7 @@ from adaskip.calibration.select import select
 from adaskip.common.files import write_text_atomic
 from adaskip.common.intervals import mean, mean_estimate
 from adaskip.common.locks import exclusive
-from adaskip.common.options import option
+from adaskip.common.options import check_options, option
 from adaskip.common.paths import given_or_default
 from adaskip.core.context import skipping
 from adaskip.core.plan import PHASES, Budget, Phase
@@ -32,7 +32,7 @@ from adaskip.models.stories import CALIBRATION_STORIES, STORIES, load_stories, t
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.manifest import describe_model
 from adaskip.strategies import CalibratedSkip, Strategy, build
-from adaskip.studies.study import Findings, Study
+from adaskip.studies.study import Findings, Study, read_json, read_saved
 from adaskip.studies.tables import labels
 
 OUTPUT_DIR = "results/stories"
@@ -51,17 +51,14 @@ SAME = ("weights_fingerprint", "dtype", "attn_implementation", "stories", "seed"
 class StoriesConfig:
     """The options of `eval/stories.py`."""
 
-    stories: int = option("number of test stories", 300)
+    stories: int = option("number of test stories", 300, least=2)
     seed: int = option("seed of the stories", 0)
-    threads: int = option("CPU threads of torch", 1)
+    threads: int = option("CPU threads of torch", 1, least=1)
     output_dir: str | None = option(f"output folder; default: {OUTPUT_DIR}")
     draw_only: bool = option("run no model; make the table of the saved results", False)
 
     def __post_init__(self) -> None:
-        if self.stories < 2:
-            raise ValueError(f"--stories must be at least 2, not {self.stories}: one story has no interval")
-        if self.threads < 1:
-            raise ValueError(f"--threads must be at least 1, not {self.threads}")
+        check_options(self)
 
     @property
     def out_dir(self) -> Path:
@@ -83,8 +80,7 @@ def measure(config: StoriesConfig) -> None:
         loaded = load_stories()
         described = {name: value for name, value in describe_model(loaded).items() if name != "checkpoint"}
         manifest = {**described, "stories": config.stories, "seed": config.seed}
-        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        result = result or {"manifest": manifest, "full": [], "phases": {}}
+        result = read_json(path) or {"manifest": manifest, "full": [], "phases": {}}
         if other := [name for name in SAME if result["manifest"].get(name) != manifest[name]]:
             raise ValueError(f"{path} was measured with other {', '.join(other)}; give another --output-dir")
         missing: list[Phase] = [phase for phase in PHASES if phase not in result["phases"]]
@@ -142,13 +138,6 @@ def token_losses(model: Any, strategy: Strategy | None, ids: Tensor, begin: int)
     return -log_p.gather(2, ids[:, begin:, None])[..., 0], online
 
 
-def read(config: StoriesConfig) -> dict[str, Any]:
-    """The saved results; ValueError if there are none."""
-    if not config.results_path.is_file():
-        raise ValueError(f"{config.results_path} does not exist; leave out --draw-only")
-    return json.loads(config.results_path.read_text(encoding="utf-8"))
-
-
 def find(result: dict[str, Any]) -> Findings:
     """Mean losses, and the paired difference of calibrated and the best of the others."""
     full, rows, costs = result["full"], [], []
@@ -182,5 +171,10 @@ def find(result: dict[str, Any]) -> Findings:
     )
 
 
-STUDY = Study(StoriesConfig, measure, read, find=lambda result, config: [find(result)])
+STUDY = Study(
+    StoriesConfig,
+    measure,
+    read=lambda config: read_saved(config.results_path),
+    find=lambda result, config: [find(result)],
+)
 main = STUDY.main

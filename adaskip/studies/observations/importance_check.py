@@ -26,10 +26,10 @@ from adaskip.runs.job import resolve
 from adaskip.runs.manifest import is_done
 from adaskip.runs.runner import run
 from adaskip.strategies import FULL, LeastSkip, MostSkip
-from adaskip.studies.observations.saved import NotMeasuredError, drawing_order
+from adaskip.studies.observations.saved import drawing_order
 from adaskip.studies.observations.settings import ObserveConfig, Target
 from adaskip.studies.plots.style import FULL_LINE, save, styled
-from adaskip.studies.study import Claim, Findings
+from adaskip.studies.study import Claim, Findings, read_json, read_saved
 from adaskip.studies.tables import labels
 from adaskip.studies.tables.runs import load_run
 from adaskip.studies.tables.scores import score_run
@@ -75,8 +75,8 @@ def measure_check(config: ObserveConfig) -> None:
             entry["sources"] = {name: manifest[name] for name in PROVENANCE if name in manifest}
         path = config.out_dir / SCORES_FILE
         with exclusive(path.with_suffix(".lock"), wait=True):  # another process may save another model
-            held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            text = json.dumps({**held, config.label(model): entry}, ensure_ascii=False, allow_nan=False)
+            saved = {**read_json(path), config.label(model): entry}
+            text = json.dumps(saved, ensure_ascii=False, allow_nan=False)
             write_text_atomic(path, text + "\n")
 
 
@@ -109,10 +109,7 @@ def _scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 def load_check(out_dir: Path) -> Check:
     """What `measure_check` saved, in the order in which models are drawn."""
-    path = out_dir / SCORES_FILE
-    if not path.is_file():
-        raise NotMeasuredError(f"{path} does not exist; leave out --draw-only")
-    check = json.loads(path.read_text(encoding="utf-8"))
+    check = read_saved(out_dir / SCORES_FILE)
     return {model: check[model] for model in sorted(check, key=drawing_order)}
 
 

@@ -34,13 +34,6 @@ class Target:
         return TASKS.get(self.task, self.task)
 
 
-def load_defaults(benchmark: str) -> dict[str, Any]:
-    """The block of a benchmark in `configs/observations.yaml` with the shared settings; ValueError if it has none."""
-    content = load_yaml("observations")
-    windows = content.pop("windows")
-    return {"windows": windows, **content[check_choice("benchmark of the observations", benchmark, content)]}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig(StudyConfig):
     """The options of every script in `observations/`."""
@@ -53,7 +46,10 @@ class ObserveConfig(StudyConfig):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        return load_defaults(str(self.benchmark))
+        """The benchmark's block of `configs/observations.yaml` with `windows`; ValueError if it has none."""
+        content = load_yaml("observations")
+        windows = content.pop("windows")
+        return {"windows": windows, **content[check_choice("benchmark of the observations", self.benchmark, content)]}
 
     @property
     def num_samples(self) -> int:

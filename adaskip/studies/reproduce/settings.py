@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaskip.common.configs import load_yaml
-from adaskip.common.options import option
+from adaskip.common.options import check_options, option
 from adaskip.common.paths import default_path, given_or_default
 from adaskip.runs.cells import MODELS, PHASES
 from adaskip.runs.config import GridConfig, RunConfig
@@ -31,17 +31,17 @@ class ReproduceConfig:
     """The options of `eval/reproduce.py`."""
 
     strategies: tuple[str, ...] = option(f"strategies: {', '.join(GRID_STRATEGIES)}", GRID_STRATEGIES)
-    limit: int | None = option("use only the first N samples of each task; default: `quick` in configs/phases.yaml")
-    subset: int | None = option("use N random samples of each task instead (--seed), the same for every cell")
+    limit: int | None = option(
+        "use only the first N samples of each task; default: `quick` in configs/phases.yaml", least=1
+    )
+    subset: int | None = option("use N random samples of each task instead (--seed), the same for every cell", least=1)
     seed: int = option("seed of --subset", 0)
-    jobs: int | None = option("number of processes; default: one per core")
+    jobs: int | None = option("number of processes; default: one per core", least=1)
     output_dir: str | None = option(f"output folder; default: {OUTPUT_DIR}")
     dry_run: bool = option("print the cells and an estimate, and run nothing", False)
 
     def __post_init__(self) -> None:
-        for name in ("limit", "subset", "jobs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
+        check_options(self)
         committed = default_path("results/testbed")
         if self.out_dir.resolve() == committed.resolve():
             raise ValueError(
