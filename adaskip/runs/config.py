@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adaskip.benchmarks.protocol import BENCHMARKS, DEFAULT, Benchmark, build_benchmark
 from adaskip.common.choices import check_choice
-from adaskip.common.options import option
+from adaskip.common.options import check_options, option
 from adaskip.common.own_options import options_help, parse_options
 from adaskip.common.paths import given_or_default
 from adaskip.core.plan import Budget
@@ -60,23 +60,20 @@ class SharedConfig:
         "default: the local Hub cache"
     )
     device: str | None = option("torch device; default: cuda if available, else cpu")
-    dtype: str | None = option(f"dtype of the weights: {', '.join(DTYPES)}; default: bfloat16 on cuda, else float32")
+    dtype: str | None = option(
+        f"dtype of the weights: {', '.join(DTYPES)}; default: bfloat16 on cuda, else float32", choices=DTYPES
+    )
     attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
     device_map: str | None = option("accelerate's device map, e.g. auto, to spread a model over several devices")
     chat: str | None = option("chat wrapper: none, template, or a text with {prompt}; default: that of the model")
     seed: int = option("seed of torch's generators and of --subset", 0)
-    threads: int | None = option("CPU threads of torch; default: torch's choice")
+    threads: int | None = option("CPU threads of torch; default: torch's choice", least=1)
 
     def __post_init__(self) -> None:
+        check_options(self)
         self._check_benchmark()
-        if self.dtype is not None:
-            check_choice("--dtype", self.dtype, DTYPES)
         if self.device is not None and self.device_map is not None:
             raise ValueError("--device and --device-map both place the model: give only one of them")
-        for name in ("threads", "limit", "subset", "batch_size", "max_new_tokens", "jobs", "max_length"):
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
     def _check_benchmark(self) -> None:
         """Raise ValueError if benchmark, its options, protocol and tasks do not fit together."""
@@ -133,11 +130,12 @@ class DataConfig(SharedConfig):
         "the sets of calibrated are searched on the shorter ones; default: that of the protocol, for the paper's 4000"
     )
     max_length: int | None = option(
-        "use only records of at most N words, also for measuring importance; default: no limit"
+        "use only records of at most N words, also for measuring importance; default: no limit", least=1
     )
     max_prompt_tokens: int | None = option(
         "maximum prompt length before the chat wrapper is added; longer prompts lose their middle or, in a protocol "
-        "with longest_prompt_tokens, are left out; default: the limit of the protocol or the model"
+        "with longest_prompt_tokens, are left out; default: the limit of the protocol or the model",
+        least=2,
     )
     output_dir: str | None = option(
         "where runs go, with the folder of their profiles beside it; if not given, results/runs, or of another "
@@ -147,8 +145,6 @@ class DataConfig(SharedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_repeats("task", self.tasks or ())
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
-            raise ValueError(f"--max-prompt-tokens must be at least 2, not {self.max_prompt_tokens}")
 
     @property
     def runs_dir(self) -> Path:
@@ -159,10 +155,12 @@ class DataConfig(SharedConfig):
 class WorkConfig(DataConfig):
     """Options of `run` and `grid`: the number of samples, and how they are generated."""
 
-    limit: int | None = option("use only the first N samples of each task; default: that of the phase")
-    subset: int | None = option("use only N random samples of each task (--seed), the same for every cell")
-    batch_size: int | None = option("samples per batch; default: that of the protocol")
-    max_new_tokens: int | None = option("maximum number of new tokens per sample; default: the cap of task and phase")
+    limit: int | None = option("use only the first N samples of each task; default: that of the phase", least=1)
+    subset: int | None = option("use only N random samples of each task (--seed), the same for every cell", least=1)
+    batch_size: int | None = option("samples per batch; default: that of the protocol", least=1)
+    max_new_tokens: int | None = option(
+        "maximum number of new tokens per sample; default: the cap of task and phase", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -290,22 +288,22 @@ class CalibrateConfig(DataConfig):
     output: str | None = option(
         "JSON file to which the profile is also written, for --profile; runs look for it in another place"
     )
-    samples: int | None = option("number of calibration prompts; default: that of the protocol")
-    batch_size: int = option("prompts per forward", 1)
+    samples: int | None = option("number of calibration prompts; default: that of the protocol", least=1)
+    batch_size: int = option("prompts per forward", 1, least=1)
     select: str | None = option(
         f"search the sets of strategy calibrated for this phase ({', '.join(PHASES)}) instead of measuring importance"
     )
-    up_to: int | None = option("with --select: size of the largest set; default: the largest budget of the protocol")
+    up_to: int | None = option(
+        "with --select: size of the largest set; default: the largest budget of the protocol", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_model(self, self.model)
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"--samples must be at least 1, not {self.samples}")
         if self.select is not None:
             check_choice("phase", self.select, PHASES)
-        if self.up_to is not None and (self.select is None or self.up_to < 1):
-            raise ValueError(f"--up-to needs --select and must be at least 1; given: {self.up_to}")
+        if self.up_to is not None and self.select is None:
+            raise ValueError(f"--up-to {self.up_to} needs --select")
         if self.tasks is not None and self.select is None:
             raise ValueError(
                 f"--tasks are the tasks for --select; importance is measured on {self.setup.calibration_task}: "
@@ -318,16 +316,20 @@ class GridConfig(WorkConfig):
     """Options of many cells: every combination of models, phases, strategies and budgets."""
 
     models: tuple[str, ...] = option(MODEL_HELP, MODELS)
-    phases: tuple[str, ...] = option(f"of {', '.join(PHASES)}", PHASES)
+    phases: tuple[str, ...] = option(f"phases in which sublayers are skipped: {', '.join(PHASES)}", PHASES)
     strategies: tuple[str, ...] = option(
-        lambda: f"of {', '.join(SHORT_NAMES)}, or package.module:Class", lambda: tuple(GRID_STRATEGIES)
+        lambda: f"strategies: {', '.join(SHORT_NAMES)}, or package.module:Class", lambda: tuple(GRID_STRATEGIES)
     )
-    budgets: tuple[int, ...] | None = option("sublayers; if not given, the setup's three")
+    budgets: tuple[int, ...] | None = option(
+        "numbers of sublayers to skip; default: those of the protocol, scaled to the depth of the model"
+    )
     jobs: int | None = option(
-        "cells run at the same time; if not given, of the testbed on a CPU one per core, else one"
+        "number of parallel processes; default: for the testbed on a CPU one per core, else one", least=1
     )
-    dry_run: bool = option("print the cells, done or missing, and what they would cost; load and run nothing", False)
-    estimate_for: str = option(f"GPU whose time the dry run estimates: {', '.join(known_devices())}", "L20")
+    dry_run: bool = option(
+        "print the cells with the states of their runs and an estimate of their cost; load and run nothing", False
+    )
+    estimate_for: str = option(f"GPU for the estimate of --dry-run: {', '.join(known_devices())}", "L20")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,7 +348,7 @@ class GridConfig(WorkConfig):
 
 
 def check_model(config: SharedConfig, model: str) -> None:
-    """ValueError unless `model` is one that `--model` takes with the other options; nothing is read or downloaded."""
+    """ValueError unless `--model` accepts `model` with the other options; nothing is read or downloaded."""
     if models := BENCHMARKS.find(str(config.benchmark)).models:
         check_choice(f"model of {config.benchmark}", model, models)
     find_source(model, config.checkpoint)

@@ -17,7 +17,7 @@ from torch import Tensor
 from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.common.commands import study
 from adaskip.common.files import write_text_atomic
-from adaskip.common.options import check_options, option
+from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
 from adaskip.common.pipe_table import pipe_table
 from adaskip.models.loading import LoadedModel
@@ -48,7 +48,6 @@ class StudyConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self)
         names = [name for given in self.models for name in (MODELS if given == ALL else (given,))]
         object.__setattr__(self, "models", tuple(dict.fromkeys(names)))
         for name in self.models:

@@ -11,8 +11,9 @@ from pandas import DataFrame
 
 from adaskip.models.stories import NOT_AT_HAND, STORIES
 from adaskip.studies.ablation import online_findings
-from adaskip.studies.ablation.online import AblationConfig, Variant, keep, mean_skipped, read, variants
+from adaskip.studies.ablation.online import SAMPLES_FILE, AblationConfig, Variant, keep, mean_skipped, variants
 from adaskip.studies.ablation.online_findings import COLUMNS, compare, find, main
+from adaskip.studies.study import read_saved
 
 NUM_SAMPLES = 12
 OFF_4, OFF_6, ONLINE, IDLE = Variant(4), Variant(6), Variant(4, 20, 0.25), Variant(4, 20)
@@ -106,7 +107,7 @@ def test_results_are_kept_whole_and_drawn_without_a_model(tmp_path, monkeypatch,
     kept = {"llama": results(0.7), STORIES: results(-1.5, "loss")}
     for name, each in kept.items():
         keep(config, {name: each})
-    assert read(config) == kept
+    assert read_saved(config.out_dir / SAMPLES_FILE) == kept
     monkeypatch.setattr(sys, "argv", ["online_ablation.py", "--draw-only", "--output-dir", str(tmp_path)])
     monkeypatch.setattr(online_findings.online, "measure", None)
     assert main("What it does.") == 0

@@ -90,7 +90,7 @@ class AblationConfig(StudyConfig):
     folder = "online"
 
     tasks: tuple[str, ...] = option("tasks, with answers longer than P", ("gov_report", "multi_news"))
-    limit: int = option("samples of each task", 8)
+    limit: int = option("number of samples of each task", 8, least=1)
     stories: int = option(
         f"number of stories for {STORIES}, which is in the folder of the environment variable ADASKIP_REAL; 0 for none",
         24,
@@ -99,8 +99,10 @@ class AblationConfig(StudyConfig):
     quantiles: tuple[float, ...] = option(
         "values of beta besides the paper's, as quantiles of FFN similarity", QUANTILES
     )
-    max_new_tokens: int | None = option("maximum number of new tokens per answer; default: the cap of the phase")
-    jobs: int | None = option("number of parallel runs; default: with --testbed one per core, else one")
+    max_new_tokens: int | None = option(
+        "maximum number of new tokens per answer; default: the cap of the phase", least=1
+    )
+    jobs: int | None = option("number of parallel runs; default: with --testbed one per core, else one", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,9 +40,11 @@ class ObserveConfig(StudyConfig):
 
     folder = "observations"
 
-    limit: int | None = option("samples of each task (default: configs/observations.yaml)")
-    batch_size: int | None = option("samples measured together (default: configs/observations.yaml)")
-    max_new_tokens: int | None = option("maximum number of new tokens per answer (default: the cap of task and phase)")
+    limit: int | None = option("number of samples of each task (default: configs/observations.yaml)", least=1)
+    batch_size: int | None = option("samples per batch (default: configs/observations.yaml)", least=1)
+    max_new_tokens: int | None = option(
+        "maximum number of new tokens per answer (default: the cap of task and phase)", least=1
+    )
 
     @property
     def defaults(self) -> dict[str, Any]:
