@@ -54,7 +54,7 @@ class StudyConfig(DataConfig):
             if name not in self.extra_models:
                 check_model(self, name)
         if self.checkpoint is not None and (len(self.models) != 1 or self.models[0] in self.extra_models):
-            raise ValueError("--checkpoint applies to one model: give exactly one with --models")
+            raise ValueError("--checkpoint needs exactly one model in --models")
 
     @property
     def out_dir(self) -> Path:

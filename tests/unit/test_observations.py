@@ -216,7 +216,7 @@ def test_findings_are_written_as_text_table_and_numbers(tmp_path):
     [
         ({"models": ("lama",)}, "Did you mean 'llama'"),
         ({"tasks": ("trek",)}, "Did you mean trec"),
-        ({"checkpoint": "x"}, "exactly one --model"),
+        ({"checkpoint": "x"}, "exactly one model in --models"),
         ({"max_prompt_tokens": 1}, "at least 2"),
         ({"limit": 0}, "--limit must be at least 1"),
     ],

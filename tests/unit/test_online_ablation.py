@@ -132,7 +132,8 @@ def test_variants_are_the_full_model_offline_budgets_and_every_p_and_beta():
 
 
 @pytest.mark.parametrize(
-    ("options", "line"), [({"windows": (0,)}, "at least 1 token"), ({"quantiles": (2.0,)}, "0 and 1")]
+    ("options", "line"),
+    [({"windows": (0,)}, "--windows must be at least 1, not 0"), ({"quantiles": (2.0,)}, "must be from 0 to 1")],
 )
 def test_impossible_options_are_refused(options, line):
     with pytest.raises(ValueError, match=line):
