@@ -41,6 +41,7 @@ from adaskip.studies.tables.runs import load_run
 from adaskip.studies.tables.scores import score_run
 
 SAMPLES_FILE = "online_ablation_samples.json"
+SCORE, REFERENCE_LOSS = "score", "reference_loss"
 WINDOWS = (5, 10, 20, 40)
 QUANTILES = (0.1, 0.25, 0.5)
 OFFLINE = (1.0, 1.5, 2.0, 2.5, 3.0)
@@ -91,6 +92,11 @@ class AblationConfig(StudyConfig):
 
     tasks: tuple[str, ...] = option("tasks, with answers longer than P", ("gov_report", "multi_news"))
     limit: int = option("number of samples of each task", 8, least=1)
+    quality: str = option(
+        f"measure of an answer: {SCORE}, or {REFERENCE_LOSS} (loss of the reference answer)",
+        SCORE,
+        choices=(SCORE, REFERENCE_LOSS),
+    )
     stories: int = option(
         f"number of stories for {STORIES}, which is in the folder of the environment variable ADASKIP_REAL; 0 for none",
         24,
@@ -124,9 +130,9 @@ class AblationConfig(StudyConfig):
 
 
 Results = dict[str, Any]
-"""Saved results of one model. measure: `score` or `loss`. sources: what the numbers were measured on. variants: their
-fields, and `samples`: for each its id, quality (score or negative loss: higher is better), skipped sublayers per decode
-step, FFNs added online, and milliseconds per token (None if not measured)."""
+"""Saved results of one model. measure: SCORE, REFERENCE_LOSS, or `loss` of a story. sources: what the numbers were
+measured on. variants: their fields, and `samples`: for each its id, quality (score or negative loss: higher is better),
+skipped sublayers per decode step, FFNs added online, and milliseconds per token (None if not measured)."""
 
 
 def measure(config: AblationConfig) -> None:
@@ -173,7 +179,7 @@ def _run_config(config: AblationConfig, model: str, variant: Variant) -> RunConf
 
 
 def read_runs(config: AblationConfig, model: str) -> Results:
-    """Score the finished runs of a model."""
+    """The quality of the answers in the finished runs of a model. Raises ValueError if a record has no loss."""
     sources, by_variant = {}, []
     for variant in config.variants(model):
         found, samples = load_run(resolve(_run_config(config, model, variant)).folder.path), []
@@ -184,9 +190,16 @@ def read_runs(config: AblationConfig, model: str) -> Results:
                 # An answer that ends by itself has an end token, which is not in the record but took a step.
                 steps, added = min(record["new_tokens"], most - 1), len(record["online_ffns"])
                 learnt = [mean_skipped(variant, added, steps), added, record.get("tpot_ms")]
-                samples.append([f"{task}/{name}", scored.main.by_id[name], *learnt])
+                quality = scored.main.by_id[name] if config.quality == SCORE else _negative_loss(record)
+                samples.append([f"{task}/{name}", quality, *learnt])
         by_variant.append({**asdict(variant), "samples": samples})
-    return {"measure": "score", "sources": sources, "variants": by_variant}
+    return {"measure": config.quality, "sources": sources, "variants": by_variant}
+
+
+def _negative_loss(record: Mapping[str, Any]) -> float:
+    if record.get("reference_loss") is None:
+        raise ValueError(f"record {record['id']!r} has no reference loss; use --quality {SCORE}")
+    return -record["reference_loss"]
 
 
 def mean_skipped(variant: Variant, added: int, steps: int) -> float:
