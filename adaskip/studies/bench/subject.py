@@ -114,10 +114,15 @@ def load_subject(config: BenchConfig) -> Subject:
     )
     loading = find_loading(shared, config.model)
     loaded = loading.load()
-    profile, selections = (find(config, loaded.model, loaded) for find in (find_importance, find_selections))
-    path = loading.source.path
-    gguf_file = path if is_gguf(path) else None
-    return Subject(loaded.model, profile, loaded.weights_fingerprint, selections, loaded.tokenizer, gguf_file)
+    model, path = loaded.model, loading.source.path
+    return Subject(
+        model,
+        find_importance(config, model, loaded),
+        loaded.weights_fingerprint,
+        find_selections(config, model, loaded),
+        loaded.tokenizer,
+        path if is_gguf(path) else None,
+    )
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -172,7 +177,8 @@ def find_selections(
     searched if there is none; else None."""
     if config.study != "strategies" or not any(map(needs_selection, config.strategies)):
         return {}
-    fitting, phases = None if config.random_weights else model, list(map(check_phase, config.phases))
+    fitting = None if config.random_weights else model
+    phases = [check_phase(phase) for phase in config.phases]
     found: dict[Phase, SelectionProfile | None] = {}
     for path in config.selection or ():
         if not Path(path).is_file():

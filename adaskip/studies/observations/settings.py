@@ -51,7 +51,8 @@ class ObserveConfig(StudyConfig):
         """The benchmark's block of `configs/observations.yaml` with `windows`; ValueError if it has none."""
         content = load_yaml("observations")
         windows = content.pop("windows")
-        return {"windows": windows, **content[check_choice("benchmark of the observations", self.benchmark, content)]}
+        name = check_choice("benchmark of the observations", str(self.benchmark), content)
+        return {"windows": windows, **content[name]}
 
     @property
     def num_samples(self) -> int:
