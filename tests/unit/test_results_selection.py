@@ -42,7 +42,7 @@ def test_only_what_is_complete_is_compared_and_counted(tmp_path):
     found = matches(results)
     assert [*found["model"]] == ["llama", "vicuna"]
     said = sentence(found)
-    assert "In 2 of 2 places" in said
+    assert "In 2 of 2 combinations of model, phase and budget, calibrated" in said
     assert "more in 1 (1 significantly), the same in 1. It scores less in 0 (0 significantly)." in said
     assert (
         said

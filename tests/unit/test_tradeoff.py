@@ -102,7 +102,7 @@ def test_fronts_are_counted_for_the_readme(folder):
     }
     on_fronts, fastest = sentences(tradeoff)
     assert "AdaSkip is on the front with 8 of its 8 points, on 4 of 4 fronts" in on_fronts
-    assert fastest.endswith("(times in 2 x 2): Early Exit 0, AdaSkip 4, the full model 0.")
+    assert fastest.endswith("number of panels out of 2 x 2: Early Exit 0, AdaSkip 4, the full model 0.")
 
 
 def test_where_nothing_keeps_enough_the_full_model_is_the_fastest(folder):
