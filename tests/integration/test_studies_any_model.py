@@ -54,6 +54,7 @@ def test_observations_have_a_column_for_each_model(study, name):
     assert (manifest["model"], manifest["num_layers"], manifest["benchmark"]) == ("Tiny-Five", 5, "longbench")
 
 
+@pytest.mark.slow
 def test_hit_rates_are_told_for_each_depth(study):
     _, out = study(
         "observations/tables12.py", "--tasks", "trec", "gov_report", "--limit", "2", "--max-new-tokens", "24"
@@ -88,6 +89,7 @@ def test_compensation_is_judged_on_each_model(study):
     assert {name: len(each["cells"]) for name, each in cells.items() if name in NAMES} == dict.fromkeys(NAMES, 2)
 
 
+@pytest.mark.slow
 def test_lossless_answers_equal_the_full_models(study):
     few = ("--prompts", "2", "--new-tokens", "6", "--strategies", "adaskip", "unified", "--tasks", "trec", "gov_report")
     told, out = study("speed/lossless.py", *few)
