@@ -178,7 +178,7 @@ def find_selections(
     if config.study != "strategies" or not any(map(needs_selection, config.strategies)):
         return {}
     fitting = None if config.random_weights else model
-    phases = [check_phase(phase) for phase in config.phases]
+    phases: list[Phase] = [check_phase(phase) for phase in config.phases]
     found: dict[Phase, SelectionProfile | None] = {}
     for path in config.selection or ():
         if not Path(path).is_file():
