@@ -11,15 +11,16 @@ import copy
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from transformers import CompileConfig, GenerationConfig, GenerationMixin
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, modeling_gguf_pytorch_utils
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 __all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass"]  # re-exported; both since torch 2.1 in this module
 
@@ -153,6 +154,23 @@ def stop_keeping(cache: Cache) -> None:
 
 SLIDING_MASK = "create_sliding_window_causal_mask"
 """The mask function that every decoder with sliding windows imports into its own module."""
+
+
+# transformers: GGUF files
+
+
+@contextmanager
+def quiet_gguf_bar() -> Iterator[None]:
+    """Inside, `disable_progress_bar` also turns off the bar of GGUF tensors, which the module draws with tqdm itself.
+
+    Since transformers 4.41.
+    """
+    module: Any = modeling_gguf_pytorch_utils
+    stock, module.tqdm = module.tqdm, logging.tqdm
+    try:
+        yield
+    finally:
+        module.tqdm = stock
 
 
 # transformers: generate

@@ -195,9 +195,10 @@ def test_bitsandbytes_weights_keep_their_fingerprint_through_the_first_forward(o
     assert weights_fingerprint(other) != fingerprint
 
 
+@pytest.mark.torchao
 @pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_a_torchao_model_is_calibrated_and_its_profile_loaded(name, tmp_path):
-    torchao = pytest.importorskip("torchao.quantization")
+    import torchao.quantization as torchao
 
     def fresh(seed=0):
         model = random_model("llama", seed=seed, **WIDE).bfloat16()

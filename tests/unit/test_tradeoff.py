@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -21,18 +23,25 @@ QUALITIES = {("adaskip", 4): 1.0, ("adaskip", 8): 0.5, ("early_exit", 4): 0.7, (
 SPEEDS = {("adaskip", 4): 1.1, ("adaskip", 8): 1.25, ("early_exit", 4): 1.15, ("early_exit", 8): 1.2}
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Runs and speeds of two models, prefill and end to end."""
+    made = tmp_path_factory.mktemp("written")
     for model in ("llama", "vicuna"):
         for phase in ("prefill", "e2e"):
-            write_run(tmp_path / "runs", Cell(model, phase, "full", 0), 1.0)
+            write_run(made / "runs", Cell(model, phase, "full", 0), 1.0)
             for (strategy, sublayers), quality in QUALITIES.items():
-                write_run(tmp_path / "runs", Cell(model, phase, strategy, sublayers), quality)
+                write_run(made / "runs", Cell(model, phase, strategy, sublayers), quality)
         faster = 1.0 if model == "llama" else 1.1
         speedups = {(phase, *key): faster * x for key, x in SPEEDS.items() for phase in ("prefill", "e2e")}
-        write_speeds(tmp_path / f"{model}.json", speedups)
-    return tmp_path
+        write_speeds(made / f"{model}.json", speedups)
+    return made
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(written, tmp_path, dirs_exist_ok=True))
 
 
 def find_all(folder):
