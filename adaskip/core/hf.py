@@ -3,6 +3,7 @@
 Private names change without notice, so each is used only here, as a constant or in a small function, and
 `tests/unit/test_hf_names.py` fails if a release renames one or changes its behaviour. All of them exist in the
 supported releases, torch 2.11 to 2.13 and transformers 5.17 to 5.23; "since" gives the first release known to have it.
+Releases from 5.24 on pass the KV cache as `cache` instead of `past_key_values`, and importing this module fails there.
 """
 
 from __future__ import annotations
@@ -11,17 +12,24 @@ import copy
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from transformers import CompileConfig, GenerationConfig, GenerationMixin
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, __version__, modeling_gguf_pytorch_utils
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 __all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass"]  # re-exported; both since torch 2.1 in this module
+
+if "past_key_values" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+    raise ImportError(
+        f"transformers {__version__} passes the KV cache in another argument than past_key_values; "
+        "adaskip works with transformers 5.17 to 5.23"
+    )
 
 # torch: modules
 
@@ -153,6 +161,23 @@ def stop_keeping(cache: Cache) -> None:
 
 SLIDING_MASK = "create_sliding_window_causal_mask"
 """The mask function that every decoder with sliding windows imports into its own module."""
+
+
+# transformers: GGUF files
+
+
+@contextmanager
+def quiet_gguf_bar() -> Iterator[None]:
+    """Inside, `disable_progress_bar` also turns off the bar of GGUF tensors, which the module draws with tqdm itself.
+
+    Since transformers 4.41.
+    """
+    module: Any = modeling_gguf_pytorch_utils
+    stock, module.tqdm = module.tqdm, logging.tqdm
+    try:
+        yield
+    finally:
+        module.tqdm = stock
 
 
 # transformers: generate

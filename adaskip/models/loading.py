@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adaskip.core import hf
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.core.packed_sdpa import register_packed
@@ -228,7 +229,7 @@ def _load_weights(
         options["use_safetensors"] = kind == "safetensors"
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with said_in_one_line(f"{folder} cannot be loaded"):
+    with said_in_one_line(f"{folder} cannot be loaded"), hf.quiet_gguf_bar():
         model, info = model_class.from_pretrained(config=config, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")

@@ -23,7 +23,7 @@ from adaskip.runs import runner
 from tests.tiny_runs import NUM_SAMPLES, ROOT, cell, records
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["adaskip.cli"])
+context.set_forkserver_preload(["pytest", "adaskip.cli", "transformers.models.llama.modeling_llama"])
 
 LIMIT_S = 240
 LABEL = "llama-ADA-E2E/2-sublayers"

@@ -250,6 +250,7 @@ def test_a_grid_of_several_models_has_no_checkpoint():
         GridConfig(checkpoint="x")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_of_a_dry_run_is_no_error():
     ours, theirs = os.pipe()
     os.close(ours)

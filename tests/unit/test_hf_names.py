@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib.util
 import inspect
 import re
 import sys
@@ -254,6 +255,15 @@ def test_generate_takes_its_steps_by_the_methods_that_are_replaced():
     }
     for name, needed in given.items():
         assert set(needed) <= set(parameters_of(tiny(), name)), name
+
+
+def test_a_release_that_passes_the_cache_in_another_argument_is_refused(monkeypatch):
+    monkeypatch.setattr(GenerationMixin, hf.NEXT_STEP, lambda self, input_ids, cache=None: None)
+    spec = importlib.util.spec_from_file_location("another_hf", hf.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=r"passes the KV cache in another argument.*works with transformers 5\.17 to"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_generate_reads_a_prompt_by_one_method(monkeypatch):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
+from transformers.utils import logging as hf_logging
 
 from adaskip.models import gguf_file
 from adaskip.models.loading import ModelError, find_source, load_model, registry
@@ -179,6 +181,19 @@ def gguf_path(tmp_path) -> Path:
 @pytest.fixture
 def written(tmp_path, gguf_path) -> LlamaForCausalLM:
     return write_gguf(gguf_path, write_family("llama", tmp_path / "family"))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_bars_while_weights_are_dequantised_are_drawn_only_if_asked_for(gguf_path, written, asked, capsys):
+    before = hf_logging.is_progress_bar_enabled()
+    (hf_logging.enable_progress_bar if asked else hf_logging.disable_progress_bar)()
+    try:
+        capsys.readouterr()
+        load_model(str(gguf_path), device="cpu")
+        assert ("GGUF" in capsys.readouterr().err) == asked
+    finally:
+        (hf_logging.enable_progress_bar if before else hf_logging.disable_progress_bar)()
+    assert modeling_gguf_pytorch_utils.tqdm is tqdm
 
 
 def test_a_gguf_file_is_loaded_with_its_weights_and_can_be_saved(gguf_path, written, tmp_path):

@@ -80,19 +80,15 @@ def test_a_run_without_an_optional_package_is_one_line(ended):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "package"),
     [
         ("eval/eval.py --testbed --model llama-EE-PREFILL", "rich"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("-m adaskip bench --figure overhead_testbed", "rich"),
-                ("eval/tables.py --testbed", "rich"),
-                ("observations/ob1.py --testbed", "matplotlib"),
-                ("speed/roofline.py", "matplotlib"),
-            )
-        ),
+        ("-m adaskip bench --figure overhead_testbed", "rich"),
+        ("eval/tables.py --testbed", "rich"),
+        ("observations/ob1.py --testbed", "matplotlib"),
+        ("speed/roofline.py", "matplotlib"),
     ],
 )
 def test_a_command_that_needs_a_missing_package_is_one_line(command, package):

@@ -99,7 +99,7 @@ def _hold(path: Path, ready, done) -> None:
 
 def test_a_second_process_is_refused_before_it_computes_anything(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "partial.jsonl"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     holder = context.Process(target=_hold, args=(path, ready, done))
     holder.start()
