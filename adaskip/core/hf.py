@@ -25,12 +25,6 @@ from transformers.utils import logging
 
 __all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass"]  # re-exported; both since torch 2.1 in this module
 
-if "past_key_values" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-    raise ImportError(
-        f"transformers {__version__} passes the KV cache in another argument than past_key_values; "
-        "adaskip works with transformers 5.17 to 5.23"
-    )
-
 # torch: modules
 
 ORIGINAL_MODULE = "_orig_mod"
@@ -185,6 +179,12 @@ def quiet_gguf_bar() -> Iterator[None]:
 NEXT_STEP = "prepare_inputs_for_generation"
 """The model method that `generate` calls before each forward, with the keywords `past_key_values`,
 `is_first_iteration` and `next_sequence_length` (None if the whole input is read)."""
+if "past_key_values" not in inspect.signature(getattr(GenerationMixin, NEXT_STEP)).parameters:
+    raise ImportError(
+        f"transformers {__version__} passes the KV cache in another argument than past_key_values; "
+        "adaskip works with transformers 5.17 to 5.23"
+    )
+
 COMPILED_STEPS = "get_compiled_call"
 """The model method that returns the callable for compiled decode steps of `generate`. Since transformers 4.48."""
 PREFILL = "_prefill"
