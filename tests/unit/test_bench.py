@@ -219,7 +219,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny, monkeypatch):
 
 def test_a_result_is_not_continued_by_another_measurement(tiny):
     run_bench(tiny(rounds=1))
-    with pytest.raises(ValueError, match=r"another new_tokens \(there 4, now 5\): give --name .* or --fresh"):
+    with pytest.raises(ValueError, match=r"another new_tokens \(there 4, now 5\): give another --name, or --fresh"):
         run_bench(tiny(new_tokens=5))
     outcome = run_bench(tiny(new_tokens=5, rounds=1, fresh=True))
     assert outcome.result.workloads == [Workload(8, 5)]
@@ -301,8 +301,8 @@ def test_random_weights_are_usable_numbers():
     ("options", "message"),
     [
         ({"random_weights": True, "testbed": True}, "--random-weights, --testbed all choose the weights"),
-        ({"model": "llama-100m"}, "give --random-weights with it"),
-        ({"clock": "process"}, "give --threads 1 with it"),
+        ({"model": "llama-100m"}, "llama-100m has no checkpoint: give --random-weights"),
+        ({"clock": "process"}, "so it needs --threads 1"),
         ({"new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"prompt_tokens": (8, 8)}, "--prompt-tokens names something twice: 8 8"),
         ({"budgets": (0,)}, "--budgets must be at least 1, not 0"),
@@ -345,7 +345,7 @@ def test_unknown_figures_are_refused_with_a_suggestion(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 def test_without_cuda_a_gpu_figure_is_one_line(capsys, tmp_path):
     assert main(["bench", "--figure", "gpu_kv", "--output-dir", str(tmp_path)]) == 2
-    assert re.fullmatch(r"error: --device cuda asked for, .* sees no CUDA device; use cpu\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: --device cuda: .* finds no CUDA device; use cpu\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
