@@ -301,8 +301,8 @@ def test_random_weights_are_usable_numbers():
     ("options", "message"),
     [
         ({"random_weights": True, "testbed": True}, "--random-weights, --testbed all choose the weights"),
-        ({"model": "llama-100m"}, "give --random-weights"),
-        ({"clock": "process"}, "needs --threads 1"),
+        ({"model": "llama-100m"}, "llama-100m has no checkpoint: give --random-weights"),
+        ({"clock": "process"}, "so it needs --threads 1"),
         ({"new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"prompt_tokens": (8, 8)}, "--prompt-tokens names something twice: 8 8"),
         ({"budgets": (0,)}, "--budgets must be at least 1, not 0"),

@@ -132,4 +132,4 @@ def test_a_selection_of_a_phase_that_is_not_timed_or_given_twice_is_one_line(her
     assert main([*common, "--selection", "missing.json"]) == 2
     assert "--selection missing.json does not exist" in capsys.readouterr().err
     assert main(["bench", "--testbed", "--strategies", "adaskip", "--selection", paths[0]]) == 2
-    assert "--selection is for strategy calibrated in study strategies" in capsys.readouterr().err
+    assert "--selection needs --study strategies with strategy calibrated" in capsys.readouterr().err
