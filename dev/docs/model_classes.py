@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import transformers
-from transformers import AutoModelForCausalLM
 
 from adaskip.core.blocks import UnsupportedModelError, find_structure
 from tests.integration.test_every_class import CLASSES, check_against_zeroed, tiny_model
@@ -20,8 +19,8 @@ HEAD = """# Model classes
 
 Every causal language model of transformers {version}, made as a tiny random model of four layers by
 `python -m dev.docs.model_classes` in a checkout. An accepted class generated the same tokens as the same model whose
-skipped sublayers put out zero, with logits within 1e-4, for plans of attention, FFN, both, and whole layers. A class can
-have several forms, so a model is checked again when it is used: the checkpoint's own configuration counts.
+skipped sublayers put out zero, with logits within 1e-4, for plans of attention, FFN, both, and whole layers. A class
+can have several forms, so a model is checked again when it is used: what counts is its own configuration.
 
 {accepted} of {all} classes are accepted and {refused} are refused. {others} could not be made tiny, so nothing is known
 about them.
@@ -47,8 +46,8 @@ def main() -> None:
     kinds = [row[0] for row in rows.values()]
     counts = {kind: kinds.count(kind) for kind in ("accepted", "refused")}
     counts |= {"all": len(kinds), "others": kinds.count("unknown"), "version": transformers.__version__}
-    lines = [f"| {architecture(name)} | {kind} | {told} |" for name, (kind, told) in rows.items()]
-    table = "\n".join(["| class | state | structure, or why not |", "|---|---|---|", *lines])
+    lines = [f"| {name.removesuffix('Config')} | {kind} | {told} |" for name, (kind, told) in rows.items()]
+    table = "\n".join(["| configuration | state | structure, or why not |", "|---|---|---|", *lines])
     vision = ", ".join(name.removesuffix("Config") for name in VISION)
     PAGE.write_text(f"{HEAD.format(**counts)}\n{table}\n{TAIL.format(vision=vision)}", encoding="utf-8")
 
@@ -62,14 +61,10 @@ def state(name: str) -> tuple[str, str]:
     try:
         structure = find_structure(model)
     except UnsupportedModelError as error:
-        return "refused", " ".join(str(error).split()).replace("|", "\\|")
+        line, _, _ = " ".join(str(error).split()).partition(" (pre-norm: ")  # the list of all structures
+        return "refused", line.replace("|", "\\|")
     check_against_zeroed(model, structure)
     return "accepted", structure.name
-
-
-def architecture(name: str) -> str:
-    """The model's class of a class of configurations."""
-    return AutoModelForCausalLM._model_mapping[CLASSES[name]].__name__
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_a_model_that_was_passed_is_the_stock_model_between_requests(folder, mod
         ("strategy=adaskip,budget=2", "strategy adaskip needs profile=FILE (ImportanceProfile)"),
         ("strategy=adaskp,budget=2", "adaskp"),
         ("plan=PLAN,budget=2", "a plan says by itself what is skipped and when: leave out budget, or plan"),
-        ("plan=none", "none"),
+        ("plan=no-such-plan", "no-such-plan"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_line(args, message, folder):
