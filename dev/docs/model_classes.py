@@ -28,7 +28,7 @@ about them.
 TAIL = """
 ## Other ways of having a model
 
-The same comparison, in `tests/integration/test_other_models.py`:
+The same comparison, in `tests/integration/test_other_models.py` and `tests/engines/test_torchao.py`:
 
 | model | state |
 |---|---|

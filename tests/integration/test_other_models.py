@@ -45,14 +45,6 @@ def test_a_model_in_bitsandbytes_weights(kind):
     check_against_zeroed(model.eval(), find_structure(model))
 
 
-@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_a_model_in_torchao_weights(kind):
-    torchao = pytest.importorskip("torchao.quantization")
-    model = random_model("llama", LAYERS, **WIDE)
-    torchao.quantize_(model, getattr(torchao, kind)())
-    check_against_zeroed(model, find_structure(model))
-
-
 def test_a_model_with_a_lora_adapter():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
