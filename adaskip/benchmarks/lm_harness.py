@@ -3,7 +3,7 @@
 lm_eval does not discover model types of other packages. `adaskip lm-eval` registers this one and then runs lm_eval's
 own command line; in Python, importing this module registers it.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
