@@ -87,7 +87,7 @@ def test_a_run_without_an_optional_package_is_one_line(ended):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ("-m adaskip bench --figure overhead_testbed", "rich"),
+                ("-m adaskip bench --figure overhead_testbed", "matplotlib"),
                 ("eval/tables.py --testbed", "rich"),
                 ("observations/ob1.py --testbed", "matplotlib"),
                 ("speed/roofline.py", "matplotlib"),
