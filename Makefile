@@ -59,9 +59,13 @@ setup-llama-cpp: setup
 	    [ ! -d $$folder ] || $$folder/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 || exit 1; \
 	done
 
-# vLLM serves what was exported for it, with the tokens of `skipping`; needs no network once the environment is made.
-test-engines: .venv-engines/.complete
+# vLLM serves what was exported for it, with the tokens of `skipping`; needs no network once the environment is made. Six minutes of
+# CPU time: too much for CI.
+test-engines: setup-engines
 	HF_HUB_OFFLINE=1 .venv-engines/bin/python -m pytest -m engines tests/engines
+
+.PHONY: setup-engines
+setup-engines: .venv-engines/.complete
 
 .venv-engines/.complete: requirements-engines.txt pyproject.toml
 	$(PYTHON) -m venv .venv-engines
@@ -139,6 +143,11 @@ bench-real: setup
 # The benchmark on CUDA, at most ten minutes per command; run it again to continue incomplete figures.
 bench-gpu: setup
 	$(call measure,$(BENCH_GPU))
+
+# Exported models of SmolLM2 in vLLM and llama.cpp, beside transformers, on one core: about an hour on a quiet machine. Needs make
+# setup-llama-cpp after setup-engines.
+bench-engines: setup setup-engines
+	$(call measure,$(BENCH_ENGINES))
 
 # A user's mistake (2, e.g. no such device) or a signal ends the list; after any other failure the next figure runs.
 define measure

@@ -43,10 +43,13 @@ def run_speed(*, model: str) -> NoReturn:
 
 
 def _command(argv: Sequence[str]) -> int:
+    if argv[:1] == ["lm-eval"]:
+        return _lm_eval(argv[1:])
     parser = Parser(prog="adaskip", description="Sublayer skipping for long-context LLMs on stock transformers models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (config, _, help_text) in COMMANDS.items():
         add_options(commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False), config)
+    commands.add_parser("lm-eval", help=LM_EVAL_HELP)
     with Processes().together():
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
@@ -134,6 +137,13 @@ def _export(config: ExportConfig) -> int:
     return 0
 
 
+def _lm_eval(argv: Sequence[str]) -> int:
+    from adaskip.benchmarks.lm_harness import run_lm_eval  # lm_eval is of an extra
+
+    run_lm_eval(argv)
+    return 0
+
+
 def _grid(config: GridConfig) -> int:
     if config.dry_run:
         _print_lines(dry_run(config))
@@ -156,6 +166,7 @@ def _print_lines(lines: Iterable[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop buffered output at exit
 
 
+LM_EVAL_HELP = "Run lm-evaluation-harness, with model type `adaskip`; the options are lm_eval's own."
 COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
     "run": (
         RunConfig,

@@ -14,6 +14,7 @@ EXTRAS = {
     ),
     "gguf": "gguf",
     "jieba": "zh",
+    "lm_eval": "lm-eval",
     "vllm": "vllm",
 }
 """The extra of adaskip that installs each package, by import name."""

@@ -1,4 +1,5 @@
-"""Those of these tests that need vLLM are collected in the environment of `make test-engines` only."""
+"""Tests of an engine are collected only where it is installed: vLLM by `make test-engines`, llama.cpp by
+`make setup-llama-cpp`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+collect_ignore_glob = [] if find_spec("llama_cpp") else ["test_llama_cpp.py"]
 if find_spec("vllm") is None:
-    collect_ignore_glob = ["test_vllm_*.py"]
+    collect_ignore_glob += ["test_vllm_*.py"]
 else:
     os.environ.update(ENVIRONMENT)

@@ -85,10 +85,15 @@ def test_a_run_without_an_optional_package_is_one_line(ended):
     ("command", "package"),
     [
         ("eval/eval.py --testbed --model llama-EE-PREFILL", "rich"),
-        ("-m adaskip bench --figure overhead_testbed", "rich"),
-        ("eval/tables.py --testbed", "rich"),
-        ("observations/ob1.py --testbed", "matplotlib"),
-        ("speed/roofline.py", "matplotlib"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("-m adaskip bench --figure overhead_testbed", "matplotlib"),
+                ("eval/tables.py --testbed", "rich"),
+                ("observations/ob1.py --testbed", "matplotlib"),
+                ("speed/roofline.py", "matplotlib"),
+            )
+        ),
     ],
 )
 def test_a_command_that_needs_a_missing_package_is_one_line(command, package):

@@ -1,0 +1,149 @@
+"""Model type `adaskip` of lm-evaluation-harness: its type `hf`, with sublayers skipped.
+
+lm_eval does not discover model types of other packages. `adaskip lm-eval` registers this one and then runs lm_eval's
+own command line; in Python, importing this module registers it.
+"""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from adaskip.common.optional import optional_import
+from adaskip.common.own_options import declared_options
+from adaskip.core.blocks import decoder_layers
+from adaskip.core.context import skipping
+from adaskip.core.model_plan import strategy_of
+from adaskip.core.plan import Budget, SkipPlan
+from adaskip.core.strategy import Strategy
+from adaskip.core.wrappers import unwrapped
+from adaskip.models.gguf_file import gguf_options, is_gguf
+from adaskip.models.packaged import is_packaged
+from adaskip.models.registry import registry
+from adaskip.models.source import find_source
+from adaskip.strategies import FULL, STRATEGIES, build, profile_type, strategy_name
+
+with optional_import():
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+
+MODEL_TYPE = "adaskip"
+
+
+def run_lm_eval(arguments: Sequence[str]) -> None:
+    """lm_eval's command line, which reads `sys.argv`. Raises SystemExit where it ends with a message of its own."""
+    sys.argv = ["lm-eval", *arguments]
+    cli_evaluate()
+
+
+@register_model(MODEL_TYPE)
+class AdaSkipLM(HFLM):
+    """A model that skips sublayers in every request, and is the stock model between them.
+
+    Args:
+        pretrained: as for `hf`: a folder, a Hub id or a loaded model; also a name of `configs/models.yaml` and a .gguf
+            file.
+        plan: folder, repository or published name of a saved plan. Or:
+        strategy: name of a strategy, or package.module:Class. budget: sublayers to skip. phase: default e2e.
+        profile: file, repository or published name of the profile that the strategy needs.
+        allow_other_weights: only warn if plan or profile were made for other weights of a model of this shape.
+        options: options of the strategy, such as learning_window, and all arguments of `hf`.
+
+    Log-likelihoods are scores of a text that is read at once: it counts as prompt, so that in phase decode nothing is
+    skipped, and a warning says so.
+
+    Raises:
+        ValueError: arguments that do not fit together, before anything is loaded; then what `skipping` refuses.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        plan: str | None = None,
+        strategy: str | None = None,
+        budget: int | None = None,
+        phase: str | None = None,
+        profile: str | None = None,
+        allow_other_weights: bool = False,
+        **options: Any,
+    ):
+        names = {name for known in STRATEGIES.values() for name in declared_options(known)}
+        own = {name: options.pop(name) for name in sorted(names & options.keys())}
+        settings = {"strategy": strategy, "budget": budget, "phase": phase, "profile": profile, **own}
+        given = {name: value for name, value in settings.items() if value is not None}
+        source = _read_plan(plan, given) if plan is not None else _read_profile(given)
+        super().__init__(**_weights(pretrained), **options)
+        model = unwrapped(self.model)
+        if not isinstance(source, SkipPlan):
+            source = _strategy(model, source, given, allow_other_weights)
+        self.strategy = strategy_of(source, model, allow_other_weights=allow_other_weights)
+        with skipping(self.model, self.strategy):
+            pass  # what cannot be skipped is refused here, before the first request
+
+    def loglikelihood(self, *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        """As of `hf`, under the strategy."""
+        with skipping(self.model, self.strategy):
+            return super().loglikelihood(*args, **options)
+
+    def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
+        """As of `hf`, under the strategy."""
+        with skipping(self.model, self.strategy):
+            return super().loglikelihood_rolling(*args, **options)
+
+    def generate_until(self, *args: Any, **options: Any) -> list[str]:
+        """As of `hf`, under the strategy."""
+        with skipping(self.model, self.strategy):
+            return super().generate_until(*args, **options)
+
+
+def _read_plan(name: str, given: dict[str, Any]) -> SkipPlan:
+    if given:
+        raise ValueError(f"a plan says by itself what is skipped and when: leave out {', '.join(given)}, or plan")
+    return SkipPlan.from_pretrained(name)
+
+
+def _read_profile(given: dict[str, Any]) -> Any:
+    """The profile that the strategy needs, None if it needs none."""
+    if (name := given.get("strategy")) is None or strategy_name(name) == FULL:
+        raise ValueError(
+            f"model type {MODEL_TYPE} needs plan=FOLDER or strategy=NAME,budget=SUBLAYERS; allowed strategies: "
+            f"{', '.join(STRATEGIES)}; the full model is model type hf"
+        )
+    if not isinstance(budget := given.get("budget"), int) or budget < 1:
+        raise ValueError(f"strategy {name} needs budget=N, the number of sublayers to skip, at least 1; got {budget}")
+    kind, profile = profile_type(strategy_name(name)), given.get("profile")
+    if (kind is None) != (profile is None):
+        needs = "no profile" if kind is None else f"profile=FILE ({kind.__name__}), which adaskip calibrate makes"
+        raise ValueError(f"strategy {name} needs {needs}; got {profile}")
+    return None if kind is None else kind.load(str(profile))
+
+
+def _strategy(model: PreTrainedModel, profile: Any, given: dict[str, Any], allow_other_weights: bool) -> Strategy:
+    """The strategy for a loaded model, whose profile must be of that model."""
+    if profile is not None:
+        profile.check_fits(model, allow_other_weights=allow_other_weights)
+    built = build(
+        strategy_name(given["strategy"]),
+        phase=given.get("phase", "e2e"),
+        budget=Budget(sublayers=given["budget"]),
+        num_layers=len(decoder_layers(model)),
+        profile=profile,
+        **{name: value for name, value in given.items() if name not in ("strategy", "phase", "budget", "profile")},
+    )
+    assert built is not None, "of the full model alone there is none"
+    return built
+
+
+def _weights(pretrained: str | PreTrainedModel) -> dict[str, Any]:
+    """The arguments of `hf` for a model of `configs/models.yaml` or a .gguf file; others are passed on."""
+    named = isinstance(pretrained, str) and (pretrained in registry() or is_packaged(pretrained))
+    if not named and not (isinstance(pretrained, str) and is_gguf(Path(pretrained))):
+        return {"pretrained": pretrained}
+    found = gguf_options(find_source(str(pretrained)).path)
+    return {"pretrained": str(found.pop("pretrained_model_name_or_path")), **found}
