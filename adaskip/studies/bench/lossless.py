@@ -1,8 +1,8 @@
 """`speed/lossless.py`: lossless mode against the full model and transformers' assisted generation, side by side.
 
 Each prompt is answered greedily by stock `generate` and in every other way, in turns, the first one changing from
-prompt to prompt, so that a drifting machine affects all alike. Every way starts with a copy of the same KV cache of the
-prompt. Answers are saved in a file per model and dtype after every prompt: a stopped run continues. The sets that draft
+prompt to prompt, so that a drifting machine affects all alike. Stock and lossless start with a copy of the same KV cache
+of the prompt; assisted generation, which gives other tokens with a cache that is filled, reads the prompt itself. Answers are saved in a file per model and dtype after every prompt: a stopped run continues. The sets that draft
 are found on other samples than those that prompt.
 """
 
@@ -220,7 +220,10 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
     for i in tqdm(range(len(records), len(subject.prompts)), desc=name, unit="prompt", disable=None):
         prompt, turn = subject.prompts[i], names[i % len(names) :] + names[: i % len(names)]
         cache = read_prompt(model, prompt)
-        answers = {way: answer(subject, prompt, config.new_tokens, ways[way], cache, config.clock) for way in turn}
+        caches = dict.fromkeys(turn, cache) | dict.fromkeys(config.peers)
+        answers = {
+            way: answer(subject, prompt, config.new_tokens, ways[way], caches[way], config.clock) for way in turn
+        }
         for way in names[1:]:
             answers[way] |= difference(model, prompt, answers[FULL_MODEL]["tokens"], answers[way]["tokens"])
         task, record_id = subject.labels[i]
