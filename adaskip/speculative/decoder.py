@@ -39,17 +39,17 @@ def lossless(
     streamer: BaseStreamer | None = None,
     stateless: Iterable[type] = (),
 ) -> LosslessDecoder:
-    """Decode with the skipped model as draft and the full model as verifier. Two ways to use it:
+    """Decode with drafts of the skipped model and of n-grams, and the full model as verifier. Two ways to use it:
 
         model.generate(**inputs, custom_generate=lossless(model, strategy))
 
         with lossless(model, strategy):  # for code that calls the model's generate: pipelines, other libraries
             model.generate(**inputs, streamer=streamer, stop_strings=["User:"], tokenizer=tokenizer)
 
-    Greedy decoding returns the tokens of the full model. Sampling follows the full model's distribution; the same seed
-    gives the same tokens, but other tokens than without drafting. Logits processors, stopping criteria and streamers
-    work as in `generate`: each is called once per token, in order. Supported is one sequence at a time, with or without
-    left padding, on a dynamic KV cache; everything else raises ValueError.
+    Greedy decoding returns the tokens of the full model, sampling those that the full model samples with the same seed,
+    whatever is drafted. Logits processors, stopping criteria and streamers work as in `generate`: each is called once
+    per token, in order. Supported is one sequence at a time, with or without left padding, on a dynamic KV cache;
+    everything else raises ValueError.
 
     The output is identical in exact arithmetic. Verifying several tokens at once sums in a different order than one at
     a time, so if two tokens are equally likely up to rounding, either may be chosen, as with another batch size or
@@ -57,10 +57,10 @@ def lossless(
 
     model: may be a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
     strategy: its `decode_plan` drafts. Online learning is off, since verification corrects a wrong draft.
-    A plan drafts with its set; if it was made for other weights of this shape, a warning is logged.
-    gamma: number of tokens of every draft; default: adapted to the acceptance so far (`AdaptiveDraftLength`).
-    draft_cost: time of one drafted token, in decode steps of the full model; default: the share of sublayers that still
-    run, which assumes that all sublayers cost the same and that verifying a few tokens costs as much as decoding one.
+    A plan drafts with its set, an empty plan leaves all drafts to n-grams; if it was made for other weights of this
+    shape, a warning is logged.
+    gamma: number of tokens of every draft, all by the skipped model; default: source and length follow from the times
+    and acceptance rates of the request (`Drafting`).
     streamer: used for calls of `generate` without a streamer.
     stateless: further classes of logits processors that keep no state between calls. Like the stateless processors of
     transformers they are applied to drafts, too, so that more drafted tokens are accepted. A class that does keep state

@@ -7,10 +7,16 @@ import random
 import pytest
 import torch
 
+from adaskip.core.plan import SkipPlan
+from adaskip.speculative import lossless
+from adaskip.speculative.choice import Greedy
 from adaskip.speculative.drafting import FREE_STEPS, MOST_CREDIT, NO_DRAFT, SHARE, Drafting
 from adaskip.speculative.ngrams import NGrams
+from adaskip.speculative.skipped_model import SkippedModel
 from adaskip.speculative.statistics import DraftStatistics
 from adaskip.speculative.step_costs import ASSUMED_SLOPE, MOST, StepCosts
+from adaskip.strategies import FixedPlan
+from tests.families import random_model, random_prompts
 
 IDS = torch.zeros(1, 1, dtype=torch.long)
 
@@ -41,6 +47,55 @@ def test_a_prompt_of_embeddings_has_nothing_to_copy():
     assert source.survival(3) == []
     source.add([4], None)
     assert source.draft(IDS, 2, 0.0) == [4, 4]
+
+
+class Forwards:
+    """Logits whose highest one is the token 1, by so much each."""
+
+    prompt_length = 1
+
+    def __init__(self, leads):
+        self.leads, self.forgotten = iter(leads), 0
+
+    def draft(self, ids, plan):
+        return torch.tensor([[0.0, next(self.leads), 0.0]])
+
+    def forget_draft(self, plan, drafted):
+        self.forgotten += drafted
+
+
+def skipped_model(leads, ends=()):
+    strategy = FixedPlan(num_layers=2, plan=SkipPlan(ffn={1}))
+    return SkippedModel(Forwards(leads), strategy, lambda ids, scores: scores, Greedy(), ends, live=0.75)
+
+
+def test_the_skipped_model_stops_where_it_is_not_sure():
+    sure, unsure = 9.0, 0.2
+    source = skipped_model([sure, sure, unsure, sure, sure])
+    assert source.draft(IDS, 5, least_survival=0.4) == [1, 1, 1]
+    assert source.forwards.forgotten == 3
+    assert skipped_model([sure, sure, unsure, sure, sure]).draft(IDS, 5, least_survival=0.0) == [1] * 5
+    assert skipped_model([sure] * 5, ends=(1,)).draft(IDS, 5, least_survival=0.0) == [1]
+
+
+def test_the_skipped_model_learns_how_often_and_how_fast():
+    source = skipped_model([9.0] * 40)
+    assert source.draft_s(2.0) == 1.5, "its share of the sublayers, before it has drafted"
+    for _ in range(10):
+        source.add([2], source.draft(IDS, 1, 0.0))
+    assert source.draft_s(2.0) < 0.5
+    assert source.survival(2) == [pytest.approx(source.rate.value), pytest.approx(source.rate.value**2)]
+    assert source.rate.value < 0.3
+    assert source.draft(IDS, 5, least_survival=0.5) == [1], "a sure token of a draft that was always wrong"
+
+
+def test_an_empty_plan_drafts_from_ngrams_only():
+    model, (prompt,) = random_model("granite"), random_prompts([9])
+    ids, decoder = prompt.repeat(4)[None], lossless(model, SkipPlan())
+    options = {"max_new_tokens": 40, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, custom_generate=decoder, **options), expected)
+    assert decoder.last_request.draft_forwards == 0 < decoder.last_request.copied
 
 
 def test_costs_are_medians_with_lines_between_and_ratios_last():

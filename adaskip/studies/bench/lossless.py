@@ -1,9 +1,10 @@
 """`speed/lossless.py`: lossless mode against the full model and transformers' assisted generation, side by side.
 
 Each prompt is answered greedily by stock `generate` and in every other way, in turns, the first one changing from
-prompt to prompt, so that a drifting machine affects all alike. Stock and lossless start with a copy of the same KV cache
-of the prompt; assisted generation, which gives other tokens with a cache that is filled, reads the prompt itself. Answers are saved in a file per model and dtype after every prompt: a stopped run continues. The sets that draft
-are found on other samples than those that prompt.
+prompt to prompt, so that a drifting machine affects all alike. Stock and lossless start with a copy of the same KV
+cache of the prompt; assisted generation reads the prompt itself, since it gives other tokens with a filled cache.
+Answers are saved in a file per model and dtype after every prompt: a stopped run continues. The sets that draft are
+found on other samples than those that prompt.
 """
 
 from __future__ import annotations
