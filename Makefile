@@ -5,11 +5,12 @@ JOBS ?= $(shell nproc)
 BIN := .venv/bin
 BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
 BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
+BENCH_REAL := smollm2
 BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
 BENCH_ENGINES := engines engines_batch8 engines_draft
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 
-.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-gpu bench-engines clean
+.PHONY: setup format lint type test quick test-notebooks test-all test-gpu test-engines test-compat reproduce observations bench bench-testbed bench-real bench-gpu bench-engines clean
 
 setup: .venv/.complete
 
@@ -129,6 +130,10 @@ bench: setup
 # Speedups of the testbed's three models, for the plot of score against speed.
 bench-testbed: setup
 	$(call measure,$(BENCH_TESTBED))
+
+# Speedups of a real model on one CPU core, for the plot of fidelity and loss against speed: about forty minutes.
+bench-real: setup
+	$(call measure,$(BENCH_REAL))
 
 # The benchmark on CUDA, at most ten minutes per command; run it again to continue incomplete figures.
 bench-gpu: setup

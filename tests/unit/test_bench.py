@@ -319,7 +319,13 @@ def test_wrong_options_are_one_clear_line(options, message):
 @pytest.mark.parametrize("block", ["cpu", "testbed", "cuda", "engines"])
 def test_the_makefile_runs_every_figure_and_each_is_a_valid_measurement(block):
     names = tuple(load_yaml("bench")[block])
-    variables = {"cpu": "BENCH", "testbed": "BENCH_TESTBED", "cuda": "BENCH_GPU", "engines": "BENCH_ENGINES"}
+    variables = {
+        "cpu": "BENCH",
+        "testbed": "BENCH_TESTBED",
+        "real": "BENCH_REAL",
+        "cuda": "BENCH_GPU",
+        "engines": "BENCH_ENGINES",
+    }
     variable = variables[block]
     (line,) = re.findall(rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert tuple(line.split()) == names

@@ -193,17 +193,3 @@ def test_bitsandbytes_weights_keep_their_fingerprint_through_the_first_forward(o
     weight = other.model.layers[0].mlp.up_proj.weight
     (weight.SCB if options is None else weight.quant_state.absmax).view(-1)[0] += 1
     assert weights_fingerprint(other) != fingerprint
-
-
-@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_a_torchao_model_is_calibrated_and_its_profile_loaded(name, tmp_path):
-    torchao = pytest.importorskip("torchao.quantization")
-
-    def fresh(seed=0):
-        model = random_model("llama", seed=seed, **WIDE).bfloat16()
-        torchao.quantize_(model, getattr(torchao, name)())
-        return model
-
-    profile = calibrate(fresh(), random_prompts([9, 5]), phase="decode", max_new_tokens=4)
-    ImportanceProfile.load(profile.save(tmp_path / "p.json"), fresh())
-    assert weights_fingerprint(fresh(seed=1)) != profile.weights_fingerprint

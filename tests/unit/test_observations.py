@@ -167,6 +167,24 @@ def test_the_importance_check_compares_both_ends_of_the_ranking(tmp_path):
     ]
 
 
+def test_the_importance_check_compares_losses_where_they_are_measured(tmp_path):
+    check = check_scores(most=[0.0, 0.0], least=[0.0, 0.0])
+    entry = check["llama"]
+    for found, loss in ((entry["full"], 2.0), (entry["most_skip"]["1"], 2.25), (entry["most_skip"]["2"], 2.5)):
+        found["trec"]["losses"] = [loss] * 4
+    entry["least_skip"]["1"]["trec"]["losses"] = entry["least_skip"]["2"]["trec"]["losses"] = [9.0] * 4
+    findings = importance_check.find(check)
+    claim = next(claim for claim in findings.claims if "less loss" in claim.text)
+    assert (claim.verdict, claim.evidence) == ("holds", "On average 0.38 and 7.00 nats per token above the full model.")
+    assert list(findings.table.iloc[1, 5:]) == ["+0.250 [+0.250, +0.250]", "+7.000 [+7.000, +7.000]"]
+    importance_check.draw(check, tmp_path)
+    with Image.open(tmp_path / "importance_check.png") as image:
+        width, height = image.size
+    importance_check.draw(check_scores([0.0, 0.0], [0.0, 0.0]), tmp_path)
+    with Image.open(tmp_path / "importance_check.png") as image:
+        assert (width, height) > image.size
+
+
 def test_figures_have_a_panel_per_model_and_are_twice_the_same(tmp_path):
     targets = [TREC, Target("trec", "decode")]
     for model in ("llama", "internlm", "vicuna"):

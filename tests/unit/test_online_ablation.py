@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from pandas import DataFrame
 
 from adaskip.models.stories import NOT_AT_HAND, STORIES
-from adaskip.studies.ablation import online_findings
+from adaskip.studies.ablation import online, online_findings
 from adaskip.studies.ablation.online import AblationConfig, Variant, keep, mean_skipped, read, variants
 from adaskip.studies.ablation.online_findings import COLUMNS, compare, find, main
 
@@ -89,6 +90,35 @@ def test_what_joined_counts_from_the_end_of_the_window(steps, expected):
     assert mean_skipped(Variant(4, 20), 3, steps) == pytest.approx(expected)
 
 
+def test_the_measure_of_quality_is_named():
+    found = find({"smollm2": results(-3.2, "reference_loss", skipped=5.0)})
+    assert "Quality: negative loss of the reference answer, nats per token. More is better." in found.as_markdown()
+    assert "0.855 [0.835, 0.874]" in found.as_markdown(), "nats, not per cent"
+
+
+@pytest.mark.parametrize(("quality", "expected"), [("score", 1.0), ("reference_loss", -2.5)])
+def test_quality_is_the_score_or_the_loss_of_the_reference(quality, expected, monkeypatch):
+    record = {"id": "a", "new_tokens": 4, "online_ffns": [], "reference_loss": 2.5}
+    fake_run(monkeypatch, record)
+    config = AblationConfig(testbed=True, quality=quality)
+    (first, *_) = online.read_runs(config, "llama")["variants"]
+    assert first["samples"] == [["gov_report/a", expected, 0, 0, None]]
+
+
+def test_records_without_a_loss_are_refused(monkeypatch):
+    fake_run(monkeypatch, {"id": "a", "new_tokens": 4, "online_ffns": [], "reference_loss": None})
+    with pytest.raises(ValueError, match="record 'a' has no reference loss; use --quality score"):
+        online.read_runs(AblationConfig(testbed=True, quality="reference_loss"), "llama")
+
+
+def fake_run(monkeypatch, record: dict) -> None:
+    """Every run has this one record, of score 1."""
+    scored = SimpleNamespace(records=SimpleNamespace(by_id={"a": record}), main=SimpleNamespace(by_id={"a": 1.0}))
+    run = SimpleNamespace(manifest={"max_new_tokens": {"gov_report": 8}})
+    monkeypatch.setattr(online, "load_run", lambda folder: run)
+    monkeypatch.setattr(online, "score_run", lambda run: SimpleNamespace(tasks={"gov_report": scored}))
+
+
 def test_the_verdict_is_in_words_and_names_what_is_missing():
     findings = find({"llama": results(0.7)})
     fires, helps, keeps = (claim.sentence for claim in findings.claims)
@@ -131,7 +161,8 @@ def test_variants_are_the_full_model_offline_budgets_and_every_p_and_beta():
 
 
 @pytest.mark.parametrize(
-    ("options", "line"), [({"windows": (0,)}, "at least 1 token"), ({"quantiles": (2.0,)}, "0 and 1")]
+    ("options", "line"),
+    [({"windows": (0,)}, "at least 1 token"), ({"quantiles": (2.0,)}, "0 and 1"), ({"quality": "f1"}, "--quality")],
 )
 def test_impossible_options_are_refused(options, line):
     with pytest.raises(ValueError, match=line):

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaskip.calibration.measure import calibrate
+from adaskip.common.choices import check_choice
 from adaskip.common.files import write_text_atomic
 from adaskip.common.options import option
 from adaskip.core.plan import Budget
@@ -41,6 +42,7 @@ from adaskip.studies.tables.runs import load_run
 from adaskip.studies.tables.scores import score_run
 
 SAMPLES_FILE = "online_ablation_samples.json"
+SCORE, REFERENCE_LOSS = "score", "reference_loss"
 WINDOWS = (5, 10, 20, 40)
 QUANTILES = (0.1, 0.25, 0.5)
 OFFLINE = (1.0, 1.5, 2.0, 2.5, 3.0)
@@ -91,6 +93,7 @@ class AblationConfig(StudyConfig):
 
     tasks: tuple[str, ...] = option("tasks with answers longer than P", ("gov_report", "multi_news"))
     limit: int = option("samples of each task", 8)
+    quality: str = option(f"measure of an answer: {SCORE}, or {REFERENCE_LOSS} (loss of the reference answer)", SCORE)
     stories: int = option(f"stories for {STORIES}, where ADASKIP_REAL names the folder that holds it; 0 for none", 24)
     windows: tuple[int, ...] = option("values of P", WINDOWS)
     quantiles: tuple[float, ...] = option("values of beta beside the paper's, quantiles of FFN similarity", QUANTILES)
@@ -99,6 +102,7 @@ class AblationConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("--quality", self.quality, (SCORE, REFERENCE_LOSS))
         if min(self.windows, default=0) < 1:
             raise ValueError(f"--windows are at least 1 token each; got {' '.join(map(str, self.windows)) or 'none'}")
         if not all(0 <= quantile <= 1 for quantile in self.quantiles):
@@ -118,9 +122,10 @@ class AblationConfig(StudyConfig):
 
 
 Results = dict[str, Any]
-"""Of one model, as it is saved. measure: `score` or `loss`. sources: what the numbers were measured on. variants: of
-each its fields, and `samples`: of each its id, quality (score, or negative loss: more is better), sublayers skipped per
-decode step, FFNs that joined online, and milliseconds per token (None where not measured)."""
+"""Of one model, as it is saved. measure: SCORE, REFERENCE_LOSS, or `loss` of a story. sources: what the numbers were
+measured on. variants: of each its fields, and `samples`: of each its id, quality (score, or negative loss: more is
+better), sublayers skipped per decode step, FFNs that joined online, and milliseconds per token (None where not
+measured)."""
 
 
 def measure(config: AblationConfig) -> None:
@@ -167,7 +172,7 @@ def _run_config(config: AblationConfig, model: str, variant: Variant) -> RunConf
 
 
 def read_runs(config: AblationConfig, model: str) -> Results:
-    """Score the finished runs of a model."""
+    """The quality of the answers in the finished runs of a model. Raises ValueError if a record has no loss."""
     sources, by_variant = {}, []
     for variant in config.variants(model):
         found, samples = load_run(resolve(_run_config(config, model, variant)).folder.path), []
@@ -178,9 +183,16 @@ def read_runs(config: AblationConfig, model: str) -> Results:
                 # An answer that ends by itself has an end token, which is no part of the record but took a step.
                 steps, added = min(record["new_tokens"], most - 1), len(record["online_ffns"])
                 learnt = [mean_skipped(variant, added, steps), added, record.get("tpot_ms")]
-                samples.append([f"{task}/{name}", scored.main.by_id[name], *learnt])
+                quality = scored.main.by_id[name] if config.quality == SCORE else _negative_loss(record)
+                samples.append([f"{task}/{name}", quality, *learnt])
         by_variant.append({**asdict(variant), "samples": samples})
-    return {"measure": "score", "sources": sources, "variants": by_variant}
+    return {"measure": config.quality, "sources": sources, "variants": by_variant}
+
+
+def _negative_loss(record: Mapping[str, Any]) -> float:
+    if record.get("reference_loss") is None:
+        raise ValueError(f"record {record['id']!r} has no reference loss; use --quality {SCORE}")
+    return -record["reference_loss"]
 
 
 def mean_skipped(variant: Variant, added: int, steps: int) -> float:

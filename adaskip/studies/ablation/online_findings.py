@@ -119,7 +119,7 @@ class Group:
 def groups(results: Mapping[str, Results]) -> list[Group]:
     """Models that run tasks, by the variants that were run, and stories260K."""
     alike: dict[tuple[str, tuple[Variant, ...]], dict[str, Samples]] = {}
-    for name, each in sorted(results.items(), key=lambda item: item[1]["measure"] == "loss"):
+    for name, each in sorted(results.items(), key=lambda item: item[1]["measure"] != online.SCORE):
         samples = {
             Variant(v["sublayers"], v["window"], v["quantile"]): DataFrame(v["samples"], columns=list(COLUMNS))
             for v in each["variants"]
@@ -129,7 +129,7 @@ def groups(results: Mapping[str, Results]) -> list[Group]:
     for (measure, variants), models in alike.items():
         compared = [compare(list(models.values()), variant) for variant in variants]
         off, learning = ([c for c in compared if bool(c.variant.window) is learns] for learns in (False, True))
-        found.append(Group(", ".join(models), measure == "score", off, learning))
+        found.append(Group(", ".join(models), measure == online.SCORE, off, learning))
     return found
 
 
@@ -143,11 +143,10 @@ def find(results: Mapping[str, Results]) -> Findings:
             "AdaSkip in the decode phase. Without online learning (off) at several budgets; with it at the least "
             "budget, with P tokens of learning window and beta, which FFNs must exceed to join: the paper's (the least "
             "offline similarity in the set), or a quantile of the offline similarities of all FFNs.",
-            "Quality: mean score over tasks and models, per cent; on stories260K negative loss in nats. More is "
-            "better. Gains are mean differences over the same samples with 95 % bootstrap intervals: over the same "
-            "offline set, and over offline sets of as many sublayers (interpolated between budgets). Speed is told as "
-            "sublayers skipped per decode step, which is exact; the times of runs are of different moments and give no "
-            "speedup.",
+            f"Quality: {_quality(results)}. More is better. Gains are mean differences over the same samples with 95 % "
+            "bootstrap intervals: over the same offline set, and over offline sets of as many sublayers (interpolated "
+            "between budgets). Speed is told as sublayers skipped per decode step, which is exact; the times of runs "
+            "are of different moments and give no speedup.",
             *([] if STORIES in results else [NOT_AT_HAND]),
         ],
         claims=[claim for group in found for claim in _claims(group)],
@@ -155,6 +154,16 @@ def find(results: Mapping[str, Results]) -> Findings:
         numbers=[_numbers(group, c) for group in found for c in (*group.off, *group.learning)],
         sources={name: each["sources"] for name, each in results.items()},
     )
+
+
+def _quality(results: Mapping[str, Results]) -> str:
+    names = {
+        online.SCORE: "mean score over tasks and models, per cent",
+        online.REFERENCE_LOSS: "negative loss of the reference answer, nats per token",
+        "loss": f"on {STORIES} negative loss in nats",
+    }
+    found = {each["measure"] for each in results.values()}
+    return "; ".join(text for measure, text in names.items() if measure in found)
 
 
 def _claims(group: Group) -> list[Claim]:

@@ -122,7 +122,7 @@ def rotated(cells: Sequence[Cell], round_number: int) -> list[Cell]:
 
 SMALL_MODEL = "llama-100m"
 RESULTS_DIR = "speed/results"
-DEVICES = ("cpu", "testbed", "cuda", "engines")
+DEVICES = ("cpu", "testbed", "real", "cuda", "engines")
 """Blocks of `configs/bench.yaml` that hold measurements."""
 MAY_CHANGE = ("rounds", "time_limit_s", "output_dir", "name", "fresh", "figure", "allow_other_weights")
 """Options that may differ when a result is continued."""

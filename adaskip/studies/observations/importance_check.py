@@ -1,18 +1,19 @@
-"""The importance check: skip the most and the least similar whole layers and see what the task's metric says.
+"""The importance check: skip the most and the least similar whole layers, and compare scores and reference losses.
 
-Its runs are cells like any other and continue when stopped. Their scores are kept in one JSON file, from which table
-and figure are made. The paper had a GPT judge score the answers.
+Its runs are cells like any other and continue when stopped. Their scores and losses are kept in one JSON file, from
+which table and figures are made. The paper had a GPT judge score the answers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -47,7 +48,8 @@ MIN_WIDTH = 4.2
 """Inches that the legend needs."""
 
 Check = dict[str, Any]
-"""By model: `num_layers`, `phase`, `sources`, and the scores by task of `full`, and by layers of each strategy."""
+"""By model: `num_layers`, `phase`, `sources`, and by task the scores and losses of `full`, and by layers of each
+strategy."""
 
 
 def measure_check(config: ObserveConfig) -> None:
@@ -99,11 +101,14 @@ def _ensure(config: ObserveConfig, model: str, strategy: str, layers: int) -> Pa
 
 
 def _scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Metric and each sample's score, by task."""
-    return {
-        task: {"metric": scored.main.metric, "scores": list(scored.main.by_id.values())}
-        for task, scored in score_run(load_run(folder)).tasks.items()
-    }
+    """Metric, each sample's score and, where measured, its reference answer's loss, by task."""
+    found = {}
+    for task, scored in score_run(load_run(folder)).tasks.items():
+        found[task] = {"metric": scored.main.metric, "scores": list(scored.main.by_id.values())}
+        losses = [scored.records.by_id[name].get("reference_loss") for name in scored.main.by_id]
+        if None not in losses:
+            found[task]["losses"] = losses
+    return found
 
 
 def load_check(out_dir: Path) -> Check:
@@ -117,7 +122,10 @@ def load_check(out_dir: Path) -> Check:
 
 @dataclass(frozen=True)
 class Curve:
-    """One model on one task: the full model's score, trivial answers', and each strategy's by whole layers skipped."""
+    """One model on one task: the full model's score, trivial answers', and each strategy's by whole layers skipped.
+
+    added: each strategy's loss of the reference answer above the full model's, nats per token; empty if not measured.
+    """
 
     model: str
     task: str
@@ -125,6 +133,11 @@ class Curve:
     full: Estimate
     floors: dict[str, float]
     by_layers: dict[str, dict[int, Estimate]]
+    added: dict[str, dict[int, Estimate]]
+
+    @property
+    def has_loss(self) -> bool:
+        return any(self.added.values())
 
     @property
     def layers(self) -> list[int]:
@@ -141,12 +154,19 @@ def read_curves(check: Check) -> list[Curve]:
                 for name in STRATEGIES
             }
             floors = {name: x for name, x in entry.get("floors", {}).get(task, {}).items() if x is not None}
-            curves.append(Curve(model, task, full["metric"], _estimate(full["scores"]), floors, by_layers))
+            losses = {name: entry[name] if "losses" in full else {} for name in STRATEGIES}
+            added = {
+                name: {
+                    int(n): _estimate(np.subtract(each[task]["losses"], full["losses"])) for n, each in found.items()
+                }
+                for name, found in losses.items()
+            }
+            curves.append(Curve(model, task, full["metric"], _estimate(full["scores"]), floors, by_layers, added))
     return curves
 
 
-def _estimate(scores: Sequence[float]) -> Estimate:
-    estimate = mean_estimate(scores)
+def _estimate(values: Iterable[float]) -> Estimate:
+    estimate = mean_estimate([*map(float, values)])
     assert estimate is not None, "a finished run has at least one sample"
     return estimate
 
@@ -159,31 +179,47 @@ def find(check: Check) -> Findings:
         for name, cls in STRATEGIES.items()
     )
     phases = ", ".join(dict.fromkeys(labels.PHASES[entry["phase"]] for entry in check.values()))
+    columns = ["Model", "Task", "Layers skipped", *(cls.label for cls in STRATEGIES.values())]
+    if with_loss := any(curve.has_loss for curve in curves):
+        columns += [f"{cls.label}: loss above full" for cls in STRATEGIES.values()]
     rows = []
     for curve in curves:
         task = f"{Target(curve.task, 'prefill').label} ({METRICS.get(curve.metric, curve.metric)})"
         scores = {0: [curve.full] * 2, **{n: [curve.by_layers[name][n] for name in STRATEGIES] for n in curve.layers}}
-        rows += [[curve.model, task, str(n), *map(labels.percent, both)] for n, both in scores.items()]
-        rows += [[curve.model, task, name, *[f"{100 * score:.1f}"] * 2] for name, score in curve.floors.items()]
+        added = {n: [curve.added[name].get(n) for name in STRATEGIES] if with_loss else [] for n in scores}
+        rows += [
+            [curve.model, task, str(n), *map(labels.percent, both), *map(labels.added_nats, added[n])]
+            for n, both in scores.items()
+        ]
+        no_loss = [labels.MISSING] * 2 if with_loss else []
+        rows += [
+            [curve.model, task, name, *[f"{100 * score:.1f}"] * 2, *no_loss] for name, score in curve.floors.items()
+        ]
     return Findings(
         name=NAME,
         title="Importance check: skipping the most and the least similar whole layers",
         notes=[
             f"Scored by each task's own metric, per cent with 95 % bootstrap intervals; skipped {phases}. The paper "
-            f"had a GPT judge score the answers, by layers skipped: {published}."
+            f"had a GPT judge score the answers, by layers skipped: {published}.",
+            *["Loss above full: of the reference answer, mean paired difference, nats per token."] * with_loss,
         ],
         claims=_claims(curves),
-        table=DataFrame(rows, columns=["Model", "Task", "Layers skipped", *(cls.label for cls in STRATEGIES.values())]),
+        table=DataFrame(rows, columns=columns),
         numbers=[
             {
                 **{"model": curve.model, "task": curve.task, "metric": curve.metric, "full": curve.full.as_dict()},
                 **({"floors": curve.floors} if curve.floors else {}),
-                **{name: {n: x.as_dict() for n, x in found.items()} for name, found in curve.by_layers.items()},
+                **_told(curve.by_layers),
+                **({"loss_added": _told(curve.added)} if curve.has_loss else {}),
             }
             for curve in curves
         ],
         sources={model: entry["sources"] for model, entry in check.items()},
     )
+
+
+def _told(by_layers: dict[str, dict[int, Estimate]]) -> dict[str, dict[int, Any]]:
+    return {name: {n: estimate.as_dict() for n, estimate in found.items()} for name, found in by_layers.items()}
 
 
 def _claims(curves: list[Curve]) -> list[Claim]:
@@ -197,6 +233,10 @@ def _claims(curves: list[Curve]) -> list[Claim]:
     )
     text = "Skipping the most similar layers scores at least what skipping the least similar ones does"
     claims = [Claim(text, sum(gap >= 0 for gap in gaps), len(gaps), told)]
+    if losses := [(c.added[most][n].value, c.added[least][n].value) for c in curves if c.has_loss for n in c.layers]:
+        text = "Skipping the most similar layers adds less loss than skipping the least similar ones"
+        told = "On average {:.2f} and {:.2f} nats per token above the full model.".format(*np.mean(losses, axis=0))
+        claims.append(Claim(text, sum(of_most < of_least for of_most, of_least in losses), len(losses), told))
     texts: dict[str, tuple[str, Callable[[float], bool]]] = {
         most: ("Skipping the one most similar layer keeps at least 80 % of the score", lambda kept: kept >= 0.8),
         least: ("Skipping the one least similar layer costs at least half of the score", lambda kept: kept <= 0.5),
@@ -221,23 +261,30 @@ def _claims(curves: list[Curve]) -> list[Claim]:
 
 
 def draw(check: Check, out_dir: Path) -> list[Path]:
-    """`importance_check`: a panel per model and task, score against layers skipped."""
+    """`importance_check`: a panel per model and task, score and where measured loss against layers skipped."""
     curves = {(curve.task, curve.model): curve for curve in read_curves(check)}
     tasks, models = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
+    rows = [(task, _draw_score) for task in tasks]
+    if with_loss := any(curve.has_loss for curve in curves.values()):
+        rows += [(task, _draw_loss) for task in tasks]
     with styled():
-        size = max(MIN_WIDTH, 2.3 * len(models) + 0.6), 1.75 * len(tasks) + 0.8
+        size = max(MIN_WIDTH, 2.3 * len(models) + 0.6), 1.75 * len(rows) + 0.8
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(len(tasks), len(models), sharex=True, sharey=True, squeeze=False)
-        for (row, task), (column, model) in product(enumerate(tasks), enumerate(models)):
+        axes = figure.subplots(len(rows), len(models), sharex=True, sharey="row" if with_loss else True, squeeze=False)
+        for (row, (task, draw_panel)), (column, model) in product(enumerate(rows), enumerate(models)):
             if (task, model) in curves:
-                _draw_curve(axes[row, column], curves[task, model])
+                draw_panel(axes[row, column], curves[task, model])
         for model, panel in zip(models, axes[0], strict=True):
             panel.set_title(model)
-        for task, panel in zip(tasks, axes[:, -1], strict=True):
+        for (task, _), panel in zip(rows, axes[:, -1], strict=True):
             label = Target(task, "prefill").label
             panel.annotate(label, (1.03, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9)
         figure.supxlabel("whole layers skipped", fontsize=8)
-        figure.supylabel("score, per cent", fontsize=8)
+        if with_loss:
+            for (_, draw_panel), panel in zip(rows, axes[:, 0], strict=True):
+                panel.set_ylabel("score, per cent" if draw_panel is _draw_score else "loss above full", fontsize=8)
+        else:
+            figure.supylabel("score, per cent", fontsize=8)
         lines = [Line2D([], [], **cls.look.line, label=cls.label) for cls in STRATEGIES.values()]
         handles = [Line2D([], [], **FULL_LINE, label=labels.STRATEGIES[FULL]), *lines]
         if any(curve.floors for curve in curves.values()):
@@ -246,18 +293,28 @@ def draw(check: Check, out_dir: Path) -> list[Path]:
         return save(figure, out_dir / NAME)
 
 
-def _draw_curve(panel: Axes, curve: Curve) -> None:
+def _draw_score(panel: Axes, curve: Curve) -> None:
     panel.axhline(100 * curve.full.value, **FULL_LINE)
     if curve.floors:
         panel.axhline(100 * max(curve.floors.values()), **FLOOR_LINE)
-    for name, cls in STRATEGIES.items():
-        found = [curve.by_layers[name][n] for n in curve.layers]
-        values = [100 * estimate.value for estimate in found]
-        reach = [
-            [100 * (e.value - (e.value if e.low is None else e.low)) for e in found],
-            [100 * ((e.value if e.high is None else e.high) - e.value) for e in found],
-        ]
-        panel.errorbar(curve.layers, values, yerr=reach, **cls.look.line, elinewidth=0.8, capsize=1.5)
-    panel.set_xticks(curve.layers)
+    _draw_curves(panel, curve.layers, curve.by_layers, 100)
     panel.set_ylim(-4, 104)
+
+
+def _draw_loss(panel: Axes, curve: Curve) -> None:
+    panel.axhline(0, **FULL_LINE)
+    if curve.has_loss:
+        _draw_curves(panel, curve.layers, curve.added, 1)
+
+
+def _draw_curves(panel: Axes, layers: list[int], by_layers: dict[str, dict[int, Estimate]], scale: float) -> None:
+    for name, cls in STRATEGIES.items():
+        found = [by_layers[name][n] for n in layers]
+        values = [scale * estimate.value for estimate in found]
+        reach = [
+            [scale * (e.value - (e.value if e.low is None else e.low)) for e in found],
+            [scale * ((e.value if e.high is None else e.high) - e.value) for e in found],
+        ]
+        panel.errorbar(layers, values, yerr=reach, **cls.look.line, elinewidth=0.8, capsize=1.5)
+    panel.set_xticks(layers)
     panel.grid(axis="y")
