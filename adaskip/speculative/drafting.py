@@ -103,8 +103,7 @@ class Drafting:
     def _trial(self, most: int, curve: list[float]) -> NextDraft | None:
         """One drafted token to learn from, of a source that would pay if all its tokens were accepted."""
         if self.round == FIRST_TRIAL and not self.costs.measured:
-            source = next((source for source in self.sources if source.survival(1)), None)
-            return source and NextDraft(source, 1)
+            return next((NextDraft(source, 1) for source in self.sources if source.survival(1)), None)
         for source in self.sources:
             draft_s = source.draft_s(curve[1])
             lost = (draft_s + curve[2] - curve[1]) / curve[1]

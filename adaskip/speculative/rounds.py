@@ -55,8 +55,7 @@ class Rounds:
             ahead = torch.cat([ids, ids.new_tensor([drafted])], dim=-1) if drafted else ids
             logits = self.forwards.verify(ahead, len(drafted) + 1)
             ids, kept, finished = self._accept(ids, drafted, logits)
-            if drafted:
-                self.forwards.forget_rejected(len(drafted) + 1 - len(kept))
+            self.forwards.forget_rejected(len(drafted) + 1 - len(kept))  # without any, sliding layers still shrink
             draft_s, verify_s = drafted_s - start_s, time.perf_counter() - drafted_s
             self.drafting.add(draft, drafted, kept, draft_s, verify_s)
             self._count(drafted, kept, isinstance(draft.source, NGrams), draft_s, verify_s)
