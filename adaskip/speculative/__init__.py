@@ -1,4 +1,4 @@
-"""Lossless skipping: the skipped model drafts, the full model verifies (self-speculative decoding).
+"""Lossless skipping: the skipped model or n-grams draft, the full model verifies (speculative decoding).
 
     model.generate(**inputs, custom_generate=lossless(model, strategy))
 

@@ -1,63 +1,44 @@
-"""Drafts and accepts tokens, greedily or by speculative sampling."""
+"""Chooses tokens from scores, greedily or by sampling, for drafts and for the full model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class DraftedToken:
-    """token: its id. probabilities: the draft's distribution that it was sampled from, [V]; None if greedy."""
-
-    token: int
-    probabilities: Tensor | None
-
-
-class Chooser(Protocol):
-    """Chooses tokens from processed scores [1, V]."""
-
-    def draft(self, scores: Tensor) -> DraftedToken: ...
-
-    def verify(self, scores: Tensor, drafted: DraftedToken | None) -> Tensor:
-        """The token of the full model, [1]; it is `drafted` if that is accepted."""
-        ...
-
-
 class Greedy:
-    """The most likely token; a drafted token is accepted if it is that token."""
+    """The most likely token."""
 
-    def draft(self, scores: Tensor) -> DraftedToken:
-        return DraftedToken(int(scores.argmax(dim=-1)), None)
-
-    def verify(self, scores: Tensor, drafted: DraftedToken | None) -> Tensor:
+    def __call__(self, scores: Tensor) -> Tensor:
+        """scores: processed, [1, V]. Returns a token id, [1]."""
         return scores.argmax(dim=-1)
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """A context for drafting."""
+        yield
 
 
 class Sampling:
-    """Speculative sampling: tokens are distributed as if the full model had sampled them.
+    """A token sampled as `generate` samples it, with one draw of torch's generator per kept token.
 
-    With p the full model's and q the draft's distribution, a drafted token x is accepted with probability
-    min(1, p(x) / q(x)); otherwise a token is sampled from max(0, p - q), normalised.
-    Paper: Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2.
+    A draft is sampled with the random numbers that the full model will use at the same positions: the generator is set
+    back before the verification. So the full model samples what it would sample alone with this seed, and it often
+    samples the drafted token.
     """
 
-    def draft(self, scores: Tensor) -> DraftedToken:
-        # an overflow makes a bad draft, not an error
-        probabilities = scores.nan_to_num(nan=torch.finfo(scores.dtype).min).softmax(dim=-1)[0]
-        return DraftedToken(int(torch.multinomial(probabilities, num_samples=1)), probabilities)
+    def __init__(self, device: torch.device):
+        self.device = device
 
-    def verify(self, scores: Tensor, drafted: DraftedToken | None) -> Tensor:
-        p = scores.softmax(dim=-1)[0]
-        if drafted is None:
-            return torch.multinomial(p, num_samples=1)
-        q = drafted.probabilities
-        assert q is not None
-        if torch.rand((), device=p.device) * q[drafted.token] < p[drafted.token]:
-            return torch.tensor([drafted.token], device=p.device)
-        residual = (p - q).clamp(min=0)
-        # if p and q are equal, rounding can still reject a token
-        return torch.multinomial(residual if residual.any() else p, num_samples=1)
+    def __call__(self, scores: Tensor) -> Tensor:
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[0]
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        devices = [] if self.device.type == "cpu" else [self.device]
+        kind = "cuda" if self.device.type == "cpu" else self.device.type
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield

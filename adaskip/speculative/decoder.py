@@ -15,15 +15,20 @@ from adaskip.core.context import patches_for
 from adaskip.core.model_plan import strategy_of
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
+from adaskip.core.token_ids import end_token_ids
 from adaskip.core.wrappers import unwrapped
 from adaskip.speculative.checks import check_request
-from adaskip.speculative.draft_length import AdaptiveDraftLength, FixedDraftLength
+from adaskip.speculative.choice import Greedy, Sampling
+from adaskip.speculative.drafting import Drafting, FixedLength
 from adaskip.speculative.forwards import ForwardRunner
 from adaskip.speculative.generate_call import SignatureOfDecodingMethod, streamer_of_generate
 from adaskip.speculative.lossless_generate import lossless_generate
+from adaskip.speculative.ngrams import NGrams
 from adaskip.speculative.processors import check_stateless, for_draft
 from adaskip.speculative.rounds import Rounds
+from adaskip.speculative.skipped_model import SkippedModel
 from adaskip.speculative.statistics import DraftStatistics
+from adaskip.speculative.step_costs import StepCosts
 
 
 def lossless(
@@ -31,21 +36,20 @@ def lossless(
     strategy: Strategy | SkipPlan,
     *,
     gamma: int | None = None,
-    draft_cost: float | None = None,
     streamer: BaseStreamer | None = None,
     stateless: Iterable[type] = (),
 ) -> LosslessDecoder:
-    """Decode with the skipped model as draft and the full model as verifier. Two ways to use it:
+    """Decode with drafts of the skipped model and of n-grams, and the full model as verifier. Two ways to use it:
 
         model.generate(**inputs, custom_generate=lossless(model, strategy))
 
         with lossless(model, strategy):  # for code that calls the model's generate: pipelines, other libraries
             model.generate(**inputs, streamer=streamer, stop_strings=["User:"], tokenizer=tokenizer)
 
-    Greedy decoding returns the tokens of the full model. Sampling follows the full model's distribution; the same seed
-    gives the same tokens, but other tokens than without drafting. Logits processors, stopping criteria and streamers
-    work as in `generate`: each is called once per token, in order. Supported is one sequence at a time, with or without
-    left padding, on a dynamic KV cache; everything else raises ValueError.
+    Greedy decoding returns the tokens of the full model, sampling those that the full model samples with the same seed,
+    whatever is drafted. Logits processors, stopping criteria and streamers work as in `generate`: each is called once
+    per token, in order. Supported is one sequence at a time, with or without left padding, on a dynamic KV cache;
+    everything else raises ValueError.
 
     The output is identical in exact arithmetic. Verifying several tokens at once sums in a different order than one at
     a time, so if two tokens are equally likely up to rounding, either may be chosen, as with another batch size or
@@ -53,10 +57,10 @@ def lossless(
 
     model: may be a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
     strategy: its `decode_plan` drafts. Online learning is off, since verification corrects a wrong draft.
-    A plan drafts with its set; if it was made for other weights of this shape, a warning is logged.
-    gamma: number of tokens of every draft; default: adapted to the acceptance so far (`AdaptiveDraftLength`).
-    draft_cost: time of one drafted token, in decode steps of the full model; default: the share of sublayers that still
-    run, which assumes that all sublayers cost the same and that verifying a few tokens costs as much as decoding one.
+    A plan drafts with its set, an empty plan leaves all drafts to n-grams; if it was made for other weights of this
+    shape, a warning is logged.
+    gamma: number of tokens of every draft, all by the skipped model; default: source and length follow from the times
+    and acceptance rates of the request (`Drafting`).
     streamer: used for calls of `generate` without a streamer.
     stateless: further classes of logits processors that keep no state between calls. Like the stateless processors of
     transformers they are applied to drafts, too, so that more drafted tokens are accepted. A class that does keep state
@@ -72,9 +76,7 @@ def lossless(
     Raises UnsupportedModelError and ValueError like `skipping`.
     """
     strategy = strategy_of(strategy, unwrapped(model), allow_other_weights=True)
-    return LosslessDecoder(
-        model, strategy, gamma=gamma, draft_cost=draft_cost, streamer=streamer, stateless=check_stateless(stateless)
-    )
+    return LosslessDecoder(model, strategy, gamma=gamma, streamer=streamer, stateless=check_stateless(stateless))
 
 
 class LosslessDecoder:
@@ -91,21 +93,16 @@ class LosslessDecoder:
         strategy: Strategy,
         *,
         gamma: int | None,
-        draft_cost: float | None,
         streamer: BaseStreamer | None,
         stateless: frozenset[type],
     ):
         self.model: PreTrainedModel = unwrapped(model)
         self.strategy, self.gamma, self.streamer, self.stateless = strategy, gamma, streamer, stateless
         num_layers = len(patches_for(self.model, strategy).patches)
-        if gamma is not None and (gamma < 1 or draft_cost is not None):
-            raise ValueError(
-                f"gamma must be at least 1 and excludes draft_cost; got gamma={gamma}, draft_cost={draft_cost}"
-            )
-        if draft_cost is not None and not draft_cost > 0:
-            raise ValueError(f"draft_cost must be above 0 (in decode steps); got {draft_cost}")
-        live = 1.0 - len(strategy.skipped) / (2 * num_layers)
-        self.draft_cost = live if draft_cost is None else draft_cost
+        if gamma is not None and gamma < 1:
+            raise ValueError(f"gamma must be at least 1; got {gamma}")
+        self.live = 1.0 - len(strategy.skipped) / (2 * num_layers)
+        self.costs = StepCosts()
         self.statistics = DraftStatistics()
         self.last_request = DraftStatistics()
         self._context: AbstractContextManager[None] | None = None
@@ -141,12 +138,21 @@ class LosslessDecoder:
         with patches_for(model, self.strategy).install() as patches:
             self.last_request = request
             forwards = ForwardRunner(model, patches, input_ids, generation_config, model_kwargs)
+            choose = Sampling(input_ids.device) if generation_config.do_sample else Greedy()
+            eos = generation_config.eos_token_id
+            skipped = SkippedModel(
+                forwards,
+                self.strategy,
+                process=for_draft(logits_processor, self.stateless),
+                choose=choose,
+                ends=() if eos is None else end_token_ids(model, eos),
+                live=self.live,
+            )
             rounds = Rounds(
                 forwards=forwards,
-                strategy=self.strategy,
-                length=AdaptiveDraftLength(self.draft_cost) if self.gamma is None else FixedDraftLength(self.gamma),
+                drafting=self._drafting(skipped, input_ids),
+                choose=choose,
                 process=logits_processor,
-                process_draft=for_draft(logits_processor, self.stateless),
                 stop=stopping_criteria,
                 config=generation_config,
                 streamer=self.streamer if given is None else given,
@@ -167,3 +173,10 @@ class LosslessDecoder:
             logits=rounds.logits,  # pyright: ignore[reportArgumentType]
             past_key_values=forwards.cache,
         )
+
+    def _drafting(self, skipped: SkippedModel, input_ids: Tensor) -> Drafting | FixedLength:
+        if self.gamma is not None:
+            return FixedLength(skipped, self.gamma)
+        self.costs.new_request()
+        ngrams = NGrams(input_ids[0].tolist())
+        return Drafting([ngrams, skipped] if self.strategy.skipped else [ngrams], self.costs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from adaskip.core.strategy import Strategy
-from adaskip.core.token_ids import end_token_ids
-from adaskip.speculative.choice import Chooser, DraftedToken, Greedy, Sampling
-from adaskip.speculative.draft_length import DraftLength
+from adaskip.speculative.choice import Greedy, Sampling
+from adaskip.speculative.drafting import Drafting, FixedLength
 from adaskip.speculative.forwards import ForwardRunner
+from adaskip.speculative.ngrams import NGrams
 from adaskip.speculative.statistics import DraftStatistics
 
 
@@ -29,91 +28,72 @@ class Rounds:
         self,
         *,
         forwards: ForwardRunner,
-        strategy: Strategy,
-        length: DraftLength,
+        drafting: Drafting | FixedLength,
+        choose: Greedy | Sampling,
         process: Callable[..., Any],
-        process_draft: Callable[..., Any],
         stop: Callable[..., Any],
         config: GenerationConfig,
         streamer: BaseStreamer | None,
         statistics: DraftStatistics,
     ):
-        self.forwards, self.strategy, self.length, self.statistics = forwards, strategy, length, statistics
-        self.process, self.process_draft, self.stop, self.streamer = process, process_draft, stop, streamer
+        self.forwards, self.drafting, self.choose, self.statistics = forwards, drafting, choose, statistics
+        self.process, self.stop, self.streamer = process, stop, streamer
         self.max_length: int = config.max_length
-        eos = config.eos_token_id
-        self.ends = () if eos is None else end_token_ids(forwards.model, eos)
-        self.choose: Chooser = Sampling() if config.do_sample else Greedy()
         returned = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if returned and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if returned and config.output_logits else None
 
     def run(self, ids: Tensor) -> Tensor:
         """Decode until a stopping criterion is met. ids: the prompt, [1, S]. Returns prompt and answer, [1, S']."""
-        prompt_length = ids.shape[1]
-        ids, finished = self._accept(ids, [], self.forwards.prefill(ids))
+        ids, kept, finished = self._accept(ids, [], self.forwards.prefill(ids))
+        self.drafting.begin(kept)
         while not finished:
             start_s = time.perf_counter()
-            drafted = self._draft(ids, step=ids.shape[1] - prompt_length)
+            draft = self.drafting.next(self.max_length - ids.shape[1] - 1)
+            drafted = draft.source.draft(ids, draft.most, draft.least_survival) if draft.source else []
             drafted_s = time.perf_counter()
-            tokens = ids.new_tensor([[each.token for each in drafted]])
-            logits = self.forwards.verify(torch.cat([ids, tokens], dim=-1), len(drafted) + 1)
-            before = ids.shape[1]
-            ids, finished = self._accept(ids, drafted, logits)
-            new = ids.shape[1] - before
-            self.forwards.forget_rejected(len(drafted) + 1 - new)
-            self._count(drafted, ids[0, before:].tolist(), drafted_s - start_s, time.perf_counter() - drafted_s)
+            ahead = torch.cat([ids, ids.new_tensor([drafted])], dim=-1) if drafted else ids
+            logits = self.forwards.verify(ahead, len(drafted) + 1)
+            ids, kept, finished = self._accept(ids, drafted, logits)
+            self.forwards.forget_rejected(len(drafted) + 1 - len(kept))  # without any, sliding layers still shrink
+            draft_s, verify_s = drafted_s - start_s, time.perf_counter() - drafted_s
+            self.drafting.add(draft, drafted, kept, draft_s, verify_s)
+            self._count(drafted, kept, isinstance(draft.source, NGrams), draft_s, verify_s)
         if self.streamer is not None:
             self.streamer.end()
         return ids
 
-    def _draft(self, ids: Tensor, step: int) -> list[DraftedToken]:
-        """Draft until the draft length is reached, an end token is drafted, or only one more token may follow.
+    def _accept(self, ids: Tensor, drafted: Sequence[int], logits: Tensor) -> tuple[Tensor, list[int], bool]:
+        """Append the accepted tokens and one token of the full model: (ids, these tokens, whether the answer ends).
 
-        Only stateless processors are called here (`for_draft`).
+        logits: of the full model, [len(drafted) + 1, V]. A drafted token is accepted if the full model chooses it, too.
+        Processors, criteria and streamer are called as if the full model decoded alone.
         """
-        wanted = min(self.length.next(), self.max_length - ids.shape[1] - 1)
-        if wanted < 1:
-            return []
-        plan = self.strategy.decode_plan(step)
-        drafted: list[DraftedToken] = []
-        while len(drafted) < wanted:
-            scores = self.process_draft(ids, self.forwards.draft(ids, plan))
-            drafted.append(self.choose.draft(scores))
-            if drafted[-1].token in self.ends:
-                break
-            ids = torch.cat([ids, ids.new_tensor([[drafted[-1].token]])], dim=-1)
-        self.forwards.forget_draft(plan, len(drafted))
-        return drafted
-
-    def _accept(self, ids: Tensor, drafted: list[DraftedToken], logits: Tensor) -> tuple[Tensor, bool]:
-        """Append the accepted tokens and one token of the full model; returns (ids, whether the answer is finished).
-
-        logits: of the full model, [len(drafted) + 1, V]. Processors, criteria and streamer are called as if the full
-        model decoded alone.
-        """
+        kept: list[int] = []
         for i, row in enumerate(logits.split(1)):
-            row = row.clone()  # a processor may change it in place, and returned rows must not keep all logits alive
+            if drafted:
+                row = row.clone()  # a processor may change it in place; returned rows must not keep all logits alive
             scores: Tensor = self.process(ids, row)
             if self.logits is not None:
                 self.logits += (row,)
             if self.scores is not None:
                 self.scores += (scores,)
-            token = self.choose.verify(scores, drafted[i] if i < len(drafted) else None)
+            token = self.choose(scores)
             ids = torch.cat([ids, token[None]], dim=-1)
             if self.streamer is not None:
                 self.streamer.put(token.cpu())
             finished = bool(self.stop(ids, self.scores).all())
-            if finished or i == len(drafted) or int(token) != drafted[i].token:
-                return ids, finished
+            kept.append(int(token))
+            if finished or i == len(drafted) or kept[-1] != drafted[i]:
+                return ids, kept, finished
         raise AssertionError("the last row always returns")
 
-    def _count(self, drafted: list[DraftedToken], tokens: list[int], draft_s: float, verify_s: float) -> None:
-        judged = [each.token == token for each, token in zip(drafted, tokens, strict=False)]
-        self.length.add(sum(judged), len(judged))
+    def _count(self, drafted: Sequence[int], kept: Sequence[int], free: bool, draft_s: float, verify_s: float) -> None:
+        judged = [mine == token for mine, token in zip(drafted, kept, strict=False)]
         self.statistics += DraftStatistics(
-            new_tokens=len(tokens),
-            draft_forwards=len(drafted),
+            new_tokens=len(kept),
+            draft_forwards=0 if free else len(drafted),
+            copied=len(drafted) if free else 0,
             verify_forwards=1,
             accepted=sum(judged),
             judged=len(judged),

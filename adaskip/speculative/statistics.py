@@ -17,6 +17,9 @@ class DraftStatistics:
     new_tokens: int = 0
     """Tokens from verifications; the first token of an answer comes from the prefill and is not counted."""
     draft_forwards: int = 0
+    """Tokens drafted by the skipped model."""
+    copied: int = 0
+    """Tokens drafted from n-grams of prompt and answer."""
     verify_forwards: int = 0
     """Forwards of the full model after the prefill, including rounds without a draft."""
     accepted: int = 0

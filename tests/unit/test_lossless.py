@@ -46,7 +46,8 @@ def test_greedy_tokens_are_those_of_the_full_model(family, gamma):
     decoder = lossless(model, fixed(), gamma=gamma)
     for prompt in random_prompts([1, 9]):
         assert agree(model, prompt, decoder)
-    assert decoder.statistics.draft_forwards > 0
+    assert decoder.statistics.requests == 2
+    assert gamma is None or decoder.statistics.draft_forwards > 0
 
 
 def test_the_draft_alone_goes_another_way_and_is_accepted_in_part():
@@ -344,9 +345,5 @@ def test_wrong_arguments_are_refused_in_one_line():
         lossless(model, EarlyExit(num_layers=6, budget=Budget(layers=1)))
     with pytest.raises(ValueError, match="gamma must be at least 1"):
         lossless(model, fixed(), gamma=0)
-    with pytest.raises(ValueError, match="excludes draft_cost"):
-        lossless(model, fixed(), gamma=3, draft_cost=0.5)
-    with pytest.raises(ValueError, match="draft_cost must be above 0"):
-        lossless(model, fixed(), draft_cost=0.0)
     with pytest.raises(ValueError, match="another model"):
         generated(MODELS["granite"], random_prompts([5])[0], lossless(model, fixed()))

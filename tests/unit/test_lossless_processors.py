@@ -20,7 +20,6 @@ from transformers.generation import logits_process
 from adaskip.core.context import skipping
 from adaskip.core.plan import SkipPlan, Sublayer
 from adaskip.speculative import lossless
-from adaskip.speculative.choice import Sampling
 from adaskip.speculative.processors import STATELESS, for_draft
 from adaskip.strategies import FixedPlan
 from tests.families import VOCAB, random_model, random_prompts
@@ -119,7 +118,7 @@ def test_processors_with_state_act_as_in_generate(make, gamma):
             decoder = lossless(model, fixed(), gamma=gamma)
             ours = generated(model, prompt, decoder, logits_processor=LogitsProcessorList([make()]), eos_token_id=None)
             assert torch.equal(ours, expected)
-            assert decoder.last_request.draft_forwards > 0
+            assert gamma is None or decoder.last_request.draft_forwards > 0
 
 
 class Recorder(LogitsProcessor, StoppingCriteria):
@@ -288,19 +287,6 @@ def test_the_processors_of_a_draft_keep_their_order():
 def test_what_is_named_stateless_must_be_a_class_of_processors(wrong):
     with pytest.raises(ValueError, match="stateless must list classes of logits processors"):
         lossless(MODELS["llama"], fixed(), stateless=[wrong])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_draft_that_overflows_is_a_bad_draft_and_no_error(value):
-    """A skipped model may overflow where the full one does not."""
-    torch.manual_seed(0)
-    full = torch.randn(1, VOCAB)
-    counts = Counter()
-    for _ in range(50):
-        drafted = Sampling().draft(torch.full((1, VOCAB), value))
-        assert drafted.probabilities.sum() == pytest.approx(1.0)
-        counts[int(Sampling().verify(full, drafted))] += 1
-    assert len(counts) > 10
 
 
 def test_sampling_with_an_overflowing_draft_samples():

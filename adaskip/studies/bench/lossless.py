@@ -1,64 +1,65 @@
-"""`speed/lossless.py`: lossless mode against the full model, side by side.
+"""`speed/lossless.py`: lossless mode against the full model and transformers' assisted generation, side by side.
 
-Each prompt is answered greedily by stock `generate` and with every draft, in turns, the first one changing from prompt
-to prompt, so that a drifting machine affects all alike. Answers are saved in a file per model after every prompt: a
-stopped run continues. The sets that draft are found on other samples than those that prompt.
+Each prompt is answered greedily by stock `generate` and in every other way, in turns, the first one changing from
+prompt to prompt, so that a drifting machine affects all alike. Stock and lossless start with a copy of the same KV
+cache of the prompt; assisted generation reads the prompt itself, since it gives other tokens with a filled cache.
+Answers are saved in a file per model and dtype after every prompt: a stopped run continues. The sets that draft are
+found on other samples than those that prompt.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from pandas import DataFrame
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.choices import check_choice
 from adaskip.common.files import write_text_atomic
-from adaskip.common.intervals import ratio_estimate
 from adaskip.common.options import option
-from adaskip.core.blocks import decoder_layers, execution_device
+from adaskip.core.blocks import decoder_layers, execution_device, find_decoder
 from adaskip.core.plan import Budget
 from adaskip.models.loading import LoadedModel
 from adaskip.models.source import find_source
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.runs.cells import MODELS
 from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.records import prompt_ids
-from adaskip.speculative import LosslessDecoder, lossless
-from adaskip.speculative.draft_length import break_even_acceptance, expected_speedup
-from adaskip.speculative.statistics import DraftStatistics
+from adaskip.speculative import lossless
 from adaskip.strategies import Strategy, build, needs_selection, strategy_class
+from adaskip.studies.bench.lossless_table import FULL_MODEL, find, read_saved
 from adaskip.studies.bench.measuring import folder_name
-from adaskip.studies.bench.settings import RESULTS_DIR
+from adaskip.studies.bench.settings import CLOCKS, RESULTS_DIR
 from adaskip.studies.bench.timing import timed_generation
-from adaskip.studies.study import Findings, Study, StudyConfig, prompts_of
+from adaskip.studies.study import Study, StudyConfig, prompts_of
 
-FULL_MODEL = "full"
 STORIES_SEED = 2
 """Other stories than those of the studies of quality."""
 STORY_TOKENS = 128
 STORY_PROMPT_TOKENS = (20, 60)
 """Lengths of the beginnings of stories that are prompts, from .. to."""
-SAME = ("prompts_fingerprint", "drafts", "weights_fingerprint", "dtype", "device_name", "threads", "versions")
+SAME = ("prompts_fingerprint", "drafts", "clock", "weights_fingerprint", "dtype", "device_name", "threads", "versions")
 """What must be equal for a benchmark to be continued."""
-NOTE = """\
-Greedy answers, decode time after the first token, full model / lossless, ratio of means with a 95 % bootstrap interval
-over prompts. c: what drafting and verifying a token takes beyond one decode step of the full model a round, in such
-steps, host time included. A round of g drafted tokens yields (1 - a^(g+1)) / (1 - a) tokens in the time of 1 + g c
-steps; below break-even it is slower than the full model."""
+PEERS: dict[str, dict[str, int]] = {
+    "prompt_lookup_3": {"prompt_lookup_num_tokens": 3},
+    "prompt_lookup_10": {"prompt_lookup_num_tokens": 10},
+    "early_exit": {"assistant_early_exit": 0},
+}
+"""Options of `generate` for assisted generation of transformers, by name. 0: half of the layers."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ class Draft:
 
 
 DRAFTS = (
-    Draft("adaskip", 0.25, gamma=4),
     *(Draft("adaskip", share) for share in (0.25, 0.375, 0.5)),
     *(Draft(*way) for way in (("calibrated", 0.5), ("early_exit", 0.25), ("unified", 0.25))),
 )
 STRATEGIES = tuple(dict.fromkeys(draft.strategy for draft in DRAFTS))
+SHARES = tuple(dict.fromkeys(draft.share for draft in DRAFTS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,10 @@ class LosslessConfig(StudyConfig):
     extra_models = (STORIES,)
 
     strategies: tuple[str, ...] = option(f"what drafts, of {', '.join(STRATEGIES)}", STRATEGIES)
+    shares: tuple[float, ...] = option("shares of the sublayers that drafts skip", SHARES)
+    peers: tuple[str, ...] = option(f"assisted generation of transformers, of {', '.join(PEERS)}", ())
+    profile: str | None = option("importance profile: a file, folder or published name; if not given, calibrate")
+    clock: str = option(f"on the CPU, of {', '.join(CLOCKS)}; CUDA has its own", "wall", choices=[*CLOCKS])
     prompts: int = option("prompts of each model; each is answered with every draft", 40)
     new_tokens: int = option("most tokens of an answer", 64)
 
@@ -101,24 +106,30 @@ class LosslessConfig(StudyConfig):
         super().__post_init__()
         for name in self.strategies:
             check_choice("strategy that drafts", name, STRATEGIES)
+        for name in self.peers:
+            check_choice("assisted generation", name, PEERS)
+        for share in self.shares:
+            check_choice("share", str(share), [str(each) for each in SHARES])
         for name in ("prompts", "new_tokens"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 2, not {getattr(self, name)}")
 
     @property
     def drafts(self) -> tuple[Draft, ...]:
-        return tuple(draft for draft in DRAFTS if draft.strategy in self.strategies)
+        return tuple(draft for draft in DRAFTS if draft.strategy in self.strategies and draft.share in self.shares)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its prompts, token ids, 1-D. calibration: those that importance is measured on. searched: those that
-    the sets of calibrated are searched on."""
+    """A model and its prompts, token ids, 1-D. labels: task and id of each. calibration: prompts that importance is
+    measured on, unless it is given. searched: those that the sets of calibrated are searched on."""
 
     loaded: LoadedModel
     prompts: Sequence[Tensor]
+    labels: Sequence[tuple[str, str]]
     calibration: Sequence[Tensor]
     searched: Sequence[Tensor]
+    importance: ImportanceProfile | None = None
 
     @property
     def ends(self) -> dict[str, Any]:
@@ -150,11 +161,16 @@ def _of_tasks(config: LosslessConfig, name: str) -> Subject:
     loaded, records, calibration = job.loading.load(), job.records, job.calibration
     assert calibration is not None, "of strategy adaskip"
     each = -(-config.prompts // len(tasks))
-    columns = [prompt_ids(records.benchmark, task, records.scored(task, each), loaded) for task in tasks]
-    prompts = [ids for row in zip_longest(*columns) for ids in row if ids is not None]
+    columns = [[(task, sample) for sample in records.scored(task, each)] for task in tasks]
+    asked = [pair for row in zip_longest(*columns) for pair in row if pair is not None][: config.prompts]
+    prompts = [prompt_ids(records.benchmark, task, [sample], loaded)[0] for task, sample in asked]
+    labels = [(task, sample["_id"]) for task, sample in asked]
     searches = any(needs_selection(draft.strategy) for draft in config.drafts)
     searched = prompts_of(calibration, calibration.searched, loaded) if searches else []
-    return Subject(loaded, prompts[: config.prompts], calibration.data(loaded)["prompts"], searched)
+    if config.profile is None:
+        return Subject(loaded, prompts, labels, calibration.data(loaded)["prompts"], searched)
+    importance = ImportanceProfile.load(config.profile, loaded.model, allow_other_weights=True)
+    return Subject(loaded, prompts, labels, [], searched, importance)
 
 
 def _of_stories(config: LosslessConfig) -> Subject:
@@ -164,7 +180,8 @@ def _of_stories(config: LosslessConfig) -> Subject:
     shortest, longest = STORY_PROMPT_TOKENS
     spread = longest - shortest + 1
     begun = [story[: shortest + i % spread] for i, story in enumerate(told[CALIBRATION_STORIES:])]
-    return Subject(loaded, begun, told[:CALIBRATION_STORIES], told[:CALIBRATION_STORIES])
+    labels = [("stories", str(i)) for i in range(len(begun))]
+    return Subject(loaded, begun, labels, told[:CALIBRATION_STORIES], told[:CALIBRATION_STORIES])
 
 
 def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
@@ -173,14 +190,17 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
     Raises ValueError if the file is of other prompts, drafts, weights or another machine.
     """
     model: Any = subject.loaded.model
-    path = config.out_dir / folder_name(model.device) / f"lossless-{name}.json"
+    identity = describe_model(subject.loaded)
+    dtype = "" if identity["dtype"] == "float32" else f"-{identity['dtype']}"
+    path = config.out_dir / folder_name(model.device) / f"lossless-{name}{dtype}.json"
     told = str([config.new_tokens, *(prompt.tolist() for prompt in subject.prompts)])
     manifest = {
-        **describe_model(subject.loaded),
+        **identity,
         "checkpoint": Path(subject.loaded.spec.checkpoint).name,  # the folder, wherever it lies
         "model": name,
         "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
-        "drafts": [str(draft) for draft in config.drafts],
+        "drafts": [*map(str, config.drafts), *config.peers],
+        "clock": config.clock,
     }
     saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if saved and (other := [key for key in SAME if saved["manifest"].get(key) != manifest[key]]):
@@ -190,22 +210,59 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
         return
     strategies = strategies_for(subject, config.drafts, path.with_name(f"selection-{name}.json"))
     manifest["plans"] = {str(draft): strategy.skipped.to_dict() for draft, strategy in strategies.items()}
-    decoders: dict[str, LosslessDecoder | None] = {FULL_MODEL: None}
-    decoders |= {str(draft): lossless(model, strategy, gamma=draft.gamma) for draft, strategy in strategies.items()}
-    for decoder in decoders.values():  # warm up
-        answer(subject, subject.prompts[0], config.new_tokens, decoder)
-    names = list(decoders)
+    ways: dict[str, dict[str, Any]] = {FULL_MODEL: {}}
+    for draft, strategy in strategies.items():
+        ways[str(draft)] = {"custom_generate": lossless(model, strategy, gamma=draft.gamma)}
+    half = len(decoder_layers(model)) // 2
+    ways |= {peer: {option: tokens or half for option, tokens in PEERS[peer].items()} for peer in config.peers}
+    for way in ways.values():  # warm up
+        answer(subject, subject.prompts[0][-64:], 4, way)
+    names = list(ways)
     for i in tqdm(range(len(records), len(subject.prompts)), desc=name, unit="prompt", disable=None):
-        turn = names[i % len(names) :] + names[: i % len(names)]
-        answers = {way: answer(subject, subject.prompts[i], config.new_tokens, decoders[way]) for way in turn}
-        records.append({"prompt_tokens": len(subject.prompts[i]), "answers": {way: answers[way] for way in names}})
+        prompt, turn = subject.prompts[i], names[i % len(names) :] + names[: i % len(names)]
+        cache = read_prompt(model, prompt)
+        caches = dict.fromkeys(turn, cache) | dict.fromkeys(config.peers)
+        answers = {
+            way: answer(subject, prompt, config.new_tokens, ways[way], caches[way], config.clock) for way in turn
+        }
+        for way in names[1:]:
+            answers[way] |= difference(model, prompt, answers[FULL_MODEL]["tokens"], answers[way]["tokens"])
+        task, record_id = subject.labels[i]
+        record = {"task": task, "id": record_id, "prompt_tokens": len(prompt)}
+        records.append({**record, "answers": {way: answers[way] for way in names}})
         write_text_atomic(path, json.dumps({"manifest": manifest, "records": records}) + "\n")
+
+
+@torch.no_grad()
+def read_prompt(model: Any, prompt: Tensor) -> DynamicCache:
+    """The full model's KV cache of all tokens of `prompt` [S] but the last one."""
+    cache = DynamicCache(config=model.config)
+    if len(prompt) > 1:
+        ids = prompt[None, :-1].to(execution_device(model))
+        find_decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+def difference(model: Any, prompt: Tensor, stock: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+    """Where two answers differ first, and the full model's two highest logits there; {} where they do not.
+
+    spacing: of numbers of the model's dtype at the highest logit.
+    """
+    if stock == other:
+        return {}
+    same = next((i for i, (a, b) in enumerate(zip(stock, other, strict=False)) if a != b), min(len(stock), len(other)))
+    ids = torch.cat([prompt, prompt.new_tensor(stock[:same])])[None].to(execution_device(model))
+    first, second = model(ids, logits_to_keep=1).logits[0, -1].float().topk(2).values.tolist()
+    spacing = torch.finfo(model.dtype).eps * 2.0 ** math.floor(math.log2(abs(first)))
+    return {"differs_at": same, "logits": [first, second], "spacing": spacing}
 
 
 def strategies_for(subject: Subject, drafts: Sequence[Draft], selection_path: Path) -> dict[Draft, Strategy]:
     """The drafts as strategies of this model; the sets calibrated drafts by are searched once and kept."""
     model, depth = subject.loaded.model, len(decoder_layers(subject.loaded.model))
-    importance, made = calibrate(model, subject.calibration), {}
+    importance = subject.importance or calibrate(model, subject.calibration)
+    made = {}
     searched = [draft.sublayers(depth) for draft in drafts if needs_selection(draft.strategy)]
     selection = _selection(subject, importance, max(searched), selection_path) if searched else None
     for draft in drafts:
@@ -235,93 +292,28 @@ def _selection(subject: Subject, importance: ImportanceProfile, up_to: int, path
     return selection
 
 
-def answer(subject: Subject, prompt: Tensor, new_tokens: int, decoder: LosslessDecoder | None) -> dict[str, Any]:
-    """One greedy answer: its tokens, the seconds after the first one, what drafting took. decoder: None for stock."""
+def answer(
+    subject: Subject,
+    prompt: Tensor,
+    new_tokens: int,
+    way: dict[str, Any],
+    cache: DynamicCache | None = None,
+    clock: Any = "wall",
+) -> dict[str, Any]:
+    """One greedy answer: its tokens, the seconds after the first one, what drafting took.
+
+    way: options of `generate`. cache: of the prompt without its last token, which stays as it is.
+    """
     model: Any = subject.loaded.model
-    options = {} if decoder is None else {"custom_generate": decoder}
     ids = prompt[None].to(execution_device(model))
-    timed = timed_generation(model, None, ids, new_tokens, "wall", **subject.ends, **options)
+    given = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
+    timed = timed_generation(model, None, ids, new_tokens, clock, **subject.ends, **given, **way)
     record = {"tokens": timed.tokens[0, len(prompt) :].tolist(), "decode_s": sum(timed.steps_s)}
+    decoder = way.get("custom_generate")
     return record if decoder is None else {**record, **asdict(decoder.last_request)}
 
 
-Saved = dict[str, list[dict[str, Any]]]
-"""By device's folder, the contents of its files in the order in which they are shown."""
-
-
-def read(config: LosslessConfig) -> Saved:
-    """Everything saved; ValueError if nothing is."""
-    names = [f"lossless-{name}" for name in (*MODELS, STORIES)]
-    paths = sorted(config.out_dir.glob("*/lossless-*.json"), key=lambda path: [*names, path.stem].index(path.stem))
-    if not paths:
-        raise ValueError(f"nothing is saved in {config.out_dir}; leave out --draw-only")
-    folders = sorted({path.parent.name for path in paths})
-    return {f: [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.parent.name == f] for f in folders}
-
-
-def find(saved: Saved) -> list[Findings]:
-    """Differing tokens, acceptance, speedup and break-even of every draft, device by device."""
-    found = []
-    for folder, files in saved.items():
-        rows = [_row(each, draft) for each in files for draft in each["manifest"]["drafts"]]
-        compared, differing = (sum(int(row[name]) for row in rows) for name in ("answers", "differing"))
-        total = f"{compared} answers compared with stock `generate`, {differing} differing."
-        where = dict.fromkeys(_where(each["manifest"]) for each in files)
-        found.append(
-            Findings(
-                name="lossless",
-                title="Lossless mode against the full model",
-                notes=[NOTE, total, *where],
-                claims=[],
-                table=DataFrame(rows),
-                has_figure=False,
-                kinds=["md"],
-                subfolder=folder,
-            )
-        )
-    return found
-
-
-def _where(manifest: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {manifest['versions'][name]}" for name in ("torch", "transformers"))
-    device = f"{manifest['device_name']} ({manifest['device']}), {manifest['threads']} CPU threads"
-    return f"{device}, {manifest['dtype']}, {versions}."
-
-
-def _row(saved: dict[str, Any], draft: str) -> dict[str, str]:
-    """One line of the table: a draft of a saved file."""
-    answers, plan = [record["answers"] for record in saved["records"]], saved["manifest"]["plans"][draft]
-    full, mine = ([each[way] for each in answers] for way in (FULL_MODEL, draft))
-    seen = DraftStatistics()
-    for each in mine:
-        seen += DraftStatistics(**{field.name: each[field.name] for field in fields(DraftStatistics)})
-    full_s = [each["decode_s"] for each in full]
-    speedup = ratio_estimate(full_s, [each["decode_s"] for each in mine])
-    assert speedup is not None, "every answer takes time"
-    row = {
-        "model": saved["manifest"]["model"],
-        "draft": draft,
-        "attention + FFN skipped": f"{len(plan['attention'])} + {len(plan['ffn'])}",
-        "answers": str(len(mine)),
-        "differing": str(sum(a["tokens"] != b["tokens"] for a, b in zip(full, mine, strict=True))),
-    }
-    row |= _costs(seen, sum(full_s) / sum(len(each["tokens"]) - 1 for each in full))
-    return {**row, "speedup measured": f"{speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}]"}
-
-
-def _costs(seen: DraftStatistics, step_s: float) -> dict[str, str]:
-    """step_s: of a decode step of the full model."""
-    names = ("acceptance a", "tokens per verification", "cost c of a drafted token", "break-even a")
-    names += ("speedup expected from a and c",)
-    if not seen.draft_forwards or seen.acceptance_rate is None or seen.tokens_per_verify is None:
-        return dict.fromkeys(names, "n/a")
-    cost = (seen.draft_s + seen.verify_s - seen.verify_forwards * step_s) / seen.draft_forwards / step_s
-    length = max(1, round(seen.draft_forwards / seen.verify_forwards))
-    even = break_even_acceptance(cost, length)
-    expected = expected_speedup(seen.acceptance_rate, length, cost)
-    shown = (f"{seen.acceptance_rate:.3f}", f"{seen.tokens_per_verify:.2f}", f"{cost:.3f}")
-    return dict(zip(names, (*shown, "none" if even is None else f"{even:.3f}", f"{expected:.3f}"), strict=True))
-
-
-STUDY = Study(LosslessConfig, measure, read, find=lambda saved, config: find(saved))
+STUDY = Study(
+    LosslessConfig, measure, lambda config: read_saved(config.out_dir), find=lambda saved, config: find(saved)
+)
 main = STUDY.main

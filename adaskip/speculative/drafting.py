@@ -1,0 +1,143 @@
+"""Chooses the source and the length of each draft by expected tokens per second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+from torch import Tensor
+
+from adaskip.speculative.step_costs import MOST, StepCosts
+
+FREE_STEPS = 1.0
+"""Steps of one token that a request may lose by drafts before any has paid."""
+SHARE = 0.01
+"""Further steps that may be lost, for each token of the answer."""
+MOST_CREDIT = 8.0
+"""Steps; what drafts have gained may be lost again up to here."""
+FIRST_TRIAL = 4
+"""Rounds after which a forward over two tokens is measured, if no draft has led to one."""
+TRIAL_EVERY = 24
+"""Rounds without a draft of a source after which it is tried again, if it could pay and the credit allows it."""
+
+
+class DraftSource(Protocol):
+    """Where drafted tokens come from."""
+
+    def survival(self, most: int) -> list[float]:
+        """Probabilities that the first 1, 2, ..., `most` tokens of the next draft are all accepted; [] for no draft."""
+        ...
+
+    def draft_s(self, step_s: float) -> float:
+        """Seconds of one drafted token. step_s: of a step of the full model."""
+        ...
+
+    def draft(self, ids: Tensor, most: int, least_survival: float) -> list[int]:
+        """At most `most` tokens that may follow `ids` [1, S], fewer if the source has no confidence in more."""
+        ...
+
+    def add(self, kept: Sequence[int], drafted: Sequence[int] | None) -> None:
+        """Learn from a round. kept: the new tokens of the answer. drafted: by this source; None for none."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextDraft:
+    """How the next tokens are made. source: None for a step of the full model alone. most: drafted tokens.
+
+    least_survival: probability of being kept from which one more drafted token is worth its time.
+    """
+
+    source: DraftSource | None = None
+    most: int = 0
+    least_survival: float = 0.0
+
+
+NO_DRAFT = NextDraft()
+
+
+class Drafting:
+    """The sources of one request, and what they may lose.
+
+    Credit: steps that drafts have gained so far, and an allowance. Without credit the full model decodes alone; so the
+    loss against decoding without drafts is bounded by the allowance and one draft, whatever the estimates say.
+    """
+
+    def __init__(self, sources: Sequence[DraftSource], costs: StepCosts):
+        self.sources, self.costs = sources, costs
+        self.credit, self.round = FREE_STEPS, 0
+        self.last_drafts = {id(source): 0 for source in sources}
+
+    def begin(self, kept: Sequence[int]) -> None:
+        """Learn the first token of the answer, which the prefill gives."""
+        for source in self.sources:
+            source.add(kept, None)
+
+    def next(self, most: int) -> NextDraft:
+        """The way with the most expected tokens per second. most: tokens that a draft may have."""
+        self.round += 1
+        if self.round == 1 or most < 1 or self.credit <= 0:
+            return NO_DRAFT
+        most, curve = min(most, MOST - 1), self.costs.curve()
+        best_rate, best = 1.0 / curve[1], NO_DRAFT
+        for source in self.sources:
+            rate, way = self._best(source, source.survival(most), curve)
+            if rate > best_rate:
+                best_rate, best = rate, way
+        return self._trial(most, curve) or best if best is NO_DRAFT else best
+
+    def _best(self, source: DraftSource, survival: list[float], curve: list[float]) -> tuple[float, NextDraft]:
+        """The best length of a draft whose tokens survive so, and its tokens per second."""
+        draft_s, rate, best = source.draft_s(curve[1]), 0.0, 0
+        for drafted, accepted in enumerate(accumulate(survival), start=1):
+            each = (1.0 + accepted) / (drafted * draft_s + curve[drafted + 1])
+            if each > rate:
+                rate, best = each, drafted
+        if not best:
+            return 0.0, NO_DRAFT
+        added_s = best * draft_s + curve[best + 1] - curve[1]
+        return rate, NextDraft(source, best, rate * added_s / best)
+
+    def _trial(self, most: int, curve: list[float]) -> NextDraft | None:
+        """One drafted token to learn from, of a source that would pay if all its tokens were accepted."""
+        if self.round == FIRST_TRIAL and not self.costs.measured:
+            return next((NextDraft(source, 1) for source in self.sources if source.survival(1)), None)
+        for source in self.sources:
+            draft_s = source.draft_s(curve[1])
+            lost = (draft_s + curve[2] - curve[1]) / curve[1]
+            waited = self.round - self.last_drafts[id(source)]
+            due = draft_s > 0 and waited >= TRIAL_EVERY and self.credit > 1.0 + lost
+            if due and self._best(source, [1.0] * most, curve)[0] * curve[1] > 1.0:
+                return NextDraft(source, 1)
+        return None
+
+    def add(
+        self, draft: NextDraft, drafted: Sequence[int], kept: Sequence[int], draft_s: float, verify_s: float
+    ) -> None:
+        """Learn from a round."""
+        self.costs.add(len(drafted) + 1, verify_s)
+        for source in self.sources:
+            source.add(kept, drafted if source is draft.source else None)
+        self.credit += SHARE * len(kept)
+        if drafted:
+            self.last_drafts[id(draft.source)] = self.round
+            gained = len(kept) - (draft_s + verify_s) / self.costs.step_s
+            self.credit = min(self.credit + gained, MOST_CREDIT)
+
+
+class FixedLength:
+    """`gamma` tokens of one source in every round."""
+
+    def __init__(self, source: DraftSource, gamma: int):
+        self.source, self.gamma = source, gamma
+
+    def begin(self, kept: Sequence[int]) -> None: ...
+
+    def next(self, most: int) -> NextDraft:
+        return NextDraft(self.source, min(self.gamma, most)) if most > 0 else NO_DRAFT
+
+    def add(
+        self, draft: NextDraft, drafted: Sequence[int], kept: Sequence[int], draft_s: float, verify_s: float
+    ) -> None: ...

@@ -1,0 +1,217 @@
+"""Where drafts come from, what steps cost, and which draft is chosen."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from adaskip.core.plan import SkipPlan
+from adaskip.speculative import lossless
+from adaskip.speculative.choice import Greedy
+from adaskip.speculative.drafting import FREE_STEPS, MOST_CREDIT, NO_DRAFT, SHARE, Drafting
+from adaskip.speculative.ngrams import NGrams
+from adaskip.speculative.skipped_model import SkippedModel
+from adaskip.speculative.statistics import DraftStatistics
+from adaskip.speculative.step_costs import ASSUMED_SLOPE, MOST, StepCosts
+from adaskip.strategies import FixedPlan
+from tests.families import random_model, random_prompts
+
+IDS = torch.zeros(1, 1, dtype=torch.long)
+
+
+def test_ngrams_draft_what_followed_the_longest_match():
+    source = NGrams([1, 2, 3, 4, 9, 3, 7, 1, 2, 3])
+    assert source.draft(IDS, 3, 0.0) == [4, 9, 3], "2 3 was followed by 4, the later 3 by 7"
+    source.add([4], None)
+    assert source.draft(IDS, 2, 0.0) == [9, 3]
+
+
+def test_a_copy_that_reaches_the_end_repeats_itself():
+    assert NGrams([5, 6, 7, 5, 6, 7]).draft(IDS, 7, 0.0) == [5, 6, 7, 5, 6, 7, 5]
+
+
+def test_ngrams_learn_without_a_draft_and_by_length_of_the_match():
+    source = NGrams([1, 2, 3, 4] * 3)
+    before = source.survival(4)
+    source.add([1, 2, 3, 4] * 5, None)
+    after = source.survival(4)
+    assert all(late > early for early, late in zip(before, after, strict=True))
+    assert after == sorted(after, reverse=True)
+    assert source.rates[1].value == pytest.approx(NGrams([]).rates[1].value), "no match was that short"
+
+
+def test_a_prompt_of_embeddings_has_nothing_to_copy():
+    source = NGrams([])
+    assert source.survival(3) == []
+    source.add([4], None)
+    assert source.draft(IDS, 2, 0.0) == [4, 4]
+
+
+class Forwards:
+    """Logits whose highest one is the token 1, by so much each."""
+
+    prompt_length = 1
+
+    def __init__(self, leads):
+        self.leads, self.forgotten = iter(leads), 0
+
+    def draft(self, ids, plan):
+        return torch.tensor([[0.0, next(self.leads), 0.0]])
+
+    def forget_draft(self, plan, drafted):
+        self.forgotten += drafted
+
+
+def skipped_model(leads, ends=()):
+    strategy = FixedPlan(num_layers=2, plan=SkipPlan(ffn={1}))
+    return SkippedModel(Forwards(leads), strategy, lambda ids, scores: scores, Greedy(), ends, live=0.75)
+
+
+def test_the_skipped_model_stops_where_it_is_not_sure():
+    sure, unsure = 9.0, 0.2
+    source = skipped_model([sure, sure, unsure, sure, sure])
+    assert source.draft(IDS, 5, least_survival=0.4) == [1, 1, 1]
+    assert source.forwards.forgotten == 3
+    assert skipped_model([sure, sure, unsure, sure, sure]).draft(IDS, 5, least_survival=0.0) == [1] * 5
+    assert skipped_model([sure] * 5, ends=(1,)).draft(IDS, 5, least_survival=0.0) == [1]
+
+
+def test_the_skipped_model_learns_how_often_and_how_fast():
+    source = skipped_model([9.0] * 40)
+    assert source.draft_s(2.0) == 1.5, "its share of the sublayers, before it has drafted"
+    for _ in range(10):
+        source.add([2], source.draft(IDS, 1, 0.0))
+    assert source.draft_s(2.0) < 0.5
+    assert source.survival(2) == [pytest.approx(source.rate.value), pytest.approx(source.rate.value**2)]
+    assert source.rate.value < 0.3
+    assert source.draft(IDS, 5, least_survival=0.5) == [1], "a sure token of a draft that was always wrong"
+
+
+def test_an_empty_plan_drafts_from_ngrams_only():
+    model, (prompt,) = random_model("granite"), random_prompts([9])
+    ids, decoder = prompt.repeat(4)[None], lossless(model, SkipPlan())
+    options = {"max_new_tokens": 40, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, custom_generate=decoder, **options), expected)
+    assert decoder.last_request.draft_forwards == 0 < decoder.last_request.copied
+
+
+def test_costs_are_medians_with_lines_between_and_ratios_last():
+    costs = StepCosts()
+    costs.add(1, 2.0)
+    assert costs.curve()[4] == pytest.approx(2.0 * (1 + 3 * ASSUMED_SLOPE))
+    assert not costs.measured
+    for seconds in (5.0, 6.0, 100.0):
+        costs.add(5, seconds)
+    curve = costs.curve()
+    assert (curve[1], curve[3], curve[5]) == (2.0, 4.0, 6.0)
+    assert curve[MOST] == pytest.approx(6.0 + (MOST - 5) * 1.0)
+    costs.new_request()
+    costs.add(1, 4.0)
+    assert costs.measured
+    assert costs.curve()[5] == pytest.approx(12.0), "three steps, as in the request before"
+
+
+class Oracle:
+    """Drafts the right token with a fixed probability, which it knows."""
+
+    def __init__(self, acceptance, seconds=0.0):
+        self.acceptance, self.seconds, self.drafts = acceptance, seconds, []
+
+    def survival(self, most):
+        return [self.acceptance ** (i + 1) for i in range(most)]
+
+    def draft_s(self, step_s):
+        return self.seconds
+
+    def draft(self, ids, most, least_survival):
+        self.drafts.append(most)
+        return [0] * most
+
+    def add(self, kept, drafted): ...
+
+
+class Boaster(Oracle):
+    """Is never right, and never learns it."""
+
+    def survival(self, most):
+        return [0.9 ** (i + 1) for i in range(most)]
+
+
+def decode(sources, cost, tokens=600, costs=None, seed=0):
+    """Seconds of an answer and its drafting. cost: seconds of a forward by its number of tokens."""
+    draw, drafting = random.Random(seed).random, Drafting(sources, costs or StepCosts())
+    drafting.begin([0])
+    spent, made = 0.0, 0
+    while made < tokens:
+        draft = drafting.next(tokens - made - 1)
+        drafted = draft.source.draft(IDS, draft.most, draft.least_survival) if draft.source else []
+        accepted = 0
+        while accepted < len(drafted) and draw() < draft.source.acceptance:
+            accepted += 1
+        draft_s = len(drafted) * draft.source.seconds if draft.source else 0.0
+        drafting.add(draft, drafted, [0] * (accepted + 1), draft_s, cost(len(drafted) + 1))
+        spent, made = spent + draft_s + cost(len(drafted) + 1), made + accepted + 1
+    return spent, made
+
+
+def dear(tokens):
+    return 1.0 if tokens == 1 else 1.8 + 0.05 * tokens
+
+
+def flat(tokens):
+    return 1.0
+
+
+def cheaper_than_a_step(tokens):
+    return 1.0 if tokens == 1 else 0.6
+
+
+@pytest.mark.parametrize("cost", [dear, flat])
+def test_good_drafts_pay(cost):
+    spent, made = decode([Oracle(0.9)], cost)
+    assert made / spent > 2.0
+
+
+def test_the_better_source_is_taken():
+    good, bad = Oracle(0.9), Oracle(0.3)
+    decode([bad, good], flat)
+    assert len(good.drafts) > 20 * max(1, len(bad.drafts))
+
+
+def test_where_several_tokens_cost_less_than_one_even_useless_drafts_pay():
+    spent, made = decode([Oracle(0.0)], cheaper_than_a_step)
+    assert made / spent > 1.5
+
+
+@pytest.mark.parametrize("source", [Boaster(0.0), Boaster(0.0, seconds=0.5), Oracle(0.3, seconds=0.8)])
+def test_what_drafts_lose_is_bounded_whatever_a_source_claims(source):
+    tokens = 400
+    spent, made = decode([source], dear, tokens)
+    dearest = dear(MOST) + (MOST - 1) * source.seconds
+    assert spent <= made + FREE_STEPS + SHARE * made + dearest
+
+
+def test_without_a_gain_a_source_with_costs_is_tried_seldom_and_one_token_at_a_time():
+    source = Oracle(0.1, seconds=0.3)
+    decode([source], flat, 1000)
+    assert 0 < len(source.drafts) < 1000 * SHARE / 0.3 * 2
+    assert set(source.drafts) == {1}
+
+
+def test_a_gain_is_not_gambled_away():
+    drafting = Drafting([Oracle(1.0)], StepCosts())
+    drafting.add(NO_DRAFT, [], [0], 0.0, 1.0)
+    drafting.add(drafting.next(100), [0] * 15, [0] * 16, 0.0, 1.0)
+    assert drafting.credit == MOST_CREDIT
+
+
+def test_statistics_add_up():
+    total = DraftStatistics()
+    assert total.acceptance_rate is None
+    assert total.tokens_per_verify is None
+    for _ in range(2):
+        total += DraftStatistics(requests=1, new_tokens=6, verify_forwards=2, accepted=3, judged=4, draft_s=0.5)
+    assert (total.requests, total.acceptance_rate, total.tokens_per_verify, total.draft_s) == (2, 0.75, 3.0, 1.0)
