@@ -1,9 +1,9 @@
 """Greedy search for the sublayers whose skipping changes the output least, one more sublayer in each step.
 
-A step tries only the most promising candidates: those that cost least when last tried, first on a few prompts, then
-the finalists on all of them. The sets of other strategies (`starts`) compete in each step; if one diverges less, the
-search continues from it. One of these strategies is the `default`: its set is chosen unless the best set diverges
-significantly less, judged by the paired differences over the prompts.
+A step tries only the most promising candidates: those that cost least when last tried. They are screened on two
+prompts, the better half on two more, and the finalists are measured on all. The sets of other strategies (`starts`)
+compete in each step; if one diverges less, the search continues from it. One of these strategies is the `default`: its
+set is chosen unless the best set diverges significantly less, judged by the paired differences over the prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MeasureDivergence = Callable[[Set, Sequence[int]], list[float]]
 
 SCREENING_PROMPTS = 4
 CONSIDERED = 8
-"""Number of candidates that each step after the first tries on the screening prompts."""
+"""Number of candidates that each step after the first screens."""
 FINALISTS = 3
 SEARCH = "search"
 STANDARD_ERRORS = 2.0
@@ -57,39 +57,58 @@ def search(
     which are never negative, exceeds the best total. Raises ValueError if there are too few candidates.
     """
     candidates = list(candidates)
-    screening = range(min(SCREENING_PROMPTS, num_prompts))
+    prompts = range(num_prompts)
+    screening = prompts[:SCREENING_PROMPTS]
     cost: dict[Sublayer, float] = {}  # divergence that each candidate added when last tried
     current: Set = frozenset()
-    screened = {current: [0.0]}
     choices: dict[int, Choice] = {}
+    if default is not None:  # one after the other, since each shares its lower layers with the one before
+        for usual in starts[default].values():
+            measure(usual, prompts)
     for count in tqdm(range(1, up_to + 1), desc="search", unit="set", disable=None if show_progress else True):
         free = [c for c in candidates if c not in current and _leaves_attention(current, c, num_layers)]
         considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
         if not considered:
             raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
-        base = fmean(screened[current])
-        tried = {c: measure(current | {c}, screening) for c in considered}
-        cost |= {c: fmean(values) - base for c, values in tried.items()}
-        screened = {current | {c}: tried[c] for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
-        contenders = dict.fromkeys(screened, SEARCH)
+        base = measure(current, screening) if current else [0.0] * len(screening)
+        tried = _screened(measure, current, considered, screening)
+        cost |= {c: fmean(values) - fmean(base[: len(values)]) for c, values in tried.items()}
+        whole = [c for c in sorted(considered, key=cost.__getitem__) if len(tried[c]) == len(screening)]
+        contenders = {current | {c}: (SEARCH, tried[c]) for c in whole[:FINALISTS]}
         for name, sets in starts.items():
-            if count in sets and sets[count] not in contenders:
-                contenders[sets[count]] = name
-                screened[sets[count]] = measure(sets[count], screening)
-        best, least = current, float("inf")
-        for contender in sorted(contenders, key=lambda chosen: fmean(screened[chosen])):
-            total = _total(measure, contender, screened[contender], range(len(screening), num_prompts), least)
+            if count in sets:
+                contenders.setdefault(sets[count], (name, []))
+        best, least = None, float("inf")
+        for contender, (_, known) in contenders.items():
+            total = _total(measure, contender, known, prompts[len(known) :], least)
             if total < least:
                 best, least = contender, total
-        if not contenders.keys() & {best}:
+        if best is None:
             raise ValueError(f"no set of {count} sublayers leaves the output finite on every calibration prompt")
         current = best
-        choices[count] = Choice(current, least / num_prompts, contenders[current])
+        choices[count] = Choice(current, least / num_prompts, contenders[current][0])
         if default is not None and count in starts[default] and starts[default][count] != current:
-            usual = measure(starts[default][count], range(num_prompts))
-            if not _significantly_less(measure(current, range(num_prompts)), usual):
+            usual = measure(starts[default][count], prompts)
+            if not _significantly_less(measure(current, prompts), usual):
                 choices[count] = Choice(starts[default][count], fmean(usual), default)
     return choices
+
+
+def _screened(
+    measure: MeasureDivergence, current: Set, candidates: Sequence[Sublayer], screening: Sequence[int]
+) -> dict[Sublayer, list[float]]:
+    """The divergences of `current` with each candidate: on all screening prompts for the better half, on the first half
+    of the prompts for the others.
+
+    Candidates are measured from the last layer down, since each then shares the layers below it with the one before.
+    """
+    half = -(-len(screening) // 2)
+    downwards = sorted(candidates, key=lambda c: (-c.layer, c.kind))
+    tried = {c: measure(current | {c}, screening[:half]) for c in downwards}
+    better = sorted(candidates, key=lambda c: fmean(tried[c]))[: max(FINALISTS, len(candidates) // 2)]
+    for candidate in (c for c in downwards if c in better and half < len(screening)):
+        tried[candidate] = tried[candidate] + measure(current | {candidate}, screening[half:])
+    return tried
 
 
 def _significantly_less(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -107,9 +126,12 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
     starts: for each number of sublayers, how many sets of other strategies compete.
     """
     screening = min(SCREENING_PROMPTS, num_prompts)
-    tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates) + sum(starts)
-    finalists = sum(FINALISTS + number for number in starts)
-    return screening * tried + (num_prompts - screening) * finalists
+    half = -(-screening // 2)
+    total = num_prompts * sum(starts) + len(starts) * FINALISTS * (num_prompts - screening)
+    for step in range(len(starts)):
+        tried = min(num_candidates, CONSIDERED) if step else num_candidates
+        total += half * tried + (screening - half) * min(tried, max(FINALISTS, tried // 2))
+    return total
 
 
 def _total(measure: MeasureDivergence, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:
