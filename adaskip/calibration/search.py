@@ -1,7 +1,7 @@
 """Greedy search for the sublayers whose skipping changes the output least, one more sublayer in each step.
 
-A step tries only the most promising candidates: those that cost least when last tried. They are screened on two
-prompts, the better half on two more, and the finalists are measured on all. The sets of other strategies (`starts`)
+A step tries only the most promising candidates: those that cost least when last tried. They are screened on a
+few prompts, and the finalists are measured on all. The sets of other strategies (`starts`)
 compete in each step; if one diverges less, the search continues from it. One of these strategies is the `default`: its
 set is chosen unless the best set diverges significantly less, judged by the paired differences over the prompts.
 """
@@ -71,10 +71,11 @@ def search(
         if not considered:
             raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
         base = measure(current, screening) if current else [0.0] * len(screening)
-        tried = _screened(measure, current, considered, screening)
-        cost |= {c: fmean(values) - fmean(base[: len(values)]) for c, values in tried.items()}
-        whole = [c for c in sorted(considered, key=cost.__getitem__) if len(tried[c]) == len(screening)]
-        contenders = {current | {c}: (SEARCH, tried[c]) for c in whole[:FINALISTS]}
+        downwards = sorted(considered, key=lambda c: -c.layer)  # each shares the layers below it with the one before
+        tried = {c: measure(current | {c}, screening) for c in downwards}
+        cost |= {c: fmean(values) - fmean(base) for c, values in tried.items()}
+        finalists = sorted(considered, key=cost.__getitem__)[:FINALISTS]
+        contenders = {current | {c}: (SEARCH, tried[c]) for c in finalists}
         for name, sets in starts.items():
             if count in sets:
                 contenders.setdefault(sets[count], (name, []))
@@ -94,23 +95,6 @@ def search(
     return choices
 
 
-def _screened(
-    measure: MeasureDivergence, current: Set, candidates: Sequence[Sublayer], screening: Sequence[int]
-) -> dict[Sublayer, list[float]]:
-    """The divergences of `current` with each candidate: on all screening prompts for the better half, on the first half
-    of the prompts for the others.
-
-    Candidates are measured from the last layer down, since each then shares the layers below it with the one before.
-    """
-    half = -(-len(screening) // 2)
-    downwards = sorted(candidates, key=lambda c: (-c.layer, c.kind))
-    tried = {c: measure(current | {c}, screening[:half]) for c in downwards}
-    better = sorted(candidates, key=lambda c: fmean(tried[c]))[: max(FINALISTS, len(candidates) // 2)]
-    for candidate in (c for c in downwards if c in better and half < len(screening)):
-        tried[candidate] = tried[candidate] + measure(current | {candidate}, screening[half:])
-    return tried
-
-
 def _significantly_less(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """Whether `ours` are significantly less than `theirs` in paired comparison; a single pair is simply compared."""
     if not all(map(isfinite, (*ours, *theirs))):  # an overflow is worse than any finite divergence
@@ -126,12 +110,8 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
     starts: for each number of sublayers, how many sets of other strategies compete.
     """
     screening = min(SCREENING_PROMPTS, num_prompts)
-    half = -(-screening // 2)
-    total = num_prompts * sum(starts) + len(starts) * FINALISTS * (num_prompts - screening)
-    for step in range(len(starts)):
-        tried = min(num_candidates, CONSIDERED) if step else num_candidates
-        total += half * tried + (screening - half) * min(tried, max(FINALISTS, tried // 2))
-    return total
+    tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates)
+    return screening * tried + (num_prompts - screening) * FINALISTS * len(starts) + num_prompts * sum(starts)
 
 
 def _total(measure: MeasureDivergence, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:

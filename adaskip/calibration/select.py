@@ -112,9 +112,9 @@ def _select(
         _identity(model, measured, importance, prompts, phase, eos_token_ids),
         num_prompts=len(prompts),
     )
-    ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
-    answers = progress.answers(len(prompts), lambda i: greedy_answer(model, prompts[i], **ends))
-    divergence = OutputDivergence(model, prompts, phase, answers=answers, **ends)
+    stops = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
+    answers = progress.answers(len(prompts), lambda i: greedy_answer(model, prompts[i], **stops))
+    divergence = OutputDivergence(model, prompts, phase, answers=answers, **stops)
     lengths = [passage.ids.numel() for passage in divergence.passages]  # tokens that one measurement reads
     answered = sum(map(len, answers))
     setup_forwards, setup_tokens = divergence.num_forwards + len(prompts) + answered, divergence.num_tokens

@@ -56,11 +56,11 @@ def test_only_the_layers_from_the_lowest_difference_are_run(interval, first, mon
 def test_a_forward_that_fails_leaves_nothing_to_continue_from():
     model = random_model("llama", LAYERS)
     divergence = OutputDivergence(model, random_prompts([9]), "prefill", **ENDS)
-    plan, hooks = SkipPlan(ffn={4}), [layer._forward_pre_hooks for layer in decoder_layers(model)]
+    plan, hooks = SkipPlan(ffn=frozenset({4})), [layer._forward_pre_hooks for layer in decoder_layers(model)]
     expected = divergence(plan)
-    broken = decoder_layers(model)[5].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+    broken = model.model.layers[5].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        divergence(SkipPlan(ffn={3}))
+        divergence(SkipPlan(ffn=frozenset({3})))
     broken.remove()
     assert divergence(plan) == expected
     assert not any(hooks)
