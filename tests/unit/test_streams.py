@@ -42,11 +42,11 @@ def test_only_the_layers_from_the_lowest_difference_are_run(interval, first, mon
     model = random_model("llama", LAYERS)
     patches, (prompt,) = patches_of(model), random_prompts([9])
     stream, calls = KeptStream(patches, interval), []
-    for i, layer in enumerate(decoder_layers(model)):
+    for i, layer in enumerate(model.model.layers):
         monkeypatch.setattr(layer.mlp, "forward", lambda x, i=i, mlp=layer.mlp.forward: (calls.append(i), mlp(x))[1])
-    base = SkipPlan(attention={1})
+    base = SkipPlan(attention=frozenset({1}))
     with patches.install(), torch.no_grad():
-        for plan in (base, base.union(SkipPlan(attention={4}))):
+        for plan in (base, base.union(SkipPlan(attention=frozenset({4})))):
             calls.clear()
             with stream.running(plan):
                 model(input_ids=prompt[None], use_cache=False)
