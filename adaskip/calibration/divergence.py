@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from adaskip.calibration.streams import KeptStream, kept_interval
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.generate import generate
 from adaskip.core.patching import patches_of
@@ -56,8 +57,12 @@ class Passage:
 class OutputDivergence:
     """Mean KL(full || skipped) of the next-token distributions, in nats, for each prompt.
 
-    In decode, prompts without an answer are left out, as there is nothing to compare. num_forwards, num_tokens,
-    seconds: cost of the calls so far, including the full model's answers.
+    A measurement runs only the layers from which its plan differs from the one measured last on the same prompt
+    (`calibration.streams`).
+
+    answers: token ids of the full model's greedy answers (`greedy_answer`), if they are known. In decode, prompts
+    without an answer are left out, as there is nothing to compare. num_forwards, num_tokens, seconds: cost of the calls
+    so far, including the full model's answers if these were not given.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class OutputDivergence:
         *,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
+        answers: Sequence[Sequence[int]] | None = None,
     ):
         if not prompts:
             raise ValueError("selection needs at least one calibration prompt")
@@ -77,14 +83,20 @@ class OutputDivergence:
         self.seconds = 0.0
         self._patches = patches_of(model)
         with self._counting(), torch.no_grad():
-            ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
-            made = [self._passage(prompt, i < RESIDENT, **ends) for i, prompt in enumerate(prompts)]
-        self.passages = [passage for passage in made if passage is not None]
+            if answers is None:
+                ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
+                answers = [greedy_answer(model, prompt, **ends) for prompt in prompts]
+                self.num_forwards += sum(len(answer) + 1 for answer in answers)
+                self.num_tokens += sum(map(len, prompts)) + sum(map(len, answers))
+            both = [pair for pair in zip(prompts, answers, strict=True) if phase != "decode" or len(pair[1])]
+            self.passages = [self._passage(*pair, resident=i < RESIDENT) for i, pair in enumerate(both)]
         if not self.passages:
             raise ValueError(
                 f"phase decode compares answers, but the full model gives none to any of the {len(prompts)} prompts; "
                 "use prompts that it answers"
             )
+        interval = kept_interval(self._patches, sum(passage.ids.numel() for passage in self.passages))
+        self._streams = [KeptStream(self._patches, interval) for _ in self.passages]
 
     def __len__(self) -> int:
         """Number of prompts compared."""
@@ -93,35 +105,21 @@ class OutputDivergence:
     @torch.no_grad()
     def __call__(self, plan: SkipPlan, which: Sequence[int] | None = None) -> list[float]:
         """Divergence under `plan` on each prompt, or on the prompts with indices `which`."""
-        passages = self.passages if which is None else [self.passages[i] for i in which]
         with self._counting(), self._patches.install():
-            self._patches.apply(plan)
-            divergences = [self._divergence(passage) for passage in passages]
+            divergences = [self._divergence(plan, i) for i in (range(len(self)) if which is None else which)]
             return torch.stack(divergences).tolist()
 
-    def _divergence(self, passage: Passage) -> Tensor:
-        log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
+    def _divergence(self, plan: SkipPlan, number: int) -> Tensor:
+        passage = self.passages[number]
+        with self._streams[number].running(plan):
+            log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
         divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow counts as infinite divergence
         return divergence.clamp(min=0.0)  # rounding may make the sum slightly negative
 
-    def _passage(
-        self, prompt: Tensor, resident: bool, *, eos_token_ids: Sequence[int], pad_token_id: int
-    ) -> Passage | None:
-        (answer,) = generate(
-            self.model,
-            None,
-            [prompt],
-            max_new_tokens=ANSWER_TOKENS,
-            eos_token_ids=eos_token_ids,
-            pad_token_id=pad_token_id,
-        )
-        self.num_forwards += len(answer.token_ids) + 1
-        self.num_tokens += len(prompt) + len(answer.token_ids)
-        ids = torch.cat([prompt, torch.tensor(answer.token_ids, dtype=prompt.dtype)])[None]
+    def _passage(self, prompt: Tensor, answer: Sequence[int], *, resident: bool) -> Passage:
+        ids = torch.cat([prompt, torch.tensor(answer, dtype=prompt.dtype)])[None]
         ids = ids.to(execution_device(self.model))
-        if self.phase == "decode" and not answer.token_ids:
-            return None
         start = len(prompt) if self.phase == "decode" else 0
         positions, weights = _positions(len(prompt), ids.shape[1], self.phase)
         positions = positions - start  # on the CPU: the last layer may be on another device than the first
@@ -158,6 +156,21 @@ class OutputDivergence:
             yield
         finally:
             self.seconds += time.perf_counter() - start
+
+
+def greedy_answer(
+    model: PreTrainedModel, prompt: Tensor, *, eos_token_ids: Sequence[int], pad_token_id: int
+) -> list[int]:
+    """Token ids of the full model's greedy answer to a prompt, [T], without the end token; at most `ANSWER_TOKENS`."""
+    (answer,) = generate(
+        unwrapped(model),
+        None,
+        [prompt],
+        max_new_tokens=ANSWER_TOKENS,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+    )
+    return answer.token_ids
 
 
 def _positions(prompt_length: int, length: int, phase: Phase) -> tuple[Tensor, Tensor]:

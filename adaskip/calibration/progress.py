@@ -1,9 +1,9 @@
 """Keeps the measurements of a search in a file, so that a stopped search can continue.
 
-The file has one JSON line per divergence, after a line that identifies the search. A search is a deterministic function
-of these numbers, so a repeated search takes the same steps and measures only what is missing. The file only grows:
-truncated lines are ignored, and lines of other searches stay for those. The caller deletes the file after it has saved
-the result of the search.
+The file has one JSON line per answer of the full model and per divergence, after a line that identifies the search.
+A search is a deterministic function of these, so a repeated search takes the same steps and measures only what is
+missing. The file only grows: truncated lines are ignored, and lines of other searches stay for those. The caller
+deletes the file after it has saved the result of the search.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -32,6 +32,14 @@ class Measured:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Token ids of the full model's greedy answer to a prompt, and the time of its generation."""
+
+    token_ids: list[int]
+    seconds: float
+
+
 class Progress:
     """Measures divergences for a search, each set on each prompt once, and keeps them in the file at `path`.
 
@@ -48,14 +56,30 @@ class Progress:
     ):
         self.run, self.path = run, path
         self.known: dict[Key, Measured] = {}
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found = _continued(path, json.dumps({"search": identity}, sort_keys=True))
-            self.known = {key: value for key, value in found.items() if num_prompts is None or key[1] < num_prompts}
+        self.known_answers: dict[int, Answer] = {}
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for entry in _continued(path, json.dumps({"search": identity}, sort_keys=True)):
+            if (answer := _answer(entry)) is not None:
+                self.known_answers.setdefault(*answer)
+            elif (measured := _measured(entry)) is not None and (num_prompts is None or measured[0][1] < num_prompts):
+                self.known.setdefault(*measured)
 
     def __call__(self, chosen: Set, which: Sequence[int]) -> list[float]:
         """Divergence of `chosen` on each of the prompts `which`."""
         return [self._measured(chosen, prompt).divergence for prompt in which]
+
+    def answers(self, number: int, generate: Callable[[int], list[int]]) -> list[list[int]]:
+        """The full model's answers to prompts 0 to `number` - 1; generate: makes the answer to a prompt."""
+        for prompt in range(number):
+            if prompt not in self.known_answers:
+                began = time.perf_counter()
+                token_ids = generate(prompt)
+                answer = self.known_answers[prompt] = Answer(token_ids, time.perf_counter() - began)
+                if self.path is not None:
+                    _append(self.path, json.dumps({"answer": token_ids, "prompt": prompt, "seconds": answer.seconds}))
+        return [self.known_answers[prompt].token_ids for prompt in range(number)]
 
     def _measured(self, chosen: Set, prompt: int) -> Measured:
         key = chosen, prompt
@@ -69,7 +93,8 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        return sum(measured.seconds for measured in self.known.values())
+        """Time of all measurements and answers."""
+        return sum(each.seconds for each in (*self.known.values(), *self.known_answers.values()))
 
 
 @contextmanager
@@ -97,33 +122,43 @@ def _append(path: Path, line: str) -> None:
         file.write(f"{line}\n")
 
 
-def _continued(path: Path, head: str) -> dict[Key, Measured]:
-    """The measurements in the file at `path` of the search that `head` identifies.
+def _continued(path: Path, head: str) -> list[Any]:
+    """The entries in the file at `path` of the search that `head` identifies, without truncated and damaged lines.
 
     Appends `head` if needed, so that lines appended later belong to this search.
     """
     content = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
-    known: dict[Key, Measured] = {}
+    entries: list[Any] = []
     of = ""
     for line in content.split("\n"):
         if line.startswith('{"search"'):
             of = line
-        elif of == head and (entry := _entry(line)) is not None:
-            known.setdefault(*entry)
+        elif of == head:
+            with suppress(ValueError, RecursionError):
+                entries.append(json.loads(line))
     if content and not content.endswith("\n"):
         _append(path, "")
     if of != head:
         _append(path, head)
-    return known
+    return entries
 
 
-def _entry(line: str) -> tuple[Key, Measured] | None:
-    """The set, prompt and measurement of a line; None for a truncated or damaged line, which is measured again."""
+def _answer(entry: Any) -> tuple[int, Answer] | None:
+    """The prompt and the answer of an entry; None for any other entry."""
     try:
-        entry = json.loads(line)
+        token_ids, prompt, seconds = entry["answer"], entry["prompt"], float(entry["seconds"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+    whole = isinstance(token_ids, list) and all(type(x) is int and x >= 0 for x in (*token_ids, prompt))
+    return (prompt, Answer(token_ids, seconds)) if whole and 0 <= seconds < math.inf else None
+
+
+def _measured(entry: Any) -> tuple[Key, Measured] | None:
+    """The set, prompt and measurement of an entry; None for a damaged one, which is measured again."""
+    try:
         chosen = frozenset(Sublayer(kind, layer) for kind, layer in entry["set"])
         prompt, divergence, seconds = entry["prompt"], float(entry["divergence"]), float(entry["seconds"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
     whole = all(type(layer) is int and layer >= 0 and kind in get_args(SublayerKind) for kind, layer in chosen)
     if not whole or type(prompt) is not int or prompt < 0:

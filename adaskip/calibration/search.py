@@ -1,9 +1,9 @@
 """Greedy search for the sublayers whose skipping changes the output least, one more sublayer in each step.
 
-A step tries only the most promising candidates: those that cost least when last tried, first on a few prompts, then
-the finalists on all of them. The sets of other strategies (`starts`) compete in each step; if one diverges less, the
-search continues from it. One of these strategies is the `default`: its set is chosen unless the best set diverges
-significantly less, judged by the paired differences over the prompts.
+A step tries only the most promising candidates: those that cost least when last tried. They are screened on a
+few prompts, and the finalists are measured on all. The sets of other strategies (`starts`)
+compete in each step; if one diverges less, the search continues from it. One of these strategies is the `default`: its
+set is chosen unless the best set diverges significantly less, judged by the paired differences over the prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MeasureDivergence = Callable[[Set, Sequence[int]], list[float]]
 
 SCREENING_PROMPTS = 4
 CONSIDERED = 8
-"""Number of candidates that each step after the first tries on the screening prompts."""
+"""Number of candidates that each step after the first screens."""
 FINALISTS = 3
 SEARCH = "search"
 STANDARD_ERRORS = 2.0
@@ -57,37 +57,40 @@ def search(
     which are never negative, exceeds the best total. Raises ValueError if there are too few candidates.
     """
     candidates = list(candidates)
-    screening = range(min(SCREENING_PROMPTS, num_prompts))
+    prompts = range(num_prompts)
+    screening = prompts[:SCREENING_PROMPTS]
     cost: dict[Sublayer, float] = {}  # divergence that each candidate added when last tried
     current: Set = frozenset()
-    screened = {current: [0.0]}
     choices: dict[int, Choice] = {}
+    if default is not None:  # one after the other, since each shares its lower layers with the one before
+        for usual in starts[default].values():
+            measure(usual, prompts)
     for count in tqdm(range(1, up_to + 1), desc="search", unit="set", disable=None if show_progress else True):
         free = [c for c in candidates if c not in current and _leaves_attention(current, c, num_layers)]
         considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
         if not considered:
             raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
-        base = fmean(screened[current])
-        tried = {c: measure(current | {c}, screening) for c in considered}
-        cost |= {c: fmean(values) - base for c, values in tried.items()}
-        screened = {current | {c}: tried[c] for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
-        contenders = dict.fromkeys(screened, SEARCH)
+        base = measure(current, screening) if current else [0.0] * len(screening)
+        downwards = sorted(considered, key=lambda c: -c.layer)  # each shares the layers below it with the one before
+        tried = {c: measure(current | {c}, screening) for c in downwards}
+        cost |= {c: fmean(values) - fmean(base) for c, values in tried.items()}
+        finalists = sorted(considered, key=cost.__getitem__)[:FINALISTS]
+        contenders = {current | {c}: (SEARCH, tried[c]) for c in finalists}
         for name, sets in starts.items():
-            if count in sets and sets[count] not in contenders:
-                contenders[sets[count]] = name
-                screened[sets[count]] = measure(sets[count], screening)
-        best, least = current, float("inf")
-        for contender in sorted(contenders, key=lambda chosen: fmean(screened[chosen])):
-            total = _total(measure, contender, screened[contender], range(len(screening), num_prompts), least)
+            if count in sets:
+                contenders.setdefault(sets[count], (name, []))
+        best, least = None, float("inf")
+        for contender, (_, known) in contenders.items():
+            total = _total(measure, contender, known, prompts[len(known) :], least)
             if total < least:
                 best, least = contender, total
-        if not contenders.keys() & {best}:
+        if best is None:
             raise ValueError(f"no set of {count} sublayers leaves the output finite on every calibration prompt")
         current = best
-        choices[count] = Choice(current, least / num_prompts, contenders[current])
+        choices[count] = Choice(current, least / num_prompts, contenders[current][0])
         if default is not None and count in starts[default] and starts[default][count] != current:
-            usual = measure(starts[default][count], range(num_prompts))
-            if not _significantly_less(measure(current, range(num_prompts)), usual):
+            usual = measure(starts[default][count], prompts)
+            if not _significantly_less(measure(current, prompts), usual):
                 choices[count] = Choice(starts[default][count], fmean(usual), default)
     return choices
 
@@ -107,9 +110,8 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
     starts: for each number of sublayers, how many sets of other strategies compete.
     """
     screening = min(SCREENING_PROMPTS, num_prompts)
-    tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates) + sum(starts)
-    finalists = sum(FINALISTS + number for number in starts)
-    return screening * tried + (num_prompts - screening) * finalists
+    tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates)
+    return screening * tried + (num_prompts - screening) * FINALISTS * len(starts) + num_prompts * sum(starts)
 
 
 def _total(measure: MeasureDivergence, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:

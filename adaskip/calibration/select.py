@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip.calibration.divergence import OBJECTIVE_VERSION, OutputDivergence
+from adaskip.calibration.divergence import OBJECTIVE_VERSION, OutputDivergence, greedy_answer
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress, held
 from adaskip.calibration.search import Choice, Set, most_measured, search
@@ -106,15 +106,19 @@ def _select(
     importance = measured if importance is None else importance
     num_layers = importance.num_layers
     Budget(sublayers=up_to).num_sublayers(num_layers)  # raises if up_to is too large
-    divergence = OutputDivergence(model, prompts, phase, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
-    lengths = [passage.ids.numel() for passage in divergence.passages]  # tokens that one measurement runs
-    setup_forwards, setup_tokens, setup_seconds = divergence.num_forwards, divergence.num_tokens, divergence.seconds
     progress = Progress(
         lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
         progress_path,
         _identity(model, measured, importance, prompts, phase, eos_token_ids),
-        num_prompts=len(divergence),
+        num_prompts=len(prompts),
     )
+    stops = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
+    answers = progress.answers(len(prompts), lambda i: greedy_answer(model, prompts[i], **stops))
+    divergence = OutputDivergence(model, prompts, phase, answers=answers, **stops)
+    lengths = [passage.ids.numel() for passage in divergence.passages]  # tokens that one measurement reads
+    answered = sum(map(len, answers))
+    setup_forwards, setup_tokens = divergence.num_forwards + len(prompts) + answered, divergence.num_tokens
+    setup_seconds = divergence.seconds
     choices = search(
         progress,
         importance.ranking()[: num_candidates(up_to, num_layers)],
@@ -131,7 +135,7 @@ def _select(
         num_layers=num_layers,
         cost=SearchCost(
             num_forwards=len(prompts) + setup_forwards + len(progress.known),
-            num_tokens=measured.tokens + setup_tokens + sum(lengths[i] for _, i in progress.known),
+            num_tokens=2 * measured.tokens + answered + setup_tokens + sum(lengths[i] for _, i in progress.known),
             seconds=adaskip_seconds + setup_seconds + progress.seconds,
             adaskip_forwards=len(prompts),
             adaskip_tokens=measured.tokens,

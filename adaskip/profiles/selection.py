@@ -57,7 +57,10 @@ def _scale(kind: str, layer: int | str, scale: float) -> float:
 
 @dataclass(frozen=True)
 class SearchCost:
-    """The cost of a search, and of AdaSkip's calibration on the same prompts and machine, for comparison."""
+    """The cost of a search, and of AdaSkip's calibration on the same prompts and machine, for comparison.
+
+    A forward that runs only the upper layers counts as one forward with all its tokens; `seconds` is the time it took.
+    """
 
     num_forwards: int
     num_tokens: int

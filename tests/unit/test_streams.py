@@ -1,0 +1,74 @@
+"""Forwards that continue from the hidden states of the forward before them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from adaskip.calibration import streams
+from adaskip.calibration.divergence import OutputDivergence
+from adaskip.calibration.streams import KeptStream, kept_interval
+from adaskip.core.blocks import decoder_layers
+from adaskip.core.patching import patches_of
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
+from tests.families import random_model, random_prompts
+
+LAYERS = 6
+ENDS = {"eos_token_ids": [2], "pad_token_id": 0}
+ALL = [Sublayer(kind, layer) for layer in range(4) for kind in ("attention", "ffn")]
+
+
+def random_plans(number: int) -> list[SkipPlan]:
+    draw = random.Random(0)
+    scale = lambda: draw.choice((1.0, 1.1, 0.9))  # noqa: E731
+    return [SkipPlan.of_sublayers({s: scale() for s in draw.sample(ALL, draw.randint(0, 5))}) for _ in range(number)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
+def test_a_continued_measurement_has_the_bits_of_a_whole_one(family, phase):
+    model = random_model(family, 4)
+    divergence = OutputDivergence(model, random_prompts([9, 14]), phase, **ENDS)
+    for plan in [EMPTY_PLAN, *random_plans(12), EMPTY_PLAN]:
+        continued = divergence(plan)
+        divergence._streams = [KeptStream(divergence._patches) for _ in range(2)]
+        assert continued == divergence(plan)
+
+
+@pytest.mark.parametrize(("interval", "first"), [(1, 4), (2, 4), (3, 3), (5, 0)])
+def test_only_the_layers_from_the_lowest_difference_are_run(interval, first, monkeypatch):
+    model = random_model("llama", LAYERS)
+    patches, (prompt,) = patches_of(model), random_prompts([9])
+    stream, calls = KeptStream(patches, interval), []
+    for i, layer in enumerate(model.model.layers):
+        monkeypatch.setattr(layer.mlp, "forward", lambda x, i=i, mlp=layer.mlp.forward: (calls.append(i), mlp(x))[1])
+    base = SkipPlan(attention=frozenset({1}))
+    with patches.install(), torch.no_grad():
+        for plan in (base, base.union(SkipPlan(attention=frozenset({4})))):
+            calls.clear()
+            with stream.running(plan):
+                model(input_ids=prompt[None], use_cache=False)
+    assert calls == list(range(first, LAYERS))
+
+
+def test_a_forward_that_fails_leaves_nothing_to_continue_from():
+    model = random_model("llama", LAYERS)
+    divergence = OutputDivergence(model, random_prompts([9]), "prefill", **ENDS)
+    plan, hooks = SkipPlan(ffn=frozenset({4})), [layer._forward_pre_hooks for layer in decoder_layers(model)]
+    expected = divergence(plan)
+    broken = model.model.layers[5].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        divergence(SkipPlan(ffn=frozenset({3})))
+    broken.remove()
+    assert divergence(plan) == expected
+    assert not any(hooks)
+
+
+def test_kept_states_are_bounded(monkeypatch):
+    patches = patches_of(random_model("llama", LAYERS))
+    layer = 100 * patches.patches[0].width * patches.patches[0].dtype.itemsize
+    for kept, interval in ((LAYERS, 1), (LAYERS - 1, 2), (3, 2), (2, 3), (1, LAYERS)):
+        monkeypatch.setattr(streams, "KEPT_BYTES", kept * layer)
+        assert kept_interval(patches, 100) == interval
