@@ -12,8 +12,8 @@ import pytest
 
 from adaskip import cli
 from adaskip.benchmarks.protocol import BENCHMARKS
+from adaskip.common import commands
 from adaskip.common.plugins import PLUGINS
-from adaskip.studies.tables import command
 from tests.outside_benchmark import MODULE, NAME, install, write_module
 from tests.tiny_runs import ROOT, cell, error_of, records
 
@@ -41,7 +41,7 @@ def given(outside, checkpoint, tmp_path):
 
 def script(monkeypatch, name: str, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    return command.main(name, "A script.")
+    return commands.script("adaskip.studies.tables.command", name, "A script.")
 
 
 def test_it_is_calibrated_on_run_scored_and_tabulated(given, tmp_path, monkeypatch, capsys):

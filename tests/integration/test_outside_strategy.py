@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from adaskip import cli
+from adaskip.common import commands
 from adaskip.common.plugins import PLUGINS
 from adaskip.strategies.registry import registry
-from adaskip.studies.tables import command as tables_command
 from tests.outside_strategy import COLOR, LABEL, MODULE, NAME, SHORT_NAME, install, write_module
 from tests.tiny_runs import ROOT, cell, error_of, records
 
@@ -82,7 +82,7 @@ def test_eval_and_plots_name_it_and_draw_it_in_its_colour(made, tmp_path):
 
 def test_results_of_a_strategy_that_is_not_at_hand_are_one_line(made, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval/tables.py", "--results-dir", str(made[1])])
-    assert tables_command.main("tables", None) == 2
+    assert commands.script("adaskip.studies.tables.command", "tables", None) == 2
     line = error_of(capsys)
     assert f"llama-{SHORT_NAME}-E2E" in line
     assert "ADASKIP_PLUGINS" in line

@@ -98,7 +98,7 @@ def test_exports_that_cannot_be_are_one_line_and_write_nothing(away, capsys):
         (["plan", "--to", "hf", "--model", "bin"], ".bin weights; allowed: safetensors"),
         (["plan", "--to", "onnx"], "unknown engine 'onnx'"),
         (["corrupt", "--to", "hf"], "is not JSON"),
-        (["nothing", "--to", "hf"], "no published name"),
+        (["nothing", "--to", "hf"], "or a published name"),
         (["--to", "hf"], "missing PLAN"),
     ]:
         assert main(["export", *options, "--output", "out"]) != 0

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from adaskip.calibration import progress
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress
 from adaskip.calibration.search import search
@@ -45,9 +46,7 @@ def test_damaged_lines_are_measured_again(tmp_path):
 def test_an_infinite_divergence_is_kept():
     """It is what an output that overflows is worth: measured, and no damage."""
     line = {"set": [["ffn", 1]], "prompt": 0, "divergence": math.inf, "seconds": 0.1}
-    from adaskip.calibration.progress import _entry
-
-    assert _entry(json.dumps(line)) is not None
+    assert progress._measured(json.loads(json.dumps(line))) is not None
 
 
 def test_one_file_serves_the_searches_of_several_models(tmp_path):
