@@ -231,7 +231,7 @@ def test_a_subset_is_said_in_every_table_that_shows_its_intervals(tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest | {"subset": 12, "seed": 3}))
     results = load_results(tmp_path)
     for text in (make(results, "prefill") for make in (scores_document, scores_latex, measures_document)):
-        assert "Scores and intervals are of a random subset of 12 samples a task (seed 3)" in text
+        assert "Scores and intervals are over a random subset of 12 samples a task (seed 3)" in text
     assert "subset" not in scores_document(results, "e2e")
 
 
