@@ -24,6 +24,10 @@ class MissingPackageError(ImportError):
     """An optional package is not installed; the message has the command that installs it."""
 
 
+class UnsupportedReleaseError(ImportError):
+    """An installed package is of a release that adaskip does not work with."""
+
+
 @contextmanager
 def optional_import() -> Iterator[None]:
     """A context for the import of an optional package; raises `MissingPackageError` if it is not installed."""
@@ -35,9 +39,9 @@ def optional_import() -> Iterator[None]:
         raise told from None
 
 
-def missing_package(error: ImportError) -> MissingPackageError | None:
-    """The error to show for a failed import; None if no extra of adaskip installs the package."""
-    if isinstance(error, MissingPackageError):
+def missing_package(error: ImportError) -> ImportError | None:
+    """The error to show in one line for a failed import; None if no extra of adaskip installs the package."""
+    if isinstance(error, MissingPackageError | UnsupportedReleaseError):
         return error
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package not in EXTRAS:

@@ -23,6 +23,8 @@ from transformers import CompileConfig, GenerationConfig, GenerationMixin, __ver
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from adaskip.common.optional import UnsupportedReleaseError
+
 __all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass"]  # re-exported; both since torch 2.1 in this module
 
 # torch: modules
@@ -180,7 +182,7 @@ NEXT_STEP = "prepare_inputs_for_generation"
 """The model method that `generate` calls before each forward, with the keywords `past_key_values`,
 `is_first_iteration` and `next_sequence_length` (None if the whole input is read)."""
 if "past_key_values" not in inspect.signature(getattr(GenerationMixin, NEXT_STEP)).parameters:
-    raise ImportError(
+    raise UnsupportedReleaseError(
         f"transformers {__version__} passes the KV cache in another argument than past_key_values; "
         "adaskip works with transformers 5.17 to 5.23"
     )
