@@ -263,9 +263,7 @@ def test_a_release_that_passes_the_cache_in_another_argument_is_refused(monkeypa
     spec = importlib.util.spec_from_file_location("another_hf", hf.__file__)
     assert spec is not None
     assert spec.loader is not None
-    with pytest.raises(
-        UnsupportedReleaseError, match=r"passes the KV cache in another argument.*works with"
-    ):
+    with pytest.raises(UnsupportedReleaseError, match=r"passes the KV cache in another argument.*works with"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
