@@ -10,7 +10,7 @@ class DraftStatistics:
     """Counts and times of the rounds of one request, or summed over several; prefills are not included.
 
     The judged tokens of a draft are the accepted ones and the first rejected one. draft_s, verify_s: seconds until the
-    tokens are known on the host, so the device has finished its work.
+    tokens are known on the host, so the device has finished its work; on the CPU, CPU time of the thread.
     """
 
     requests: int = 0
