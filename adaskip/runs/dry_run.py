@@ -38,13 +38,13 @@ def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> 
     for cell in left:
         by_model.setdefault(cell.job.cell.model, []).append(cell)
     calibration = sum(max(calibration_seconds(c.job, ceilings) for c in mine) for mine in by_model.values())
-    searching = [cell.job for cell in left if cell.job.selection_phase is not None]
-    searches = {(job.cell.model, job.phase): search_seconds(job, ceilings) for job in searching}
+    searching = [cell.job for cell in left if cell.job.selection_method is not None]
+    searches = {(job.cell.model, job.phase, job.strategy): search_seconds(job, ceilings) for job in searching}
     search = sum(searches.values())
     total = sum(times.values()) + calibration + search
     yield (
         f"estimated GPU time of the {len(left)} cells left, on one {ceilings.name}: {_time(total)}, of which "
-        f"calibration {_time(calibration)} and the searches of strategy calibrated {_time(search)}; "
+        f"calibration {_time(calibration)} and the searches of sets {_time(search)}; "
         f"a lower bound, every sublayer at the data sheet's "
         f"{ceilings.matmul_flops / 1e12:g} TFLOP/s and {ceilings.bandwidth / 1e9:g} GB/s (efficiency 100 %); "
         f"{_time(total / EFFICIENCY)} at {100 * EFFICIENCY:.0f} %"

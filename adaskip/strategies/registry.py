@@ -10,7 +10,7 @@ from adaskip.common.plugins import Registry, check_declared, check_pattern
 from adaskip.core.look import Look
 from adaskip.core.strategy import Strategy
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import SelectionProfile
+from adaskip.profiles.selection import SEARCH, SelectionProfile
 
 FULL, FULL_SHORT_NAME, FULL_LABEL = "full", "FULL", "Full model"
 """The unskipped model wherever a strategy is named: it is none, but has names like one."""
@@ -78,3 +78,8 @@ def needs_selection(name: str) -> bool:
     """Whether the strategy needs a selection profile."""
     kind = profile_type(name)
     return kind is not None and issubclass(kind, SelectionProfile)
+
+
+def selection_method(name: str) -> str | None:
+    """The method of the selection profile that the strategy needs; None if it needs no selection."""
+    return getattr(strategy_class(name), "method", SEARCH) if needs_selection(name) else None
