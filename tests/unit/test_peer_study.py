@@ -1,0 +1,78 @@
+"""eval/peer_divergence.py: what is said of saved divergences and costs."""
+
+from __future__ import annotations
+
+import pytest
+
+from adaskip.studies.ablation.peers import PeersConfig
+from adaskip.studies.ablation.peers_findings import find
+
+COST = {
+    **{"num_forwards": 2000, "num_tokens": 50_000, "seconds": 30.0},
+    **{"adaskip_forwards": 10, "adaskip_tokens": 5000, "adaskip_seconds": 2.0},
+}
+
+
+def saved(**others: list[float | None]) -> dict:
+    """One cell with four prompts, on which calibrated diverges by 1, 2, 3 and 4."""
+    rows = {"calibrated": [1.0, 2.0, 3.0, 4.0], **others}
+    about = {"phase": "decode", "sublayers": 8, "plan": {}}
+    costs = [
+        {"row": "calibrated", "phase": "decode", "sets": list(range(1, 17)), "calibrated": True, "cost": COST},
+        {"row": "adaskip", "phase": None, "sets": [], "calibrated": True, "cost": None},
+        {"row": "unified", "phase": None, "sets": [], "calibrated": False, "cost": None},
+        {"row": "cosine_window", "phase": "decode", "sets": [2, 4, 6, 8], "calibrated": True, "cost": COST},
+        {"row": "evopress", "phase": "decode", "sets": [8, 12, 16], "calibrated": True, "cost": COST},
+    ]
+    return {
+        "tiny": {
+            "sources": {},
+            "prompts": {"decode": {"count": 4, "fingerprint": ""}},
+            "costs": costs,
+            "cells": [{**about, "row": name, "divergences": values} for name, values in rows.items()],
+        }
+    }
+
+
+def test_each_cell_is_one_sentence_of_what_is_below_and_above_beyond_chance():
+    others = {
+        "adaskip": [1.5, 2.5, 3.4, 4.6],
+        "unified": [None, 9.0, 9.0, 9.0],
+        "evopress": [0.9, 2.2, 2.8, 4.1],
+        "older": [0.5, 1.5, 2.5, 3.4],
+    }
+    found, _ = find(saved(**others))
+    assert (
+        "tiny, decode, 8 sublayers: Calibrated is below AdaSkip, Unified Skipping beyond chance; within chance of "
+        "EvoPress; **above** older beyond chance." in found.as_markdown()
+    )
+    (row,) = found.table.to_dict("records")
+    assert row["Calibrated"] == "2.5000"
+    assert row["AdaSkip"].startswith("3.0000 (+0.5000 [+0.4")
+    assert row["Unified Skipping"] == "overflow"
+    assert row["older"].startswith("**1.9750**")
+    assert list(row)[:4] == ["Model", "Phase", "Skipped", "Calibrated"]
+    holding = {claim.text.split(" diverges")[0]: claim.holding for claim in found.claims}
+    assert holding == {"AdaSkip": 1, "Unified Skipping": 1, "EvoPress": 0, "older": 0}
+    assert "NaN" not in found.as_json()
+
+
+def test_a_strategy_that_stays_finite_is_less_divergent_than_a_calibrated_set_that_overflows():
+    results = saved(adaskip=[9.0, 9.0, 9.0, 9.0])
+    results["tiny"]["cells"][0]["divergences"] = [None, 1.0, 1.0, 1.0]
+    found, _ = find(results)
+    assert "Calibrated is **above** AdaSkip beyond chance." in found.as_markdown()
+
+
+def test_costs_are_multiples_of_adaskips_calibration():
+    _, found = find(saved())
+    shown = {row["Strategy"]: row for row in found.table.to_dict("records")}
+    assert [shown["Calibrated"][unit] for unit in ("Forwards", "Tokens", "Seconds")] == ["200.0", "10.0", "15.0"]
+    assert shown["Calibrated"]["Sets"] == "1 to 16"
+    assert (shown["Cosine Window"]["Sets"], shown["EvoPress"]["Sets"]) == ("2 to 8, every 2", "8, 12, 16")
+    assert [shown[name]["Seconds"] for name in ("AdaSkip", "Unified Skipping")] == ["1.0", "0.0"]
+
+
+def test_calibrated_is_always_compared():
+    with pytest.raises(ValueError, match="every strategy is compared with calibrated; given: adaskip evopress"):
+        PeersConfig(testbed=True, strategies=("adaskip", "evopress"))
