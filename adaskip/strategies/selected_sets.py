@@ -59,4 +59,5 @@ class SelectedSets(Strategy):
 
     @property
     def _option(self) -> str:
-        return "--up-to N" if self.method == SEARCH else f"--method {self.method}"
+        method = "" if self.method == SEARCH else f"--method {self.method} "
+        return f"{method}{'--budgets' if METHODS[self.method].one_by_one else '--up-to'} N"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from adaskip.studies.ablation.peers import PeersConfig
+from adaskip.studies.ablation.peers import PeersConfig, _prompts, read_selections
 from adaskip.studies.ablation.peers_findings import find
+from tests.profiles import selection_of
 
 COST = {
     **{"num_forwards": 2000, "num_tokens": 50_000, "seconds": 30.0},
@@ -76,3 +77,34 @@ def test_costs_are_multiples_of_adaskips_calibration():
 def test_calibrated_is_always_compared():
     with pytest.raises(ValueError, match="every strategy is compared with calibrated; given: adaskip evopress"):
         PeersConfig(testbed=True, strategies=("adaskip", "evopress"))
+
+
+def test_records_that_a_search_has_seen_are_left_out():
+    config = PeersConfig(testbed=True, models=("llama",), limit=4, device="cpu")
+    job = config.job("llama", "decode", "calibrated", None)
+    loaded, tasks = job.loading.load(), list(job.answer_caps)
+    scored = {task: job.records.scored(task) for task in tasks}
+    every = _prompts(config, "llama", "decode", loaded, set())
+    seen = {scored[tasks[0]][0]["_id"]}
+    fresh = _prompts(config, "llama", "decode", loaded, seen)
+    assert len(every) == len(fresh) == config.limit
+    assert [prompt.tolist() for prompt in fresh[1:4:2]] == [
+        prompt.tolist() for prompt in every[1:4:2]
+    ]  # the other task
+    assert fresh[0].tolist() == every[2].tolist() != every[0].tolist()
+    with pytest.raises(ValueError, match="phase decode has 0 records that no search has seen"):
+        _prompts(config, "llama", "decode", loaded, {each["_id"] for samples in scored.values() for each in samples})
+
+
+def test_a_selection_file_is_a_row_of_its_name_or_that_of_its_strategy(tmp_path):
+    path = selection_of(16, "decode", "evopress").save(tmp_path / "s.json")
+    given = {"testbed": True, "models": ("llama",)}
+    found = read_selections(PeersConfig(**given, selections=(str(path), f"older={path}")))
+    assert [name for name, _ in found] == ["evopress", "older"]
+    for selections, message in (
+        ((f"adaskip={path}",), "the name adaskip is taken"),
+        ((f"a={path}", f"a={tmp_path / 's.json'}x"), "does not exist"),
+        ((f"a={path}", f"a={tmp_path}/./s.json"), "the name a is taken"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_selections(PeersConfig(**given, selections=selections))
