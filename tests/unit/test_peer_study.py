@@ -97,14 +97,16 @@ def test_records_that_a_search_has_seen_are_left_out():
 
 
 def test_a_selection_file_is_a_row_of_its_name_or_that_of_its_strategy(tmp_path):
-    path = selection_of(16, "decode", "evopress").save(tmp_path / "s.json")
+    path, other = (selection_of(16, phase, "evopress").save(tmp_path / phase) for phase in ("decode", "e2e"))
     given = {"testbed": True, "models": ("llama",)}
-    found = read_selections(PeersConfig(**given, selections=(str(path), f"older={path}")))
-    assert [name for name, _ in found] == ["evopress", "older"]
+    found = read_selections(PeersConfig(**given, selections=(str(path), str(other), f"a={path}", f"a={other}")))
+    rows = [(name, phase) for name in ("evopress", "a") for phase in ("decode", "e2e")]
+    assert [(name, each.phase) for name, each in found] == rows
     for selections, message in (
-        ((f"adaskip={path}",), "the name adaskip is taken"),
-        ((f"a={path}", f"a={tmp_path / 's.json'}x"), "does not exist"),
-        ((f"a={path}", f"a={tmp_path}/./s.json"), "the name a is taken"),
+        ((f"adaskip={path}",), "the row adaskip is taken"),
+        ((f"a={path}x",), "does not exist"),
+        ((f"a={path}", f"a={tmp_path}/./decode"), "the row a is taken"),
+        ((str(path), f"{tmp_path}/./decode"), "the row evopress is taken"),
     ):
         with pytest.raises(ValueError, match=message):
             read_selections(PeersConfig(**given, selections=selections))

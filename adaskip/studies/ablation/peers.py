@@ -93,16 +93,28 @@ class Row:
 
 
 def read_selections(config: PeersConfig) -> list[tuple[str, SelectionProfile]]:
-    """The files of `--selections` with the names of their rows; ValueError for a name that is taken."""
-    of_method = {selection_method(name): name for name in NAMES}
+    """The files of `--selections` with the names of their rows; a name may have one file for each phase.
+
+    Raises ValueError for a file that is not a selection, the name of a strategy, and a second file for a row.
+    """
     found: list[tuple[str, SelectionProfile]] = []
     for given in config.selections or ():
         name, _, file = given.rpartition("=")
         selection = SelectionProfile.load(find_profile(file, SelectionProfile))
-        if name in NAMES or any(name == other for other, _ in found if name):
-            raise ValueError(f"--selections {given}: the name {name} is taken")
-        found.append((name or str(of_method[selection.method]), selection))
+        row = name or _strategy_of(selection)
+        if name in NAMES or any(row == other and _phases(selection) & _phases(before) for other, before in found):
+            raise ValueError(f"--selections {given}: the row {row} is taken; give another NAME=FILE")
+        found.append((row, selection))
     return found
+
+
+def _phases(selection: SelectionProfile) -> set[str]:
+    """The phases that the sets of a selection are for."""
+    return {selection.phase} if METHODS[selection.method].by_phase else set(PHASES)
+
+
+def _strategy_of(selection: SelectionProfile) -> str:
+    return next(name for name in NAMES if selection_method(name) == selection.method)
 
 
 def measure(config: PeersConfig) -> None:
@@ -120,39 +132,42 @@ def measure(config: PeersConfig) -> None:
 
 def measure_model(config: PeersConfig, name: str, selections: Sequence[tuple[str, SelectionProfile]]) -> None:
     """Measure the rows of a model that are missing in the results file, and add them."""
-    job = config.job(name, config.phases[0], CalibratedSkip.name, None)
-    loaded, path = job.loading.load(), config.results_path
-    for _, selection in selections:
-        selection.check_fits(loaded.model, weights_fingerprint=loaded.weights_fingerprint)
+    job, path = config.job(name, config.phases[0], CalibratedSkip.name, None), config.results_path
     budgets = config.budgets or job.budgets
     compared = [_compared(config, name, check_phase(phase), selections) for phase in config.phases]
     for each in compared:
         each.check(budgets)
+    loaded = job.loading.load()
+    for _, selection in selections:
+        selection.check_fits(loaded.model, weights_fingerprint=loaded.weights_fingerprint)
     rows = [row for each in compared for row in each.rows(budgets)]
     seen = {sample for row in rows if row.profile is not None for sample in row.profile.data_ids}
-    results = read_json(path)
-    held = results.setdefault(loaded.spec.name, {"sources": _sources(loaded), "prompts": {}, "costs": [], "cells": []})
-    if other := [key for key in SAME if held["sources"][key] != _sources(loaded)[key]]:
+    results, sources = read_json(path), _sources(loaded)
+    held = results.setdefault(loaded.spec.name, {"sources": sources, "prompts": {}, "costs": [], "cells": []})
+    if other := [key for key in SAME if held["sources"][key] != sources[key]]:
         raise ValueError(f"{path} holds {name} measured with other {', '.join(other)}; give another --output-dir")
     held["costs"] = _costs(rows, held["costs"])
-    for phase in map(check_phase, config.phases):
-        prompts = _prompts(config, name, phase, loaded, seen)
+    for each in compared:
+        prompts = _prompts(config, name, each.phase, loaded, seen)
         described = {"count": len(prompts), "fingerprint": _fingerprint(prompts)}
-        if held["prompts"].setdefault(phase, described) != described:
-            raise ValueError(f"{path} holds {name} measured on other prompts of {phase}; give another --output-dir")
-        for cell in _cells(loaded, phase, prompts, [row for row in rows if row.phase == phase], held["cells"]):
-            key = [cell[field] for field in ("phase", "sublayers", "row")]
-            held["cells"] = [old for old in held["cells"] if [old["phase"], old["sublayers"], old["row"]] != key]
-            held["cells"].append(cell)
+        if held["prompts"].setdefault(each.phase, described) != described:
+            raise ValueError(
+                f"{path} holds {name} measured on other prompts of {each.phase}; give another --output-dir"
+            )
+        for cell in _cells(loaded, prompts, [row for row in rows if row.phase == each.phase], held["cells"]):
+            held["cells"] = [old for old in held["cells"] if _place(old) != _place(cell)] + [cell]
             write_text_atomic(path, json.dumps(results, allow_nan=False) + "\n")
     write_text_atomic(path, json.dumps(results, allow_nan=False) + "\n")
+
+
+def _place(cell: Mapping[str, Any]) -> list[Any]:
+    return [cell[name] for name in ("phase", "sublayers", "row")]
 
 
 def _compared(
     config: PeersConfig, model: str, phase: Phase, selections: Sequence[tuple[str, SelectionProfile]]
 ) -> Compared:
-    files = {name: each for name, each in selections if not METHODS[each.method].by_phase or each.phase == phase}
-    return Compared(config, model, phase, files)
+    return Compared(config, model, phase, {name: each for name, each in selections if phase in _phases(each)})
 
 
 @dataclass(frozen=True)
@@ -167,9 +182,8 @@ class Compared:
     @property
     def strategies(self) -> dict[str, str]:
         """The strategy of each row."""
-        of_method = {selection_method(name): name for name in NAMES}
-        extra = {name: of_method[each.method] for name, each in self.files.items() if name not in NAMES}
-        return {**{name: name for name in self.config.strategies}, **extra}
+        given = {name: name if name in NAMES else _strategy_of(each) for name, each in self.files.items()}
+        return {**{name: name for name in self.config.strategies}, **given}
 
     def check(self, budgets: Sequence[int]) -> None:
         """Raise ValueError if a row has no set of a budget; measures and searches nothing."""
@@ -212,26 +226,23 @@ def _prompts(config: PeersConfig, model: str, phase: Phase, loaded: LoadedModel,
 
 
 def _cells(
-    loaded: LoadedModel,
-    phase: Phase,
-    prompts: Sequence[Tensor],
-    rows: Sequence[Row],
-    held: Sequence[Mapping[str, Any]],
+    loaded: LoadedModel, prompts: Sequence[Tensor], rows: Sequence[Row], held: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The missing cells of a phase. A saved one is missing if its plan was another."""
-    done = [(cell["phase"], cell["sublayers"], cell["row"], cell["plan"]) for cell in held]
-    plans = {id(row): json.loads(json.dumps(row.plan.to_dict())) for row in rows}
-    missing = [row for row in rows if (row.phase, row.sublayers, row.name, plans[id(row)]) not in done]
+    """The missing cells of one phase; a saved cell of another plan is missing."""
+    cells = [
+        {"phase": row.phase, "sublayers": row.sublayers, "row": row.name, "plan": row.plan.to_dict(scales=True)}
+        for row in rows
+    ]
+    done = [{name: value for name, value in cell.items() if name != "divergences"} for cell in held]
+    missing = [(cell, row.plan) for cell, row in zip(cells, rows, strict=True) if cell not in done]
     if not missing:
         return
     tokenizer: Any = loaded.tokenizer
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    divergence = OutputDivergence(
-        loaded.model, prompts, phase, eos_token_ids=loaded.spec.stop_token_ids, pad_token_id=pad
-    )
-    for row in tqdm(missing, desc=f"{loaded.spec.name}, {phase}", unit="set", disable=None):
-        values = [value if math.isfinite(value) else None for value in divergence(row.plan)]
-        cell = {"phase": phase, "sublayers": row.sublayers, "row": row.name, "plan": plans[id(row)]}
+    ends = {"eos_token_ids": loaded.spec.stop_token_ids, "pad_token_id": tokenizer.pad_token_id or 0}
+    phase = rows[0].phase
+    divergence = OutputDivergence(loaded.model, prompts, phase, **ends)
+    for cell, plan in tqdm(missing, desc=f"{loaded.spec.name}, {phase}", unit="set", disable=None):
+        values = [value if math.isfinite(value) else None for value in divergence(plan)]
         yield {**cell, "divergences": values}
 
 
@@ -239,15 +250,12 @@ def _costs(rows: Sequence[Row], held: Sequence[dict[str, Any]]) -> list[dict[str
     """What the sets of each row have cost: for a selection the cost that it records. held: of rows saved before."""
     found = {}
     for row in rows:
-        cost, sets = None, []
+        cost, sets, phase = None, [], None
         if isinstance(row.profile, SelectionProfile):
-            cost, sets = asdict(row.profile.cost), list(row.profile.selected)
-        phase = row.phase if cost is not None else None
-        calibrated = row.profile is not None
-        found[row.name, phase, str(sets)] = {
-            **{"row": row.name, "phase": phase, "sets": sets, "calibrated": calibrated, "cost": cost}
-        }
-    renewed = {(name, phase) for name, phase, _ in found}
+            cost, sets, phase = asdict(row.profile.cost), list(row.profile.selected), row.phase
+        each = {"row": row.name, "phase": phase, "sets": sets, "calibrated": row.profile is not None, "cost": cost}
+        found[row.name, phase, *sets] = each
+    renewed = [(each["row"], each["phase"]) for each in found.values()]
     return [*(each for each in held if (each["row"], each["phase"]) not in renewed), *found.values()]
 
 
