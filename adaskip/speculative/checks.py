@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from adaskip.core.blocks import find_decoder
-from adaskip.core.hf import SLIDING_MASK, changes_arguments
+from adaskip.core.hf import CACHE, SLIDING_MASK, changes_arguments
 
 
 def check_request(
@@ -29,7 +29,7 @@ def check_request(
             f"lossless decodes one sequence at a time (rows would accept different numbers of tokens); got "
             f"{len(input_ids)}"
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is None or not model_kwargs.get("use_cache"):
         raise ValueError("lossless needs the KV cache; call generate with use_cache=True")
     kinds = {type(layer) for layer in cache.layers}

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaskip.core.context import patches_for
+from adaskip.core.hf import CACHE
 from adaskip.core.model_plan import strategy_of
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
@@ -171,7 +172,7 @@ class LosslessDecoder:
             sequences=sequences,  # pyright: ignore[reportArgumentType]
             scores=rounds.scores,  # pyright: ignore[reportArgumentType]
             logits=rounds.logits,  # pyright: ignore[reportArgumentType]
-            past_key_values=forwards.cache,
+            **{CACHE: forwards.cache},
         )
 
     def _drafting(self, skipped: SkippedModel, input_ids: Tensor) -> Drafting | FixedLength:

@@ -43,10 +43,10 @@ def measured(monkeypatch) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
-    """A search takes as long as it has samples; six show what the setup's twenty would."""
+    """A search takes as long as it has samples; three show what the setup's twenty would."""
     setup = config.find_setup
     monkeypatch.setattr(
-        config, "find_setup", lambda *given: replace(setup(*given), calibration_samples=6, search_samples=6)
+        config, "find_setup", lambda *given: replace(setup(*given), calibration_samples=3, search_samples=3)
     )
 
 
@@ -124,10 +124,9 @@ def test_a_search_leaves_the_importance_that_strategy_adaskip_uses(given, measur
 @pytest.mark.parametrize(
     ("strategy", "other", "what"),
     [
-        ("adaskip", ["--samples", "3"], "data ids"),
+        ("adaskip", ["--samples", "2"], "data ids"),
         ("adaskip", ["--attn-implementation", "eager"], "attn implementation"),
         ("calibrated", ["--up-to", "1"], "up to"),
-        ("calibrated", ["--samples", "4"], "data ids"),
         ("calibrated", ["--tasks", "trec", "triviaqa"], "dataset, data ids"),
     ],
 )
