@@ -172,7 +172,7 @@ class LosslessDecoder:
             sequences=sequences,  # pyright: ignore[reportArgumentType]
             scores=rounds.scores,  # pyright: ignore[reportArgumentType]
             logits=rounds.logits,  # pyright: ignore[reportArgumentType]
-            **{CACHE: forwards.cache},
+            **{CACHE: forwards.cache},  # pyright: ignore[reportArgumentType]
         )
 
     def _drafting(self, skipped: SkippedModel, input_ids: Tensor) -> Drafting | FixedLength:

@@ -92,7 +92,7 @@ class Trials:
             return FixedPlan(num_layers=num_layers, plan=EMPTY_PLAN)
         phase = check_phase(cell.phase)
         searched = cell.name not in (WINDOWLESS, KV_CHECK) and needs_selection(cell.name)
-        selection = self.subject.selections.get(phase) if searched else None
+        selection = self.subject.selections.get((cell.name, phase)) if searched else None
         windowless = cell.name in (WINDOWLESS, KV_CHECK) or (searched and selection is None)
         strategy = build(
             ADASKIP if windowless else cell.name,
