@@ -4,6 +4,9 @@ PYTHON_COMPAT ?= python3.13
 JOBS ?= $(shell nproc)
 EVERYWHERE := not gpu and not network and not engines
 BIN := .venv/bin
+# Bytecode is written even where the environment says otherwise: without it every process compiles torch and transformers
+# again, seven seconds of CPU time.
+export PYTHONDONTWRITEBYTECODE :=
 BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
 BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
 BENCH_REAL := smollm2

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from adaskip.speculative import lossless
     from adaskip.strategies import (
         AdaSkip,
+        BlockInfluence,
+        BlockPruner,
         CalibratedSkip,
+        CosineWindow,
         EarlyExit,
+        EvoPress,
         FixedPlan,
         LeastSkip,
         MostSkip,
@@ -54,8 +58,12 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AdaSkip",
+            "BlockInfluence",
+            "BlockPruner",
             "CalibratedSkip",
+            "CosineWindow",
             "EarlyExit",
+            "EvoPress",
             "FixedPlan",
             "LeastSkip",
             "MostSkip",
@@ -70,10 +78,14 @@ _HOMES = {
 __all__ = [
     "AdaSkip",
     "Benchmark",
+    "BlockInfluence",
+    "BlockPruner",
     "BlockStructure",
     "Budget",
     "CalibratedSkip",
+    "CosineWindow",
     "EarlyExit",
+    "EvoPress",
     "FixedPlan",
     "ImportanceProfile",
     "LeastSkip",

@@ -12,7 +12,7 @@ from adaskip.common.commands import STOPPED, guarded
 from adaskip.common.options import Parser, add_options, resolve
 from adaskip.common.processes import Processes
 from adaskip.core.plan_card import plan_map
-from adaskip.profiles.selection import SelectionProfile
+from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.runs.cells import parse_run_name, run_name
 from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
@@ -102,10 +102,11 @@ def _calibrate(config: CalibrateConfig) -> int:
     where = " and ".join(map(str, paths))
     if isinstance(profile, SelectionProfile):
         for count, chosen in profile.selected.items():
-            print(f"{count:3} sublayers  KL {chosen.divergence:.4f} nats  {chosen.plan.to_dict()}  {chosen.found_by}")
+            value = METHODS[profile.method].criterion.format(chosen.divergence)
+            print(f"{count:3} sublayers  {value}  {chosen.plan.to_dict()}  {chosen.found_by}")
         cost = profile.cost
         print(f"{cost.num_forwards} forwards over {cost.num_tokens} tokens in {cost.seconds:.1f} s", end=", ")
-        print(f"{cost.multiple:.0f} times AdaSkip's calibration; in {where}")
+        print(f"{cost.multiple:.{0 if cost.multiple >= 10 else 1}f} times AdaSkip's calibration; in {where}")
         return 0
     print(f"profile of {config.model} over {profile.tokens} tokens in {where}")
     return 0
@@ -182,7 +183,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int], str]] = {
     "calibrate": (
         CalibrateConfig,
         _calibrate,
-        "Measure the importance profile of a model, or search the sets of strategy calibrated.",
+        "Measure the importance profile of a model, or choose sets of sublayers by a search or another paper's method.",
     ),
     "plan": (PlanConfig, _plan, "Choose the sublayers of a strategy for a model and save them as a plan."),
     "show": (ShowConfig, _show, "Show a saved plan, profile or selection, or list the published ones."),

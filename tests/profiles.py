@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from adaskip.core.plan import Phase
 from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
-from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
+from adaskip.profiles.selection import METHODS, SEARCH, SearchCost, Selected, SelectionProfile
 
 
 def profile_of(
@@ -27,7 +27,7 @@ def profile_of(
     return ImportanceProfile(*units, **{**about, **fields})
 
 
-def selection_of(num_layers: int, phase: Phase) -> SelectionProfile:
+def selection_of(num_layers: int, phase: Phase, method: str = SEARCH) -> SelectionProfile:
     """Sets of every possible size: the FFNs from the first layer on, then the attentions."""
     selected = {
         count: Selected(
@@ -36,7 +36,7 @@ def selection_of(num_layers: int, phase: Phase) -> SelectionProfile:
             divergence=0.1 * count,
             found_by="search",
         )
-        for count in range(1, 2 * num_layers)
+        for count in METHODS[method].counts(2 * num_layers - 1)
     }
     return SelectionProfile(
         selected=selected,
@@ -49,4 +49,5 @@ def selection_of(num_layers: int, phase: Phase) -> SelectionProfile:
         attn_implementation="sdpa",
         dataset="none",
         data_ids=("a", "b"),
+        method=method,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.studies.bench.results import Result, entries_of
+from adaskip.studies.bench.results import Result
 from adaskip.studies.bench.settings import BREAKDOWN, COMPILED, COUNTS, EAGER, KV_CHECK, Cell, Workload
 
 SMALL = {"model": "llama-100m", "num_layers": 12, "parameters": 101_924_480}
@@ -128,7 +128,6 @@ def add_kv(result: Result, workload: Workload, phase: str, sublayers: int, *chec
 
 
 def save(result: Result) -> Result:
-    """Make the entries and write the file."""
-    result.entries = entries_of(result)
+    """Write the file, and return the result."""
     result.save()
     return result

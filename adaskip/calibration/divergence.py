@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from adaskip.calibration.streams import KeptStream, kept_interval
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.generate import generate
+from adaskip.core.hf import CACHE
 from adaskip.core.patching import patches_of
 from adaskip.core.plan import Phase, SkipPlan
 from adaskip.core.wrappers import unwrapped
@@ -134,7 +135,7 @@ class OutputDivergence:
     def _dense(self, ids: Tensor) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         self._count(ids)
-        find_decoder(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        find_decoder(self.model)(input_ids=ids, **{CACHE: cache}, use_cache=True)
         return cache
 
     def _log_probs(self, ids: Tensor, dense: DynamicCache | None, positions: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class OutputDivergence:
         self._count(ids)
         model: Any = self.model
         cache = None if dense is None else _view(dense)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=positions)
+        output = model(input_ids=ids, **{CACHE: cache}, use_cache=cache is not None, logits_to_keep=positions)
         return output.logits[0].float().log_softmax(dim=-1)
 
     def _count(self, ids: Tensor) -> None:

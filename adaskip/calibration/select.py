@@ -1,4 +1,4 @@
-"""`select`: chooses the sets of a model for one phase by calibration and search."""
+"""`select`: chooses the sets of a model for one phase by calibration and search, or by a method of another paper."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from adaskip.calibration.divergence import OBJECTIVE_VERSION, OutputDivergence, greedy_answer
 from adaskip.calibration.measure import calibrate
+from adaskip.calibration.peers import PEERS, Asked, counts_of, settings_of
 from adaskip.calibration.progress import Progress, held
 from adaskip.calibration.search import Choice, Set, most_measured, search
 from adaskip.core.fingerprint import weights_fingerprint as fingerprint_of
-from adaskip.core.plan import KINDS, Budget, Phase, SkipPlan, Sublayer
+from adaskip.core.plan import KINDS, Budget, Phase, SkipPlan, Sublayer, check_phase
 from adaskip.core.wrappers import unwrapped
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
+from adaskip.profiles.selection import SEARCH, SearchCost, Selected, SelectionProfile
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
 
 WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
@@ -41,6 +42,9 @@ def select(
     up_to: int,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
+    method: str = SEARCH,
+    budgets: Sequence[int] | None = None,
+    settings: Mapping[str, float] | None = None,
     model_name: str | None = None,
     dataset: str = "",
     data_ids: Iterable[str] = (),
@@ -52,10 +56,14 @@ def select(
 ) -> SelectionProfile:
     """Search the sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
 
-    prompts: token ids, each 1-D; they should resemble the prompts of the later use. importance: AdaSkip's profile,
-    which gives candidates, scales and AdaSkip's own sets; None to measure it on the same prompts. AdaSkip's set is kept
-    for every budget for which the search finds no significantly better one. allow_other_weights: accept, with a
-    warning, an `importance` of other weights of the same architecture.
+    prompts: token ids, each 1-D; they should resemble the prompts of the later use. method: what chooses the sets:
+    "search" for strategy `calibrated`, or the name of a strategy of another paper: "cosine_window", "blockpruner" or
+    "evopress", which use no scales. budgets: numbers of sublayers to make sets for, with the other papers' methods;
+    None for every number up to `up_to` that the method can make. settings: for "evopress", `effort` (share of the
+    published number of generations, default 0.1) and `seed` (default 0).
+    importance: AdaSkip's profile, which gives a search candidates, scales and AdaSkip's own sets; None to measure it on
+    the same prompts. AdaSkip's set is kept for every budget for which the search finds no significantly better one.
+    allow_other_weights: accept, with a warning, an `importance` of other weights of the same architecture.
     progress_path: a file that keeps the measurements; after a stop, the same call continues from it. The file is not
     deleted here: delete it after you have saved the profile.
     show_progress: draw a progress bar if standard error is a terminal. weights_fingerprint: that of the model; None to
@@ -64,7 +72,10 @@ def select(
     Raises:
         LockedError: another process uses the file at `progress_path`.
         ProfileError: `importance` was measured on another model.
+        ValueError: the method cannot make these sets, or has no such settings.
     """
+    check_phase(phase)
+    counts, settings = counts_of(method, up_to, budgets), settings_of(method, settings or {})
     if weights_fingerprint is None:
         weights_fingerprint = fingerprint_of(model)
     if importance is not None:
@@ -75,6 +86,7 @@ def select(
             prompts,
             phase,
             up_to=up_to,
+            peer=None if method == SEARCH else (method, counts, settings),
             ends=(eos_token_ids, pad_token_id),
             described={
                 **{"model_name": model_name, "dataset": dataset, "data_ids": data_ids},
@@ -92,13 +104,15 @@ def _select(
     phase: Phase,
     *,
     up_to: int,
+    peer: tuple[str, Sequence[int], Mapping[str, float]] | None,
     ends: tuple[Sequence[int], int],
     described: Mapping[str, Any],
     importance: ImportanceProfile | None,
     progress_path: Path | None,
     show_progress: bool,
 ) -> SelectionProfile:
-    """`select` while the progress file is locked. ends: (end tokens, pad token)."""
+    """`select` while the progress file is locked. peer: another paper's method, with its numbers of sublayers and
+    settings; None for a search. ends: (end tokens, pad token)."""
     eos_token_ids, pad_token_id = ends
     began = time.perf_counter()
     measured = calibrate(model, prompts, **described)
@@ -106,6 +120,11 @@ def _select(
     importance = measured if importance is None else importance
     num_layers = importance.num_layers
     Budget(sublayers=up_to).num_sublayers(num_layers)  # raises if up_to is too large
+    if peer is not None:
+        method, counts, settings = peer
+        identity = _identity(model, measured, importance, prompts, phase, eos_token_ids)
+        asked = Asked(model, prompts, phase, counts, settings, *ends, identity, progress_path, show_progress)
+        return _of_peer(method, asked, measured, adaskip_seconds)
     progress = Progress(
         lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
         progress_path,
@@ -141,6 +160,28 @@ def _select(
             adaskip_tokens=measured.tokens,
             adaskip_seconds=adaskip_seconds,
         ),
+        **{name: getattr(measured, name) for name in SAME_AS_CALIBRATION},
+    )
+
+
+def _of_peer(method: str, asked: Asked, measured: ImportanceProfile, adaskip_seconds: float) -> SelectionProfile:
+    """The sets of another paper's method. measured: AdaSkip's calibration, which the method does not use."""
+    found = PEERS[method].choose(asked)
+    plans = {count: choice.sublayers for count, choice in found.choices.items()}
+    scales = {count: {k: {s.layer: 1.0 for s in plan if s.kind == k} for k in KINDS} for count, plan in plans.items()}
+    return SelectionProfile(
+        selected={
+            count: Selected(**scales[count], divergence=choice.divergence, found_by=choice.found_by)
+            for count, choice in found.choices.items()
+        },
+        phase=asked.phase,
+        num_layers=measured.num_layers,
+        cost=SearchCost(
+            *(found.num_forwards, found.num_tokens, found.seconds),
+            *(len(asked.prompts), measured.tokens, adaskip_seconds),
+        ),
+        method=method,
+        settings=asked.settings,
         **{name: getattr(measured, name) for name in SAME_AS_CALIBRATION},
     )
 

@@ -23,7 +23,7 @@ from transformers import (
 from adaskip.core.blocks import execution_device
 from adaskip.core.context import skipping
 from adaskip.core.decoding import plain_generate
-from adaskip.core.hf import on_any_device
+from adaskip.core.hf import CACHE, on_any_device
 from adaskip.core.kv_cache import kv_bytes
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.core.reference_loss import ReadPrompt, reference_loss, rewound
@@ -140,12 +140,12 @@ def generate(
         trace = None if session is None else session.last_request
     assert clock.first_token_s is not None
     further = output.sequences.shape[1] - ids.shape[1] - 1
-    held_bytes = kv_bytes(output.past_key_values) // len(ids)
+    held_bytes = kv_bytes(getattr(output, CACHE)) // len(ids)
     read = None
     unchanged = len(ids) == 1 and not min_new_tokens  # min_new_tokens masks the end tokens' logits
-    if references and unchanged and rewound(output.past_key_values, ids.shape[1], strategy, further):
+    if references and unchanged and rewound(getattr(output, CACHE), ids.shape[1], strategy, further):
         assert first.logits is not None
-        read = ReadPrompt(output.past_key_values, first.logits[0])
+        read = ReadPrompt(getattr(output, CACHE), first.logits[0])
     losses = [
         None if answer is None else reference_loss(model, strategy, prompt, answer, eos_token_ids=ends, read=read)
         for prompt, answer in zip(input_ids, references or [None] * len(ids), strict=True)

@@ -2,8 +2,7 @@
 
 Private names change without notice, so each is used only here, as a constant or in a small function, and
 `tests/unit/test_hf_names.py` fails if a release renames one or changes its behaviour. All of them exist in the
-supported releases, torch 2.11 to 2.13 and transformers 5.17 to 5.23; "since" gives the first release known to have it.
-Releases from 5.24 on pass the KV cache as `cache` instead of `past_key_values`, and importing this module fails there.
+supported releases, torch 2.11 to 2.13 and transformers 5.17 to 5.24; "since" gives the first release known to have it.
 """
 
 from __future__ import annotations
@@ -179,13 +178,25 @@ def quiet_gguf_bar() -> Iterator[None]:
 # transformers: generate
 
 NEXT_STEP = "prepare_inputs_for_generation"
-"""The model method that `generate` calls before each forward, with the keywords `past_key_values`,
-`is_first_iteration` and `next_sequence_length` (None if the whole input is read)."""
-if "past_key_values" not in inspect.signature(getattr(GenerationMixin, NEXT_STEP)).parameters:
+"""The model method that `generate` calls before each forward, with the keywords `CACHE`, `is_first_iteration` and
+`next_sequence_length` (None if the whole input is read)."""
+OLD_CACHE = "past_key_values"
+_STEP_ARGUMENTS = inspect.signature(getattr(GenerationMixin, NEXT_STEP)).parameters
+CACHE = next((name for name in ("cache", OLD_CACHE) if name in _STEP_ARGUMENTS), "")
+"""The name of the KV cache in arguments and outputs of models: `cache` since 5.24, which still accepts the old name."""
+if not CACHE:
     raise UnsupportedReleaseError(
-        f"transformers {__version__} passes the KV cache in another argument than past_key_values; "
-        "adaskip works with transformers 5.17 to 5.23"
+        f"transformers {__version__} passes the KV cache in another argument than cache or {OLD_CACHE}; "
+        "adaskip works with transformers 5.17 to 5.24"
     )
+
+
+def with_cache_name(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model in which the KV cache has its present name."""
+    if CACHE == OLD_CACHE or OLD_CACHE not in kwargs:
+        return kwargs
+    return {CACHE if name == OLD_CACHE else name: value for name, value in kwargs.items()}
+
 
 COMPILED_STEPS = "get_compiled_call"
 """The model method that returns the callable for compiled decode steps of `generate`. Since transformers 4.48."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from adaskip.core.decoder import UnsupportedModelError, execution_device, forward_attribute, restore_attribute
+from adaskip.core.hf import CACHE
 
 TOKENS = 4
 LayerForward = Callable[..., Any]
@@ -115,7 +116,7 @@ class LayerProbe:
 
         with self._refusing():
             cache = self._empty_cache()
-            options = {"use_cache": True, "past_key_values": cache}
+            options = {"use_cache": True, CACHE: cache}
             with replaced_forwards(self.layers, [at_work(index) for index in range(len(self.layers))]):
                 self.decoder(**{name: x.clone() for name, x in inputs.items()}, **self._accepted(options))
             self._check_order(order, finished)

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from adaskip.core.blocks import execution_device
 from adaskip.core.context import skipping
+from adaskip.core.hf import CACHE
 from adaskip.core.kv_cache import SkippedLayer
 from adaskip.core.strategy import Strategy
 from adaskip.core.wrappers import unwrapped
@@ -62,12 +63,12 @@ def reference_loss(
     with patched as session:
         if read is None:
             cache = DynamicCache(config=stock.config)
-            logits = stock(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = stock(input_ids=prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[0, -1]
             read = ReadPrompt(cache, logits)
         rows = [read.logits.to(device)[None]]
         for step in _steps(strategy, answer[:, :-1]):
             with nullcontext() if session is None else session.decoding():
-                rows.append(stock(input_ids=step, past_key_values=read.cache, use_cache=True).logits[0])
+                rows.append(stock(input_ids=step, **{CACHE: read.cache}, use_cache=True).logits[0])
     return float(cross_entropy(torch.cat([row.float() for row in rows]), answer[0].to(rows[0].device)))
 
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from adaskip.core.blocks import find_decoder
 from adaskip.core.calls import GenerateCalls, Place
 from adaskip.core.compiled import StepKind, compiled_steps
-from adaskip.core.hf import COMPILED_STEPS, NEXT_STEP, PREFILL
+from adaskip.core.hf import CACHE, COMPILED_STEPS, NEXT_STEP, PREFILL, with_cache_name
 from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.layer_patch import StaysInPlace
 from adaskip.core.patching import NOTHING, ModelPatches
@@ -143,7 +143,7 @@ class SkippingSession(StaysInPlace):
         @functools.wraps(stock)
         def prepare_inputs_for_generation(input_ids, *args, **kwargs):  # generate passes everything else by keyword
             self._check_open()
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             uncached = cache is None and kwargs.get("use_cache") is False
             if uncached and self.strategy.phase != "prefill":
                 raise ValueError(f"phase {self.strategy.phase!r} needs the KV cache; call generate with use_cache=True")
@@ -165,7 +165,7 @@ class SkippingSession(StaysInPlace):
 
         def compiled_call(**inputs):
             step = self._here.prepared
-            if step is None or inputs.get("past_key_values") is not step.cache:
+            if step is None or inputs.get(CACHE) is not step.cache:
                 return self.model(**inputs)  # the model dropped its cache, so no graph fits this forward
             self._here.prepared = None
 
@@ -190,7 +190,7 @@ class SkippingSession(StaysInPlace):
             self._here.compiled = False
             return self._stock_forward(*args, **kwargs)
         prepared, self._here.prepared = self._here.prepared, None
-        if prepared is not None and prepared.cache is not None and kwargs.get("past_key_values") is prepared.cache:
+        if prepared is not None and prepared.cache is not None and kwargs.get(CACHE) is prepared.cache:
             ids = kwargs.get("input_ids")
             if ids is not None and ids is prepared.tokens():  # the usual step
                 return self._run(prepared, ids, functools.partial(self._stock_forward, *args, **kwargs))
@@ -198,13 +198,14 @@ class SkippingSession(StaysInPlace):
 
     def _direct(self, prepared: Step | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a forward whose plan depends on the arguments that reach the decoder."""
+        kwargs = with_cache_name(kwargs)
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         options = {**bound, **bound.get("kwargs", {})}
         ids, embeds = options.get("input_ids"), options.get("inputs_embeds")
         tokens = embeds if ids is None else ids
         if tokens is None:
             return self._stock_forward(*args, **kwargs)  # which raises an error that names the missing argument
-        given = cache = options.get("past_key_values")
+        given = cache = options.get(CACHE)
         if given is not None:
             check_cache(given)
         if cache is None and self._uses_cache(options):
@@ -217,7 +218,7 @@ class SkippingSession(StaysInPlace):
             step = self._begin(self._kind_of_direct_call(cache, tokens.shape[1]), cache)
         if cache is not given:
             positional = list(self._signature.parameters)[: len(args)]
-            args, kwargs = (), {**dict(zip(positional, args, strict=True)), **kwargs, "past_key_values": cache}
+            args, kwargs = (), {**dict(zip(positional, args, strict=True)), **kwargs, CACHE: cache}
         return self._run(step, ids, functools.partial(self._stock_forward, *args, **kwargs))
 
     def _uses_cache(self, options: dict[str, Any]) -> bool:

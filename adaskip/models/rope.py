@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from adaskip.core.hf import CACHE, with_cache_name
+
 logger = logging.getLogger(__name__)
 
 LENGTH = "_adaskip_prompt_length"  # attribute of a cache: [B, 1] int64, the length that fixes its rows' base
@@ -117,13 +119,13 @@ def fix_dynamic_rope(model: Any) -> bool:
 
 
 def _recall_length(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    decoder.rotary_emb.prompt_length = getattr(kwargs.get("past_key_values"), LENGTH, None)
+    decoder.rotary_emb.prompt_length = getattr(with_cache_name(kwargs).get(CACHE), LENGTH, None)
 
 
 def _remember_length(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = with_cache_name(kwargs).get(CACHE)
     if cache is None:  # the first direct call: the model made the cache itself
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
     if cache is not None:
         setattr(cache, LENGTH, decoder.rotary_emb.prompt_length)
     decoder.rotary_emb.prompt_length = None

@@ -1,4 +1,4 @@
-"""The selection profile of strategy `calibrated`: the set of sublayers for each budget, and the cost of the search."""
+"""The selection profile: the set of sublayers for each budget, the method that chose them, and what that cost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,46 @@ from adaskip.core.plan import KINDS, PHASES, Phase, SkipPlan, Sublayer
 from adaskip.profiles.fields import Profile, ProfileError, built, check_record, finite, whole
 
 ROUNDING = 1e-6  # nats; rounding may make a divergence negative by this much
+SEARCH = "search"
+"""The method of strategy `calibrated`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose sets.
+
+    by_phase: whether they depend on the phase. step: a set has a multiple of this many sublayers. criterion: how to
+    write the value that the method minimises, which is the `divergence` of its sets. one_by_one: whether each set takes
+    a search of its own, so that only those of the budgets are made.
+    """
+
+    by_phase: bool
+    step: int
+    criterion: str
+    one_by_one: bool = False
+
+    def counts(self, up_to: int) -> list[int]:
+        """The numbers of sublayers up to `up_to` for which the method makes sets."""
+        return list(range(self.step, up_to + 1, self.step))
+
+
+METHODS: Mapping[str, Method] = {
+    SEARCH: Method(by_phase=True, step=1, criterion="KL {:.4f} nats"),
+    "cosine_window": Method(by_phase=False, step=2, criterion="angle {:.4f} pi"),
+    "blockpruner": Method(by_phase=False, step=1, criterion="loss {:.4f} nats"),
+    "evopress": Method(by_phase=True, step=2, criterion="KL {:.4f} nats", one_by_one=True),
+}
+"""The methods that make selections; all but the first are those of other papers (see `calibration.peers`)."""
 
 
 @dataclass(frozen=True)
 class Selected:
     """The set chosen for one number of sublayers.
 
-    attention, ffn: scale (Eq. 3, above 0) of each skipped sublayer, by layer. divergence: mean KL divergence from the
-    full model on the calibration prompts, in nats, finite. found_by: "search", or the name of the strategy whose set it
-    is. Raises ProfileError for other values.
+    attention, ffn: scale (Eq. 3, above 0) of each skipped sublayer, by layer; 1 with a method that uses none.
+    divergence: mean KL divergence from the full model on the calibration prompts, in nats, or what else the method
+    minimises; finite. found_by: "search", or the name of the strategy whose set it is. Raises ProfileError for other
+    values.
     """
 
     attention: Mapping[int, float]
@@ -81,9 +112,10 @@ class SearchCost:
 
 @dataclass(frozen=True)
 class SelectionProfile(Profile):
-    """The sets chosen for one model in one phase, by number of sublayers, from 1 up without gaps.
+    """The sets chosen for one model in one phase, by number of sublayers; there may be numbers without a set.
 
-    The other fields record the model and the data, as in an `ImportanceProfile`.
+    method: what chose the sets, one of `METHODS`. settings: the numbers that the method was given. The other fields
+    record the model and the data, as in an `ImportanceProfile`.
     """
 
     FORMAT = "adaskip-selection-profile/1"
@@ -107,6 +139,8 @@ class SelectionProfile(Profile):
     prompts_begin_with_bos: bool | None = None
     config_fingerprint: str | None = None
     tokenizer_files: str | None = None
+    method: str = SEARCH
+    settings: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -115,10 +149,14 @@ class SelectionProfile(Profile):
             raise ProfileError(f"phase of a selection must be one of {', '.join(PHASES)}; got {self.phase!r}")
         selected = {whole_key("a number of sublayers", count, 1): chosen for count, chosen in self.selected.items()}
         object.__setattr__(self, "selected", dict(sorted(selected.items())))
-        if not selected or list(self.selected) != list(range(1, len(selected) + 1)):
-            raise ProfileError(
-                f"a selection must have a set for every number of sublayers from 1 up; got {list(self.selected)}"
-            )
+        if not selected:
+            raise ProfileError("a selection must have at least one set; got none")
+        if self.method not in METHODS:
+            raise ProfileError(f"method of a selection must be one of {', '.join(METHODS)}; got {self.method!r}")
+        if not isinstance(self.settings, Mapping):
+            raise ProfileError(f"settings must map names to numbers; got {self.settings!r}")
+        for name, value in self.settings.items():
+            finite(f"setting {name}", value)
         for count, chosen in selected.items():
             if len(chosen.plan) != count:
                 raise ProfileError(f"the set for {count} sublayers has {len(chosen.plan)} sublayers")
@@ -127,7 +165,7 @@ class SelectionProfile(Profile):
     @property
     def largest(self) -> int:
         """The largest number of sublayers that has a set."""
-        return len(self.selected)
+        return max(self.selected)
 
     @property
     def nested(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adaskip.core.plan import Budget, Phase
 from adaskip.profiles.assumed import assumed_profile
-from adaskip.profiles.selection import SearchCost, Selected, SelectionProfile
+from adaskip.profiles.selection import METHODS, SearchCost, Selected, SelectionProfile
 from adaskip.runs.job import Job, Part, Profile
 from adaskip.runs.manifest import is_done
 from adaskip.strategies import Strategy, build
@@ -50,18 +50,18 @@ def _profile_without_model(job: Job) -> Profile | None:
     if job.given_profile is not None or job.calibration is None:
         return job.given_profile
     assert job.calibration.samples, "reads the data"
-    if job.selection_phase is None:
+    if job.selection_method is None:
         return assumed_profile(job.loading.num_layers)
     assert job.calibration.searched, "reads the data"
-    return _any_selection(job.selection_phase, job.loading.num_layers)
+    return _any_selection(job.phase, job.loading.num_layers, job.selection_method)
 
 
-def _any_selection(phase: Phase, depth: int) -> SelectionProfile:
-    """A placeholder selection with a set for every number of sublayers: the first FFNs, then the first attentions."""
+def _any_selection(phase: Phase, depth: int, method: str) -> SelectionProfile:
+    """A placeholder selection with every set that the method can make: the first FFNs, then the first attentions."""
     selected = {}
-    for count in range(1, 2 * depth):
+    for count in METHODS[method].counts(2 * depth - 1):
         ffn, attention = (dict.fromkeys(range(size), 1.0) for size in (min(count, depth), max(0, count - depth)))
         selected[count] = Selected(attention, ffn, divergence=0.0, found_by="")
     cost = SearchCost(0, 0, 0.0, 0, 0, 0.0)
     unknown = dict.fromkeys(("model", "weights_fingerprint", "dtype", "attn_implementation", "dataset"), "")
-    return SelectionProfile(selected, phase, num_layers=depth, cost=cost, **unknown, data_ids=())
+    return SelectionProfile(selected, phase, num_layers=depth, cost=cost, **unknown, data_ids=(), method=method)

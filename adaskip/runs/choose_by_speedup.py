@@ -88,8 +88,9 @@ def choose(profile: SelectionProfile, target: float, speedups: Mapping[int, floa
     reaching = [count for count, speedup in speedups.items() if speedup >= target]
     if not reaching:
         raise UnreachableSpeedupError(
-            f"--target-speedup {target:g} cannot be reached: the sets of this selection, of 1 to {profile.largest} "
-            f"sublayers, are predicted to reach {min(speedups.values()):.3f} to {max(speedups.values()):.3f} {where}; "
+            f"--target-speedup {target:g} cannot be reached: the sets of this selection, of {min(profile.selected)} to "
+            f"{profile.largest} sublayers, are predicted to reach {min(speedups.values()):.3f} to "
+            f"{max(speedups.values()):.3f} {where}; "
             f"adaskip calibrate --select {profile.phase} --up-to N searches larger sets, which --profile takes"
         )
     return min(reaching, key=lambda count: (profile.selected[count].divergence, count))

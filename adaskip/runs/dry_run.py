@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from adaskip.profiles.selection import METHODS
 from adaskip.roofline import Ceilings, known_ceilings
 from adaskip.runs.config import GridConfig
 from adaskip.runs.estimate import (
@@ -16,6 +17,7 @@ from adaskip.runs.estimate import (
     search_seconds,
     seconds,
 )
+from adaskip.runs.job import Job
 
 EFFICIENCY = 0.5
 
@@ -38,13 +40,12 @@ def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> 
     for cell in left:
         by_model.setdefault(cell.job.cell.model, []).append(cell)
     calibration = sum(max(calibration_seconds(c.job, ceilings) for c in mine) for mine in by_model.values())
-    searching = [cell.job for cell in left if cell.job.selection_phase is not None]
-    searches = {(job.cell.model, job.phase): search_seconds(job, ceilings) for job in searching}
+    searches = {_search(cell.job): search_seconds(cell.job, ceilings) for cell in left}
     search = sum(searches.values())
     total = sum(times.values()) + calibration + search
     yield (
         f"estimated GPU time of the {len(left)} cells left, on one {ceilings.name}: {_time(total)}, of which "
-        f"calibration {_time(calibration)} and the searches of strategy calibrated {_time(search)}; "
+        f"calibration {_time(calibration)} and the searches of sets {_time(search)}; "
         f"a lower bound, every sublayer at the data sheet's "
         f"{ceilings.matmul_flops / 1e12:g} TFLOP/s and {ceilings.bandwidth / 1e9:g} GB/s (efficiency 100 %); "
         f"{_time(total / EFFICIENCY)} at {100 * EFFICIENCY:.0f} %"
@@ -61,6 +62,13 @@ def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> 
     download = 0 if all(cell.is_counted for cell in left) else left[0].job.records.benchmark.download_bytes
     data = f", and {_size(download)} of data" if download else ""
     yield f"disk: the weights, about {_size(sum(map(result_bytes, left)))} of results{data}"
+
+
+def _search(job: Job) -> tuple[str, ...]:
+    """Equal for jobs that share a search: of one model and strategy, and of one phase or, if that is enough, tasks."""
+    method = job.selection_method
+    of_phase = method is None or METHODS[method].by_phase
+    return (job.cell.model, job.strategy, *((job.phase,) if of_phase else job.answer_caps))
 
 
 def _samples(cells: Sequence[CellSize]) -> str:

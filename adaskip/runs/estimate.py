@@ -13,8 +13,10 @@ from statistics import mean
 
 from adaskip.benchmarks.protocol import HUB, Benchmark, MissingDataError
 from adaskip.calibration.divergence import ANSWER_TOKENS
+from adaskip.calibration.peers import PEERS
 from adaskip.calibration.select import most_forwards
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan
+from adaskip.profiles.selection import METHODS, SEARCH
 from adaskip.roofline import Ceilings, ModelShape, kv_bytes_per_token, predict
 from adaskip.roofline.predict import DecodePlan
 from adaskip.runs.config import GridConfig
@@ -147,18 +149,23 @@ def search_seconds(job: Job, ceilings: Ceilings) -> float:
 
     Every forward is estimated as one of the full model on the longest prompt that no run is scored on.
     """
-    if job.calibration is None or job.selection_phase is None or job.profile_name is not None:
+    if job.calibration is None or (method := job.selection_method) is None or job.profile_name is not None:
         return 0.0
     shape, count, answer = job.loading.shape, job.calibration.num_searched, _searched_answer(job)
     words = job.records.unscored_words
     size = TaskSize(count, None if words is None else (max(1, words),) * count)
     (prompt,) = size.prompts(job.calibration.search_prompt_tokens or job.loading.max_prompt_tokens)
     full = {"prefill_plan": EMPTY_PLAN, "decode_plan": EMPTY_PLAN, "ceilings": ceilings}
+    if not METHODS[method].by_phase:  # only the prompts are read
+        forward = predict(shape, prompt_tokens=prompt, new_tokens=1, **full)
+        return PEERS[method].most_forwards(shape.num_layers, count, job.counts) * forward.ttft_s
     answered = predict(shape, prompt_tokens=prompt, new_tokens=answer, **full)
     searched = prompt + answer if job.phase != "decode" else answer
     forward = predict(shape, prompt_tokens=searched, new_tokens=1, **full)
     reading = count * (answered.ttft_s + (answer - 1) * (answered.tpot_s or 0.0))
-    return reading + most_forwards(shape.num_layers, count, job.up_to) * forward.ttft_s
+    if method == SEARCH:
+        return reading + most_forwards(shape.num_layers, count, job.up_to) * forward.ttft_s
+    return reading + PEERS[method].most_forwards(shape.num_layers, count, job.counts) * forward.ttft_s
 
 
 def _searched_answer(job: Job) -> int:

@@ -103,10 +103,10 @@ def searches_first(cells: Sequence[RunConfig]) -> list[RunConfig]:
     """The cells ordered by model, with one cell per needed search first, so that workers do not wait for the same
     search."""
     models = list(dict.fromkeys(cell.model for cell in cells))
-    searches: dict[tuple[str, str], RunConfig] = {}
+    searches: dict[tuple[str, str, str], RunConfig] = {}
     for cell in cells:
         if needs_selection(cell.strategy):
-            searches.setdefault((cell.model, cell.phase), cell)
+            searches.setdefault((cell.model, cell.phase, cell.strategy), cell)
     return sorted(cells, key=lambda cell: (models.index(cell.model), cell not in searches.values()))
 
 

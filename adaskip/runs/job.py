@@ -18,14 +18,14 @@ from adaskip.common.named_files import find_file
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import SelectionProfile
+from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.cells import Cell, grid
 from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.loading import Loading, find_loading
 from adaskip.runs.records import Records, Sample, find_records, prompt_ids
-from adaskip.strategies import FULL, needs_profile, needs_selection, profile_type, strategy_class
+from adaskip.strategies import FULL, needs_profile, profile_type, selection_method, strategy_class
 
 Profile = ImportanceProfile | SelectionProfile
 
@@ -73,8 +73,8 @@ class Job:
 
     protocol: its name in `configs/phases.yaml`. sublayers: the budget; None until one is chosen for a target speedup.
     answer_caps: maximum new tokens by task. calibration: the calibration data, None if the strategy uses no profile.
-    up_to: size of the largest set if a selection is searched. profile_name: the value of `--profile`, None if it is not
-    given or the strategy uses no profile.
+    budgets: those of the protocol for this depth, in sublayers. profile_name: the value of `--profile`, None if it is
+    not given or the strategy uses no profile.
     """
 
     protocol: str
@@ -92,7 +92,7 @@ class Job:
     seed: int
     runs_dir: Path
     calibration: Calibration | None
-    up_to: int
+    budgets: tuple[int, ...]
     profile_name: str | None
     allow_other_weights: bool
 
@@ -134,9 +134,23 @@ class Job:
         return profile_type(self.strategy)
 
     @property
-    def selection_phase(self) -> Phase | None:
-        """The phase for which a selection is searched; None if the strategy needs no selection."""
-        return self.phase if needs_selection(self.strategy) else None
+    def selection_method(self) -> str | None:
+        """The method by which a selection is made; None if the strategy needs no selection."""
+        return selection_method(self.strategy)
+
+    @property
+    def up_to(self) -> int:
+        """Size of the largest set if a selection is made."""
+        return max(self.sublayers or 0, *self.budgets)
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of sublayers for which the strategy's method makes sets."""
+        assert self.selection_method is not None, "of a strategy that needs a selection"
+        method = METHODS[self.selection_method]
+        if not method.one_by_one:
+            return method.counts(self.up_to)
+        return list(self.budgets) if self.sublayers in (None, 0, *self.budgets) else [self.sublayers]
 
     @cached_property
     def given_profile(self) -> Profile | None:
@@ -196,7 +210,7 @@ def resolve(config: RunConfig) -> Job:
         seed=config.seed,
         runs_dir=config.runs_dir,
         calibration=find_calibration(config, records, tasks) if wants_profile else None,
-        up_to=max(sublayers or 0, *budgets),
+        budgets=budgets,
         profile_name=config.profile if wants_profile else None,
         allow_other_weights=config.allow_other_weights,
     )

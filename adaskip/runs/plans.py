@@ -31,7 +31,7 @@ from adaskip.models.loading import load_source, load_tokenizer
 from adaskip.models.registry import registry
 from adaskip.models.source import ModelSource, find_source
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import SelectionProfile
+from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.runs.config import RunConfig, StrategyConfig
 from adaskip.runs.job import Job, resolve
 from adaskip.runs.profiles import profile_for
@@ -148,8 +148,9 @@ def _profile_lines(profile: ImportanceProfile | SelectionProfile) -> list[str]:
     names = ("model", "phase", "dataset", "dtype", "attn_implementation", "weights_fingerprint", "hidden_size")
     lines = _aligned({name: str(getattr(profile, name)) for name in names})
     if isinstance(profile, SelectionProfile):
-        sets = profile.selected.items()
-        return [*lines, *(f"{count:3} sublayers  KL {s.divergence:.4f}  {s.plan.to_dict()}" for count, s in sets)]
+        lines += _aligned({"method": profile.method, **{name: str(x) for name, x in profile.settings.items()}})
+        criterion, sets = METHODS[profile.method].criterion, profile.selected.items()
+        return [*lines, *(f"{n:3} sublayers  {criterion.format(s.divergence)}  {s.plan.to_dict()}" for n, s in sets)]
     pairs = zip(profile.attention.similarity, profile.ffn.similarity, strict=True)
     rows = (f"{layer:5}  {attention:9.4f}  {ffn:7.4f}" for layer, (attention, ffn) in enumerate(pairs))
     return [*lines, "layer  attention      FFN  (IO similarity)", *rows]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from adaskip.benchmarks.protocol import Benchmark
 from adaskip.calibration.divergence import OBJECTIVE_VERSION
 from adaskip.calibration.measure import calibrate
+from adaskip.calibration.peers import counts_of, settings_of
 from adaskip.calibration.select import select
 from adaskip.common.files import check_writable, remove_torn
 from adaskip.common.locks import exclusive
@@ -27,7 +28,7 @@ from adaskip.core.hf import attn_implementation
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
-from adaskip.profiles.selection import SelectionProfile
+from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.config import CalibrateConfig
 from adaskip.runs.job import Job, Profile, find_profile
@@ -41,20 +42,22 @@ logger = logging.getLogger(__name__)
 class Wanted:
     """A profile that is kept beside the runs, or that will be made and kept there.
 
-    phase: of a selection; None for an importance profile. up_to: largest set of a selection, in sublayers. batch_size:
-    number of prompts per forward when importance is measured.
+    phase: of a selection; None for an importance profile. counts: numbers of sublayers of its sets. batch_size: number
+    of prompts per forward when importance is measured. method, settings: what makes a selection; see `select`.
     """
 
     loaded: LoadedModel
     calibration: Calibration
     phase: Phase | None
-    up_to: int
+    counts: Sequence[int] = ()
     batch_size: int = 1
+    method: str = SEARCH
+    settings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def importance(self) -> Wanted:
         """The importance profile from which a selection takes its candidates and scales."""
-        return replace(self, phase=None)
+        return replace(self, phase=None, method=SEARCH)
 
     @property
     def samples(self) -> list[tuple[str, Sample]]:
@@ -80,18 +83,21 @@ class Wanted:
         if self.phase is not None:
             depends_on |= {
                 "objective": OBJECTIVE_VERSION,
-                "up_to": self.up_to,
+                "up_to": max(self.counts),
                 **({} if (cut := self.calibration.search_prompt_tokens) is None else {"search_prompt_tokens": cut}),
                 "stop_token_ids": list(loaded.spec.stop_token_ids),
                 "selection_samples": fingerprint([{"task": task, **sample} for task, sample in self.samples]),
             }
+        if self.method != SEARCH:
+            depends_on |= {"method": self.method, "counts": list(self.counts), "settings": dict(self.settings)}
         return depends_on
 
     @property
     def path(self) -> Path:
         """`<output_dir>/../profiles/<model>-<first 8 digits of a hash over its identity>.json`.
 
-        For a selection: `<model>-selection-<phase>-<digits>.json`. If the profile of that name was made with another
+        For a selection: `<model>-selection-<phase>-<digits>.json`, or with the method in place of `selection`, and
+        without the phase if its sets do not depend on it. If the profile of that name was made with another
         configuration or tokenizer of the same weights, the hash also covers these.
         """
         usual = self._named(self.identity)
@@ -117,7 +123,13 @@ class Wanted:
     def stem(self) -> str:
         """The beginning of the file name."""
         name = self.loaded.spec.name
-        return name if self.phase is None else f"{name}-selection-{self.phase}"
+        return name if self.phase is None else f"{name}-{selection_stem(self.method, self.phase)}"
+
+
+def selection_stem(method: str, phase: str) -> str:
+    """What follows the model in the name of a kept selection."""
+    kind = "selection" if method == SEARCH else method
+    return f"{kind}-{phase}" if METHODS[method].by_phase else kind
 
 
 def profile_for(job: Job, loaded: LoadedModel) -> tuple[Profile, Path]:
@@ -146,7 +158,10 @@ def kept_path(job: Job, loaded: LoadedModel) -> Path:
 def wanted_by(job: Job, loaded: LoadedModel) -> Wanted:
     """The profile that a job needs."""
     assert job.calibration is not None, "its strategy needs a profile"
-    return Wanted(loaded, job.calibration, job.selection_phase, job.up_to)
+    if (method := job.selection_method) is None:
+        return Wanted(loaded, job.calibration, None)
+    settings = settings_of(method, {})
+    return Wanted(loaded, job.calibration, job.phase, job.counts, method=method, settings=settings)
 
 
 def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]:
@@ -187,15 +202,19 @@ def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
     loaded = wanted.loaded
     if wanted.phase is None:
         return measure_importance(wanted.calibration, loaded, wanted.batch_size)
-    importance, _ = keep(wanted.importance)
-    assert isinstance(importance, ImportanceProfile), "what strategy adaskip chooses by"
+    importance = None
+    if wanted.method == SEARCH:
+        importance, _ = keep(wanted.importance)
+        assert isinstance(importance, ImportanceProfile), "what strategy adaskip chooses by"
     return search_selection(
         loaded,
         wanted.phase,
         wanted.calibration.records.benchmark,
         wanted.samples,
         importance=importance,
-        up_to=wanted.up_to,
+        counts=wanted.counts,
+        method=wanted.method,
+        settings=wanted.settings,
         progress_path=_progress_path(path),
         show_progress=show_progress,
         prompt_tokens=wanted.calibration.search_prompt_tokens,
@@ -214,8 +233,10 @@ def _others_line(wanted: Wanted, path: Path) -> str:
         held = _read(other)
         differing = {name: held.get(name) for name, value in _told(wanted).items() if held.get(name) != value}
         differing |= {name: held[name] for name, value in wanted.files.items() if held.get(name) not in (None, value)}
-        if wanted.phase is not None and (largest := len(held.get("selected", ()))) != wanted.up_to:
-            differing["up_to"] = largest
+        if wanted.phase is not None and (made := [*held.get("selected", ())]) != [*map(str, wanted.counts)]:
+            differing["up_to"] = made
+        if wanted.method != SEARCH and held.get("settings") != wanted.settings:
+            differing["settings"] = held.get("settings")
         found.append((len(differing), other, differing))
     if not found:
         return ""
@@ -258,23 +279,28 @@ def search_selection(
     benchmark: Benchmark,
     samples: Sequence[tuple[str, Sample]],
     *,
-    importance: ImportanceProfile,
-    up_to: int,
+    importance: ImportanceProfile | None,
+    counts: Sequence[int],
+    method: str = SEARCH,
+    settings: Mapping[str, float] | None = None,
     progress_path: Path,
     show_progress: bool = False,
     prompt_tokens: int | None = None,
 ) -> SelectionProfile:
-    """Choose the sets of strategy calibrated.
+    """Choose the sets of strategy calibrated, or those of another paper's method.
 
-    samples: (task, sample), none of which is scored. prompt_tokens: longer prompts lose their middle; None: the model's
-    limit.
+    samples: (task, sample), none of which is scored. importance: None for the other methods. counts, method, settings:
+    see `Wanted`. prompt_tokens: longer prompts lose their middle; None: the model's limit.
     """
     tokenizer: Any = loaded.tokenizer
     return select(
         loaded.model,
         [prompt_ids(benchmark, task, [sample], loaded, prompt_tokens)[0] for task, sample in samples],
         phase,
-        up_to=up_to,
+        up_to=max(counts),
+        method=method,
+        budgets=None if method == SEARCH else counts,
+        settings=settings,
         eos_token_ids=loaded.spec.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id,
         model_name=loaded.spec.name,
@@ -305,12 +331,20 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
         check_writable(Path(config.output))
     phase = None if config.select is None else check_phase(config.select)
     tasks = () if phase is None else config.tasks or setup.phases[phase].tasks
+    budgets = setup.budgets_for(loading.num_layers)
+    if METHODS[config.method].one_by_one:
+        budgets = config.budgets or budgets
+        counts = counts_of(config.method, max(budgets), budgets)
+    else:
+        counts = counts_of(config.method, config.up_to or max(budgets), None)
     wanted = Wanted(
         loading.load(),
         find_calibration(config, find_records(config, loading), tasks, config.samples),
         phase,
-        up_to=config.up_to or max(setup.budgets_for(loading.num_layers)),
+        counts,
         batch_size=config.batch_size,
+        method=config.method,
+        settings=config.settings,
     )
     profile, path = keep(wanted, show_progress=True)
     return profile, (path, *([] if config.output is None else [profile.save(config.output)]))

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from adaskip.core.blocks import find_decoder
-from adaskip.core.hf import attn_implementation, generate_arguments
+from adaskip.core.hf import CACHE, OLD_CACHE, attn_implementation, generate_arguments
 from adaskip.speculative.processors import STATELESS
 
 MOST_ROWS = 8
@@ -32,7 +32,7 @@ BACKENDS = ("eager", "sdpa")
 """Attention backends that take masks with holes."""
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 """Stopping criteria that judge each row by itself."""
-ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 OF_WHOLE_BATCH = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 """Stateless processors that hold the prompts of all rows."""
 
@@ -81,7 +81,7 @@ def _check_model(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> None:
             f"lossless decodes batches of {', '.join(MODEL_TYPES)}; got model type {config.model_type!r}, which it "
             "decodes one sequence at a time"
         )
-    layers = model_kwargs["past_key_values"].layers
+    layers = model_kwargs[CACHE].layers
     if getattr(config, "sliding_window", None) is not None or any(type(layer) is not DynamicLayer for layer in layers):
         raise ValueError(
             "in a batch the rows' tokens lie at different places of the KV cache, which sliding windows do not allow; "
@@ -97,7 +97,7 @@ def _check_model(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> None:
 def _check_arguments(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     given = generate_arguments()
     assert given is not None, "checked before"
-    if given["kwargs"].get("past_key_values") is not None or config.return_dict_in_generate:
+    if any(given["kwargs"].get(name) is not None for name in (CACHE, OLD_CACHE)) or config.return_dict_in_generate:
         raise ValueError(
             "in a batch the rows' tokens lie at different places of the KV cache, so lossless neither takes nor "
             "returns one; leave past_key_values and return_dict_in_generate out"

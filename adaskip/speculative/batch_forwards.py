@@ -33,7 +33,7 @@ class BatchForwards:
     ):
         self.model: Any = model
         self.patches, self.config, self.kwargs = patches, config, model_kwargs
-        self.cache: DynamicCache = model_kwargs["past_key_values"]
+        self.cache: DynamicCache = model_kwargs[hf.CACHE]
         self.clock = time.thread_time if input_ids.device.type == "cpu" else time.perf_counter
         mask = model_kwargs.get("attention_mask")
         self.live = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0

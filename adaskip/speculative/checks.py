@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from adaskip.core.blocks import find_decoder
-from adaskip.core.hf import SLIDING_MASK, changes_arguments
+from adaskip.core.hf import CACHE, SLIDING_MASK, changes_arguments
 
 
 def check_request(
@@ -24,7 +24,7 @@ def check_request(
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"lossless decodes greedily or by sampling, with one beam; got {mode.value}")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is None or not model_kwargs.get("use_cache"):
         raise ValueError("lossless needs the KV cache; call generate with use_cache=True")
     kinds = {type(layer) for layer in cache.layers}

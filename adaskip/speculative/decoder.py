@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaskip.core.context import patches_for
-from adaskip.core.hf import pad_token_of
+from adaskip.core.hf import CACHE, pad_token_of
 from adaskip.core.model_plan import strategy_of
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
@@ -184,7 +184,7 @@ class LosslessDecoder:
             sequences=sequences,  # pyright: ignore[reportArgumentType]
             scores=accept.scores,  # pyright: ignore[reportArgumentType]
             logits=accept.logits,  # pyright: ignore[reportArgumentType]
-            past_key_values=forwards.cache,
+            **{CACHE: forwards.cache},  # pyright: ignore[reportArgumentType]
         )
 
     def _batch(

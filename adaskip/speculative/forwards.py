@@ -33,7 +33,7 @@ class ForwardRunner:
     ):
         self.model: Any = model
         self.patches, self.config, self.kwargs = patches, config, model_kwargs
-        self.cache: DynamicCache = model_kwargs["past_key_values"]
+        self.cache: DynamicCache = model_kwargs[hf.CACHE]
         self.prompt_length = input_ids.shape[1]
         self.clock = time.thread_time if input_ids.device.type == "cpu" else time.perf_counter
         self.lengths: dict[str, int] = {}
@@ -77,7 +77,7 @@ class ForwardRunner:
 
     def _run(self, ids: Tensor, num_new: int, cache: DynamicCache) -> Tensor:
         grown = ids.shape[1] - self.prompt_length
-        kwargs = {**self.kwargs, "past_key_values": cache}
+        kwargs = {**self.kwargs, hf.CACHE: cache}
         for name, length in self.lengths.items():
             kwargs[name] = kwargs[name][..., : length + grown]
         inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=num_new, **kwargs)

@@ -12,8 +12,11 @@ from adaskip.core.strategy import FFNSimilarity, FixedPlan, Strategy, strategy_o
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.strategies.adaskip import AdaSkip
+from adaskip.strategies.blockpruner import BlockPruner
 from adaskip.strategies.calibrated import CalibratedSkip
+from adaskip.strategies.cosine_window import CosineWindow
 from adaskip.strategies.early_exit import EarlyExit
+from adaskip.strategies.evopress import EvoPress
 from adaskip.strategies.names import GRID_STRATEGIES, LABELS, LOOKS, NAMES, PAPER_STRATEGIES, SHORT_NAMES, STRATEGIES
 from adaskip.strategies.registry import (
     FULL,
@@ -21,14 +24,17 @@ from adaskip.strategies.registry import (
     needs_selection,
     profile_type,
     register_strategy,
+    selection_method,
     strategy_class,
     strategy_name,
 )
 from adaskip.strategies.skipdecode import SkipDecode
 from adaskip.strategies.unified import UnifiedSkipping
-from adaskip.strategies.whole_layer_similarity import LeastSkip, MostSkip
+from adaskip.strategies.whole_layer_similarity import BlockInfluence, LeastSkip, MostSkip
 
-for _strategy in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, CalibratedSkip, MostSkip, LeastSkip):
+PEERS = (BlockInfluence, CosineWindow, BlockPruner, EvoPress)
+"""Strategies of other papers, besides the baselines of AdaSkip's."""
+for _strategy in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, CalibratedSkip, *PEERS, MostSkip, LeastSkip):
     register_strategy(_strategy)  # in the order of tables and help texts
 for _module in iter_modules(__path__):  # a new file in this folder registers its strategy when imported
     import_module(f"{__name__}.{_module.name}")
@@ -77,11 +83,16 @@ __all__ = [
     "LOOKS",
     "NAMES",
     "PAPER_STRATEGIES",
+    "PEERS",
     "SHORT_NAMES",
     "STRATEGIES",
     "AdaSkip",
+    "BlockInfluence",
+    "BlockPruner",
     "CalibratedSkip",
+    "CosineWindow",
     "EarlyExit",
+    "EvoPress",
     "FFNSimilarity",
     "FixedPlan",
     "LeastSkip",
@@ -95,6 +106,7 @@ __all__ = [
     "needs_selection",
     "profile_type",
     "register_strategy",
+    "selection_method",
     "strategy_class",
     "strategy_name",
     "strategy_option",

@@ -10,7 +10,7 @@ from adaskip.common.plugins import Registry, check_declared, check_pattern
 from adaskip.core.look import Look
 from adaskip.core.strategy import Strategy
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import SelectionProfile
+from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
 
 FULL, FULL_SHORT_NAME, FULL_LABEL = "full", "FULL", "Full model"
 """The unskipped model wherever a strategy is named: it is none, but has names like one."""
@@ -28,6 +28,8 @@ def _check(cls: type[Strategy]) -> None:
     if kind is not None and not (isinstance(kind, type) and issubclass(kind, PROFILE_TYPES)):
         allowed = ", ".join(each.__name__ for each in PROFILE_TYPES)
         raise ValueError(f"{cls.__name__} declares profile_type {kind!r}; allowed: None, {allowed}")
+    if kind is SelectionProfile and (method := getattr(cls, "method", SEARCH)) not in METHODS:
+        raise ValueError(f"{cls.__name__} declares method {method!r}; allowed: {', '.join(METHODS)}")
     if has_field != (kind is not None):
         what = "a field profile but no profile_type" if has_field else "a profile_type but no field profile"
         raise ValueError(f"{cls.__name__} has {what}; a strategy that needs a profile has both")
@@ -78,3 +80,8 @@ def needs_selection(name: str) -> bool:
     """Whether the strategy needs a selection profile."""
     kind = profile_type(name)
     return kind is not None and issubclass(kind, SelectionProfile)
+
+
+def selection_method(name: str) -> str | None:
+    """The method of the selection profile that the strategy needs; None if it needs no selection."""
+    return getattr(strategy_class(name), "method", SEARCH) if needs_selection(name) else None

@@ -1,4 +1,5 @@
-"""MostSkip and LeastSkip: skip the most or least similar whole layers, to check that similarity measures importance."""
+"""Whole layers by similarity: MostSkip and LeastSkip, which check that similarity measures importance, and ShortGPT's
+block influence, whose set is MostSkip's."""
 
 from __future__ import annotations
 
@@ -38,6 +39,19 @@ class MostSkip(_WholeLayerSimilarity):
     @cached_property
     def skipped(self) -> SkipPlan:
         return self._ranked(most_similar_first=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInfluence(MostSkip):
+    """Skip the n layers of lowest block influence, 1 minus the mean similarity of output and input. No scales.
+
+    Source: Men et al., ShortGPT, arXiv 2403.03853.
+    """
+
+    name = "block_influence"
+    short_name = "BI"
+    label = "Block Influence"
+    look = Look("#B8860B", "<", (3, 1, 1, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,21 @@ def test_random_models_answer_as_under_the_plan(name, plan, tmp_path):
     assert report["verified"]["kl"] < 1e-5
     draw = torch.Generator().manual_seed(0)
     assert_same(file, model, plan, [torch.randint(3, 512, (length,), generator=draw) for length in LENGTHS])
+
+
+def test_the_exported_model_drafts_for_the_full_one(tmp_path):
+    from adaskip.studies.engines.llama_cpp_draft import Draft
+
+    model = random_model("llama", **EXACT)
+    small, _ = exported(model, tmp_path / "small", SkipPlan(attention=frozenset({3})))
+    full, _ = exported(model, tmp_path / "full", EMPTY_PLAN)
+    prompt = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(0))
+    with opened(small, 256) as drafting, opened(full, 256) as alone:
+        draft = Draft(drafting)
+        with opened(full, 256, draft_model=draft) as drafted:
+            tokens = [*islice(drafted.generate(prompt.tolist(), temp=0), NUM_TOKENS)]
+        assert tokens == greedy(alone, prompt)
+    assert draft.calls < NUM_TOKENS - 1, "no drafted token was accepted"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def test_a_folder_of_another_family_is_calibrated_run_scored_and_tabulated(
     assert NAME in (tmp_path / "results/tables/table3_prefill.md").read_text()
 
 
-def test_a_grid_of_a_folder_and_its_dry_run(folder, given, tmp_path, away, capsys):
+def test_a_grid_of_a_folder_and_its_dry_run(folder, given, tmp_path, away, capsys, monkeypatch):
+    forked = multiprocessing.get_context("fork")  # its workers import nothing anew
+    monkeypatch.setattr("adaskip.runs.grid.multiprocessing.get_context", lambda method: forked)
     grid = ["grid", "--models", str(folder), "--phases", "decode", "--strategies", "full", "unified", "--limit", "1"]
     assert cli.main([*grid, *given, "--max-new-tokens", "2"]) == 0
     assert "2 of 2 cells complete" not in capsys.readouterr().err

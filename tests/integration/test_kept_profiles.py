@@ -43,15 +43,21 @@ def measured(monkeypatch) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
-    """A search takes as long as it has samples; six show what the setup's twenty would."""
+    """A search takes as long as it has samples; three show what the setup's twenty would."""
     setup = config.find_setup
     monkeypatch.setattr(
-        config, "find_setup", lambda *given: replace(setup(*given), calibration_samples=6, search_samples=6)
+        config, "find_setup", lambda *given: replace(setup(*given), calibration_samples=3, search_samples=3)
     )
 
 
+METHODS = ("cosine_window", "blockpruner", "evopress")
 CALIBRATE = {"adaskip": [], "calibrated": ["--select", "decode"]}
-MEASURED = {"adaskip": ["importance"], "calibrated": ["importance", "selection"]}
+CALIBRATE |= {method: ["--select", "decode", "--method", method] for method in METHODS}
+MEASURED = {
+    "adaskip": ["importance"],
+    "calibrated": ["importance", "selection"],
+    **{method: ["selection"] for method in METHODS},
+}
 
 
 @pytest.mark.parametrize("strategy", CALIBRATE)
@@ -67,6 +73,47 @@ def test_what_one_command_measures_the_other_finds(given, measured, tmp_path, st
     assert len(list((tmp_path / "profiles").iterdir())) == len(MEASURED[strategy])
 
 
+@pytest.mark.parametrize(("method", "searches"), [("cosine_window", 1), ("blockpruner", 1), ("evopress", 2)])
+def test_sets_that_are_the_same_in_all_phases_are_made_once(given, measured, tmp_path, method, searches):
+    for phase in ("decode", "e2e"):  # of the same tasks
+        argv = ["run", *cell(method, phase), *given, "--limit", "1", "--max-new-tokens", "4"]
+        assert cli.main(argv) == 0
+    assert measured == ["selection"] * searches
+    names = {path.name[: -len("-12345678.json")] for path in (tmp_path / "profiles").iterdir()}
+    assert names == ({f"llama-{method}"} if searches == 1 else {"llama-evopress-decode", "llama-evopress-e2e"})
+
+
+def test_evopress_searches_for_an_unusual_budget_alone_and_a_run_finds_it(given, measured, tmp_path, capsys):
+    assert cli.main(["calibrate", "--model", "llama", *CALIBRATE["evopress"], *given, "--budgets", "4"]) == 0
+    assert "  4 sublayers  KL " in capsys.readouterr().out
+    for budget, searches in (("4", 1), ("2", 2)):
+        argv = ["run", *cell("evopress", budget=budget), *given, "--limit", "1", "--max-new-tokens", "4"]
+        assert cli.main(argv) == 0
+        assert measured == ["selection"] * searches
+    sets = [json.loads(path.read_text())["selected"].keys() for path in (tmp_path / "profiles").iterdir()]
+    assert sorted(map(list, sets)) == [["2"], ["4"]]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method", "evopress"], "--method evopress needs --select"),
+        (["--select", "decode", "--method", "greedy"], "unknown --method 'greedy'"),
+        (["--select", "decode", "--effort", "1"], "--budgets and --effort are for --method evopress, not for search"),
+        ([*CALIBRATE["blockpruner"], "--budgets", "2"], "are for --method evopress, not for blockpruner"),
+        ([*CALIBRATE["evopress"], "--up-to", "2"], "give --budgets instead of --up-to"),
+        ([*CALIBRATE["evopress"], "--budgets", "3"], "makes sets of multiples of 2 sublayers"),
+        ([*CALIBRATE["evopress"], "--effort", "-1"], "effort must be above 0 and at most 10; got -1"),
+        ([*CALIBRATE["cosine_window"], "--up-to", "1"], "makes sets of multiples of 2 sublayers"),
+    ],
+)
+def test_options_that_do_not_fit_the_method_are_refused(given, measured, tmp_path, capsys, more, message):
+    assert cli.main(["calibrate", "--model", "llama", *given, *more]) == 2
+    assert message in error_of(capsys)
+    assert not measured
+    assert not (tmp_path / "profiles").exists()
+
+
 def test_a_search_leaves_the_importance_that_strategy_adaskip_uses(given, measured):
     assert cli.main(["calibrate", "--model", "llama", "--select", "decode", *given]) == 0
     measured.clear()
@@ -77,10 +124,9 @@ def test_a_search_leaves_the_importance_that_strategy_adaskip_uses(given, measur
 @pytest.mark.parametrize(
     ("strategy", "other", "what"),
     [
-        ("adaskip", ["--samples", "3"], "data ids"),
+        ("adaskip", ["--samples", "2"], "data ids"),
         ("adaskip", ["--attn-implementation", "eager"], "attn implementation"),
         ("calibrated", ["--up-to", "1"], "up to"),
-        ("calibrated", ["--samples", "4"], "data ids"),
         ("calibrated", ["--tasks", "trec", "triviaqa"], "dataset, data ids"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tasks_of_this_file_only():
+    """Without lm_eval's own tasks, whose thousands of files take seconds to read."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+        yield
+
+
 def evaluated(lm: HFLM, folder) -> dict[str, list]:
     """The answer to each request of every task, in the order of the questions."""
     manager = TaskManager(include_path=str(folder))
@@ -108,6 +117,7 @@ def test_scores_and_answers_are_those_of_zeroed_sublayers(folder, expected):
 
 def test_the_command_line_hands_over_to_lm_eval(folder, expected, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("lm_eval.api.metrics.bootstrap_stderr", lambda *given, **options: 0.0)  # of 100,000 draws
     model_args = f"pretrained={folder / 'model'},dtype=float32,plan={folder / 'plan'}"
     options = ["--model", "adaskip", "--model_args", model_args, "--device", "cpu", "--include_path", str(folder)]
     output = ["--output_path", str(folder / "out"), "--log_samples"]

@@ -216,14 +216,17 @@ def test_a_dry_run_of_a_task_of_unknown_size_asks_for_the_data(tmp_path, monkeyp
 
 def test_the_dry_run_counts_the_searches_of_calibrated(tmp_path, capsys):
     seconds = {}
-    for strategy in ("adaskip", "calibrated"):
+    for strategy in ("adaskip", "calibrated", "cosine_window", "blockpruner", "evopress"):
         given = [*GRID, "--phases", "decode", "e2e", "--strategies", strategy, "--output-dir", str(tmp_path)]
         assert cli.main(given) == 0
-        told = capsys.readouterr().out.split("searches of strategy calibrated ")[1].split(";")[0]
+        told = capsys.readouterr().out.split("searches of sets ")[1].split(";")[0]
         number, unit = told.split()
         seconds[strategy] = float(number) * (3600 if unit == "h" else 1)
     assert seconds["adaskip"] == 0
     assert seconds["calibrated"] > 60
+    assert 0 < seconds["cosine_window"] < seconds["calibrated"]
+    assert seconds["blockpruner"] > 10 * seconds["cosine_window"]
+    assert seconds["evopress"] > 60
 
 
 @pytest.mark.slow

@@ -103,6 +103,13 @@ def nothing(checkpoint: Path, data: Path) -> None: ...
         (nothing, cell("adaskip"), ["--profile", "nowhere.json"], "nowhere.json does not exist"),
         (nothing, cell(budget="3"), [], "an even number of sublayers; got 3"),
         (nothing, cell("most_skip", budget="3"), [], "an even number of sublayers; got 3"),
+        (
+            nothing,
+            cell("cosine_window", budget="3"),
+            [],
+            "no set for budget sublayers=3, of 3 sublayers; it has sets of",
+        ),
+        (nothing, cell("evopress", budget="5"), [], "of up to 4 sublayers, budget sublayers=5 needs 5"),
         (nothing, cell("early_exit", budget="6"), [], "too large"),
         (nothing, cell("adaskip"), ["--beta-quantile", "2"], "beta_quantile must be between 0 and 1; got 2"),
         (nothing, cell("calibrated"), ["--learning-window", "3"], "calibrated has no option learning_window"),
@@ -131,6 +138,10 @@ def test_check_alone_says_nothing_of_a_run_that_can_be(own, no_model):
         ("adaskip", 5),
         ("least_skip", 4),
         ("calibrated", 5),
+        ("block_influence", 2),
+        ("cosine_window", 4),
+        ("blockpruner", 5),
+        ("evopress", 4),
     ):
         config = RunConfig(
             **{"model": "llama", "phase": "e2e", "strategy": strategy, "budget": sublayers, "device": "cpu"},

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adaskip.calibration import divergence
+from adaskip.runs import config
 from tests.integration.test_real_road import script
 from tests.tiny_runs import WORDS
 
@@ -40,6 +43,7 @@ def study(folders, data_dir, tmp_path, monkeypatch, capsys):
         assert not any(f" {word} " in kept for word in WORDS)
         return capsys.readouterr().out, out
 
+    run.folders = folders
     return run
 
 
@@ -87,6 +91,41 @@ def test_compensation_is_judged_on_each_model(study):
     assert "Kept as the default: " in told
     cells = json.loads((out / "compensation_divergences.json").read_text())
     assert {name: len(each["cells"]) for name, each in cells.items() if name in NAMES} == dict.fromkeys(NAMES, 2)
+
+
+FEW = ("--tasks", "trec", "gov_report", "multi_news", "--limit", "3", "--phases", "decode")
+
+
+def test_divergences_of_other_papers_sets_continue_with_another_selection(study, tmp_path, monkeypatch):
+    """The sets of two models; then those of one more strategy and of a named file, on the same records."""
+    setup = config.find_setup
+    few = {"calibration_samples": 4, "search_samples": 4}
+    monkeypatch.setattr(config, "find_setup", lambda *given: replace(setup(*given), **few))
+    monkeypatch.setattr(divergence, "ANSWER_TOKENS", 8)
+    runs = ("--runs", str(tmp_path / "runs"), *FEW)
+    told, out = study("eval/peer_divergence.py", *runs, "--strategies", "calibrated", "cosine_window", "adaskip")
+    assert "Cosine Window diverges more than Calibrated beyond chance: " in told
+    first = json.loads((out / "peer_divergences.json").read_text())
+    for name in NAMES:
+        assert [cell["row"] for cell in first[name]["cells"]] == ["calibrated", "cosine_window", "adaskip"]
+    (kept,) = (tmp_path / "profiles").glob("Tiny-Three-selection-decode-*.json")
+    given = ("--strategies", "calibrated", "block_influence", "--models", str(study.folders[1]))
+    study("eval/peer_divergence.py", *runs, *given, "--selections", f"older={kept}")
+    cells = json.loads((out / "peer_divergences.json").read_text())["Tiny-Three"]["cells"]
+    assert cells[:3] == first["Tiny-Three"]["cells"]
+    by_row = {cell["row"]: cell["divergences"] for cell in cells}
+    assert list(by_row) == ["calibrated", "cosine_window", "adaskip", "block_influence", "older"]
+    assert by_row["older"] == pytest.approx(by_row["calibrated"])
+    assert "older" in (out / "peer_divergence.md").read_text()
+
+
+def test_a_divergence_without_a_set_is_refused_before_anything_is_searched(
+    study, folders, data_dir, monkeypatch, capsys
+):
+    given = ["--models", folders[1], "--data-dir", str(data_dir), "--device", "cpu", *FEW]
+    monkeypatch.setattr("adaskip.studies.ablation.peers.profile_for", None)
+    assert script(monkeypatch, "eval/peer_divergence.py", *given, "--budgets", "3") == 2
+    assert "an even number of sublayers; got 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -133,7 +133,10 @@ def test_a_speedup_no_set_reaches_is_one_line_with_the_range_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (("--strategy", "adaskip"), "strategies allowed with it: 'calibrated'; given: 'adaskip'"),
+        (
+            ("--strategy", "adaskip"),
+            "strategies allowed with it: 'calibrated', 'cosine_window', 'blockpruner', 'evopress'; given: 'adaskip'",
+        ),
         (("--target-speedup", "1"), "--target-speedup must be above 1; given: 1"),
         (("--target-speedup", "nan"), "--target-speedup must be above 1; given: nan"),
         (("--budget", "2"), "takes one budget: .* given: --budget 2, --target-speedup 1.3"),

@@ -55,12 +55,12 @@ def test_the_testbed_skips_by_the_selection_that_the_grid_keeps(here, llama):
     kept = {}
     for phase in ("prefill", "decode"):
         cell = RunConfig(testbed=True, model="llama", phase=phase, strategy="calibrated")
-        kept[phase] = selection_for(llama, phase)
-        path = kept[phase].save(profiles.kept_path(resolve(cell), llama))
+        kept["calibrated", phase] = selection_for(llama, phase)
+        path = kept["calibrated", phase].save(profiles.kept_path(resolve(cell), llama))
         assert path.parent.as_posix().endswith("results/testbed/profiles")
     subject = load_subject(config_of(phases=("prefill", "decode")))
     assert subject.selections == kept
-    assert strategy_of(subject, "calibrated").skipped == kept["prefill"].selected[4].plan
+    assert strategy_of(subject, "calibrated").skipped == kept["calibrated", "prefill"].selected[4].plan
 
 
 def test_a_missing_selection_is_searched_once_and_kept(here, llama, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_named_selection_takes_the_place_of_the_kept_one(here, llama):
     named = selection_for(llama, "prefill")
     path = named.save(here / "named.json")
     subject = load_subject(config_of(selection=(str(path),)))
-    assert subject.selections == {"prefill": named}
+    assert subject.selections == {("calibrated", "prefill"): named}
     assert subject.describe()["selections"] == {"prefill": "none (2 prompts)"}
 
 
@@ -133,3 +133,23 @@ def test_a_selection_of_a_phase_that_is_not_timed_or_given_twice_is_one_line(her
     assert "--selection missing.json does not exist" in capsys.readouterr().err
     assert main(["bench", "--testbed", "--strategies", "adaskip", "--selection", paths[0]]) == 2
     assert "--selection needs --study strategies with strategy calibrated" in capsys.readouterr().err
+
+
+def test_a_selection_of_another_method_is_for_its_strategy_in_every_phase_it_fits(here, llama):
+    made = {name: selection_of(LAYERS, "decode", name) for name in ("blockpruner", "evopress")}
+    paths = {
+        name: str(replace(each, weights_fingerprint=weights_fingerprint(llama.model)).save(here / f"{name}.json"))
+        for name, each in made.items()
+    }
+    options = {"testbed": False, "checkpoint": str(checkpoint_dir("llama")), "phases": ("prefill", "decode")}
+    subject = load_subject(config_of(**options, strategies=("blockpruner",), selection=(paths["blockpruner"],)))
+    for phase in options["phases"]:
+        assert strategy_of(subject, "blockpruner", phase).skipped == made["blockpruner"].selected[4].plan
+    assert subject.describe()["peer_selections"].keys() == {"blockpruner, prefill", "blockpruner, decode"}
+    for given, message in (
+        ({"strategies": ("evopress",), "selection": (paths["evopress"],)}, "needs a --selection for phase prefill"),
+        ({"strategies": ("evopress",)}, "calibrate --select prefill --method evopress makes one"),
+        ({"strategies": ("calibrated",), "selection": (paths["evopress"],)}, "made with method evopress, which no"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_subject(config_of(**{**options, **given}))

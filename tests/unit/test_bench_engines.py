@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_a_draft_reads_text_of_the_testbed(fake, subject, monkeypatch):
     (request,) = asked
     assert [len(row) for row in request["ids"]] == [8, 8]
     assert request["ids"][0] != request["ids"][1]
+
+
+def test_the_report_has_the_share_of_drafted_tokens_that_were_accepted(fake, subject, monkeypatch, tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(processes.testbed.checkpoint_dir("llama"))
+    monkeypatch.setattr(measuring, "load_subject", lambda config: replace(subject, tokenizer=tokenizer))
+    page = result_markdown(run_bench(config(tmp_path, modes=("vllm-draft",), rounds=1)).result)
+    assert (
+        "Accepted of the tokens drafted in vLLM: 0.75 with 2 sublayers skipped, 0.75 with 4 sublayers skipped." in page
+    )
 
 
 def test_what_an_engine_cannot_do_is_refused_before_anything_runs(fake, subject, monkeypatch, tmp_path):

@@ -147,6 +147,17 @@ def test_whole_rounds_before_the_memory_ended_stay_and_the_cell_is_named(machine
     assert machine.begun == []  # what lacked memory is not tried again
 
 
+def test_a_stopped_benchmark_leaves_the_medians_of_its_rounds(machine, config):
+    machine.errors[1, "adaskip", 3] = KeyboardInterrupt()
+    options = config(
+        prompt_tokens=(1,), study="strategies", strategies=("adaskip",), phases=("e2e",), budgets=(2,), rounds=4
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(options)
+    saved = load_result(options.out_dir / "cpu" / f"{options.result_name}.json")
+    assert [(entry["strategy"], entry["rounds"]) for entry in saved.entries] == [("full", 2), ("adaskip", 2)]
+
+
 def test_a_benchmark_for_which_the_memory_is_never_enough_is_complete_and_empty(machine, config):
     options = {"study": "strategies", "strategies": ("adaskip",), "budgets": (2,)}
     for prompt in (1, 2):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from adaskip.core.blocks import UnsupportedModelError, find_structure, probe_layers
 from adaskip.core.context import skipping
+from adaskip.core.hf import CACHE
 from adaskip.core.plan import SkipPlan
 from adaskip.strategies import FixedPlan
 from tests.families import COMMON, FAMILIES, random_model, random_prompts
@@ -101,7 +102,8 @@ def test_interrupts_and_full_memory_come_through(error):
     with pytest.raises(type(error)) as caught:
         find_structure(model)
     assert caught.value is error
-    assert all(state(model)[key] is before[key] for key in before)
+    after = state(model)
+    assert all(after[key] is before[key] for key in before)
 
 
 def test_a_sublayer_that_fails_only_by_itself_is_refused():
@@ -260,9 +262,9 @@ def shared_attention(layer, source):
     """Let a layer attend with keys that `source(kwargs)` finds elsewhere, in its own manner of a shared K/V layer."""
     stock = layer.self_attn.forward
 
-    def forward(hidden_states, past_key_values=None, **kwargs):
-        output, weights = stock(hidden_states, past_key_values=past_key_values, **kwargs)
-        return output + source(past_key_values).mean(), weights
+    def forward(hidden_states, **kwargs):
+        output, weights = stock(hidden_states, **kwargs)
+        return output + source(kwargs[CACHE]).mean(), weights
 
     layer.self_attn.forward = forward
 

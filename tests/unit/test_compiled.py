@@ -29,8 +29,8 @@ from tests.compiled_runs import (
 from tests.families import random_model, random_prompts
 
 CASES = [  # and how many sets the decode steps go through
-    (early_exit, "e2e", 1),
-    (unified, "e2e", 1),
+    pytest.param(early_exit, "e2e", 1, marks=pytest.mark.slow),
+    pytest.param(unified, "e2e", 1, marks=pytest.mark.slow),
     (skip_decode, "e2e", 2),
     pytest.param(skip_decode, "decode", 2, marks=pytest.mark.slow),
     pytest.param(ada_skip, "e2e", 2, marks=pytest.mark.slow),

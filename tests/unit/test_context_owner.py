@@ -78,9 +78,9 @@ def test_threads_get_what_each_would_alone(make, fast_switching):
     model = random_model("llama")
     strategy, prompts = make(model), random_prompts([9, 14, 5, 11])
     with skipping(model, strategy):
-        alone = [greedy(model, prompt, 40) for prompt in prompts]
-        for _ in range(3):
-            got = in_threads([lambda prompt=prompt: greedy(model, prompt, 40) for prompt in prompts])
+        alone = [greedy(model, prompt, 24) for prompt in prompts]
+        for _ in range(2):
+            got = in_threads([lambda prompt=prompt: greedy(model, prompt, 24) for prompt in prompts])
             assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
 
 
@@ -257,8 +257,8 @@ def test_assisted_decoding_under_one_plan_equals_greedy(strategy, how):
     model, assistant = random_model("llama"), random_model("llama", seed=1)
     options = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
     with skipping(model, strategy):
-        for prompt in random_prompts([9, 14, 5]):
-            assert torch.equal(greedy(model, prompt, **options), greedy(model, prompt))
+        (prompt,) = random_prompts([14])
+        assert torch.equal(greedy(model, prompt, **options), greedy(model, prompt))
 
 
 @pytest.mark.parametrize("strategy", [*SEVERAL_PLANS, "learning"], ids=lambda s: getattr(s, "name", s))
@@ -338,6 +338,7 @@ def test_a_model_compiled_in_place_is_refused(part, use):
         use(compiled_in_place(random_model("llama"), part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_a_compiled_model_called_directly_is_refused_also_with_a_graph_from_before(before):
     model, prompt = random_model("llama"), random_prompts([9])[0]

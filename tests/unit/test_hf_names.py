@@ -248,7 +248,7 @@ def test_caches_and_their_layers_have_what_the_library_reads(model):
 
 def test_generate_takes_its_steps_by_the_methods_that_are_replaced():
     given = {
-        hf.NEXT_STEP: ["input_ids", "next_sequence_length", "past_key_values", "is_first_iteration"],
+        hf.NEXT_STEP: ["input_ids", "next_sequence_length", hf.CACHE, "is_first_iteration"],
         hf.COMPILED_STEPS: ["compile_config"],
         hf.CANDIDATES: ["generation_config", "assistant_model"],
         hf.STOPPING: ["generation_config", "stopping_criteria", "tokenizer"],
@@ -259,7 +259,7 @@ def test_generate_takes_its_steps_by_the_methods_that_are_replaced():
 
 
 def test_a_release_that_passes_the_cache_in_another_argument_is_refused(monkeypatch):
-    monkeypatch.setattr(GenerationMixin, hf.NEXT_STEP, lambda self, input_ids, cache=None: None)
+    monkeypatch.setattr(GenerationMixin, hf.NEXT_STEP, lambda self, input_ids, memory=None: None)
     spec = importlib.util.spec_from_file_location("another_hf", hf.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -304,7 +304,7 @@ def test_generate_prepares_each_step_and_says_which_reads_the_prompt(monkeypatch
     model.generate(ids[None], max_new_tokens=3, do_sample=False, eos_token_id=None)
     reads = [call.get("is_first_iteration") or call.get("next_sequence_length") is None for call in calls]
     assert reads == [True, False, False]
-    assert all(isinstance(call["past_key_values"], Cache) for call in calls)
+    assert all(isinstance(call[hf.CACHE], Cache) for call in calls)
 
 
 def test_assisted_decoding_alone_begins_with_its_candidates(monkeypatch):
@@ -341,7 +341,7 @@ def test_the_prefill_reads_the_whole_prompt_into_the_cache():
     (ids,) = random_prompts([5])
     for chunk in (None, 2):
         cache = DynamicCache(config=model.config)
-        kwargs = {"past_key_values": cache, "use_cache": True, "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+        kwargs = {hf.CACHE: cache, "use_cache": True, "attention_mask": torch.ones(1, 5, dtype=torch.long)}
         config = GenerationConfig(prefill_chunk_size=chunk)
         with torch.no_grad():
             output = hf.prefill(model, ids[None], config, kwargs)

@@ -14,7 +14,7 @@ import pytest
 import adaskip
 from adaskip.common.optional import EXTRAS, MissingPackageError, missing_package, optional_import
 from adaskip.testbed import checkpoint_dir
-from tests.tiny_runs import ROOT, make_data
+from tests.tiny_runs import ROOT, make_checkpoint, make_data
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN_EXTRAS = ("paper", "zh", "gguf")
@@ -46,7 +46,11 @@ try:
     cli.main(["--help"])
 except SystemExit as stop:
     assert stop.code == 0
-sys.exit(cli.main(["run", "--model", "llama", "--phase", "prefill", "--strategy", "full", *sys.argv[2:]]))
+tiny, plan = sys.argv[2], sys.argv[2] + "-plan"
+made = ["plan", "--model", tiny, "--strategy", "unified", "--budget", "2", "--phase", "prefill", "--output", plan]
+for command in (made, ["show", plan], *(["export", plan, "--to", to, "--output", plan + to] for to in ("hf", "vllm"))):
+    assert cli.main(command) == 0, command
+sys.exit(cli.main(["run", "--model", "llama", "--phase", "prefill", "--strategy", "full", *sys.argv[3:]]))
 """
 
 
@@ -59,9 +63,17 @@ def hidden(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """What one process without the optional packages did: use the library, show the help, and start a run."""
+    """What one process without the optional packages did: use the library, show the help, make and export a plan, and
+    start a run."""
     data = make_data(tmp_path_factory.mktemp("data"))
-    given = [HIDDEN, "--checkpoint", str(checkpoint_dir("llama")), "--data-dir", str(data)]
+    given = [
+        HIDDEN,
+        str(make_checkpoint(tmp_path_factory.mktemp("models") / "tiny")),
+        "--checkpoint",
+        str(checkpoint_dir("llama")),
+        "--data-dir",
+        str(data),
+    ]
     return hidden("-c", f"import sys; sys.argv[1:] = {given!r}\n{LIBRARY}")
 
 
@@ -72,6 +84,11 @@ def test_the_library_works_with_the_base_dependencies_alone(ended):
 
 def test_the_commands_help_needs_the_base_dependencies_only(ended):
     assert "calibrate" in ended.stdout
+
+
+def test_plans_are_made_shown_and_exported_with_the_base_dependencies_only(ended):
+    assert "skipped        2 of " in ended.stdout
+    assert ended.stdout.count("2 sublayers left out; in ") == 2
 
 
 def test_a_run_without_an_optional_package_is_one_line(ended):

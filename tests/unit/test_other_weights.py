@@ -51,9 +51,9 @@ def test_a_benchmark_takes_profiles_of_other_weights_only_if_told_to(loaded, pro
     allowed = replace(config, allow_other_weights=True)
     assert find_importance(allowed, loaded.model) == profiles["adaskip"][0]
     assert find_selections(allowed, loaded.model) == {
-        "prefill": None,
-        "decode": profiles["calibrated"][0],
-        "e2e": None,
+        ("calibrated", "prefill"): None,
+        ("calibrated", "decode"): profiles["calibrated"][0],
+        ("calibrated", "e2e"): None,
     }
     assert allowed.identity == config.identity
 

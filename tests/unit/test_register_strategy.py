@@ -14,6 +14,7 @@ from adaskip.common import own_options, plugins
 from adaskip.common.plugins import PLUGINS
 from adaskip.core.plan import Budget, SkipPlan
 from adaskip.profiles.importance import ImportanceProfile
+from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.cells import Cell, parse_run_name
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.strategies import (
@@ -133,6 +134,10 @@ def test_to_register_a_class_again_changes_nothing():
         ({"in_grid": "yes"}, "Toy must declare in_grid as True or False"),
         ({"profile_type": ImportanceProfile}, "a profile_type but no field profile"),
         ({"fields": {"profile": ImportanceProfile}}, "a field profile but no profile_type"),
+        (
+            {"profile_type": SelectionProfile, "fields": {"profile": SelectionProfile}, "method": "greedy"},
+            "declares method 'greedy'; allowed: search, cosine_window",
+        ),
         (
             {"profile_type": dict, "fields": {"profile": dict}},
             "declares profile_type <class 'dict'>; allowed: None, Imp",

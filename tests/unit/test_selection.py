@@ -182,7 +182,8 @@ def test_a_selection_is_saved_loaded_and_refused_on_another_model(selection, mod
     [
         ({"format": "other"}, "is not a saved selection profile"),
         ({"cost": {}}, "is not a valid selection profile"),
-        ({"selected": {"2": {"attention": {}, "ffn": {"1": 1.0}, "divergence": 1, "found_by": "x"}}}, "from 1 up"),
+        ({"selected": {"2": {"attention": {}, "ffn": {"1": 1}, "divergence": 1, "found_by": "x"}}}, "for 2 .* has 1"),
+        ({"method": "greedy"}, "method of a selection must be one of search, cosine_window, blockpruner, evopress"),
         ({"selected": {"1": {"attention": {}, "ffn": {}, "divergence": 1, "found_by": "x"}}}, "for 1 sublayers has 0"),
     ],
 )

@@ -64,7 +64,7 @@ def directly(model, ids, mask) -> torch.Tensor:
     return torch.stack(tokens, dim=1)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=48, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     plan=plans(),

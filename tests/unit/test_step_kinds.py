@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from adaskip.calibration.measure import calibrate
 from adaskip.core.context import skipping
+from adaskip.core.hf import CACHE
 from adaskip.core.plan import Affine, Budget, SkipPlan, Sublayer
 from adaskip.strategies import AdaSkip, FixedPlan
 from tests.families import WIDTH, random_model, random_prompts
@@ -94,7 +95,7 @@ def test_a_model_that_swaps_in_a_filled_cache_is_refused(monkeypatch):
 
     def swapping(self, *args, **kwargs):
         inputs = stock(self, *args, **kwargs)
-        return inputs if inputs["input_ids"].shape[1] > 1 else {**inputs, "past_key_values": other}
+        return inputs if inputs["input_ids"].shape[1] > 1 else {**inputs, CACHE: other}
 
     monkeypatch.setattr(type(model), "prepare_inputs_for_generation", swapping)
     with (

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip.core.plan import EMPTY_PLAN, PHASES, Budget, SkipPlan, Sublayer
-from adaskip.strategies import NAMES, STRATEGIES, AdaSkip, FFNSimilarity, SkipDecode, build, needs_profile
+from adaskip.strategies import (
+    NAMES,
+    STRATEGIES,
+    AdaSkip,
+    FFNSimilarity,
+    SkipDecode,
+    build,
+    needs_profile,
+    selection_method,
+)
 from tests.profiles import profile_of, selection_of
 
 M = 16
@@ -20,7 +29,8 @@ PROFILE = profile_of(attention=[x + 0.15 for x in RISING], ffn=RISING, layer=RIS
 
 def make(name, phase="e2e", budget=None, num_layers=M, **options):
     if needs_profile(name):
-        options["profile"] = selection_of(num_layers, phase) if name == "calibrated" else PROFILE
+        method = selection_method(name)
+        options["profile"] = PROFILE if method is None else selection_of(num_layers, phase, method)
     return build(name, phase=phase, budget=budget or Budget(layers=3), num_layers=num_layers, **options)
 
 
@@ -191,7 +201,12 @@ def test_names_and_classes_agree():
         "unified",
         "adaskip",
         "calibrated",
+        "block_influence",
+        "cosine_window",
+        "blockpruner",
+        "evopress",
         "most_skip",
         "least_skip",
     )
-    assert [name for name in NAMES if needs_profile(name)] == ["adaskip", "calibrated", "most_skip", "least_skip"]
+    assert [name for name in NAMES if needs_profile(name)] == list(NAMES[4:])
+    assert [name for name in NAMES if selection_method(name)] == [NAMES[5], *NAMES[7:10]]

@@ -27,6 +27,7 @@ from adaskip.common.locks import exclusive
 from adaskip.common.options import check_options, option
 from adaskip.common.paths import given_or_default
 from adaskip.core.context import skipping
+from adaskip.core.hf import CACHE
 from adaskip.core.plan import PHASES, Budget, Phase
 from adaskip.models.stories import CALIBRATION_STORIES, STORIES, load_stories, tell
 from adaskip.profiles.importance import ImportanceProfile
@@ -132,7 +133,7 @@ def token_losses(model: Any, strategy: Strategy | None, ids: Tensor, begin: int)
     cache, logits = DynamicCache(config=model.config), []
     with nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=[]) as session:
         for start, end in [(0, begin), *((i, i + 1) for i in range(begin, ids.shape[1] - 1))]:
-            logits.append(model(input_ids=ids[:, start:end], past_key_values=cache).logits[:, -1])
+            logits.append(model(input_ids=ids[:, start:end], **{CACHE: cache}).logits[:, -1])
         online = [] if session is None else list(session.last_request.online_ffns)
     log_p = torch.stack(logits, dim=1).log_softmax(dim=-1)
     return -log_p.gather(2, ids[:, begin:, None])[..., 0], online

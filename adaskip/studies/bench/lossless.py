@@ -30,6 +30,7 @@ from adaskip.common.choices import check_choice
 from adaskip.common.files import write_text_atomic
 from adaskip.common.options import option
 from adaskip.core.blocks import decoder_layers, execution_device, find_decoder
+from adaskip.core.hf import CACHE
 from adaskip.core.plan import Budget
 from adaskip.models.loading import LoadedModel
 from adaskip.models.source import find_source
@@ -244,7 +245,7 @@ def read_prompt(model: Any, prompt: Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     if len(prompt) > 1:
         ids = prompt[None, :-1].to(execution_device(model))
-        find_decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        find_decoder(model)(input_ids=ids, **{CACHE: cache}, use_cache=True)
     return cache
 
 
@@ -311,7 +312,7 @@ def answer(
     """
     model: Any = subject.loaded.model
     ids = prompt[None].to(execution_device(model))
-    given = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
+    given = {} if cache is None else {CACHE: copy.deepcopy(cache)}
     timed = timed_generation(model, None, ids, new_tokens, clock, **subject.ends, **given, **way)
     record = {"tokens": timed.tokens[0, len(prompt) :].tolist(), "decode_s": sum(timed.steps_s)}
     decoder = way.get("custom_generate")

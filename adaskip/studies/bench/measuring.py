@@ -24,7 +24,7 @@ from adaskip.common.paths import given_or_default
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.roofline import ModelShape, measure_ceilings, predict
-from adaskip.studies.bench.results import Record, Result, entries_of, open_result
+from adaskip.studies.bench.results import Record, Result, open_result
 from adaskip.studies.bench.settings import BREAKDOWN, RESULTS_DIR, BenchConfig, Cell, Workload, cells_of, rotated
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
 from adaskip.studies.bench.trials import Trials, decode_plans
@@ -80,7 +80,6 @@ def run_bench(config: BenchConfig) -> Outcome:
     timed = [(w, cell) for w in result.workloads for cell in result.cells(w) if cell.name != BREAKDOWN]
     if config.study == "strategies" and any(result.limit(w, cell) is None for w, cell in timed):
         result.limits = limits_of(result, timed, trials, config.attn_implementation)
-    result.entries = entries_of(result)
     result.save()
     complete = all(result.failure(w) or result.rounds_of(w) >= config.rounds for w in config.workloads)
     return Outcome(result, tuple(notes), complete)

@@ -95,7 +95,8 @@ class Result:
         return next((entry for entry in self.limits if same.items() <= entry.items()), None)
 
     def save(self) -> None:
-        """Write the file: JSON with one record per line."""
+        """Make the entries and write the file: JSON with one record per line."""
+        self.entries = entries_of(self)
         parts = {"manifest": json.dumps(self.manifest, indent=1)}
         for name in ("entries", "limits", "records"):
             lines = ",\n".join(json.dumps(record, allow_nan=False) for record in getattr(self, name))

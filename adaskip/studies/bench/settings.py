@@ -142,8 +142,9 @@ class BenchConfig:
         "layers (the result says so)"
     )
     selection: tuple[str, ...] | None = option(
-        "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated; default: with --testbed "
-        "that of the runs (searched if missing: minutes), else AdaSkip's sets (the result says so)",
+        "selections of `adaskip calibrate --select`, one per phase, for strategy calibrated and those with a method of "
+        "their name; default: with --testbed those of the runs (made if missing: minutes), else for calibrated "
+        "AdaSkip's sets (the result says so)",
         distinct=True,
     )
     allow_other_weights: bool = option(
@@ -200,7 +201,7 @@ class BenchConfig:
         if self.allow_other_weights and not (self.profile or self.selection):
             raise ValueError("--allow-other-weights needs --profile or --selection, to which it applies")
         if self.selection and (not any(map(needs_selection, self.strategies)) or self.study != "strategies"):
-            raise ValueError("--selection needs --study strategies with strategy calibrated")
+            raise ValueError("--selection needs --study strategies with strategy calibrated, or another that needs one")
         engines = [mode for mode in self.modes if mode in ENGINE_MODES]
         if engines and (self.study != "engines" or self.device != "cpu"):
             raise ValueError(f"--modes {engines[0]} needs --study engines and --device cpu")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from adaskip.models.loading import LoadedModel, architecture
 from adaskip.models.rope import fix_dynamic_rope
 from adaskip.profiles.assumed import assumed_profile
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import SelectionProfile
+from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
 from adaskip.runs import profiles
 from adaskip.runs.calibration import find_calibration
 from adaskip.runs.config import RunConfig, SharedConfig
 from adaskip.runs.job import find_profile, resolve
 from adaskip.runs.loading import find_loading
-from adaskip.strategies import CalibratedSkip, needs_selection
+from adaskip.strategies import CalibratedSkip, needs_selection, selection_method
 from adaskip.studies.bench.settings import SMALL_MODEL, BenchConfig
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class Subject:
     profile: ImportanceProfile
     weights: str
     """`random`, or the fingerprint of the weights."""
-    selections: Mapping[Phase, SelectionProfile | None] = field(default_factory=dict)
-    """What strategy calibrated skips in each timed phase; None: AdaSkip's sets."""
+    selections: Mapping[tuple[str, Phase], SelectionProfile | None] = field(default_factory=dict)
+    """What a strategy skips in each timed phase; None, for calibrated: AdaSkip's sets."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """None for random weights."""
     gguf_file: Path | None = None
@@ -76,10 +77,13 @@ class Subject:
     def describe(self) -> dict[str, Any]:
         """Its description in the manifest of a result."""
         model, profile = self.model, self.profile
-        chosen = {
-            phase: "AdaSkip's sets" if found is None else f"{found.dataset} ({len(found.data_ids)} prompts)"
-            for phase, found in self.selections.items()
-        }
+        chosen, peers = {}, {}
+        for (strategy, phase), found in self.selections.items():
+            made_of = "AdaSkip's sets" if found is None else f"{found.dataset} ({len(found.data_ids)} prompts)"
+            if strategy == CalibratedSkip.name:
+                chosen[phase] = made_of
+            else:
+                peers[f"{strategy}, {phase}"] = made_of
         return {
             "weights": self.weights,
             "num_layers": self.num_layers,
@@ -88,6 +92,7 @@ class Subject:
             "attn_implementation": attn_implementation(model),
             "profile": f"{profile.dataset} ({profile.tokens} tokens)" if profile.data_ids else profile.dataset,
             "selections": chosen,
+            **({"peer_selections": peers} if peers else {}),
         }
 
 
@@ -172,31 +177,58 @@ def find_importance(
 
 def find_selections(
     config: BenchConfig, model: PreTrainedModel, loaded: LoadedModel | None = None
-) -> dict[Phase, SelectionProfile | None]:
-    """The selection of each phase: the file of `--selection`; for a benchmark's own model the one that its runs keep,
-    searched if there is none; else None."""
-    if config.study != "strategies" or not any(map(needs_selection, config.strategies)):
-        return {}
-    fitting = None if config.random_weights else model
+) -> dict[tuple[str, Phase], SelectionProfile | None]:
+    """The selection of each strategy that needs one, in each phase: the file of `--selection`; for a benchmark's own
+    model the one that its runs keep, made if there is none; else None for strategy calibrated.
+
+    Raises:
+        ValueError: a file does not fit, or another strategy has no selection.
+    """
+    strategies = [name for name in config.strategies if needs_selection(name)] if config.study == "strategies" else []
     phases: list[Phase] = [check_phase(phase) for phase in config.phases]
-    found: dict[Phase, SelectionProfile | None] = {}
+    given = _given_selections(config, model, phases) if strategies else {}
+    found: dict[tuple[str, Phase], SelectionProfile | None] = {}
+    for name, phase in product(strategies, phases):
+        method = str(selection_method(name))
+        found[name, phase] = given.get((method, phase))
+        if found[name, phase] is None and config.benchmark and loaded is not None:
+            found[name, phase] = _kept_selection(config, loaded, name, phase)
+        elif found[name, phase] is None and method != SEARCH:
+            raise ValueError(
+                f"strategy {name} needs a --selection for phase {phase}; adaskip calibrate --select {phase} --method "
+                f"{method} makes one"
+            )
+    return found
+
+
+def _given_selections(
+    config: BenchConfig, model: PreTrainedModel, phases: Sequence[Phase]
+) -> dict[tuple[str, Phase], SelectionProfile]:
+    """The selections of `--selection` by method and phase; one whose sets are the same in all phases is for each."""
+    methods = {selection_method(name) for name in config.strategies}
+    fitting, found = None if config.random_weights else model, {}
     for path in config.selection or ():
         if not Path(path).is_file():
             raise ValueError(f"--selection {path} does not exist; `adaskip calibrate --select PHASE` makes one")
         selection = SelectionProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
-        if selection.phase in found or selection.phase not in phases:
+        method = selection.method
+        if method not in methods:
+            raise ValueError(f"--selection {path} was made with method {method}, which no strategy given here uses")
+        covered = [selection.phase] if METHODS[method].by_phase else phases
+        if any(phase not in phases or (method, phase) in found for phase in covered):
             raise ValueError(
                 f"--selection {path} is for phase {selection.phase}; give at most one for each of --phases "
                 f"{' '.join(phases)}"
             )
-        found[selection.phase] = selection
-    for phase in phases:
-        if phase not in found and config.benchmark and loaded is not None:
-            run = RunConfig(benchmark=config.benchmark, model=config.model, phase=phase, strategy=CalibratedSkip.name)
-            job = resolve(run)
-            if not (path := profiles.kept_path(job, loaded)).is_file():
-                logger.info("searching %s for strategy calibrated, which takes minutes", path)
-            kept, _ = profiles.profile_for(job, loaded)
-            assert isinstance(kept, SelectionProfile)
-            found[phase] = kept
-    return {phase: found.get(phase) for phase in phases}
+        found |= {(method, phase): selection for phase in covered}
+    return found
+
+
+def _kept_selection(config: BenchConfig, loaded: LoadedModel, strategy: str, phase: Phase) -> SelectionProfile:
+    """What the runs of a benchmark's own model keep for a strategy."""
+    job = resolve(RunConfig(benchmark=config.benchmark, model=config.model, phase=phase, strategy=strategy))
+    if not (path := profiles.kept_path(job, loaded)).is_file():
+        logger.info("searching %s for strategy %s, which takes minutes", path, strategy)
+    kept, _ = profiles.profile_for(job, loaded)
+    assert isinstance(kept, SelectionProfile)
+    return kept

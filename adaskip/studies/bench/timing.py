@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from adaskip.core.blocks import decoder_layers, find_decoder
 from adaskip.core.context import skipping
 from adaskip.core.decoding import plain_generate
-from adaskip.core.hf import TorchDispatchMode, on_any_device
+from adaskip.core.hf import CACHE, TorchDispatchMode, on_any_device
 from adaskip.core.kv_cache import kv_bytes, restore_emptied
 from adaskip.core.patching import patches_of
 from adaskip.core.plan import SkipPlan
@@ -160,7 +160,7 @@ def timed_generation(
         ttft_s, *steps_s = stopwatch.laps()
         trace = None if session is None else session.last_request
     peak = torch.cuda.max_memory_allocated(ids.device) if ids.is_cuda else None
-    return TimedGeneration(ttft_s, steps_s, output.sequences, output.past_key_values, peak, trace)
+    return TimedGeneration(ttft_s, steps_s, output.sequences, getattr(output, CACHE), peak, trace)
 
 
 class _SublayerMarks:
@@ -259,13 +259,13 @@ class _Watch:
         self.alive: set[int] = set()
 
     def before(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.bytes_at_start.append(kv_bytes(kwargs["past_key_values"]))
+        self.bytes_at_start.append(kv_bytes(kwargs[CACHE]))
         if len(self.bytes_at_start) == 2:
             self.alive = {i for i, tensors in self.prompt.items() if any(tensor() is not None for tensor in tensors)}
 
     def after(self, decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not self.prompt:
-            layers: list[Any] = kwargs["past_key_values"].layers
+            layers: list[Any] = kwargs[CACHE].layers
             self.prompt = {i: [ref(x.keys), ref(x.values)] for i, x in enumerate(layers) if x.keys is not None}
 
 
@@ -295,7 +295,7 @@ def check_kv(model: PreTrainedModel, strategy: Strategy, ids: Tensor, new_tokens
         "layers": strategy.num_layers,
         "bytes_before_decode": watch.bytes_at_start[1],
         "expected_before_decode": live * prompt,
-        "bytes_at_end": kv_bytes(output.past_key_values),
+        "bytes_at_end": kv_bytes(getattr(output, CACHE)),
         "expected_at_end": live * end,
         "all_layers_at_end": every * end,
         "kept_alive": sorted(watch.alive & plan.attention),

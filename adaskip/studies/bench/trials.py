@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
+from adaskip.core.hf import CACHE
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer, check_phase
 from adaskip.engines.fold import fold
 from adaskip.profiles.assumed import KINDS
@@ -91,7 +92,7 @@ class Trials:
             return FixedPlan(num_layers=num_layers, plan=EMPTY_PLAN)
         phase = check_phase(cell.phase)
         searched = cell.name not in (WINDOWLESS, KV_CHECK) and needs_selection(cell.name)
-        selection = self.subject.selections.get(phase) if searched else None
+        selection = self.subject.selections.get((cell.name, phase)) if searched else None
         windowless = cell.name in (WINDOWLESS, KV_CHECK) or (searched and selection is None)
         strategy = build(
             ADASKIP if windowless else cell.name,
@@ -118,7 +119,7 @@ class Trials:
         strategy, model, options = self.strategy(cell, workload), self.subject.model, {}
         if cell.mode != EAGER:
             cache = self.static_caches.emptied(cell, workload, model)
-            options = {"past_key_values": cache, "compile_config": compile_config()}
+            options = {CACHE: cache, "compile_config": compile_config()}
         timed = timed_generation(model, strategy, ids, workload.new_tokens, self.clock, **options)
         assert len(timed.steps_s) == workload.decode_steps, "an answer has its full length"
         measured = timed.to_dict()

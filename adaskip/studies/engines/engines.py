@@ -22,11 +22,15 @@ class EngineMode:
 
 
 _VLLM = ("vllm", "vllm", "adaskip.studies.engines.vllm_times")
-_LLAMA_CPP = ("gguf", "llama_cpp", "adaskip.studies.engines.llama_cpp_times")
+_LLAMA_CPP = ("gguf", "llama_cpp")
 ENGINE_MODES = {
     "vllm": EngineMode("vLLM, compiled, on the exported folder", *_VLLM),
     "vllm-draft": EngineMode("vLLM on the full model, with the exported folder as its draft", *_VLLM, drafts=True),
-    "llama-cpp": EngineMode(
-        "llama.cpp on the exported file", "gguf", "llama_cpp", "adaskip.studies.engines.llama_cpp_times"
+    "llama-cpp": EngineMode("llama.cpp on the exported file", *_LLAMA_CPP, "adaskip.studies.engines.llama_cpp_times"),
+    "llama-cpp-draft": EngineMode(
+        "llama.cpp on the full model, with the exported file as its draft",
+        *_LLAMA_CPP,
+        "adaskip.studies.engines.llama_cpp_draft",
+        drafts=True,
     ),
 }

@@ -14,12 +14,16 @@ from adaskip.studies.bench.settings import EAGER, Workload
 from adaskip.studies.engines.engines import ENGINE_MODES
 from adaskip.studies.plots.style import save, styled
 
-LABELS = {EAGER: "transformers", "vllm": "vLLM", "vllm-draft": "vLLM, drafted", "llama-cpp": "llama.cpp"}
+LABELS = {
+    **{EAGER: "transformers", "vllm": "vLLM", "vllm-draft": "vLLM, drafted"},
+    **{"llama-cpp": "llama.cpp", "llama-cpp-draft": "llama.cpp, drafted"},
+}
 LOOKS = {
     EAGER: Look(BLUE, "o", ()),
     "vllm": Look(VERMILION, "s", (4, 2)),
     "vllm-draft": Look(PURPLE, "^", (1, 1)),
     "llama-cpp": Look(GREEN, "D", (6, 2, 1, 2)),
+    "llama-cpp-draft": Look(GREEN, "v", (1, 1)),
 }
 
 
@@ -33,9 +37,12 @@ def engine_lines(result: Result, workload: Workload) -> list[str]:
     if room := {c.sublayers: r["engine"]["kv_capacity_tokens"] for c, r in cells.items() if c.mode == "vllm"}:
         rows = [[str(count), f"{room[count]:,}", f"{room[count] / room[0]:.2f}"] for count in sorted(room)]
         lines += ["Room in 1 GiB of vLLM's K/V cache:", pipe_table(("sublayers", "tokens", "times"), rows)]
-    if accepted := {c.sublayers: r["accepted"] / r["drafted"] for c, r in cells.items() if "drafted" in r}:
-        shares = ", ".join(f"{accepted[count]:.2f} with {count} sublayers skipped" for count in sorted(accepted))
-        lines.append(f"Accepted of the drafted tokens: {shares}.")
+    for mode in dict.fromkeys(cell.mode for cell, record in cells.items() if "drafted" in record):
+        drafting = sorted(
+            (c.sublayers, r["accepted"] / r["drafted"]) for c, r in cells.items() if c.mode == mode and "drafted" in r
+        )
+        shares = ", ".join(f"{share:.2f} with {count} sublayers skipped" for count, share in drafting)
+        lines.append(f"Accepted of the tokens drafted in {LABELS[mode].split(',')[0]}: {shares}.")
     return lines
 
 

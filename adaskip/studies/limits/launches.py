@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from adaskip.core.context import skipping
-from adaskip.core.hf import TorchDispatchMode
+from adaskip.core.hf import CACHE, TorchDispatchMode
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.strategies import FixedPlan
 
@@ -53,9 +53,9 @@ class Launches:
         if plan not in self._counts:
             cache, counter = DynamicCache(config=self._model.config), _Counter()
             with skipping(self._model, FixedPlan(num_layers=self.num_layers, plan=plan)):
-                self._model(input_ids=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+                self._model(input_ids=torch.ones(1, 4, dtype=torch.long), **{CACHE: cache})
                 with counter:
-                    self._model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+                    self._model(input_ids=torch.ones(1, 1, dtype=torch.long), **{CACHE: cache})
             self._counts[plan] = counter.count
         return self._counts[plan]
 

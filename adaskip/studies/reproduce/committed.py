@@ -9,7 +9,8 @@ from pathlib import Path
 from adaskip.common.files import write_bytes_atomic
 from adaskip.common.paths import default_path
 from adaskip.runs.config import RunConfig
-from adaskip.strategies import needs_profile, needs_selection
+from adaskip.runs.profiles import selection_stem
+from adaskip.strategies import needs_profile, selection_method
 
 ARCHIVE = "results/testbed/runs.tar.xz"
 """Runs and profiles of the committed results."""
@@ -59,7 +60,8 @@ def profile_of(cell: RunConfig, folder: Path) -> str | None:
     """
     if not needs_profile(cell.strategy):
         return None
-    selected = f"selection-{cell.phase}-" if needs_selection(cell.strategy) else ""
+    method = selection_method(cell.strategy)
+    selected = "" if method is None else f"{selection_stem(method, cell.phase)}-"
     found = sorted(folder.glob(f"{cell.model}-{selected}????????.json"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
