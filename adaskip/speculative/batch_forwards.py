@@ -77,8 +77,8 @@ class BatchForwards:
 
     def _move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
         """Copy the K/V of columns `source` to columns `target` in every layer. rows, source, target: [N]."""
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             for states in (layer.keys, layer.values):
-                assert states is not None, "the prompt has filled it"
                 row, start, end = (index.to(states.device) for index in (rows, source, target))
                 states[row, :, end] = states[row, :, start]

@@ -148,8 +148,9 @@ class LosslessDecoder:
         with patches_for(model, self.strategy).install() as patches:
             self.last_request = request
             forwards = ForwardRunner(model, patches, input_ids, generation_config, model_kwargs)
+            choose = Sampling(input_ids.device) if generation_config.do_sample else Greedy()
             accept = Acceptance(
-                choose=Sampling(input_ids.device) if generation_config.do_sample else Greedy(),
+                choose=choose,
                 process=logits_processor,
                 stop=stopping_criteria,
                 config=generation_config,
@@ -160,7 +161,7 @@ class LosslessDecoder:
                 forwards,
                 self.strategy,
                 process=for_draft(logits_processor, self.stateless),
-                choose=accept.choose,
+                choose=choose,
                 ends=() if eos is None else end_token_ids(model, eos),
                 live=self.live,
             )
@@ -207,8 +208,8 @@ class LosslessDecoder:
             rows: list[Row] = []
             noise = BatchNoise(len(input_ids), lambda: [i for i, row in enumerate(rows) if not row.finished])
             for i in range(len(input_ids)):
-                choose = RowSampling(noise, i) if config.do_sample else Greedy()
-                accept = Acceptance(choose=choose, process=for_row(processors, i), stop=criteria, config=config)
+                chosen = RowSampling(noise, i) if config.do_sample else Greedy()
+                accept = Acceptance(choose=chosen, process=for_row(processors, i), stop=criteria, config=config)
                 rows.append(Row(input_ids[i : i + 1], forwards.live[i], accept))
             costs = self.costs[len(rows)]
             costs.new_request()
