@@ -210,7 +210,7 @@ HEALING = "heal_tokens"
 """The model method that `generate` calls for `token_healing`; it needs its argument `tokenizer`."""
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Model methods that serve many requests from one paged cache; not every release has all of them."""
-GENERATE_LOCALS = frozenset({"streamer", "assistant_model", "synced_gpus", "generation_config"})
+GENERATE_LOCALS = frozenset({"streamer", "assistant_model", "synced_gpus", "generation_config", "kwargs"})
 """Local variables of `generate` that it does not pass on to a custom decoding method."""
 
 
@@ -227,6 +227,13 @@ def generate_arguments() -> dict[str, Any] | None:
 def prefill(model: Any, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
     """`model._prefill`: the forwards over a prompt, in chunks if the config asks for it. Since transformers 5.0."""
     return model._prefill(input_ids, config, kwargs)
+
+
+def pad_token_of(config: GenerationConfig) -> int:
+    """The token that `generate` appends to finished rows (`_pad_token_tensor`, of a prepared config); 0 for none, which
+    it has only where all rows end together. Since transformers 4.42."""
+    pad: Tensor | None = config._pad_token_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return 0 if pad is None else int(pad)
 
 
 def changes_arguments(model: Any) -> bool:

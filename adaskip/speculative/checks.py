@@ -24,11 +24,6 @@ def check_request(
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"lossless decodes greedily or by sampling, with one beam; got {mode.value}")
-    if len(input_ids) != 1:
-        raise ValueError(
-            f"lossless decodes one sequence at a time (rows would accept different numbers of tokens); got "
-            f"{len(input_ids)}"
-        )
     cache = model_kwargs.get(CACHE)
     if cache is None or not model_kwargs.get("use_cache"):
         raise ValueError("lossless needs the KV cache; call generate with use_cache=True")

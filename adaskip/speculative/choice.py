@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,3 +42,38 @@ class Sampling:
         kind = "cuda" if self.device.type == "cpu" else self.device.type
         with torch.random.fork_rng(devices, device_type=kind):
             yield
+
+
+class BatchNoise:
+    """The random numbers with which `torch.multinomial` samples the tokens of a batch, one block [B, V] per step.
+
+    Stock `generate` draws a block for all rows at every step. Rows that got more tokens by drafts need later blocks
+    than the others; so each block is drawn once, when the first row needs it, and kept until the others have used it.
+    """
+
+    def __init__(self, rows: int, unfinished: Callable[[], Iterable[int]]):
+        self.rows, self.unfinished = rows, unfinished
+        self.blocks: list[dict[int, Tensor]] = []
+
+    def row(self, row: int, token: int, probabilities: Tensor) -> Tensor:
+        """The numbers of the row's token with this index, [1, V] like `probabilities`."""
+        if token == len(self.blocks):
+            block = probabilities.new_empty((self.rows, probabilities.shape[1])).exponential_()
+            self.blocks.append({each: block[each : each + 1].clone() for each in self.unfinished()})
+        return self.blocks[token].pop(row)
+
+
+class RowSampling:
+    """A token of one row of a batch, as `generate` samples it with this seed."""
+
+    def __init__(self, noise: BatchNoise, row: int):
+        self.noise, self.row, self.tokens = noise, row, 0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """scores: processed, [1, V]. Returns a token id, [1]."""
+        probabilities = scores.softmax(dim=-1)
+        if not probabilities.isfinite().all():
+            raise RuntimeError(f"the scores of row {self.row} give no probabilities: they contain inf or nan")
+        noise = self.noise.row(self.row, self.tokens, probabilities)
+        self.tokens += 1
+        return (probabilities / noise).argmax(dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,20 +13,24 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaskip.core.context import patches_for
-from adaskip.core.hf import CACHE
+from adaskip.core.hf import CACHE, pad_token_of
 from adaskip.core.model_plan import strategy_of
 from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import end_token_ids
 from adaskip.core.wrappers import unwrapped
+from adaskip.speculative.accepting import Acceptance
+from adaskip.speculative.batch_checks import check_batch
+from adaskip.speculative.batch_forwards import BatchForwards
+from adaskip.speculative.batch_rounds import BatchRounds, Row
 from adaskip.speculative.checks import check_request
-from adaskip.speculative.choice import Greedy, Sampling
+from adaskip.speculative.choice import BatchNoise, Greedy, RowSampling, Sampling
 from adaskip.speculative.drafting import Drafting, FixedLength
 from adaskip.speculative.forwards import ForwardRunner
 from adaskip.speculative.generate_call import SignatureOfDecodingMethod, streamer_of_generate
 from adaskip.speculative.lossless_generate import lossless_generate
 from adaskip.speculative.ngrams import NGrams
-from adaskip.speculative.processors import check_stateless, for_draft
+from adaskip.speculative.processors import check_stateless, for_draft, for_row
 from adaskip.speculative.rounds import Rounds
 from adaskip.speculative.skipped_model import SkippedModel
 from adaskip.speculative.statistics import DraftStatistics
@@ -49,8 +54,9 @@ def lossless(
 
     Greedy decoding returns the tokens of the full model, sampling those that the full model samples with the same seed,
     whatever is drafted. Logits processors, stopping criteria and streamers work as in `generate`: each is called once
-    per token, in order. Supported is one sequence at a time, with or without left padding, on a dynamic KV cache;
-    everything else raises ValueError.
+    per token, in order. Supported are one sequence and batches of up to 8 rows, with or without left padding, on a
+    dynamic KV cache; everything else raises ValueError. In a batch only n-grams draft, processors, criteria and
+    attention must be known to work row by row (`check_batch`), and there is no streamer.
 
     The output is identical in exact arithmetic. Verifying several tokens at once sums in a different order than one at
     a time, so if two tokens are equally likely up to rounding, either may be chosen, as with another batch size or
@@ -103,7 +109,7 @@ class LosslessDecoder:
         if gamma is not None and gamma < 1:
             raise ValueError(f"gamma must be at least 1; got {gamma}")
         self.live = 1.0 - len(strategy.skipped) / (2 * num_layers)
-        self.costs = StepCosts()
+        self.costs: defaultdict[int, StepCosts] = defaultdict(StepCosts)  # by number of rows
         self.statistics = DraftStatistics()
         self.last_request = DraftStatistics()
         self._context: AbstractContextManager[None] | None = None
@@ -135,32 +141,38 @@ class LosslessDecoder:
         if given is not None and self.streamer is not None and given is not self.streamer:
             raise ValueError("lossless(...) and generate were given different streamers; pass only one")
         check_request(model, input_ids, generation_config, model_kwargs)
+        if len(input_ids) > 1:
+            return self._batch(model, input_ids, generation_config, model_kwargs, logits_processor, stopping_criteria)
+        streamer = self.streamer if given is None else given
         request = DraftStatistics(requests=1)
         with patches_for(model, self.strategy).install() as patches:
             self.last_request = request
             forwards = ForwardRunner(model, patches, input_ids, generation_config, model_kwargs)
-            choose = Sampling(input_ids.device) if generation_config.do_sample else Greedy()
+            accept = Acceptance(
+                choose=Sampling(input_ids.device) if generation_config.do_sample else Greedy(),
+                process=logits_processor,
+                stop=stopping_criteria,
+                config=generation_config,
+                streamer=streamer,
+            )
             eos = generation_config.eos_token_id
             skipped = SkippedModel(
                 forwards,
                 self.strategy,
                 process=for_draft(logits_processor, self.stateless),
-                choose=choose,
+                choose=accept.choose,
                 ends=() if eos is None else end_token_ids(model, eos),
                 live=self.live,
             )
             rounds = Rounds(
                 forwards=forwards,
                 drafting=self._drafting(skipped, input_ids),
-                choose=choose,
-                process=logits_processor,
-                stop=stopping_criteria,
-                config=generation_config,
-                streamer=self.streamer if given is None else given,
+                accept=accept,
+                max_length=generation_config.max_length,
                 statistics=request,
             )
-            if given is None and self.streamer is not None:
-                self.streamer.put(input_ids.cpu())
+            if given is None and streamer is not None:
+                streamer.put(input_ids.cpu())
             try:
                 sequences = rounds.run(input_ids)
             finally:
@@ -170,14 +182,51 @@ class LosslessDecoder:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,  # pyright: ignore[reportArgumentType]
-            scores=rounds.scores,  # pyright: ignore[reportArgumentType]
-            logits=rounds.logits,  # pyright: ignore[reportArgumentType]
+            scores=accept.scores,  # pyright: ignore[reportArgumentType]
+            logits=accept.logits,  # pyright: ignore[reportArgumentType]
             **{CACHE: forwards.cache},  # pyright: ignore[reportArgumentType]
         )
+
+    def _batch(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+    ) -> Tensor:
+        """Decode several rows with drafts of n-grams. input_ids: [B, S]. Returns prompts and answers, [B, S']."""
+        check_batch(model, input_ids, config, model_kwargs, processors, criteria, self.stateless)
+        if self.gamma is not None or self.streamer is not None:
+            raise ValueError("gamma and streamer are for one sequence at a time; make a lossless(...) without them")
+        request = DraftStatistics(requests=1)
+        with patches_for(model, self.strategy).install() as patches:
+            self.last_request = request
+            forwards = BatchForwards(model, patches, input_ids, config, model_kwargs)
+            rows: list[Row] = []
+            noise = BatchNoise(len(input_ids), lambda: [i for i, row in enumerate(rows) if not row.finished])
+            for i in range(len(input_ids)):
+                choose = RowSampling(noise, i) if config.do_sample else Greedy()
+                accept = Acceptance(choose=choose, process=for_row(processors, i), stop=criteria, config=config)
+                rows.append(Row(input_ids[i : i + 1], forwards.live[i], accept))
+            costs = self.costs[len(rows)]
+            costs.new_request()
+            rounds = BatchRounds(
+                forwards=forwards,
+                rows=rows,
+                costs=costs,
+                max_length=config.max_length,
+                pad_token_id=pad_token_of(config),
+                statistics=request,
+            )
+            sequences = rounds.run(input_ids)
+        self.statistics += request
+        return sequences
 
     def _drafting(self, skipped: SkippedModel, input_ids: Tensor) -> Drafting | FixedLength:
         if self.gamma is not None:
             return FixedLength(skipped, self.gamma)
-        self.costs.new_request()
+        self.costs[1].new_request()
         ngrams = NGrams(input_ids[0].tolist())
-        return Drafting([ngrams, skipped] if self.strategy.skipped else [ngrams], self.costs)
+        return Drafting([ngrams, skipped] if self.strategy.skipped else [ngrams], self.costs[1])

@@ -11,16 +11,14 @@ from torch import Tensor
 
 from adaskip.speculative.step_costs import MOST, StepCosts
 
-FREE_STEPS = 1.0
-"""Steps of one token that a request may lose by drafts before any has paid."""
-SHARE = 0.01
-"""Further steps that may be lost, for each token of the answer."""
-MOST_CREDIT = 8.0
-"""Steps; what drafts have gained may be lost again up to here."""
+VERSION = 2
+"""Of the choices made here and in the sources; measurements with different ones are not continued."""
+GAIN = 1.05
+"""Expected tokens per second of a draft, as a multiple of a plain step's, from which it is made."""
 FIRST_TRIAL = 4
-"""Rounds after which a forward over two tokens is measured, if no draft has led to one."""
-TRIAL_EVERY = 24
-"""Rounds without a draft of a source after which it is tried again, if it could pay and the credit allows it."""
+"""Round in which a forward over two tokens is measured, if no draft has led to one."""
+TRIAL_SHARE = 0.01
+"""Steps that trials of a source that does not seem to pay may cost, for each round."""
 
 
 class DraftSource(Protocol):
@@ -59,15 +57,13 @@ NO_DRAFT = NextDraft()
 
 
 class Drafting:
-    """The sources of one request, and what they may lose.
+    """The sources of one request, and the forwards that they pay for.
 
-    Credit: steps that drafts have gained so far, and an allowance. Without credit the full model decodes alone; so the
-    loss against decoding without drafts is bounded by the allowance and one draft, whatever the estimates say.
+    Sources learn how often they are right, so a source that is wrong is not asked for long.
     """
 
     def __init__(self, sources: Sequence[DraftSource], costs: StepCosts):
-        self.sources, self.costs = sources, costs
-        self.credit, self.round = FREE_STEPS, 0
+        self.sources, self.costs, self.round = sources, costs, 0
         self.last_drafts = {id(source): 0 for source in sources}
 
     def begin(self, kept: Sequence[int]) -> None:
@@ -78,10 +74,10 @@ class Drafting:
     def next(self, most: int) -> NextDraft:
         """The way with the most expected tokens per second. most: tokens that a draft may have."""
         self.round += 1
-        if self.round == 1 or most < 1 or self.credit <= 0:
+        if self.round == 1 or most < 1:
             return NO_DRAFT
         most, curve = min(most, MOST - 1), self.costs.curve()
-        best_rate, best = 1.0 / curve[1], NO_DRAFT
+        best_rate, best = GAIN / curve[1], NO_DRAFT
         for source in self.sources:
             rate, way = self._best(source, source.survival(most), curve)
             if rate > best_rate:
@@ -107,9 +103,8 @@ class Drafting:
         for source in self.sources:
             draft_s = source.draft_s(curve[1])
             lost = (draft_s + curve[2] - curve[1]) / curve[1]
-            waited = self.round - self.last_drafts[id(source)]
-            due = draft_s > 0 and waited >= TRIAL_EVERY and self.credit > 1.0 + lost
-            if due and self._best(source, [1.0] * most, curve)[0] * curve[1] > 1.0:
+            due = draft_s > 0 and (self.round - self.last_drafts[id(source)]) * TRIAL_SHARE >= lost
+            if due and self._best(source, [1.0] * most, curve)[0] * curve[1] > GAIN:
                 return NextDraft(source, 1)
         return None
 
@@ -120,11 +115,8 @@ class Drafting:
         self.costs.add(len(drafted) + 1, verify_s)
         for source in self.sources:
             source.add(kept, drafted if source is draft.source else None)
-        self.credit += SHARE * len(kept)
         if drafted:
             self.last_drafts[id(draft.source)] = self.round
-            gained = len(kept) - (draft_s + verify_s) / self.costs.step_s
-            self.credit = min(self.credit + gained, MOST_CREDIT)
 
 
 class FixedLength:

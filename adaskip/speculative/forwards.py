@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 
 
 class ForwardRunner:
-    """Runs the prefill, draft and verification forwards of one request on its KV cache."""
+    """Runs the prefill, draft and verification forwards of one request on its KV cache.
+
+    clock: seconds. On the CPU those in which this thread ran: on a busy machine wall time would measure other
+    processes, and the wrong drafts would seem to pay.
+    """
 
     def __init__(
         self,
@@ -30,6 +35,7 @@ class ForwardRunner:
         self.patches, self.config, self.kwargs = patches, config, model_kwargs
         self.cache: DynamicCache = model_kwargs[hf.CACHE]
         self.prompt_length = input_ids.shape[1]
+        self.clock = time.thread_time if input_ids.device.type == "cpu" else time.perf_counter
         self.lengths: dict[str, int] = {}
         self._views: dict[frozenset[int], DynamicCache] = {}
 

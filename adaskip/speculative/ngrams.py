@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaskip.speculative.acceptance import AcceptanceRate
 
-ASSUMED = {8: 0.8, 4: 0.65, 2: 0.4, 1: 0.15, 0: 0.02}
+ASSUMED = {16: 0.98, 8: 0.85, 4: 0.7, 3: 0.6, 2: 0.4, 1: 0.25, 0: 0.02}
 """Acceptance rate by the number of last tokens that occurred before, at the start of a request. 0: none did, and the
 last token is repeated, which pays only where a forward over two tokens is faster than one over one token."""
 LENGTHS = tuple(ASSUMED)

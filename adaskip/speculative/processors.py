@@ -9,8 +9,11 @@ be sampled from any distribution.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import Any
 
+from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -28,6 +31,8 @@ STATELESS = frozenset(getattr(logits_process, name) for name in _NAMES if hasatt
 """Processors of transformers whose result depends only on the token ids and scores of the call. Not included:
 classifier-free guidance and SynthID (state), `PrefixConstrainedLogitsProcessor` (calls a function of the user's)."""
 
+PADS = "prompt_ignore_length"
+
 
 def check_stateless(classes: Iterable[type]) -> frozenset[type]:
     """The user's stateless processor classes as a set; ValueError for anything that is not such a class."""
@@ -40,3 +45,15 @@ def check_stateless(classes: Iterable[type]) -> frozenset[type]:
 def for_draft(processors: LogitsProcessorList, stateless: frozenset[type]) -> LogitsProcessorList:
     """The processors that are applied to drafts; subclasses are left out, since they may keep state."""
     return LogitsProcessorList(each for each in processors if type(each) in STATELESS | stateless)
+
+
+def for_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors for one row of a batch: the repetition penalty holds a number of pads for each row."""
+    own = LogitsProcessorList()
+    for processor in processors:
+        pads: Any = getattr(processor, PADS, None)
+        if isinstance(pads, Tensor):
+            processor = copy.copy(processor)
+            setattr(processor, PADS, pads[row : row + 1])
+        own.append(processor)
+    return own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -54,7 +53,7 @@ class SkippedModel:
         """Draft until there are `most` tokens, an end token is drafted, or the next token would be kept with a
         probability below `least_survival`. ids: [1, S]."""
         plan = self.strategy.decode_plan(ids.shape[1] - self.forwards.prompt_length)
-        drafted, together, start_s = [], 1.0, time.perf_counter()
+        drafted, together, start_s = [], 1.0, self.forwards.clock()
         self.classes = []
         with self.choose.ahead():
             while len(drafted) < most and (not drafted or together * self.rate.value >= least_survival):
@@ -70,7 +69,7 @@ class SkippedModel:
                     break
                 ids = torch.cat([ids, token[None]], dim=-1)
         self.forwards.forget_draft(plan, len(drafted))
-        self.seconds.append((time.perf_counter() - start_s) / len(drafted))
+        self.seconds.append((self.forwards.clock() - start_s) / len(drafted))
         return drafted
 
     def add(self, kept: Sequence[int], drafted: Sequence[int] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 
@@ -10,7 +11,7 @@ class DraftStatistics:
     """Counts and times of the rounds of one request, or summed over several; prefills are not included.
 
     The judged tokens of a draft are the accepted ones and the first rejected one. draft_s, verify_s: seconds until the
-    tokens are known on the host, so the device has finished its work.
+    tokens are known on the host, so the device has finished its work; on the CPU, CPU time of the thread.
     """
 
     requests: int = 0
@@ -41,3 +42,22 @@ class DraftStatistics:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
         return self
+
+
+def counted(
+    drafted: Sequence[Sequence[int]], kept: Sequence[Sequence[int]], free: bool, draft_s: float, verify_s: float
+) -> DraftStatistics:
+    """One verification. drafted, kept: the drafted and the new tokens of each row. free: drafted from n-grams."""
+    pairs = [zip(*row, strict=False) for row in zip(drafted, kept, strict=True)]
+    judged = [mine == token for row in pairs for mine, token in row]
+    copies = sum(map(len, drafted))
+    return DraftStatistics(
+        new_tokens=sum(map(len, kept)),
+        draft_forwards=0 if free else copies,
+        copied=copies if free else 0,
+        verify_forwards=1,
+        accepted=sum(judged),
+        judged=len(judged),
+        draft_s=draft_s,
+        verify_s=verify_s,
+    )

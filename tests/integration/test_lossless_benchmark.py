@@ -45,6 +45,9 @@ def test_the_benchmark_continues_and_counts_differing_answers(start, tmp_path):
     code, _, error = start("--prompts", "2")
     assert code == 2
     assert "was measured with other prompts_fingerprint; give another --output-dir" in error
+    older = {**whole["manifest"], "drafting_version": 1}
+    path.write_text(json.dumps({"manifest": older, "records": [first]}))
+    assert "was measured with other drafting_version; give another --output-dir" in start("--prompts", "3")[2]
     again[1]["answers"]["adaskip 25.0% adaptive"]["tokens"][-1] += 1
     path.write_text(json.dumps({**whole, "records": again}))
     assert "6 answers compared with stock `generate`, 1 differing" in start("--draw-only")[1]

@@ -363,6 +363,21 @@ def test_a_model_that_changes_its_arguments_itself_is_told_by_its_class(model):
         own.generate(ids[None], max_new_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "pad"), [({"pad_token_id": 5}, 5), ({"pad_token_id": None, "eos_token_id": [7, 8]}, 7)]
+)
+def test_the_pad_token_of_a_prepared_config_is_the_one_that_generate_appends(model, options, pad):
+    found = []
+
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        found.append(hf.pad_token_of(generation_config))
+        return input_ids
+
+    (ids,) = random_prompts([5])
+    model.generate(ids[None], max_new_tokens=2, custom_generate=decode, **options)
+    assert found == [pad]
+
+
 def test_stopping_criteria_are_made_with_the_tokenizer_and_tokens_healed_by_it():
     mixin: Any = GenerationMixin
     source = inspect.getsource(inspect.unwrap(mixin.generate))

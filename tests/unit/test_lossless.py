@@ -284,7 +284,7 @@ def test_model_and_cache_are_restored_exactly(fails):
     ("options", "message"),
     [
         ({"num_beams": 2}, "one beam; got beam_search"),
-        ({"num_return_sequences": 2, "do_sample": True}, "one sequence at a time"),
+        ({"num_return_sequences": 9, "do_sample": True}, "at most 8 rows"),
         ({"prompt_lookup_num_tokens": 3}, "got assisted_generation"),
         ({"use_cache": False}, "use_cache=True"),
         ({"cache_implementation": "static"}, "got StaticCache"),

@@ -10,7 +10,7 @@ import torch
 from adaskip.core.plan import SkipPlan
 from adaskip.speculative import lossless
 from adaskip.speculative.choice import Greedy
-from adaskip.speculative.drafting import FREE_STEPS, MOST_CREDIT, NO_DRAFT, SHARE, Drafting
+from adaskip.speculative.drafting import TRIAL_SHARE, Drafting
 from adaskip.speculative.ngrams import NGrams
 from adaskip.speculative.skipped_model import SkippedModel
 from adaskip.speculative.statistics import DraftStatistics
@@ -55,7 +55,11 @@ class Forwards:
     prompt_length = 1
 
     def __init__(self, leads):
-        self.leads, self.forgotten = iter(leads), 0
+        self.leads, self.forgotten, self.seconds = iter(leads), 0, 0.0
+
+    def clock(self):
+        self.seconds += 0.5
+        return self.seconds
 
     def draft(self, ids, plan):
         return torch.tensor([[0.0, next(self.leads), 0.0]])
@@ -83,7 +87,7 @@ def test_the_skipped_model_learns_how_often_and_how_fast():
     assert source.draft_s(2.0) == 1.5, "its share of the sublayers, before it has drafted"
     for _ in range(10):
         source.add([2], source.draft(IDS, 1, 0.0))
-    assert source.draft_s(2.0) < 0.5
+    assert source.draft_s(2.0) == 0.5, "as measured"
     assert source.survival(2) == [pytest.approx(source.rate.value), pytest.approx(source.rate.value**2)]
     assert source.rate.value < 0.3
     assert source.draft(IDS, 5, least_survival=0.5) == [1], "a sure token of a draft that was always wrong"
@@ -133,13 +137,6 @@ class Oracle:
     def add(self, kept, drafted): ...
 
 
-class Boaster(Oracle):
-    """Is never right, and never learns it."""
-
-    def survival(self, most):
-        return [0.9 ** (i + 1) for i in range(most)]
-
-
 def decode(sources, cost, tokens=600, costs=None, seed=0):
     """Seconds of an answer and its drafting. cost: seconds of a forward by its number of tokens."""
     draw, drafting = random.Random(seed).random, Drafting(sources, costs or StepCosts())
@@ -186,26 +183,45 @@ def test_where_several_tokens_cost_less_than_one_even_useless_drafts_pay():
     assert made / spent > 1.5
 
 
-@pytest.mark.parametrize("source", [Boaster(0.0), Boaster(0.0, seconds=0.5), Oracle(0.3, seconds=0.8)])
-def test_what_drafts_lose_is_bounded_whatever_a_source_claims(source):
-    tokens = 400
-    spent, made = decode([source], dear, tokens)
-    dearest = dear(MOST) + (MOST - 1) * source.seconds
-    assert spent <= made + FREE_STEPS + SHARE * made + dearest
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_that_repeats_nothing_on_purpose_loses_little(seed):
+    """A random sequence: its n-grams occur before by chance, and what followed them says nothing."""
+    draw = random.Random(seed)
+    tokens = [draw.randrange(300) for _ in range(1400)]
+    spent, made = replay(NGrams(tokens[:1000]), tokens[1000:], dear)
+    assert made < spent < 1.03 * made, "something was drafted"
+
+
+@pytest.mark.parametrize("cost", [dear, flat])
+def test_an_answer_that_copies_the_prompt_is_decoded_much_faster(cost):
+    draw = random.Random(0)
+    prompt = [draw.randrange(3000) for _ in range(1000)]
+    spent, made = replay(NGrams(prompt), prompt[300:500], cost)
+    assert made / spent > 3.5
+
+
+def replay(source, answer, cost):
+    """Seconds of decoding `answer` with drafts of `source`, and the tokens after the first."""
+    drafting, made, spent = Drafting([source], StepCosts()), 1, 0.0
+    drafting.begin(answer[:1])
+    while made < len(answer):
+        draft = drafting.next(len(answer) - made - 1)
+        drafted = source.draft(IDS, draft.most, draft.least_survival) if draft.source else []
+        ahead = answer[made : made + len(drafted)]
+        accepted = next(
+            (i for i, pair in enumerate(zip(drafted, ahead, strict=True)) if pair[0] != pair[1]), len(ahead)
+        )
+        kept, seconds = answer[made : made + accepted + 1], cost(len(drafted) + 1)
+        drafting.add(draft, drafted, kept, 0.0, seconds)
+        made, spent = made + len(kept), spent + seconds
+    return spent, made - 1
 
 
 def test_without_a_gain_a_source_with_costs_is_tried_seldom_and_one_token_at_a_time():
     source = Oracle(0.1, seconds=0.3)
     decode([source], flat, 1000)
-    assert 0 < len(source.drafts) < 1000 * SHARE / 0.3 * 2
+    assert 0 < len(source.drafts) <= 1000 * TRIAL_SHARE / 0.3
     assert set(source.drafts) == {1}
-
-
-def test_a_gain_is_not_gambled_away():
-    drafting = Drafting([Oracle(1.0)], StepCosts())
-    drafting.add(NO_DRAFT, [], [0], 0.0, 1.0)
-    drafting.add(drafting.next(100), [0] * 15, [0] * 16, 0.0, 1.0)
-    assert drafting.credit == MOST_CREDIT
 
 
 def test_statistics_add_up():

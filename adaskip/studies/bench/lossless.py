@@ -41,6 +41,7 @@ from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.records import prompt_ids
 from adaskip.speculative import lossless
+from adaskip.speculative.drafting import VERSION
 from adaskip.strategies import Strategy, build, needs_selection, strategy_class
 from adaskip.studies.bench.lossless_table import FULL_MODEL, find, read_saved
 from adaskip.studies.bench.measuring import folder_name
@@ -53,7 +54,10 @@ STORIES_SEED = 2
 STORY_TOKENS = 128
 STORY_PROMPT_TOKENS = (20, 60)
 """Lengths of the beginnings of stories that are prompts, from .. to."""
-SAME = ("prompts_fingerprint", "drafts", "clock", "weights_fingerprint", "dtype", "device_name", "threads", "versions")
+SAME = (
+    *("prompts_fingerprint", "drafts", "drafting_version", "clock", "weights_fingerprint", "dtype", "device_name"),
+    *("threads", "versions"),
+)
 """What must be equal for a benchmark to be continued."""
 PEERS: dict[str, dict[str, int]] = {
     "prompt_lookup_3": {"prompt_lookup_num_tokens": 3},
@@ -201,6 +205,7 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
         "model": name,
         "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
         "drafts": [*map(str, config.drafts), *config.peers],
+        "drafting_version": VERSION,
         "clock": config.clock,
     }
     saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
