@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from adaskip.calibration.divergence import OBJECTIVE_VERSION, OutputDivergence, greedy_answer
 from adaskip.calibration.measure import calibrate
-from adaskip.calibration.peers import PEERS, Asked, counts_of, settings_of
+from adaskip.calibration.peers import PEERS, Asked, Found, counts_of, settings_of
 from adaskip.calibration.progress import Progress, held
 from adaskip.calibration.search import Choice, Set, most_measured, search
 from adaskip.core.fingerprint import weights_fingerprint as fingerprint_of
@@ -80,60 +80,43 @@ def select(
         weights_fingerprint = fingerprint_of(model)
     if importance is not None:
         importance.check_fits(model, allow_other_weights=allow_other_weights, weights_fingerprint=weights_fingerprint)
+    described = {"model_name": model_name, "dataset": dataset, "data_ids": data_ids}
     with held(progress_path):
-        return _select(
-            model,
-            prompts,
-            phase,
-            up_to=up_to,
-            peer=None if method == SEARCH else (method, counts, settings),
-            ends=(eos_token_ids, pad_token_id),
-            described={
-                **{"model_name": model_name, "dataset": dataset, "data_ids": data_ids},
-                "weights_fingerprint": weights_fingerprint,
-            },
-            importance=importance,
-            progress_path=progress_path,
-            show_progress=show_progress,
-        )
-
-
-def _select(
-    model: PreTrainedModel,
-    prompts: Sequence[Tensor],
-    phase: Phase,
-    *,
-    up_to: int,
-    peer: tuple[str, Sequence[int], Mapping[str, float]] | None,
-    ends: tuple[Sequence[int], int],
-    described: Mapping[str, Any],
-    importance: ImportanceProfile | None,
-    progress_path: Path | None,
-    show_progress: bool,
-) -> SelectionProfile:
-    """`select` while the progress file is locked. peer: another paper's method, with its numbers of sublayers and
-    settings; None for a search. ends: (end tokens, pad token)."""
-    eos_token_ids, pad_token_id = ends
-    began = time.perf_counter()
-    measured = calibrate(model, prompts, **described)
-    adaskip_seconds = time.perf_counter() - began
-    importance = measured if importance is None else importance
-    num_layers = importance.num_layers
-    Budget(sublayers=up_to).num_sublayers(num_layers)  # raises if up_to is too large
-    if peer is not None:
-        method, counts, settings = peer
+        began = time.perf_counter()
+        measured = calibrate(model, prompts, **described, weights_fingerprint=weights_fingerprint)
+        own = Found({}, len(prompts), measured.tokens, time.perf_counter() - began)
+        importance = measured if importance is None else importance
+        Budget(sublayers=up_to).num_sublayers(importance.num_layers)  # raises if up_to is too large
         identity = _identity(model, measured, importance, prompts, phase, eos_token_ids)
+        ends = (eos_token_ids, pad_token_id)
         asked = Asked(model, prompts, phase, counts, settings, *ends, identity, progress_path, show_progress)
-        return _of_peer(method, asked, measured, adaskip_seconds)
+        found = _search(asked, importance, own) if method == SEARCH else PEERS[method].choose(asked)
+    scale_of = importance.scale_of if method == SEARCH else lambda sublayer: 1.0
+    return SelectionProfile(
+        selected={count: _selected(choice, scale_of) for count, choice in found.choices.items()},
+        phase=phase,
+        num_layers=importance.num_layers,
+        cost=SearchCost(
+            *(found.num_forwards, found.num_tokens, found.seconds), *(own.num_forwards, own.num_tokens, own.seconds)
+        ),
+        method=method,
+        settings=settings,
+        **{name: getattr(measured, name) for name in SAME_AS_CALIBRATION},
+    )
+
+
+def _search(asked: Asked, importance: ImportanceProfile, own: Found) -> Found:
+    """The sets of strategy calibrated. own: the cost of AdaSkip's calibration, which is part of the search's."""
+    prompts, up_to, num_layers = asked.prompts, max(asked.counts), importance.num_layers
     progress = Progress(
         lambda chosen, prompt: divergence(_plan(chosen, importance), [prompt])[0],
-        progress_path,
-        _identity(model, measured, importance, prompts, phase, eos_token_ids),
+        asked.progress_path,
+        asked.identity,
         num_prompts=len(prompts),
     )
-    stops = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
-    answers = progress.answers(len(prompts), lambda i: greedy_answer(model, prompts[i], **stops))
-    divergence = OutputDivergence(model, prompts, phase, answers=answers, **stops)
+    stops = {"eos_token_ids": asked.eos_token_ids, "pad_token_id": asked.pad_token_id}
+    answers = progress.answers(len(prompts), lambda i: greedy_answer(asked.model, prompts[i], **stops))
+    divergence = OutputDivergence(asked.model, prompts, asked.phase, answers=answers, **stops)
     lengths = [passage.ids.numel() for passage in divergence.passages]  # tokens that one measurement reads
     answered = sum(map(len, answers))
     setup_forwards, setup_tokens = divergence.num_forwards + len(prompts) + answered, divergence.num_tokens
@@ -146,43 +129,13 @@ def _select(
         up_to=up_to,
         starts=sets_of_others(importance, up_to),
         default=AdaSkip.name,
-        show_progress=show_progress,
+        show_progress=asked.show_progress,
     )
-    return SelectionProfile(
-        selected={count: _selected(choice, importance) for count, choice in choices.items()},
-        phase=phase,
-        num_layers=num_layers,
-        cost=SearchCost(
-            num_forwards=len(prompts) + setup_forwards + len(progress.known),
-            num_tokens=2 * measured.tokens + answered + setup_tokens + sum(lengths[i] for _, i in progress.known),
-            seconds=adaskip_seconds + setup_seconds + progress.seconds,
-            adaskip_forwards=len(prompts),
-            adaskip_tokens=measured.tokens,
-            adaskip_seconds=adaskip_seconds,
-        ),
-        **{name: getattr(measured, name) for name in SAME_AS_CALIBRATION},
-    )
-
-
-def _of_peer(method: str, asked: Asked, measured: ImportanceProfile, adaskip_seconds: float) -> SelectionProfile:
-    """The sets of another paper's method. measured: AdaSkip's calibration, which the method does not use."""
-    found = PEERS[method].choose(asked)
-    plans = {count: choice.sublayers for count, choice in found.choices.items()}
-    scales = {count: {k: {s.layer: 1.0 for s in plan if s.kind == k} for k in KINDS} for count, plan in plans.items()}
-    return SelectionProfile(
-        selected={
-            count: Selected(**scales[count], divergence=choice.divergence, found_by=choice.found_by)
-            for count, choice in found.choices.items()
-        },
-        phase=asked.phase,
-        num_layers=measured.num_layers,
-        cost=SearchCost(
-            *(found.num_forwards, found.num_tokens, found.seconds),
-            *(len(asked.prompts), measured.tokens, adaskip_seconds),
-        ),
-        method=method,
-        settings=asked.settings,
-        **{name: getattr(measured, name) for name in SAME_AS_CALIBRATION},
+    return Found(
+        choices,
+        num_forwards=own.num_forwards + setup_forwards + len(progress.known),
+        num_tokens=2 * own.num_tokens + answered + setup_tokens + sum(lengths[i] for _, i in progress.known),
+        seconds=own.seconds + setup_seconds + progress.seconds,
     )
 
 
@@ -249,8 +202,8 @@ def _plan(chosen: Set, importance: ImportanceProfile) -> SkipPlan:
     return SkipPlan.of_sublayers({sublayer: importance.scale_of(sublayer) for sublayer in chosen})
 
 
-def _selected(choice: Choice, importance: ImportanceProfile) -> Selected:
+def _selected(choice: Choice, scale_of: Callable[[Sublayer], float]) -> Selected:
     scales: dict[str, dict[int, float]] = {
-        kind: {s.layer: importance.scale_of(s) for s in choice.sublayers if s.kind == kind} for kind in KINDS
+        kind: {s.layer: scale_of(s) for s in choice.sublayers if s.kind == kind} for kind in KINDS
     }
     return Selected(**scales, divergence=choice.divergence, found_by=choice.found_by)
