@@ -134,33 +134,39 @@ class LosslessDecoder:
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Called by `generate`. input_ids: [1, S]. Returns what `generate` returns for one beam."""
+        """Called by `generate`. input_ids: [B, S]. Returns what `generate` returns for one beam."""
         if model is not self.model:
             raise ValueError("this lossless(...) was made for another model object; make one for this model")
         given = streamer_of_generate()
         if given is not None and self.streamer is not None and given is not self.streamer:
             raise ValueError("lossless(...) and generate were given different streamers; pass only one")
         check_request(model, input_ids, generation_config, model_kwargs)
-        if len(input_ids) > 1:
-            return self._batch(model, input_ids, generation_config, model_kwargs, logits_processor, stopping_criteria)
+        arguments = (model, input_ids, generation_config, model_kwargs, logits_processor, stopping_criteria)
+        return self._batch(*arguments) if len(input_ids) > 1 else self._sequence(*arguments, given)
+
+    def _sequence(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        given: BaseStreamer | None,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """Decode one sequence with drafts of both sources. input_ids: [1, S]. given: the streamer of `generate`."""
         streamer = self.streamer if given is None else given
         request = DraftStatistics(requests=1)
         with patches_for(model, self.strategy).install() as patches:
             self.last_request = request
-            forwards = ForwardRunner(model, patches, input_ids, generation_config, model_kwargs)
-            choose = Sampling(input_ids.device) if generation_config.do_sample else Greedy()
-            accept = Acceptance(
-                choose=choose,
-                process=logits_processor,
-                stop=stopping_criteria,
-                config=generation_config,
-                streamer=streamer,
-            )
-            eos = generation_config.eos_token_id
+            forwards = ForwardRunner(model, patches, input_ids, config, model_kwargs)
+            choose = Sampling(input_ids.device) if config.do_sample else Greedy()
+            accept = Acceptance(choose=choose, process=processors, stop=criteria, config=config, streamer=streamer)
+            eos = config.eos_token_id
             skipped = SkippedModel(
                 forwards,
                 self.strategy,
-                process=for_draft(logits_processor, self.stateless),
+                process=for_draft(processors, self.stateless),
                 choose=choose,
                 ends=() if eos is None else end_token_ids(model, eos),
                 live=self.live,
@@ -169,7 +175,7 @@ class LosslessDecoder:
                 forwards=forwards,
                 drafting=self._drafting(skipped, input_ids),
                 accept=accept,
-                max_length=generation_config.max_length,
+                max_length=config.max_length,
                 statistics=request,
             )
             if given is None and streamer is not None:
@@ -179,7 +185,7 @@ class LosslessDecoder:
             finally:
                 forwards.stop_recording()
         self.statistics += request
-        if not generation_config.return_dict_in_generate:
+        if not config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,  # pyright: ignore[reportArgumentType]
