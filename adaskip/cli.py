@@ -13,8 +13,9 @@ from adaskip.common.options import Parser, add_options, resolve
 from adaskip.common.processes import Processes
 from adaskip.core.plan_card import plan_map
 from adaskip.profiles.selection import METHODS, SelectionProfile
+from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.cells import parse_run_name, run_name
-from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
 from adaskip.runs.grid import run_grid
 from adaskip.runs.plans import ExportConfig, PlanConfig, ShowConfig, export_plan, plan_to, shown

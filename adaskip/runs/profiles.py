@@ -29,8 +29,8 @@ from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
+from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.calibration import Calibration, find_calibration
-from adaskip.runs.config import CalibrateConfig
 from adaskip.runs.job import Job, Profile, find_profile
 from adaskip.runs.loading import find_loading
 from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids

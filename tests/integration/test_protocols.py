@@ -12,9 +12,10 @@ from adaskip.benchmarks.longbench import load_both_sets
 from adaskip.benchmarks.prompts import count_tokens
 from adaskip.models.loading import load_tokenizer
 from adaskip.runs import config
+from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.cells import find_setup
 from adaskip.runs.checks import check
-from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cells, resolve
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.records import prompt_ids

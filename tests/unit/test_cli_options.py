@@ -11,8 +11,9 @@ import pytest
 from adaskip.common.options import Parser, add_options, option, resolve
 from adaskip.core.plan import Budget
 from adaskip.runs import job
+from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.cells import load_setup
-from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.grid import searches_first
 from adaskip.runs.job import find_cells
 from adaskip.studies.ablation.compensation import CompensationConfig

@@ -13,8 +13,9 @@ from transformers.utils import logging as hf_logging
 
 from adaskip.models import gguf_file
 from adaskip.models.loading import ModelError, find_source, load_model, registry
+from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.cells import Cell, parse_run_name
-from adaskip.runs.config import CalibrateConfig, GridConfig, RunConfig
+from adaskip.runs.config import GridConfig, RunConfig
 from tests.checkpoints import write_family
 from tests.tiny_runs import make_checkpoint
 

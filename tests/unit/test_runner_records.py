@@ -12,8 +12,9 @@ import pytest
 
 from adaskip.benchmarks import longbench
 from adaskip.runs import loading, records
+from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.calibration import find_calibration
-from adaskip.runs.config import CalibrateConfig, RunConfig, SharedConfig
+from adaskip.runs.config import RunConfig, SharedConfig
 from adaskip.runs.loading import find_loading
 from tests.tiny_runs import NUM_CALIBRATION, make_data
 

@@ -1,0 +1,75 @@
+"""The options of `adaskip calibrate`, validated on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaskip.calibration.peers import settings_of
+from adaskip.common.choices import check_choice
+from adaskip.common.options import option
+from adaskip.profiles.selection import METHODS, SEARCH
+from adaskip.runs.cells import PHASES
+from adaskip.runs.config import MODEL_HELP, DataConfig, check_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(DataConfig):
+    """Options of one profile, of importance or of the sets for a phase; runs with the same settings use it."""
+
+    model: str = option(MODEL_HELP, required=True)
+    output: str | None = option(
+        "JSON file to which the profile is also written, for --profile; runs look for it in another place"
+    )
+    samples: int | None = option("number of calibration prompts; default: that of the protocol", least=1)
+    batch_size: int = option("prompts per forward", 1, least=1)
+    select: str | None = option(
+        f"choose the sets of sublayers for this phase ({', '.join(PHASES)}) instead of measuring importance"
+    )
+    method: str = option(
+        f"with --select: how, one of {', '.join(METHODS)}: a search for strategy calibrated, or what the strategy of "
+        "that name needs",
+        SEARCH,
+        choices=[*METHODS],
+    )
+    up_to: int | None = option(
+        "with --select: size of the largest set; default: the largest budget of the protocol", least=1
+    )
+    budgets: tuple[int, ...] | None = option(
+        "with --method evopress, which searches for each set: sizes of the sets; default: the budgets of the protocol",
+        least=2,
+        distinct=True,
+    )
+    effort: float | None = option(
+        "with --method evopress: share of the published number of generations; default: 0.1. --seed is its seed, too; "
+        "runs look for sets of the default effort and seed 0"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_model(self, self.model)
+        if self.select is not None:
+            check_choice("phase", self.select, PHASES)
+        if self.up_to is not None and self.select is None:
+            raise ValueError(f"--up-to {self.up_to} needs --select")
+        if self.method != SEARCH and self.select is None:
+            raise ValueError(f"--method {self.method} needs --select")
+        if not METHODS[self.method].one_by_one and (self.budgets or self.effort is not None):
+            raise ValueError(f"--budgets and --effort are for --method evopress, not for {self.method}")
+        if METHODS[self.method].one_by_one and self.up_to is not None:
+            raise ValueError(f"--method {self.method} searches for each set: give --budgets instead of --up-to")
+        settings_of(self.method, self._given)  # raises ValueError for an impossible effort
+        if self.tasks is not None and self.select is None:
+            raise ValueError(
+                f"--tasks are the tasks for --select; importance is measured on {self.setup.calibration_task}: "
+                f"give --select, too, or leave --tasks out; given: {' '.join(self.tasks)}"
+            )
+
+    @property
+    def _given(self) -> dict[str, float]:
+        return {} if self.effort is None else {"effort": self.effort}
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """All numbers of the method."""
+        own = settings_of(self.method, self._given)
+        return {**own, **({"seed": self.seed} if "seed" in own else {})}
