@@ -36,8 +36,6 @@ FILE_TYPES = {
 STORED = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
 """The names that safetensors has for types."""
 FAMILIES = ("llama", "mistral")
-UNUSED = ("rotary_emb.inv_freq",)
-"""Ends of tensors that old checkpoints hold and nothing reads."""
 
 
 def read_checkpoint(source: Checkpoint, tokenizer: PreTrainedTokenizerBase | None, type_name: str) -> GGUFModel:
@@ -138,7 +136,7 @@ def _weights(source: Checkpoint, target: Kind) -> Iterator[tuple[str, Weight]]:
     config: Any = source.config
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, file in source.tensor_files.items():
-        if name.endswith(UNUSED) or (name == "lm_head.weight" and config.tie_word_embeddings):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if (new := names.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
             raise ExportError(f"the checkpoint has a tensor {name}, which is not of a plain Llama")

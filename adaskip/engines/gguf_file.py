@@ -47,6 +47,9 @@ def read_file(path: Path) -> GGUFModel:
 def write_file(model: GGUFModel, path: Path) -> None:
     """Write a model's file, with one tensor in memory at a time.
 
+    The writer's own `write_tensor_data` uses numpy's `tofile`, which may write less than all on a full disk and not say
+    so.
+
     Raises:
         ExportError: a weight cannot be divided (see `gguf_blocks.divided`).
         OSError: the file cannot be written, as on a full disk.
@@ -61,11 +64,17 @@ def write_file(model: GGUFModel, path: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None, "the header opens the file"
+        (file,) = writer.fout
         for name, weight in model.weights.items():
-            writer.write_tensor_data(_stored(name, weight))
+            data = np.ascontiguousarray(_stored(name, weight))
+            assert data.shape == weight.byte_shape
+            writer.write_padding(file, file.tell())
+            file.write(data)
+            writer.write_padding(file, data.nbytes)
         writer.close()
-    except OSError as error:  # numpy says how many numbers it wrote, not why it stopped
-        raise OSError(f"{path.name} cannot be written, the disk may be full: {error}") from error
+    except OSError as error:
+        raise OSError(f"{path.name} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # after an error; without one it is closed
             writer.close()

@@ -10,16 +10,18 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from adaskip.common.named_files import download_folder
+from adaskip.common.named_files import REPOSITORY, download_folder
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.context import skipping
 from adaskip.core.plan import KINDS, SkipPlan
 from adaskip.engines.errors import ExportError
 from adaskip.engines.families import family_of
+from adaskip.engines.shards import tensor_files
 
 MARK = "adaskip"
 """The field of `config.json` that holds the plan, without scales, and the stock model type."""
@@ -53,19 +55,27 @@ def from_pretrained(name: str | Path, *, allow_other_weights: bool = False, **op
         named = _base_model(plan.origin.model)
         model = AutoModelForCausalLM.from_pretrained(**named, **{"trust_remote_code": False, **options})
         return _skipping_for_good(model.eval(), plan, allow_other_weights)
-    if MARK in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if MARK in _config_record(folder):
         return load_without(folder, *read_config(folder), **options)
     return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False, **options}).eval()
 
 
 def _base_model(name: str) -> dict[str, Any]:
-    """The arguments of transformers' `from_pretrained` for a folder, a GGUF file, or `org/name[@revision]`."""
+    """The arguments of transformers' `from_pretrained` for a folder, a GGUF file, or `org/name[@revision]`.
+
+    Raises ExportError for anything else, as a folder that was moved.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     if path.exists():
         return {"pretrained_model_name_or_path": path}
     repo, _, revision = name.partition("@")
+    if not REPOSITORY.fullmatch(repo):
+        raise ExportError(
+            f"{name}, the model of the plan, is neither a folder nor a file here nor org/name on the Hub; load the "
+            "model from where it is now and use skipping(model, plan)"
+        )
     return {"pretrained_model_name_or_path": repo, "revision": revision or "main"}
 
 
@@ -90,16 +100,29 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, SkipPlan]:
         ExportError: the folder is none that `adaskip export --to hf` wrote with a plan beside the weights.
     """
     try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record = _config_record(folder)
         mark = record.pop(MARK)
         plan = SkipPlan(frozenset(mark["attention"]), frozenset(mark["ffn"]))
         config = AutoConfig.for_model(**{**record, "model_type": mark["model_type"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        told = " ".join(str(error).split())[:300]
         raise ExportError(
             f"{folder} is no folder of `adaskip export --to hf` with skipped sublayers ({type(error).__name__}: "
-            f"{error}); a plain checkpoint is loaded with AutoModelForCausalLM"
+            f"{told}); a plain checkpoint is loaded with AutoModelForCausalLM"
         ) from None
     return config, plan
+
+
+def _config_record(folder: Path) -> dict[str, Any]:
+    """The fields of `config.json`. Raises ExportError where that is no JSON object."""
+    file = folder / "config.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{file} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ExportError(f"{file} holds no JSON object")
+    return record
 
 
 def load_without(folder: Path, config: PreTrainedConfig, plan: SkipPlan, **options: Any) -> PreTrainedModel:
@@ -128,6 +151,7 @@ def load_without(folder: Path, config: PreTrainedConfig, plan: SkipPlan, **optio
 
 def _load(folder: Path, config: PreTrainedConfig, absent: set[str], options: dict[str, Any]) -> PreTrainedModel:
     """The stock model; weights whose names begin with one of `absent` are missing in the folder, and random here."""
+    tensor_files(folder)  # raises ExportError where a file is missing or damaged
     before = get_verbosity()
     set_verbosity_error()  # else a table of the missing weights is printed
     try:
@@ -135,15 +159,20 @@ def _load(folder: Path, config: PreTrainedConfig, absent: set[str], options: dic
             folder,
             config=config,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
             **{"local_files_only": True, "trust_remote_code": False, "use_safetensors": True, **options},
         )
     finally:
         set_verbosity(before)
     model, info = loaded
-    missing = {name for name in info["missing_keys"] if not name.startswith(tuple(absent))}
-    if names := missing or info["unexpected_keys"]:
-        what = "lacks" if missing else "has unknown"
-        raise ExportError(f"{folder} {what} {len(names)} weights of {type(model).__name__}, first {min(names)}")
+    found = {
+        "lacks": {name for name in info["missing_keys"] if not name.startswith(tuple(absent))},
+        "has unknown": info["unexpected_keys"],
+        "has other sizes of": {name for name, *_ in info["mismatched_keys"]},
+    }
+    for what, names in found.items():
+        if names:
+            raise ExportError(f"{folder} {what} {len(names)} weights of {type(model).__name__}, first {min(names)}")
     return model.eval()
 
 

@@ -274,8 +274,43 @@ def test_folders_of_other_programs_and_incomplete_ones_are_one_line(tmp_path):
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ExportError, match=r"lacks 1 weights of LlamaForCausalLM, first model\.layers\.0\.mlp\.up"):
         from_pretrained(tmp_path / "out")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ExportError, match=r"model\.safetensors is truncated or no safetensors file"):
+        from_pretrained(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no adaskip_plan\.json"):
         from_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="neither a folder here nor org/name"):
         from_pretrained("nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adaskip": None}, "is no folder of `adaskip export --to hf` with skipped sublayers"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"intermediate_size": 8}, r"has other sizes of 6 weights of LlamaForCausalLM, first model\.layers\.1\.mlp"),
+    ],
+    ids=["no plan", "no such model", "another size"],
+)
+def test_a_damaged_configuration_is_one_line(changes, message, tmp_path):
+    export_to("hf", export_of(random_model("llama"), PLANS["ffn"], tmp_path / "s"), tmp_path / "out", verify=False)
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    with pytest.raises(ExportError, match=message) as error:
+        from_pretrained(tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ('"adaskip"', "holds no JSON object")])
+def test_a_configuration_that_is_no_record_is_one_line(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ExportError, match=rf"config\.json {message}"):
+        from_pretrained(tmp_path)
+
+
+def test_a_plan_whose_model_was_moved_is_one_line(tmp_path):
+    model = random_model("llama")
+    plan = make_plan(model, FixedPlan(num_layers=4, plan=PLANS["both"]), base_model=str(tmp_path / "moved"))
+    with pytest.raises(ExportError, match="moved, the model of the plan, is neither a folder nor a file here"):
+        from_pretrained(plan.save_pretrained(tmp_path / "plan"))
