@@ -70,7 +70,7 @@ def write_file(model: GGUFModel, path: Path) -> None:
             data = np.ascontiguousarray(_stored(name, weight))
             assert data.shape == weight.byte_shape
             writer.write_padding(file, file.tell())
-            file.write(data)
+            file.write(data.data)
             writer.write_padding(file, data.nbytes)
         writer.close()
     except OSError as error:
