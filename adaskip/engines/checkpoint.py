@@ -26,8 +26,6 @@ COMPANIONS = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 """Files that are copied as they are. Code never is."""
-
-
 UNUSED = ".rotary_emb.inv_freq"
 """Buffers of old checkpoints, which no class reads."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -56,6 +54,11 @@ class Checkpoint:
             architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.model_type]
             record = {**self.config.to_dict(), "architectures": [architecture]}
         return {name: value for name, value in record.items() if name != "auto_map"}
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it holds quantised weights."""
+        return "quantization_config" in self.config_record
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -23,7 +23,7 @@ from adaskip.engines.verify import compare
 def check(export: Export) -> None:
     """Raise ExportError for what cannot be folded, and for quantised checkpoints."""
     edit_of(export)
-    if "quantization_config" in export.source.config_record:
+    if export.source.is_quantised:
         raise ExportError(
             f"{export.source.folder} holds quantised weights; export the checkpoint that they were made of"
         )

@@ -41,8 +41,8 @@ def check(export: Export) -> None:
                 f"the scales of the plan cannot be folded into {name} of dtype {dtype}; allowed: "
                 f"{', '.join(map(str, SCALABLE))}, or a plan without scales"
             )
-    if unlike := differences(export.source.config):
-        raise ExportError(f"vLLM computes this {export.source.model_type} otherwise than transformers: {unlike[0]}")
+    if found := unlike_vllm(export.source.config):
+        raise ExportError(f"vLLM computes this {export.source.model_type} otherwise than transformers: {found[0]}")
 
 
 def edit_of(export: Export) -> Edit:
@@ -63,21 +63,16 @@ def write(export: Export, target: Path) -> None:
 
 def verify(export: Export, target: Path) -> dict[str, Any]:
     """Compare logits in transformers. Quantised weights are not compared: vLLM and transformers round differently."""
-    if is_quantised(export):
+    if export.source.is_quantised:
         logger.warning("the weights are quantised: logits were not compared")
         return {"compared": False}
     config, plan = read_config(target)
     return compare(export.source, export.strategy, lambda: load_without(target, config, plan, dtype=torch.float32))
 
 
-def is_quantised(export: Export) -> bool:
-    """Whether the source holds quantised weights."""
-    return "quantization_config" in export.source.config_record
-
-
-def differences(config: PreTrainedConfig) -> list[str]:
+def unlike_vllm(config: PreTrainedConfig) -> list[str]:
     """What vLLM 0.32 does not do as transformers does for this configuration: a line each, empty where all is equal."""
-    heads = config.hidden_size // config.num_attention_heads
+    head_size = config.hidden_size // config.num_attention_heads
     windows = set(getattr(config, "layer_types", None) or ())
     rope = config.rope_parameters
     found = {
@@ -90,8 +85,8 @@ def differences(config: PreTrainedConfig) -> list[str]:
         window = getattr(config, "sliding_window", None)
         found["a sliding window, which LLaMA does not have; allowed: none"] = bool(window or windows)
     if config.model_type == "qwen2":
-        size = getattr(config, "head_dim", None) or heads
-        found[f"heads of {size}; allowed: hidden_size / num_attention_heads = {heads}"] = size != heads
+        size = getattr(config, "head_dim", None) or head_size
+        found[f"heads of {size}; allowed: hidden_size / num_attention_heads = {head_size}"] = size != head_size
     if config.model_type == "qwen3":
         found["biases in the attention; allowed: attention_bias false"] = config.attention_bias
     return [line for line, differs in found.items() if differs]
