@@ -18,7 +18,7 @@ from adaskip.engines.gguf_checkpoint import read_checkpoint
 from adaskip.engines.gguf_file import compare_file, read_file, write_file
 from adaskip.engines.gguf_layers import GGUFModel, smaller
 from adaskip.engines.registry import Export
-from adaskip.engines.verify import differences, load_source, logits, prompt
+from adaskip.engines.verify import LOADED_AS, differences, load_source, logits, prompt
 
 logger = logging.getLogger(__name__)
 
@@ -94,5 +94,4 @@ def _source_model(export: Export) -> PreTrainedModel:
     if export.gguf_file is None:
         return load_source(export.source)
     file = export.gguf_file
-    options = {"gguf_file": file.name, "dtype": torch.float32, "local_files_only": True}
-    return AutoModelForCausalLM.from_pretrained(file.parent, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **LOADED_AS).eval()

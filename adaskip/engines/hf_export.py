@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,7 +16,7 @@ from adaskip.engines.families import LAYER_TENSOR, Edit, family_of
 from adaskip.engines.loading import load_without, marked_config, read_config
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
-from adaskip.engines.verify import compare
+from adaskip.engines.verify import LOADED_AS, compare
 
 
 def check(export: Export) -> None:
@@ -51,9 +50,7 @@ def verify(export: Export, target: Path) -> dict[str, Any]:
     """Compare logits; of a shorter checkpoint also every setting of its layers with that of the source's layer."""
     if not export.folded.is_whole_layers:
         config, plan = read_config(target)
-        load = lambda: load_without(target, config, plan, dtype=torch.float32)  # noqa: E731
-        return compare(export.source, export.strategy, load)
-    stock = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
+        return compare(export.source, export.strategy, lambda: load_without(target, config, plan, **LOADED_AS))
     live, depth = export.folded.live_layers, export.folded.num_layers
 
     def settings(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -61,7 +58,7 @@ def verify(export: Export, target: Path) -> dict[str, Any]:
         return [_settings(layer) for layer in ([layers[i] for i in live] if len(layers) == depth else layers)]
 
     def load() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(target, **stock).eval()
+        return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False, **LOADED_AS).eval()
 
     return compare(export.source, export.strategy, load, settings=settings)
 

@@ -21,6 +21,8 @@ PROMPT_TOKENS = 64
 UNSCALED, SCALED = 1e-5, {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest allowed distance of logits: where no weight changed, and by the dtype that divided weights are rounded to.
 What is left in float32 is the epsilon of the norms."""
+LOADED_AS: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+"""How both models are loaded. Attention is eager because transformers 5.17's SDPA omits Gemma 2's soft-capping."""
 
 
 def prompt(vocab_size: int) -> Tensor:
@@ -31,8 +33,7 @@ def prompt(vocab_size: int) -> Tensor:
 def load_source(source: Checkpoint) -> PreTrainedModel:
     """The model that is exported, in float32."""
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
-    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    return stock.from_pretrained(source.folder, config=source.config, **options).eval()
+    return stock.from_pretrained(source.folder, config=source.config, use_safetensors=True, **LOADED_AS).eval()
 
 
 @torch.no_grad()

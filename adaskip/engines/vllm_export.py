@@ -21,7 +21,7 @@ from adaskip.engines.hf_export import skipped
 from adaskip.engines.loading import load_without, marked_config, read_config
 from adaskip.engines.registry import Export
 from adaskip.engines.shards import read_tensor
-from adaskip.engines.verify import compare
+from adaskip.engines.verify import LOADED_AS, compare
 from adaskip.engines.vllm_plugin import ARCHITECTURES
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def verify(export: Export, target: Path) -> dict[str, Any]:
         logger.warning("the weights are quantised: logits were not compared")
         return {"compared": False}
     config, plan = read_config(target)
-    return compare(export.source, export.strategy, lambda: load_without(target, config, plan, dtype=torch.float32))
+    return compare(export.source, export.strategy, lambda: load_without(target, config, plan, **LOADED_AS))
 
 
 def unlike_vllm(config: PreTrainedConfig) -> list[str]:
