@@ -62,7 +62,7 @@ setup-llama-cpp: setup
 	    [ ! -d $$folder ] || $$folder/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 || exit 1; \
 	done
 
-# vLLM serves what was exported for it, with the tokens of `skipping`; needs no network once the environment is made. Six minutes of
+# vLLM serves what was exported for it, with the tokens of `skipping`; needs no network once the environment is made. Nine minutes of
 # CPU time: too much for CI.
 test-engines: setup-engines
 	HF_HUB_OFFLINE=1 .venv-engines/bin/python -m pytest -m engines tests/engines
