@@ -18,7 +18,7 @@ from adaskip.core.fingerprint import fingerprint_of
 from adaskip.core.same_model import config_identity
 from adaskip.engines.errors import ExportError
 from adaskip.engines.families import LAYER_TENSOR, Edit
-from adaskip.engines.shards import read_tensor, rewrite, tensor_files
+from adaskip.engines.shards import disk_errors, read_tensor, rewrite, tensor_files
 
 COMPANIONS = (
     *("generation_config.json", "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
@@ -124,10 +124,12 @@ def save_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
     Raises:
         ExportError: it is quantised: what was loaded is no plain tensor.
+        OSError: a file cannot be written, as on a full disk.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ExportError(f"{type(model).__name__} is quantised on loading; export its own checkpoint folder instead")
-    model.save_pretrained(folder)
+    with disk_errors(folder):
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Checkpoint(folder, model.config)

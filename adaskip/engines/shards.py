@@ -76,7 +76,8 @@ def rewrite(
         where |= dict.fromkeys(tensors, name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         num_elements += sum(tensor.numel() for tensor in tensors.values())
-        _save(tensors, target / name)
+        with disk_errors(target / name):
+            save_file(tensors, target / name, metadata={"format": "pt"})
         del tensors
     if len(names) > 1:
         metadata = {"total_parameters": num_elements, "total_size": num_bytes}
@@ -99,8 +100,10 @@ def _opened(file: Path) -> Iterator:
         raise ExportError(f"{file} is truncated or no safetensors file ({error}): get it again") from None
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What safetensors raises when it cannot write, as on a full disk, as an OSError that names the file or folder."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what the library makes of a full disk
+        yield
+    except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

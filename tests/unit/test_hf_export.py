@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adaskip.common.folders import scratch_folder
 from adaskip.core.context import skipping
 from adaskip.core.kv_cache import skipped_layers
 from adaskip.core.model_plan import make_plan
@@ -224,6 +225,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     try:
         with pytest.raises(OSError, match=r"model\.safetensors cannot be written: .*[Ff]ile too large") as error:
             export_to("hf", export, tmp_path / "out")
+        with scratch_folder(tmp_path / "out") as folder, pytest.raises(OSError, match="cannot be written"):
+            save_in_memory(random_model("llama"), None, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
