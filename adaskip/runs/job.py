@@ -168,12 +168,12 @@ class Job:
         return replace(self, sublayers=sublayers, speedup=None)
 
 
-def find_profile(name: str, kind: type[Profile]) -> Path:
-    """The file that `--profile` names: a path, a published name, or a repository. ValueError if there is none."""
+def find_profile(name: str, kind: type[Profile], option: str = "--profile") -> Path:
+    """The file that an option names: a path, a published name, or a repository. ValueError if there is none."""
     try:
         return find_file(name, kind.FILE)
     except FileNotFoundError as error:
-        raise ValueError(f"--profile {name} does not exist; `adaskip calibrate` makes one ({error})") from None
+        raise ValueError(f"{option} {name} does not exist; `adaskip calibrate` makes one ({error})") from None
 
 
 def resolve(config: RunConfig) -> Job:

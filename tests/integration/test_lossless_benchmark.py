@@ -32,7 +32,7 @@ def start(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_continues_and_counts_differing_answers(start, tmp_path):
     code, table, _ = start("--prompts", "3")
     assert code == 0
-    assert "6 answers compared with stock `generate`, 0 differing" in table
+    assert "9 answers compared with stock `generate`, 0 differing" in table
     path = tmp_path / "cpu" / "lossless-llama.json"
     whole = json.loads(path.read_text())
     first, second, third = whole["records"]
@@ -48,9 +48,24 @@ def test_the_benchmark_continues_and_counts_differing_answers(start, tmp_path):
     older = {**whole["manifest"], "drafting_version": 1}
     path.write_text(json.dumps({"manifest": older, "records": [first]}))
     assert "was measured with other drafting_version; give another --output-dir" in start("--prompts", "3")[2]
-    again[1]["answers"]["adaskip 25.0% adaptive"]["tokens"][-1] += 1
+    found = {"row": 0, "at": 1, "logits": [2.5, 2.25], "spacing": 0.25}
+    again[1]["answers"]["adaskip 25.0% adaptive"]["differences"] = [found]
     path.write_text(json.dumps({**whole, "records": again}))
-    assert "6 answers compared with stock `generate`, 1 differing" in start("--draw-only")[1]
+    table = start("--draw-only")[1]
+    assert "9 answers compared with stock `generate`, 1 differing" in table
+    assert "| 1     | 2.5, 2.25          | 1" in table
+
+
+def test_prompts_are_answered_together(start, tmp_path):
+    code, table, _ = start("--prompts", "4", "--rows", "2", "--strategies", "ngrams", "--tasks", "trec", "qasper")
+    assert code == 0
+    assert "4 answers compared with stock `generate`, 0 differing" in table
+    saved = json.loads((tmp_path / "cpu" / "lossless-llama-rows2.json").read_text())
+    assert [(record["task"], len(set(record["ids"]))) for record in saved["records"]] == [("trec", 2), ("qasper", 2)]
+    for record in saved["records"]:
+        full, ngrams = record["answers"]["full"], record["answers"]["ngrams"]
+        assert ngrams["tokens"] == full["tokens"]
+        assert ngrams["verify_forwards"] <= max(map(len, full["tokens"])) - 1
 
 
 def test_nothing_saved_is_nothing_to_draw(start, tmp_path):
@@ -67,6 +82,9 @@ def test_nothing_saved_is_nothing_to_draw(start, tmp_path):
         (["--strategies", "skipdecode"], "unknown strategy that drafts"),
         (["--peers", "prompt_lookup"], "unknown assisted generation"),
         (["--shares", "0.3"], "unknown share"),
+        (["--rows", "9", "--strategies", "ngrams"], "--rows must be 1 to 8, not 9"),
+        (["--rows", "2"], "--rows 2: only n-grams draft for several rows; give --strategies ngrams"),
+        (["--rows", "2", "--strategies", "ngrams", "--peers", "early_exit"], "give --strategies ngrams and no --peers"),
         (["--tasks", "terc"], "unknown task of testbed 'terc'. Did you mean 'trec'?"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from adaskip.cli import main
+from adaskip.common import named_files
 from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.models.loading import load_model
 from adaskip.runs import profiles
@@ -76,12 +77,14 @@ def test_a_missing_selection_is_searched_once_and_kept(here, llama, monkeypatch)
     assert len(list((here / "results/testbed/profiles").glob("llama-selection-prefill-*.json"))) == 1
 
 
-def test_a_named_selection_takes_the_place_of_the_kept_one(here, llama):
+def test_a_named_selection_takes_the_place_of_the_kept_one(here, llama, monkeypatch):
     named = selection_for(llama, "prefill")
-    path = named.save(here / "named.json")
-    subject = load_subject(config_of(selection=(str(path),)))
-    assert subject.selections == {("calibrated", "prefill"): named}
-    assert subject.describe()["selections"] == {"prefill": "none (2 prompts)"}
+    monkeypatch.setattr(named_files, "PUBLISHED", here)
+    path = named.save(here / "my-selection.json")
+    for name in (str(path), "my-selection"):
+        subject = load_subject(config_of(selection=(name,)))
+        assert subject.selections == {("calibrated", "prefill"): named}
+        assert subject.describe()["selections"] == {"prefill": "none (2 prompts)"}
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def read_selections(config: PeersConfig) -> list[tuple[str, SelectionProfile]]:
     found: list[tuple[str, SelectionProfile]] = []
     for given in config.selections or ():
         name, _, file = given.rpartition("=")
-        selection = SelectionProfile.load(find_profile(file, SelectionProfile))
+        selection = SelectionProfile.load(find_profile(file, SelectionProfile, "--selections"))
         row = name or _strategy_of(selection)
         if name in NAMES or any(row == other and _phases(selection) & _phases(before) for other, before in found):
             raise ValueError(f"--selections {given}: the row {row} is taken; give another NAME=FILE")

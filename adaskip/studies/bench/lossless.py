@@ -1,20 +1,18 @@
 """`speed/lossless.py`: lossless mode against the full model and transformers' assisted generation, side by side.
 
-Each prompt is answered greedily by stock `generate` and in every other way, in turns, the first one changing from
-prompt to prompt, so that a drifting machine affects all alike. Stock and lossless start with a copy of the same KV
-cache of the prompt; assisted generation reads the prompt itself, since it gives other tokens with a filled cache.
-Answers are saved in a file per model and dtype after every prompt: a stopped run continues. The sets that draft are
-found on other samples than those that prompt.
+Each prompt, or batch of prompts of one task, is answered greedily by stock `generate` and in every other way, in
+turns, the first one changing from batch to batch, so that a drifting machine affects all alike. With one row, stock and
+lossless start with a copy of the same KV cache of the prompt; assisted generation reads the prompt itself, since it
+gives other tokens with a filled cache. Answers are saved in a file per model, dtype and number of rows after every
+batch: a stopped run continues. The sets that draft are found on other samples than those that prompt.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
 from adaskip.common.choices import check_choice
 from adaskip.common.files import write_text_atomic
 from adaskip.common.options import option
-from adaskip.core.blocks import decoder_layers, execution_device, find_decoder
-from adaskip.core.hf import CACHE
-from adaskip.core.plan import Budget
+from adaskip.core.blocks import decoder_layers
+from adaskip.core.plan import Budget, SkipPlan
 from adaskip.models.loading import LoadedModel
 from adaskip.models.source import find_source
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
@@ -41,12 +37,13 @@ from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.records import prompt_ids
 from adaskip.speculative import lossless
+from adaskip.speculative.batch_checks import MOST_ROWS
 from adaskip.speculative.drafting import VERSION
 from adaskip.strategies import Strategy, build, needs_selection, strategy_class
+from adaskip.studies.bench.lossless_answers import answer, differences, read_prompt
 from adaskip.studies.bench.lossless_table import FULL_MODEL, find, read_saved
 from adaskip.studies.bench.measuring import folder_name
 from adaskip.studies.bench.settings import CLOCKS, RESULTS_DIR
-from adaskip.studies.bench.timing import timed_generation
 from adaskip.studies.study import Study, StudyConfig, prompts_of
 
 STORIES_SEED = 2
@@ -55,8 +52,8 @@ STORY_TOKENS = 128
 STORY_PROMPT_TOKENS = (20, 60)
 """Lengths of the beginnings of stories that are prompts, from .. to."""
 SAME = (
-    *("prompts_fingerprint", "drafts", "drafting_version", "clock", "weights_fingerprint", "dtype", "device_name"),
-    *("threads", "versions"),
+    *("prompts_fingerprint", "rows", "drafts", "drafting_version", "clock", "weights_fingerprint", "dtype"),
+    *("device_name", "threads", "versions"),
 )
 """What must be equal for a benchmark to be continued."""
 PEERS: dict[str, dict[str, int]] = {
@@ -88,7 +85,9 @@ DRAFTS = (
     *(Draft("adaskip", share) for share in (0.25, 0.375, 0.5)),
     *(Draft(*way) for way in (("calibrated", 0.5), ("early_exit", 0.25), ("unified", 0.25))),
 )
-STRATEGIES = tuple(dict.fromkeys(draft.strategy for draft in DRAFTS))
+NGRAMS = "ngrams"
+"""Drafts of n-grams alone."""
+STRATEGIES = (*dict.fromkeys(draft.strategy for draft in DRAFTS), NGRAMS)
 SHARES = tuple(dict.fromkeys(draft.share for draft in DRAFTS))
 
 
@@ -105,6 +104,7 @@ class LosslessConfig(StudyConfig):
     profile: str | None = option("importance profile: a file, folder or published name; if not given, calibrate")
     clock: str = option(f"on the CPU, of {', '.join(CLOCKS)}; CUDA has its own", "wall", choices=[*CLOCKS])
     prompts: int = option("prompts of each model; each is answered with every draft", 40)
+    rows: int = option(f"prompts answered together, up to {MOST_ROWS}; from 2 on, only {NGRAMS} can draft", 1)
     new_tokens: int = option("most tokens of an answer", 64)
 
     def __post_init__(self) -> None:
@@ -118,6 +118,12 @@ class LosslessConfig(StudyConfig):
         for name in ("prompts", "new_tokens"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 2, not {getattr(self, name)}")
+        if not 1 <= self.rows <= MOST_ROWS:
+            raise ValueError(f"--rows must be 1 to {MOST_ROWS}, not {self.rows}")
+        if self.rows > 1 and (self.peers or self.strategies != (NGRAMS,)):
+            raise ValueError(
+                f"--rows {self.rows}: only n-grams draft for several rows; give --strategies {NGRAMS} and no --peers"
+            )
 
     @property
     def drafts(self) -> tuple[Draft, ...]:
@@ -125,13 +131,21 @@ class LosslessConfig(StudyConfig):
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Prompts of one task that are answered together, token ids, 1-D, and their ids."""
+
+    task: str
+    ids: Sequence[str]
+    prompts: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
 class Subject:
-    """A model and its prompts, token ids, 1-D. labels: task and id of each. calibration: prompts that importance is
-    measured on, unless it is given. searched: those that the sets of calibrated are searched on."""
+    """A model and its prompts. calibration: prompts that importance is measured on, unless it is given, 1-D.
+    searched: those that the sets of calibrated are searched on."""
 
     loaded: LoadedModel
-    prompts: Sequence[Tensor]
-    labels: Sequence[tuple[str, str]]
+    batches: Sequence[Batch]
     calibration: Sequence[Tensor]
     searched: Sequence[Tensor]
     importance: ImportanceProfile | None = None
@@ -158,24 +172,26 @@ def measure(config: LosslessConfig) -> None:
 
 
 def _of_tasks(config: LosslessConfig, name: str) -> Subject:
-    """Tasks prompt in turns: those given, or those of every phase."""
+    """Batches of the tasks in turns: of those given, or those of every phase."""
     entry = find_source(name, config.checkpoint).entry
     phases = config.setup_of(entry).phases.values()
     tasks = config.tasks or tuple(dict.fromkeys(chain(*(phase.tasks for phase in phases))))
     job = resolve(config.run_config(name, phase="decode", strategy="adaskip", tasks=tasks))
     loaded, records, calibration = job.loading.load(), job.records, job.calibration
     assert calibration is not None, "of strategy adaskip"
-    each = -(-config.prompts // len(tasks))
-    columns = [[(task, sample) for sample in records.scored(task, each)] for task in tasks]
-    asked = [pair for row in zip_longest(*columns) for pair in row if pair is not None][: config.prompts]
-    prompts = [prompt_ids(records.benchmark, task, [sample], loaded)[0] for task, sample in asked]
-    labels = [(task, sample["_id"]) for task, sample in asked]
+    each = config.rows * -(-config.prompts // (len(tasks) * config.rows))
+    columns = []
+    for task in tasks:
+        samples = records.scored(task, each)
+        prompts = [prompt_ids(records.benchmark, task, [sample], loaded)[0] for sample in samples]
+        columns.append(_batches(task, [sample["_id"] for sample in samples], prompts, config.rows))
+    batches = [batch for turn in zip_longest(*columns) for batch in turn if batch][: -(-config.prompts // config.rows)]
     searches = any(needs_selection(draft.strategy) for draft in config.drafts)
     searched = prompts_of(calibration, calibration.searched, loaded) if searches else []
     if config.profile is None:
-        return Subject(loaded, prompts, labels, calibration.data(loaded)["prompts"], searched)
+        return Subject(loaded, batches, calibration.data(loaded)["prompts"], searched)
     importance = ImportanceProfile.load(config.profile, loaded.model, allow_other_weights=True)
-    return Subject(loaded, prompts, labels, [], searched, importance)
+    return Subject(loaded, batches, [], searched, importance)
 
 
 def _of_stories(config: LosslessConfig) -> Subject:
@@ -185,26 +201,34 @@ def _of_stories(config: LosslessConfig) -> Subject:
     shortest, longest = STORY_PROMPT_TOKENS
     spread = longest - shortest + 1
     begun = [story[: shortest + i % spread] for i, story in enumerate(told[CALIBRATION_STORIES:])]
-    labels = [("stories", str(i)) for i in range(len(begun))]
-    return Subject(loaded, begun, labels, told[:CALIBRATION_STORIES], told[:CALIBRATION_STORIES])
+    batches = _batches("stories", [str(i) for i in range(len(begun))], begun, config.rows)
+    return Subject(loaded, batches, told[:CALIBRATION_STORIES], told[:CALIBRATION_STORIES])
+
+
+def _batches(task: str, ids: Sequence[str], prompts: Sequence[Tensor], rows: int) -> list[Batch]:
+    starts = range(0, len(prompts), rows)
+    return [Batch(task, ids[start : start + rows], prompts[start : start + rows]) for start in starts]
 
 
 def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
-    """Answer one model's prompts that its file does not have yet.
+    """Answer those batches of one model that its file does not have yet.
 
     Raises ValueError if the file is of other prompts, drafts, weights or another machine.
     """
     model: Any = subject.loaded.model
     identity = describe_model(subject.loaded)
     dtype = "" if identity["dtype"] == "float32" else f"-{identity['dtype']}"
-    path = config.out_dir / folder_name(model.device) / f"lossless-{name}{dtype}.json"
-    told = str([config.new_tokens, *(prompt.tolist() for prompt in subject.prompts)])
+    rows = "" if config.rows == 1 else f"-rows{config.rows}"
+    path = config.out_dir / folder_name(model.device) / f"lossless-{name}{dtype}{rows}.json"
+    prompts = chain(*(batch.prompts for batch in subject.batches))
+    told = str([config.new_tokens, *(prompt.tolist() for prompt in prompts)])
     manifest = {
         **identity,
         "checkpoint": Path(subject.loaded.spec.checkpoint).name,  # the folder, wherever it lies
         "model": name,
         "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
-        "drafts": [*map(str, config.drafts), *config.peers],
+        "drafts": [*map(str, config.drafts), *([NGRAMS] if NGRAMS in config.strategies else []), *config.peers],
+        "rows": config.rows,
         "drafting_version": VERSION,
         "clock": config.clock,
     }
@@ -212,60 +236,46 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
     if saved and (other := [key for key in SAME if saved["manifest"].get(key) != manifest[key]]):
         raise ValueError(f"{path} was measured with other {', '.join(other)}; give another --output-dir")
     records: list[dict[str, Any]] = saved.get("records", [])
-    if len(records) == len(subject.prompts):
+    if len(records) == len(subject.batches):
         return
     strategies = strategies_for(subject, config.drafts, path.with_name(f"selection-{name}.json"))
     manifest["plans"] = {str(draft): strategy.skipped.to_dict() for draft, strategy in strategies.items()}
-    ways: dict[str, dict[str, Any]] = {FULL_MODEL: {}}
-    for draft, strategy in strategies.items():
-        ways[str(draft)] = {"custom_generate": lossless(model, strategy, gamma=draft.gamma)}
-    half = len(decoder_layers(model)) // 2
-    ways |= {peer: {option: tokens or half for option, tokens in PEERS[peer].items()} for peer in config.peers}
+    ways = _ways(config, model, strategies)
     for way in ways.values():  # warm up
-        answer(subject, subject.prompts[0][-64:], 4, way)
+        answer(model, [prompt[-64:] for prompt in subject.batches[0].prompts], 4, {**subject.ends, **way})
     names = list(ways)
-    for i in tqdm(range(len(records), len(subject.prompts)), desc=name, unit="prompt", disable=None):
-        prompt, turn = subject.prompts[i], names[i % len(names) :] + names[: i % len(names)]
-        cache = read_prompt(model, prompt)
-        caches = dict.fromkeys(turn, cache) | dict.fromkeys(config.peers)
-        answers = {
-            way: answer(subject, prompt, config.new_tokens, ways[way], caches[way], config.clock) for way in turn
-        }
+    for i in tqdm(range(len(records), len(subject.batches)), desc=name, unit="batch", disable=None):
+        batch, turn = subject.batches[i], names[i % len(names) :] + names[: i % len(names)]
+        cache = read_prompt(model, batch.prompts[0]) if len(batch.prompts) == 1 else None
+        answers = {}
+        for way in turn:
+            given = None if way in config.peers else cache
+            options = {**subject.ends, **ways[way]}
+            answers[way] = answer(model, batch.prompts, config.new_tokens, options, given, config.clock)
         for way in names[1:]:
-            answers[way] |= difference(model, prompt, answers[FULL_MODEL]["tokens"], answers[way]["tokens"])
-        task, record_id = subject.labels[i]
-        record = {"task": task, "id": record_id, "prompt_tokens": len(prompt)}
+            tokens, stock = answers[way]["tokens"], answers[FULL_MODEL]["tokens"]
+            answers[way]["differences"] = differences(model, batch.prompts, stock, tokens)
+        lengths = [len(prompt) for prompt in batch.prompts]
+        record = {"task": batch.task, "ids": batch.ids, "prompt_tokens": lengths}
         records.append({**record, "answers": {way: answers[way] for way in names}})
         write_text_atomic(path, json.dumps({"manifest": manifest, "records": records}) + "\n")
 
 
-@torch.no_grad()
-def read_prompt(model: Any, prompt: Tensor) -> DynamicCache:
-    """The full model's KV cache of all tokens of `prompt` [S] but the last one."""
-    cache = DynamicCache(config=model.config)
-    if len(prompt) > 1:
-        ids = prompt[None, :-1].to(execution_device(model))
-        find_decoder(model)(input_ids=ids, **{CACHE: cache}, use_cache=True)
-    return cache
-
-
-@torch.no_grad()
-def difference(model: Any, prompt: Tensor, stock: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
-    """Where two answers differ first, and the full model's two highest logits there; {} where they do not.
-
-    spacing: of numbers of the model's dtype at the highest logit.
-    """
-    if stock == other:
-        return {}
-    same = next((i for i, (a, b) in enumerate(zip(stock, other, strict=False)) if a != b), min(len(stock), len(other)))
-    ids = torch.cat([prompt, prompt.new_tensor(stock[:same])])[None].to(execution_device(model))
-    first, second = model(ids, logits_to_keep=1).logits[0, -1].float().topk(2).values.tolist()
-    spacing = torch.finfo(model.dtype).eps * 2.0 ** math.floor(math.log2(abs(first)))
-    return {"differs_at": same, "logits": [first, second], "spacing": spacing}
+def _ways(config: LosslessConfig, model: Any, strategies: dict[Draft, Strategy]) -> dict[str, dict[str, Any]]:
+    """Options of `generate` of every way to answer, stock first."""
+    ways: dict[str, dict[str, Any]] = {FULL_MODEL: {}}
+    for draft, strategy in strategies.items():
+        ways[str(draft)] = {"custom_generate": lossless(model, strategy, gamma=draft.gamma)}
+    if NGRAMS in config.strategies:
+        ways[NGRAMS] = {"custom_generate": lossless(model, SkipPlan())}
+    half = len(decoder_layers(model)) // 2
+    return ways | {peer: {name: tokens or half for name, tokens in PEERS[peer].items()} for peer in config.peers}
 
 
 def strategies_for(subject: Subject, drafts: Sequence[Draft], selection_path: Path) -> dict[Draft, Strategy]:
     """The drafts as strategies of this model; the sets calibrated drafts by are searched once and kept."""
+    if not drafts:
+        return {}
     model, depth = subject.loaded.model, len(decoder_layers(subject.loaded.model))
     importance = subject.importance or calibrate(model, subject.calibration)
     made = {}
@@ -296,27 +306,6 @@ def _selection(subject: Subject, importance: ImportanceProfile, up_to: int, path
     selection.save(path)
     progress_path.unlink()
     return selection
-
-
-def answer(
-    subject: Subject,
-    prompt: Tensor,
-    new_tokens: int,
-    way: dict[str, Any],
-    cache: DynamicCache | None = None,
-    clock: Any = "wall",
-) -> dict[str, Any]:
-    """One greedy answer: its tokens, the seconds after the first one, what drafting took.
-
-    way: options of `generate`. cache: of the prompt without its last token, which stays as it is.
-    """
-    model: Any = subject.loaded.model
-    ids = prompt[None].to(execution_device(model))
-    given = {} if cache is None else {CACHE: copy.deepcopy(cache)}
-    timed = timed_generation(model, None, ids, new_tokens, clock, **subject.ends, **given, **way)
-    record = {"tokens": timed.tokens[0, len(prompt) :].tolist(), "decode_s": sum(timed.steps_s)}
-    decoder = way.get("custom_generate")
-    return record if decoder is None else {**record, **asdict(decoder.last_request)}
 
 
 STUDY = Study(

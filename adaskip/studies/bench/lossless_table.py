@@ -20,9 +20,9 @@ from adaskip.studies.study import Findings
 FULL_MODEL = "full"
 """Stock `generate`."""
 NOTE = """\
-Greedy answers, decode time after the first token, stock `generate` / each way, for the same number of tokens: ratio of
-means with a 95 % bootstrap interval over prompts. Assisted generation reports all tokens of its first round at once, so
-its decode time lacks that round."""
+Greedy answers, decode time after the first forward, stock `generate` / each way, for the same number of tokens: ratio
+of means with a 95 % bootstrap interval over batches of prompts. The first forward of assisted generation reads the
+prompt and verifies its first draft, so its decode time lacks that draft."""
 Record = Mapping[str, Any]
 Saved = dict[str, list[dict[str, Any]]]
 """By device's folder, the contents of its files in the order in which they are shown."""
@@ -35,10 +35,10 @@ def read_saved(out_dir: Path) -> Saved:
         raise ValueError(f"nothing is saved in {out_dir}; leave out --draw-only")
     names = (*MODELS, STORIES)
 
-    def place(file: tuple[str, dict[str, Any]]) -> tuple[int, str, str]:
+    def place(file: tuple[str, dict[str, Any]]) -> tuple[int, str, str, int]:
         manifest = file[1]["manifest"]
         known = names.index(manifest["model"]) if manifest["model"] in names else len(names)
-        return known, manifest["model"], manifest["dtype"]
+        return known, manifest["model"], manifest["dtype"], manifest["rows"]
 
     files.sort(key=place)
     return {folder: [saved for at, saved in files if at == folder] for folder in sorted({at for at, _ in files})}
@@ -86,20 +86,17 @@ def _row(saved: Record, way: str) -> dict[str, str]:
     row = {
         "model": manifest["model"],
         "dtype": manifest["dtype"],
+        "rows": str(manifest["rows"]),
         "way": way,
         "attention + FFN skipped": "" if plan is None else f"{len(plan['attention'])} + {len(plan['ffn'])}",
-        "answers": str(len(records)),
-        "differing": str(sum(_differs(record, way) for record in records)),
+        "answers": str(sum(len(record["ids"]) for record in records)),
+        "differing": str(sum(len(record["answers"][way]["differences"]) for record in records)),
     }
     return {
         **row,
         **_drafting(records, way),
         "speedup": _text(ratio_estimate(*zip(*_times(records, way), strict=True))),
     }
-
-
-def _differs(record: Record, way: str) -> bool:
-    return record["answers"][way]["tokens"] != record["answers"][FULL_MODEL]["tokens"]
 
 
 def _drafting(records: Sequence[Record], way: str) -> dict[str, str]:
@@ -116,11 +113,12 @@ def _drafting(records: Sequence[Record], way: str) -> dict[str, str]:
 
 
 def _times(records: Sequence[Record], way: str) -> list[tuple[float, float]]:
-    """Per record with more than one token, seconds of stock and of `way` for as many tokens as stock's answer has."""
+    """Per batch with more than one token, seconds of stock and of `way` for as many steps of one token as the longest
+    answer of stock has."""
     times = []
     for record in records:
         full, mine = (record["answers"][name] for name in (FULL_MODEL, way))
-        steps, own = len(full["tokens"]) - 1, len(mine["tokens"]) - 1
+        steps, own = (max(map(len, each["tokens"])) - 1 for each in (full, mine))
         if steps and own:
             times.append((full["decode_s"], mine["decode_s"] * steps / own))
     return times
@@ -149,7 +147,8 @@ def _closing(files: Sequence[Record]) -> list[str]:
 
 
 def _name(saved: Record) -> str:
-    return f"{saved['manifest']['model']}, {saved['manifest']['dtype']}"
+    model, dtype, rows = (saved["manifest"][name] for name in ("model", "dtype", "rows"))
+    return f"{model}, {dtype}" + ("" if rows == 1 else f", {rows} rows")
 
 
 def _by_task(saved: Record) -> str:
@@ -165,9 +164,8 @@ def _differing(saved: Record) -> list[list[str]]:
     rows = []
     for record in saved["records"]:
         for way in _ways(saved):
-            mine = record["answers"][way]
-            if _differs(record, way) and "logits" in mine:
-                (first, second), spacing = mine["logits"], mine["spacing"]
-                where = [_name(saved), way, record["task"], record["id"], str(mine["differs_at"])]
+            for found in record["answers"][way]["differences"]:
+                (first, second), spacing = found["logits"], found["spacing"]
+                where = [_name(saved), way, record["task"], record["ids"][found["row"]], str(found["at"])]
                 rows.append([*where, f"{first:.5g}, {second:.5g}", f"{(first - second) / spacing:.3g}"])
     return rows

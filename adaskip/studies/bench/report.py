@@ -20,6 +20,8 @@ from adaskip.studies.tables.labels import MISSING, STRATEGIES
 
 OTHER = Look("#666666", "x", (2, 1))
 """The look of strategies that declare none."""
+IDEAL = "ideal: faint"
+"""The legend's text for the ideal lines of all strategies."""
 INTRODUCTION = """# What the benchmark shows
 
 Made from the saved results by `adaskip bench-report`. A ratio is the median of the rounds' own ratios, in brackets its
@@ -163,9 +165,15 @@ def _figure(entries: Sequence[Record], title: str) -> Figure:
     if by_length:
         axes[0, 0].set_xscale("log", base=2)
         axes[0, 0].set_xticks(lengths, [str(length) for length in lengths])
-    figure.supxlabel("prompt tokens" if by_length else "skipped sublayers", fontsize=8)
+    for panel in axes[-1]:
+        panel.set_xlabel("prompt tokens" if by_length else "skipped sublayers")
     figure.suptitle(title, fontsize=9)
-    axes[0, 0].legend(fontsize=7)
+    handles = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
+    shown = sorted(handles, key=lambda label: label == IDEAL)
+    columns_shown = min(3 * len(columns), len(shown))
+    figure.legend(
+        [handles[label] for label in shown], shown, loc="outside lower center", ncols=columns_shown, fontsize=7
+    )
     return figure
 
 
@@ -184,4 +192,4 @@ def _draw(panel: Axes, entries: Sequence[Record], phase: str, x: str) -> None:
         if all(e[f"ideal_{NAMES[phase]}"] for e in points):
             full = [e[NAMES[phase]] * e[f"speedup_{phase}"] for e in points]
             ideal = [f / e[f"ideal_{NAMES[phase]}"] for f, e in zip(full, points, strict=True)]
-            panel.plot(at, ideal, **look.faint, label=f"{label}, ideal")
+            panel.plot(at, ideal, **look.faint, label=IDEAL)

@@ -208,9 +208,8 @@ def _given_selections(
     methods = {selection_method(name) for name in config.strategies}
     fitting, found = None if config.random_weights else model, {}
     for path in config.selection or ():
-        if not Path(path).is_file():
-            raise ValueError(f"--selection {path} does not exist; `adaskip calibrate --select PHASE` makes one")
-        selection = SelectionProfile.load(path, fitting, allow_other_weights=config.allow_other_weights)
+        file = find_profile(path, SelectionProfile, "--selection")
+        selection = SelectionProfile.load(file, fitting, allow_other_weights=config.allow_other_weights)
         method = selection.method
         if method not in methods:
             raise ValueError(f"--selection {path} was made with method {method}, which no strategy given here uses")

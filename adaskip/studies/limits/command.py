@@ -21,6 +21,7 @@ from adaskip.profiles.importance import ImportanceProfile
 from adaskip.roofline import ModelShape, known_ceilings, known_devices, measure_ceilings
 from adaskip.runs.cells import MODELS
 from adaskip.runs.config import DTYPES, MODEL_HELP
+from adaskip.runs.job import find_profile
 from adaskip.studies.bench.settings import RESULTS_DIR, Workload
 from adaskip.studies.limits.launches import Launches
 from adaskip.studies.limits.predictions import (
@@ -74,8 +75,6 @@ class RooflineConfig:
             raise ValueError(
                 f"--profile needs exactly one model, but --models has {len(self.models)}: {' '.join(self.models)}"
             )
-        if self.profile is not None and not Path(self.profile).is_file():
-            raise ValueError(f"--profile {self.profile} does not exist; `adaskip calibrate` makes one")
         if self.device is not None and not self.measure:
             raise ValueError("--device needs --measure")
 
@@ -102,7 +101,9 @@ def predict_all(config: RooflineConfig) -> Roofline:
     shapes, operators, predictions, explained, crossed = {}, {}, [], [], []
     for source in map(find_source, config.models):
         model, shape = source.name, ModelShape.of(source.config)
-        profile = ImportanceProfile.load(config.profile) if config.profile else assumed_profile(shape.num_layers)
+        profile = assumed_profile(shape.num_layers)
+        if config.profile is not None:
+            profile = ImportanceProfile.load(find_profile(config.profile, ImportanceProfile))
         launches = Launches(source.config)
         shapes[model], operators[model] = shape, launches.by_kind()
         crossed += crossovers(model, shape, devices[0].ceilings)
