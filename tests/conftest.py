@@ -4,13 +4,13 @@ Property tests have no deadline for the same reason: how long a first call takes
 `gpu` are skipped where there is no CUDA device.
 """
 
+import gc
 import os
 
 import pytest
-import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("patient", deadline=None, max_examples=50)
 settings.load_profile("patient")
 
@@ -23,6 +23,14 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="module")
+def short_answers():
+    """Divergences on answers of at most 12 tokens instead of 128, which is most of the time of a search."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("adaskip.calibration.divergence.ANSWER_TOKENS", 12)
+        yield
+
+
 @pytest.fixture
 def away(tmp_path, monkeypatch):
     """The current folder, empty and of no checkout, so that results go there."""
@@ -31,7 +39,15 @@ def away(tmp_path, monkeypatch):
     return tmp_path
 
 
+def pytest_collection_finish():
+    """Later garbage collections leave out what has been imported: half a second each."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
+    import torch  # not at the top: the process that only distributes the tests needs none of it
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -55,10 +55,6 @@ class TaskScore:
     def n(self) -> int:
         return len(self.per_sample)
 
-    @property
-    def num_errors(self) -> int:
-        return sum(self.errors.values())
-
     def __str__(self) -> str:
         if self.score is None:
             return f"{self.task}: no samples"

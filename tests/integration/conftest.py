@@ -20,5 +20,5 @@ def options(checkpoint, data_dir, tmp_path):
     """What every command of these tests is given."""
     return [
         *("--checkpoint", str(checkpoint), "--data-dir", str(data_dir), "--output-dir", str(tmp_path / "runs")),
-        *("--device", "cpu", "--dtype", "float32", "--threads", "1", "--max-new-tokens", "24"),
+        *("--device", "cpu", "--dtype", "float32", "--threads", "1", "--max-new-tokens", "8"),
     ]

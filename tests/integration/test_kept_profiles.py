@@ -17,6 +17,8 @@ from adaskip.calibration.select import select
 from adaskip.runs import config, profiles
 from tests.tiny_runs import cell, error_of
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 
 @pytest.fixture
 def given(options) -> list[str]:

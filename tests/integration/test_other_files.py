@@ -80,7 +80,7 @@ def test_a_run_of_other_files_is_neither_done_nor_continued(
 def test_the_state_of_a_run_says_what_is_other(command, own, data_dir, tmp_path, field):
     assert cli.main([*command, *cell()]) == 0
     places = {"checkpoint": str(own), "data_dir": str(data_dir), "output_dir": str(tmp_path / "runs")}
-    cell_of = {"model": "llama", "phase": "decode", "strategy": "early_exit", "budget": 2, "max_new_tokens": 24}
+    cell_of = {"model": "llama", "phase": "decode", "strategy": "early_exit", "budget": 2, "max_new_tokens": 8}
     config = RunConfig(**places, **cell_of, device="cpu", dtype="float32", limit=1, tasks=("trec",))
     assert run_state(resolve(config)) == DONE
     CHANGES[field](own)

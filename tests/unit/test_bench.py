@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from pathlib import Path
 
@@ -54,15 +53,6 @@ def tiny_model(device: torch.device = CPU):
         num_key_value_heads=2,
     )
     return random_model(config, device, torch.float32, "sdpa")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """Every timing begins with a collection, which takes half a second among all that the tests have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

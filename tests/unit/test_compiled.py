@@ -43,6 +43,7 @@ CASES = [  # and how many sets the decode steps go through
 
 @pytest.mark.parametrize(("make", "phase", "num_sets"), CASES)
 def test_compiled_decode_is_eager_decode_with_a_graph_for_each_set(make, phase, num_sets):
+    """Neither the graphs nor the scales keep the model alive afterwards."""
     model, graphs = random_model("llama"), CountedGraphs()
     prompts, config = random_prompts([9, 4, 7]), graphs.config()
     for factor in (1.05, 1.06):  # the second context brings other scales and finds the graphs of the first
@@ -54,6 +55,10 @@ def test_compiled_decode_is_eager_decode_with_a_graph_for_each_set(make, phase, 
         assert_same(ours, expected)
         assert kv_bytes(ours.past_key_values) == kv_bytes(expected.past_key_values)
         assert len(graphs) == num_sets
+    gone = weakref.ref(model)
+    del model, session
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("family", ["mistral", pytest.param("gemma3", marks=pytest.mark.slow)])
@@ -138,16 +143,6 @@ def test_the_stock_model_compiles_the_same_before_and_after():
     assert torch.equal(torch.stack(stock.logits), torch.stack(again.logits))
     assert not torch.equal(torch.stack(stock.logits), torch.stack(skipped.logits))
     assert len(graphs) == 2
-
-
-def test_graphs_and_scales_do_not_keep_the_model_alive():
-    model = random_model("llama")
-    with skipping(model, ada_skip("e2e", 1.05)):
-        run(model, random_prompts([5]), compile_config=CountedGraphs().config())
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from adaskip.strategies import FixedPlan
 from adaskip.studies.bench.timing import timed_generation
 from tests.families import random_model, random_prompts
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 SETTINGS = {
     "no cache": {"use_cache": False},
     "several sequences": {"do_sample": True, "num_return_sequences": 3},

@@ -12,6 +12,8 @@ import importlib.util
 import inspect
 import re
 import sys
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -422,18 +424,28 @@ def private(name: str) -> bool:
     return re.fullmatch(r"_[a-zA-Z]\w*", name) is not None
 
 
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
-OWN = {
-    *(n.name for t in TREES.values() for n in ast.walk(t) if isinstance(n, (ast.FunctionDef, ast.ClassDef))),
-    *(
-        n.attr
-        for t in TREES.values()
-        for n in ast.walk(t)
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
-    ),
-    *(n.id for t in TREES.values() for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)),
-}
-"""What the package itself defines somewhere."""
+PATHS = list(PACKAGE.rglob("*.py"))
+
+
+@cache
+def tree_of(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def own_names() -> set[str]:
+    """What the package itself defines somewhere."""
+    found = set()
+    for node in chain.from_iterable(ast.walk(tree_of(path)) for path in PATHS):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
 NOT_FOREIGN = {"_exit", "_id", "_e", "_replace", "_low", "_high"}
 """`os._exit`, a named tuple's `_replace`, LongBench's own names, and ends of our columns' names."""
 
@@ -452,9 +464,9 @@ def names_in(tree: ast.AST) -> set[str]:
     return {name for name in found if private(name) and not name.startswith("_adaskip")}
 
 
-@pytest.mark.parametrize("path", [p for p in TREES if p.name != "hf.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", [p for p in PATHS if p.name != "hf.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_private_name_of_another_library_stands_outside_hf(path):
-    assert names_in(TREES[path]) - OWN - NOT_FOREIGN == set()
+    assert names_in(tree_of(path)) - own_names() - NOT_FOREIGN == set()
 
 
 def test_a_private_name_outside_would_be_found():

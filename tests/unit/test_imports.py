@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -63,12 +64,22 @@ def folder(module: str) -> str:
 
 
 MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
-GRAPH = {name: imports_of(path, type_checking=False) & set(MODULES) - {name} for name, path in MODULES.items()}
-ALL_IMPORTS = {name: imports_of(path, type_checking=True) & set(MODULES) - {name} for name, path in MODULES.items()}
+
+
+@cache
+def graph(*, type_checking: bool) -> dict[str, set[str]]:
+    """The modules that each module imports."""
+    return {
+        name: imports_of(path, type_checking=type_checking) & set(MODULES) - {name} for name, path in MODULES.items()
+    }
 
 
 def test_there_are_no_circles():
-    tuple(TopologicalSorter({name: targets - {"adaskip"} for name, targets in GRAPH.items()}).static_order())
+    tuple(
+        TopologicalSorter(
+            {name: targets - {"adaskip"} for name, targets in graph(type_checking=False).items()}
+        ).static_order()
+    )
 
 
 def test_every_module_lies_in_one_of_the_packages():
@@ -78,7 +89,7 @@ def test_every_module_lies_in_one_of_the_packages():
 def test_imports_run_down_the_list_of_packages():
     upward = {
         (name, target)
-        for name, targets in ALL_IMPORTS.items()
+        for name, targets in graph(type_checking=True).items()
         for target in targets
         if not {name, target} & ROOT and RANK[folder(target)] > RANK[folder(name)]
     }
@@ -87,7 +98,7 @@ def test_imports_run_down_the_list_of_packages():
 
 @pytest.mark.parametrize(("module", "name"), [("blocks", "UnsupportedModelError"), ("kv_cache", "SkippedLayer")])
 def test_an_old_path_warns_and_gives_the_new_names(module, name):
-    assert not any(OLD_PATHS & set(targets) for targets in ALL_IMPORTS.values())
+    assert not any(OLD_PATHS & set(targets) for targets in graph(type_checking=True).values())
     sys.modules.pop(f"adaskip.{module}", None)
     with pytest.warns(DeprecationWarning, match=rf"adaskip\.{module} is adaskip\.core\.{module} now"):
         old = importlib.import_module(f"adaskip.{module}")
@@ -96,20 +107,20 @@ def test_an_old_path_warns_and_gives_the_new_names(module, name):
 
 def test_only_the_command_line_imports_the_root_package():
     """Its names are those of modules further up, except the version."""
-    assert {name for name, targets in ALL_IMPORTS.items() if "adaskip" in targets} <= {"adaskip.cli"}
+    assert {name for name, targets in graph(type_checking=True).items() if "adaskip" in targets} <= {"adaskip.cli"}
 
 
 @pytest.mark.parametrize(
     "name", ["adaskip.calibration.measure", *(m for m in MODULES if m.startswith("adaskip.speculative"))]
 )
 def test_lossless_mode_and_measuring_know_no_concrete_strategy(name):
-    assert not {m for m in GRAPH[name] if m.startswith("adaskip.strategies")}
+    assert not {m for m in graph(type_checking=False)[name] if m.startswith("adaskip.strategies")}
 
 
 @pytest.mark.parametrize("name", [m for m in MODULES if m.startswith("adaskip.strategies")])
 def test_strategies_use_plans_and_profiles_only(name):
     """A strategy is a value made from measurements: no model, no patching, no cache."""
-    core = {m for m in GRAPH[name] if m.startswith("adaskip.core")}
+    core = {m for m in graph(type_checking=False)[name] if m.startswith("adaskip.core")}
     assert core <= {f"adaskip.core.{name}" for name in ("look", "plan", "strategy", "similarity")}
 
 

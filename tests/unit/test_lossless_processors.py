@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -108,16 +110,25 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("gamma", [None, 4])
+@cache
+def without_processors(family, length):
+    return generated(MODELS[family], *random_prompts([length]), eos_token_id=None)
+
+
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL.keys())
-def test_processors_with_state_act_as_in_generate(make, gamma):
-    for model in (MODELS["llama"], MODELS["granite"]):
-        for prompt in random_prompts([6, 11]):
-            expected = generated(model, prompt, logits_processor=LogitsProcessorList([make()]), eos_token_id=None)
-            assert not torch.equal(expected, generated(model, prompt, eos_token_id=None)), "the processor matters"
+def test_processors_with_state_act_as_in_generate(make):
+    for family, length in product(("llama", "granite"), (6, 11)):
+        model, (prompt,) = MODELS[family], random_prompts([length])
+
+        def run(decoder=None, model=model, prompt=prompt):
+            processors = LogitsProcessorList([make()])
+            return generated(model, prompt, decoder, logits_processor=processors, eos_token_id=None)
+
+        expected = run()
+        assert not torch.equal(expected, without_processors(family, length)), "the processor matters"
+        for gamma in (None, 4):
             decoder = lossless(model, fixed(), gamma=gamma)
-            ours = generated(model, prompt, decoder, logits_processor=LogitsProcessorList([make()]), eos_token_id=None)
-            assert torch.equal(ours, expected)
+            assert torch.equal(run(decoder), expected)
             assert gamma is None or decoder.last_request.draft_forwards > 0
 
 

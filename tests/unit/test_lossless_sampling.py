@@ -15,7 +15,7 @@ from tests.families import random_model
 DRAFT = FixedPlan(num_layers=2, plan=SkipPlan(ffn={1}))
 MODEL = random_model("llama", num_layers=2)
 PROMPT = torch.tensor([[3, 5, 6, 4, 3, 5]])
-SEEDS = range(8)
+SEEDS = range(5)
 
 
 class FrequencyPenalty(LogitsProcessor):
@@ -38,20 +38,20 @@ def sampled(seed, decoder=None, processor=None, **options):
     return answer.tolist(), torch.rand(()).item()
 
 
-@pytest.mark.parametrize("gamma", [None, 1, 4])
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.5, "top_k": 5}, {"top_p": 0.8, "min_p": 0.01}, {"processor": FrequencyPenalty}],
     ids=["plain", "top-k", "top-p", "processor with state"],
 )
-def test_a_seed_gives_the_tokens_that_it_gives_without_drafts(gamma, options):
+def test_a_seed_gives_the_tokens_that_it_gives_without_drafts(options):
     """And leaves the generator as stock `generate` leaves it, so that the next request agrees, too."""
-    decoder = lossless(MODEL, DRAFT, gamma=gamma)
     stock = [sampled(seed, **options) for seed in SEEDS]
-    assert [sampled(seed, decoder, **options) for seed in SEEDS] == stock
     assert len({str(answer) for answer, _ in stock}) > len(SEEDS) / 2, "the seed matters"
-    if gamma is not None and "processor" not in options:
-        assert 0 < decoder.statistics.accepted < decoder.statistics.judged
+    for gamma in (None, 1, 4):
+        decoder = lossless(MODEL, DRAFT, gamma=gamma)
+        assert [sampled(seed, decoder, **options) for seed in SEEDS] == stock
+        if gamma is not None and "processor" not in options:
+            assert 0 < decoder.statistics.accepted < decoder.statistics.judged
 
 
 def test_a_processor_with_state_that_saw_drafts_would_change_the_answers():

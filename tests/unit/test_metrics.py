@@ -111,7 +111,6 @@ def test_what_the_original_hides_is_counted(monkeypatch):
         "rouge: ValueError: Collections must contain at least 1 sentence.": 1,
         "rouge: RecursionError: maximum recursion depth exceeded": 1,
     }
-    assert result.num_errors == 2
     assert result.per_sample[1:] == (0.0, 0.0, 0.0)
     assert str(result).startswith("gov_report: 25.00 (n=4, 2 empty, 1 x rouge: ValueError")
 
@@ -119,14 +118,14 @@ def test_what_the_original_hides_is_counted(monkeypatch):
 def test_a_real_overflow_scores_zero_and_is_counted():
     result = score_samples("gov_report", [sample("again" + " and" * 1200, "again"), sample("again", "again")])
     assert result.per_sample[0] == 0.0
-    assert result.num_errors == 1
+    assert sum(result.errors.values()) == 1
     assert "RecursionError" in next(iter(result.errors))
 
 
 def test_an_error_on_one_reference_keeps_the_other_references_score():
     result = score_samples("gov_report", [sample("a b", "", "a b")])
     assert result.per_sample[0] == pytest.approx(1.0)
-    assert result.num_errors == 1
+    assert sum(result.errors.values()) == 1
 
 
 def test_no_samples_is_no_score():

@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from adaskip.calibration import blockpruner
-from adaskip.calibration import divergence as divergence_module
 from adaskip.calibration.blockpruner import TextLoss
 from adaskip.calibration.cosine_window import layer_angles, windows
 from adaskip.calibration.divergence import OutputDivergence, greedy_answer
@@ -27,6 +26,7 @@ from tests.families import random_model, random_prompts
 from tests.reference import ReferenceDecoder
 
 LAYERS = 6
+pytestmark = pytest.mark.usefixtures("short_answers")
 ENDS = {"eos_token_ids": [2], "pad_token_id": 0}
 ALL = [Sublayer(kind, layer) for layer in range(LAYERS) for kind in ("attention", "ffn")]
 
@@ -39,13 +39,6 @@ def model():
 @pytest.fixture(scope="module")
 def prompts():
     return random_prompts([9, 14, 11])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(divergence_module, "ANSWER_TOKENS", 12)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def smollm2() -> PreTrainedTokenizerBase:
     return load_tokenizer(find_source("smollm2").path)
 
 
-MAKERS = [byte_level, byte_fallback, internlm, pytest.param(smollm2, marks=ONE_PROCESS)]
+MAKERS = [byte_level, byte_fallback, internlm, pytest.param(smollm2, marks=(ONE_PROCESS, pytest.mark.slow))]
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)

@@ -18,6 +18,8 @@ from adaskip.core.plan import SkipPlan, Sublayer
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from tests.families import random_model, random_prompts
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 PROMPTS = random_prompts([9, 7, 8])
 CANDIDATES = [Sublayer(kind, layer) for layer in range(3) for kind in ("attention", "ffn")]
 

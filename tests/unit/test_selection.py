@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from adaskip.calibration import divergence as divergence_module
-from adaskip.calibration.divergence import ANSWER_TOKENS, OutputDivergence
+from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress
 from adaskip.calibration.search import SEARCH, most_measured, search
@@ -25,6 +25,7 @@ from adaskip.strategies import CalibratedSkip, build
 from tests.families import random_model, random_prompts
 from tests.reference import ReferenceDecoder
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 PLAN = SkipPlan(attention={0, 2}, ffn={1}, scales={("ffn", 1): 1.2})
 ENDS = {"eos_token_ids": [2], "pad_token_id": 0}
 LAYERS = 4
@@ -33,7 +34,7 @@ ALL = [Sublayer(kind, layer) for layer in range(LAYERS) for kind in ("attention"
 
 def naive_divergence(model, prompt, phase: str, plan: SkipPlan) -> float:
     """Token by token on a decoder without the skipped sublayers."""
-    (answer,) = generate(model, None, [prompt], max_new_tokens=ANSWER_TOKENS, **ENDS)
+    (answer,) = generate(model, None, [prompt], max_new_tokens=divergence_module.ANSWER_TOKENS, **ENDS)
     tokens = [*prompt.tolist(), *answer.token_ids]
     dense = len(prompt) if phase == "decode" else 0
     full, skipped = ReferenceDecoder(model), ReferenceDecoder(model)
@@ -218,13 +219,13 @@ def test_a_selection_for_something_else_is_refused(selection, model, prompts):
 
 
 def answers_of(model, prompts):
-    return [generate(model, None, [prompt], max_new_tokens=ANSWER_TOKENS, **ENDS)[0] for prompt in prompts]
+    return [
+        generate(model, None, [prompt], max_new_tokens=divergence_module.ANSWER_TOKENS, **ENDS)[0] for prompt in prompts
+    ]
 
 
 def test_a_search_measures_no_more_than_foretold(selection, model, prompts):
-    answers = sum(
-        len(generate(model, None, [prompt], max_new_tokens=ANSWER_TOKENS, **ENDS)[0].token_ids) for prompt in prompts
-    )
+    answers = sum(len(answer.token_ids) for answer in answers_of(model, prompts))
     setup = len(prompts) * 2 + answers + len(prompts) * (2 if selection.phase == "decode" else 1)
     searched = selection.cost.num_forwards - setup
     assert 0 < searched <= most_forwards(LAYERS, len(prompts), 4)

@@ -16,6 +16,7 @@ from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from tests.families import random_model, random_prompts
 
 LAYERS = 6
+pytestmark = pytest.mark.usefixtures("short_answers")
 ENDS = {"eos_token_ids": [2], "pad_token_id": 0}
 ALL = [Sublayer(kind, layer) for layer in range(4) for kind in ("attention", "ffn")]
 

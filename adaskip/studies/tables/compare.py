@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
 
 from adaskip.common.intervals import mean_estimate
 from adaskip.studies.tables.paper import Paper
-from adaskip.studies.tables.results import COMPARED, PLACE, SCORE, Measure, Results
+from adaskip.studies.tables.results import COMPARED, MEASURES, PLACE, SCORE, Measure, Results
 
 OURS = "adaskip"
 OTHERS = tuple(name for name in COMPARED if name != OURS)
@@ -18,12 +19,13 @@ OUTCOMES = {BETTER: "best", TIED: "tied", WORSE: "beaten"}
 CHANCE = ("interval_above", "paired_better", "paired_worse")
 
 
+@lru_cache(maxsize=len(MEASURES))
 def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
     """A row for each cell and other strategy, if both runs are finished: the means `ours` and `theirs`, and the
     interval `low` to `high` of the paired difference, positive if AdaSkip is better; per cent or nats, as printed.
 
     `verdict` compares the means; `interval_above`: AdaSkip's interval is better than the other's. Scores at their floor
-    are left out.
+    are left out. The frames of the last results are kept, since several documents use them.
     """
     cells = results.cells[results.cells["final"] & results.cells[measure.name].notna()]
     if measure is SCORE:

@@ -36,6 +36,8 @@ PLACE = ["phase", "model", "fraction", "task"]
 MEASURED = ("score", "rouge_score", "fidelity", "loss")
 SAMPLE = ("task", "id", *MEASURED, "new_tokens", "added_online", "compared")
 COUNTS = ("skipped_sublayers", "num_sublayers", "n", "n_expected")
+RUNS_PER_PROCESS = 8
+"""Least number of runs for each scoring process, which takes some seconds to start."""
 PAPERS = ("paper_score", "paper_retention", "paper_speedup")
 ESTIMATES = (*MEASURED, "loss_added", "retention")
 Row = tuple[str, str, str, float]
@@ -248,7 +250,7 @@ def load_results(
     """Read all runs in `runs_dir`; runs without saved scores are scored.
 
     Args:
-        jobs: scoring processes; more than one need a caller that guards `__main__`.
+        jobs: largest number of scoring processes; more than one need a caller that guards `__main__`.
         progress: draw a progress bar if standard error is a terminal.
         data_dir: data of the benchmark, for floors that need contexts.
 
@@ -260,7 +262,8 @@ def load_results(
     fulls = [full.get((run.cell.model, run.cell.phase)) for run in runs]
     score = partial(score_run, data_dir=data_dir)
     bar = partial(tqdm, total=len(runs), desc="scoring", unit="run", disable=None if progress else True, leave=False)
-    if jobs == 1 or len(runs) == 1:
+    jobs = min(jobs, len(runs) // RUNS_PER_PROCESS)
+    if jobs < 2:
         return Results(bar(map(score, runs, fulls)))
-    with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         return Results(bar(pool.map(score, runs, fulls)))
