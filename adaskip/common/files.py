@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
@@ -15,9 +16,11 @@ TEMPORARY = ".tmp"
 def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
     """Write `data` to `path` through a temporary file in the same folder and an atomic rename.
 
-    On return the new file is on disk, so that its inputs may be deleted.
+    On return the new file is on disk, so that its inputs may be deleted. An error leaves no file and no new folder; an
+    OSError names `path`.
     """
     path = Path(path)
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
@@ -27,8 +30,13 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        for folder in missing:
+            with suppress(OSError):  # not empty: another process uses it
+                folder.rmdir()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
     return path

@@ -139,8 +139,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_text_atomic(path, "new")
+    for target in (path, tmp_path / "new" / "folders" / "profile.json"):
+        with pytest.raises(OSError, match=f"No space left on device: '{target}'"):
+            write_text_atomic(target, "new")
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("profile.json", "old")]
 
 
