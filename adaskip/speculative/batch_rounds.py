@@ -30,15 +30,21 @@ class Row:
 
 
 class RowsOfNGrams:
-    """The n-grams of all unfinished rows as one source of drafts: a forward has the same length for every row."""
+    """The n-grams of all rows as one source of drafts, since a forward has the same length for every row.
+
+    The row with the fewest tokens decides how many are drafted: a batch takes as long as its slowest row, so what only
+    the others gain is no gain.
+    """
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = rows
 
     def survival(self, most: int) -> list[float]:
-        """Means over the rows of the probabilities that the first 1, 2, ..., `most` tokens are all accepted."""
-        each = [row.ngrams.survival(most) for row in self.rows if not row.finished]
-        return [sum(column) / len(each) for column in zip(*each, strict=True)]
+        """Probabilities that the first 1, 2, ..., `most` tokens of the slowest row are all accepted."""
+        unfinished = [row for row in self.rows if not row.finished]
+        fewest = min(row.ids.shape[1] for row in unfinished)
+        slowest = [row.ngrams.survival(most) for row in unfinished if row.ids.shape[1] == fewest]
+        return min(slowest, key=sum)
 
     def draft_s(self, step_s: float) -> float:
         """Seconds of one drafted token."""

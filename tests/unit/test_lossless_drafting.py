@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from adaskip.core.plan import SkipPlan
 from adaskip.speculative import lossless
+from adaskip.speculative.batch_rounds import RowsOfNGrams
 from adaskip.speculative.choice import Greedy
 from adaskip.speculative.drafting import TRIAL_SHARE, Drafting
 from adaskip.speculative.ngrams import NGrams
@@ -231,3 +233,17 @@ def test_statistics_add_up():
     for _ in range(2):
         total += DraftStatistics(requests=1, new_tokens=6, verify_forwards=2, accepted=3, judged=4, draft_s=0.5)
     assert (total.requests, total.acceptance_rate, total.tokens_per_verify, total.draft_s) == (2, 0.75, 3.0, 1.0)
+
+
+def test_the_slowest_row_of_a_batch_decides():
+    """By its answer so far; of rows that are level, the one that drafts worst."""
+    rows = [SimpleNamespace(finished=False, ids=torch.zeros(1, 9), ngrams=NGrams([1, 2] * 9)) for _ in range(3)]
+    copied, new = NGrams([1, 2] * 9).survival(3), NGrams([1, 2, 3]).survival(3)
+    source = RowsOfNGrams(rows)  # pyright: ignore[reportArgumentType]
+    assert source.survival(3) == copied
+    rows[1].ngrams = NGrams([1, 2, 3])
+    assert source.survival(3) == new
+    rows[1].ids = torch.zeros(1, 12)
+    assert source.survival(3) == copied
+    rows[0].finished = rows[2].finished = True
+    assert source.survival(3) == new
