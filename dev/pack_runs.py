@@ -1,8 +1,8 @@
 """Packs runs for the repository: `python dev/pack_runs.py results/smollm2`, into its `runs.tar.xz`.
 
-The archive contains only the ids of the data set: references and classes of the records become null. Tables then read
-the scores from each run's `scores.json`, which `eval/tables.py` must have written before. The same runs give the same
-bytes.
+The archive contains only the ids of the data set: references and classes of the records become null. Profiles are named
+by their place in it. Tables then read the scores from each run's `scores.json`, which `eval/tables.py` must have
+written before. The same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ WITHHELD = ("references", "all_classes")
 
 def packed(path: Path) -> bytes:
     """The file as it goes into the archive."""
+    if path.name == "manifest.json":
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("profile"):  # wherever it lay, it lies in the archive's folder
+            record["profile"] = f"profiles/{Path(record['profile']).name}"
+        return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
     if path.suffix != ".jsonl" or path.parent.name == "times":
         return path.read_bytes()
     records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
