@@ -165,6 +165,8 @@ def _figure(entries: Sequence[Record], title: str) -> Figure:
     if by_length:
         axes[0, 0].set_xscale("log", base=2)
         axes[0, 0].set_xticks(lengths, [str(length) for length in lengths])
+    else:
+        axes[0, 0].set_xticks(sorted({entry["budget"] for entry in entries if entry["budget"]}))
     for panel in axes[-1]:
         panel.set_xlabel("prompt tokens" if by_length else "skipped sublayers")
     figure.suptitle(title, fontsize=9)
