@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,10 +36,13 @@ from adaskip.speculative.skipped_model import SkippedModel
 from adaskip.speculative.statistics import DraftStatistics
 from adaskip.speculative.step_costs import StepCosts
 
+MOST_SETS = 4
+"""Sets that may draft in one request; each costs tries while it does not pay."""
+
 
 def lossless(
     model: Any,
-    strategy: Strategy | SkipPlan,
+    strategy: Strategy | SkipPlan | Sequence[Strategy | SkipPlan],
     *,
     gamma: int | None = None,
     streamer: BaseStreamer | None = None,
@@ -65,9 +68,10 @@ def lossless(
     model: may be a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
     strategy: its `decode_plan` drafts. Online learning is off, since verification corrects a wrong draft.
     A plan drafts with its set, an empty plan leaves all drafts to n-grams; if it was made for other weights of this
-    shape, a warning is logged.
-    gamma: number of tokens of every draft, all by the skipped model; default: source and length follow from the times
-    and acceptance rates of the request (`Drafting`).
+    shape, a warning is logged. Of several, up to `MOST_SETS`, each draft is made with the one that promises the most
+    tokens per second: give a few budgets of one strategy where the best one is not known.
+    gamma: number of tokens of every draft, all by the skipped model, which then has one strategy; default: source and
+    length follow from the times and acceptance rates of the request (`Drafting`).
     streamer: used for calls of `generate` without a streamer.
     stateless: further classes of logits processors that keep no state between calls. Like the stateless processors of
     transformers they are applied to drafts, too, so that more drafted tokens are accepted. A class that does keep state
@@ -82,8 +86,13 @@ def lossless(
 
     Raises UnsupportedModelError and ValueError like `skipping`.
     """
-    strategy = strategy_of(strategy, unwrapped(model), allow_other_weights=True)
-    return LosslessDecoder(model, strategy, gamma=gamma, streamer=streamer, stateless=check_stateless(stateless))
+    given = strategy if isinstance(strategy, Sequence) else [strategy]
+    if not 1 <= len(given) <= MOST_SETS:
+        raise ValueError(f"lossless drafts with 1 to {MOST_SETS} strategies or plans; got {len(given)}")
+    strategies = [strategy_of(each, unwrapped(model), allow_other_weights=True) for each in given]
+    if gamma is not None and (gamma < 1 or len(strategies) > 1):
+        raise ValueError(f"gamma must be at least 1, with one strategy or plan; got {gamma}, with {len(strategies)}")
+    return LosslessDecoder(model, strategies, gamma=gamma, streamer=streamer, stateless=check_stateless(stateless))
 
 
 class LosslessDecoder:
@@ -97,18 +106,16 @@ class LosslessDecoder:
     def __init__(
         self,
         model: Any,
-        strategy: Strategy,
+        strategies: Sequence[Strategy],
         *,
         gamma: int | None,
         streamer: BaseStreamer | None,
         stateless: frozenset[type],
     ):
         self.model: PreTrainedModel = unwrapped(model)
-        self.strategy, self.gamma, self.streamer, self.stateless = strategy, gamma, streamer, stateless
-        num_layers = len(patches_for(self.model, strategy).patches)
-        if gamma is not None and gamma < 1:
-            raise ValueError(f"gamma must be at least 1; got {gamma}")
-        self.live = 1.0 - len(strategy.skipped) / (2 * num_layers)
+        self.strategies, self.gamma, self.streamer, self.stateless = strategies, gamma, streamer, stateless
+        for strategy in strategies:
+            patches_for(self.model, strategy)
         self.costs: defaultdict[int, StepCosts] = defaultdict(StepCosts)  # by number of rows
         self.statistics = DraftStatistics()
         self.last_request = DraftStatistics()
@@ -157,20 +164,23 @@ class LosslessDecoder:
         """Decode one sequence with drafts of both sources. input_ids: [1, S]. given: the streamer of `generate`."""
         streamer = self.streamer if given is None else given
         request = DraftStatistics(requests=1)
-        with patches_for(model, self.strategy).install() as patches:
+        with patches_for(model, self.strategies[0]).install() as patches:
             self.last_request = request
             forwards = ForwardRunner(model, patches, input_ids, config, model_kwargs)
             choose = Sampling(input_ids.device) if config.do_sample else Greedy()
             accept = Acceptance(choose=choose, process=processors, stop=criteria, config=config, streamer=streamer)
             eos = config.eos_token_id
-            skipped = SkippedModel(
-                forwards,
-                self.strategy,
-                process=for_draft(processors, self.stateless),
-                choose=choose,
-                ends=() if eos is None else end_token_ids(model, eos),
-                live=self.live,
-            )
+            skipped = [
+                SkippedModel(
+                    forwards,
+                    strategy,
+                    process=for_draft(processors, self.stateless),
+                    choose=choose,
+                    ends=() if eos is None else end_token_ids(model, eos),
+                )
+                for strategy in self.strategies
+                if strategy.skipped or self.gamma
+            ]
             rounds = Rounds(
                 forwards=forwards,
                 drafting=self._drafting(skipped, input_ids),
@@ -208,7 +218,7 @@ class LosslessDecoder:
         if self.gamma is not None or self.streamer is not None:
             raise ValueError("gamma and streamer are for one sequence at a time; make a lossless(...) without them")
         request = DraftStatistics(requests=1)
-        with patches_for(model, self.strategy).install() as patches:
+        with patches_for(model, self.strategies[0]).install() as patches:
             self.last_request = request
             forwards = BatchForwards(model, patches, input_ids, config, model_kwargs)
             rows: list[Row] = []
@@ -231,9 +241,8 @@ class LosslessDecoder:
         self.statistics += request
         return sequences
 
-    def _drafting(self, skipped: SkippedModel, input_ids: Tensor) -> Drafting | FixedLength:
+    def _drafting(self, skipped: Sequence[SkippedModel], input_ids: Tensor) -> Drafting | FixedLength:
         if self.gamma is not None:
-            return FixedLength(skipped, self.gamma)
+            return FixedLength(skipped[0], self.gamma)
         self.costs[1].new_request()
-        ngrams = NGrams(input_ids[0].tolist())
-        return Drafting([ngrams, skipped] if self.strategy.skipped else [ngrams], self.costs[1])
+        return Drafting([NGrams(input_ids[0].tolist()), *skipped], self.costs[1])

@@ -18,7 +18,7 @@ GAIN = 1.05
 FIRST_TRIAL = 4
 """Round in which a forward over two tokens is measured, if no draft has led to one."""
 TRIAL_SHARE = 0.01
-"""Steps that trials of a source that does not seem to pay may cost, for each round."""
+"""Tokens that trials of sources that do not seem to pay may cost, for each round, all together."""
 
 
 class DraftSource(Protocol):
@@ -82,7 +82,9 @@ class Drafting:
             rate, way = self._best(source, source.survival(most), curve)
             if rate > best_rate:
                 best_rate, best = rate, way
-        return self._trial(most, curve) or best if best is NO_DRAFT else best
+        if best.source is not None and not best.source.draft_s(curve[1]):
+            return best
+        return self._trial(most, curve, best, best_rate) or best
 
     def _best(self, source: DraftSource, survival: list[float], curve: list[float]) -> tuple[float, NextDraft]:
         """The best length of a draft whose tokens survive so, and its tokens per second."""
@@ -96,15 +98,17 @@ class Drafting:
         added_s = best * draft_s + curve[best + 1] - curve[1]
         return rate, NextDraft(source, best, rate * added_s / best)
 
-    def _trial(self, most: int, curve: list[float]) -> NextDraft | None:
-        """One drafted token to learn from, of a source that would pay if all its tokens were accepted."""
-        if self.round == FIRST_TRIAL and not self.costs.measured:
+    def _trial(self, most: int, curve: list[float], best: NextDraft, best_rate: float) -> NextDraft | None:
+        """One drafted token to learn from, of a source that would be better than `best` if all its tokens were
+        accepted. best_rate: tokens per second from which a draft is better."""
+        if best is NO_DRAFT and self.round == FIRST_TRIAL and not self.costs.measured:
             return next((NextDraft(source, 1) for source in self.sources if source.survival(1)), None)
-        for source in self.sources:
-            draft_s = source.draft_s(curve[1])
-            lost = (draft_s + curve[2] - curve[1]) / curve[1]
-            due = draft_s > 0 and (self.round - self.last_drafts[id(source)]) * TRIAL_SHARE >= lost
-            if due and self._best(source, [1.0] * most, curve)[0] * curve[1] > GAIN:
+        rate = 1.0 / curve[1] if best is NO_DRAFT else best_rate
+        tried = [(source, draft_s) for source in self.sources if (draft_s := source.draft_s(curve[1])) > 0]
+        for source, draft_s in tried:
+            lost = (draft_s + curve[2]) * rate - 1.0
+            due = (self.round - self.last_drafts[id(source)]) * TRIAL_SHARE >= lost * len(tried)
+            if source is not best.source and due and self._best(source, [1.0] * most, curve)[0] > best_rate:
                 return NextDraft(source, 1)
         return None
 

@@ -32,10 +32,9 @@ class SkippedModel:
         process: Callable[..., Any],
         choose: Greedy | Sampling,
         ends: Sequence[int],
-        live: float,
     ):
         self.forwards, self.strategy, self.process, self.choose, self.ends = forwards, strategy, process, choose, ends
-        self.live = live
+        self.live = 1.0 - len(strategy.skipped) / (2 * strategy.num_layers)
         self.rate = AcceptanceRate(ASSUMED)
         self.rates = [AcceptanceRate(bound) for bound in (*CONFIDENCE[1:], 1.0)]
         self.classes: list[int] = []

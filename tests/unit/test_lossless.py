@@ -79,19 +79,20 @@ def plans(draw):
 @given(
     family=st.sampled_from(sorted(MODELS)),
     prompt=st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=14),
-    plan=plans(),
+    drafts=st.lists(plans(), min_size=1, max_size=3),
     gamma=st.one_of(st.none(), st.integers(1, 12)),
     max_new_tokens=st.integers(1, 24),
     end_after=st.one_of(st.none(), st.integers(1, 24)),
 )
-def test_any_plan_draft_length_end_token_and_limit(family, prompt, plan, gamma, max_new_tokens, end_after):
+def test_any_plans_draft_length_end_token_and_limit(family, prompt, drafts, gamma, max_new_tokens, end_after):
     """The end token is one that the full model does produce, so that it falls anywhere in a draft."""
     model, prompt = MODELS[family], torch.tensor(prompt)
     options = {"max_new_tokens": max_new_tokens, "eos_token_id": None}
     if end_after is not None:
         answer = generated(model, prompt, **options)[0, len(prompt) :].tolist()
         options["eos_token_id"] = [answer[min(end_after, len(answer)) - 1], 2]
-    assert agree(model, prompt, lossless(model, fixed(plan), gamma=gamma), **options)
+    decoder = lossless(model, [*map(fixed, drafts)], gamma=gamma if len(drafts) == 1 else None)
+    assert agree(model, prompt, decoder, **options)
 
 
 @pytest.mark.parametrize(
@@ -348,5 +349,10 @@ def test_wrong_arguments_are_refused_in_one_line():
         lossless(model, EarlyExit(num_layers=6, budget=Budget(layers=1)))
     with pytest.raises(ValueError, match="gamma must be at least 1"):
         lossless(model, fixed(), gamma=0)
+    with pytest.raises(ValueError, match="with one strategy or plan; got 3, with 2"):
+        lossless(model, [fixed(), fixed()], gamma=3)
+    for number in (0, 5):
+        with pytest.raises(ValueError, match=f"1 to 4 strategies or plans; got {number}"):
+            lossless(model, [fixed()] * number)
     with pytest.raises(ValueError, match="another model"):
         generated(MODELS["granite"], random_prompts([5])[0], lossless(model, fixed()))

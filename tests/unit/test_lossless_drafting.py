@@ -72,7 +72,7 @@ class Forwards:
 
 def skipped_model(leads, ends=()):
     strategy = FixedPlan(num_layers=2, plan=SkipPlan(ffn={1}))
-    return SkippedModel(Forwards(leads), strategy, lambda ids, scores: scores, Greedy(), ends, live=0.75)
+    return SkippedModel(Forwards(leads), strategy, lambda ids, scores: scores, Greedy(), ends)
 
 
 def test_the_skipped_model_stops_where_it_is_not_sure():
@@ -178,6 +178,43 @@ def test_the_better_source_is_taken():
     good, bad = Oracle(0.9), Oracle(0.3)
     decode([bad, good], flat)
     assert len(good.drafts) > 20 * max(1, len(bad.drafts))
+
+
+def test_the_set_is_chosen_anew_by_what_it_earns():
+    """The first skips more and is right until it has drafted 40 times, then never; the second always is."""
+
+    class Fading(Oracle):
+        def survival(self, most):
+            self.acceptance = 0.95 if len(self.drafts) < 40 else 0.05
+            return super().survival(most)
+
+    fast, slow = Fading(0.95, seconds=0.1), Oracle(0.9, seconds=0.2)
+    decode([fast, slow], flat, 6000)
+    assert min(fast.drafts[:40]) > 1 == max(fast.drafts[40:]), "tried, one token at a time"
+    assert len(slow.drafts) > 40 > len(fast.drafts) - 40
+
+
+def test_a_set_that_has_become_better_is_found_while_another_drafts():
+    class Growing(Oracle):
+        """Nearly always right from its third draft on."""
+
+        def survival(self, most):
+            self.acceptance = 0.3 if len(self.drafts) < 2 else 0.97
+            return super().survival(most)
+
+    fast, slow = Growing(0.3, seconds=0.1), Oracle(0.9, seconds=0.2)
+    decode([fast, slow], flat, 12000)
+    assert fast.drafts[:2] == [1, 1]
+    assert min(fast.drafts[2:20]) > 1
+    assert len(slow.drafts) > 10
+
+
+def test_several_sources_that_do_not_pay_are_tried_no_more_often_than_one():
+    sources = [Oracle(0.1, seconds=seconds) for seconds in (0.3, 0.4, 0.5)]
+    spent, made = decode(sources, flat, 1000)
+    assert all(source.drafts for source in sources)
+    assert sum(source.seconds * len(source.drafts) for source in sources) <= 1000 * TRIAL_SHARE
+    assert spent < 1.02 * made
 
 
 def test_where_several_tokens_cost_less_than_one_even_useless_drafts_pay():
