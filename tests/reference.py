@@ -38,6 +38,8 @@ class ReferenceDecoder:
         for i, layer in enumerate(self.model.model.layers):
             multiplier = getattr(self.config, "residual_multiplier", 1.0)
             if i in plan.attention:
+                if plan.keeps_kv:
+                    self._attention_branch(i, layer, h)  # appends its K/V
                 h = compensated(h, plan.scale("attention", i))
             else:
                 h = h + multiplier * self._attention_branch(i, layer, h)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from adaskip.common.own_options import own_option
 from adaskip.core.look import Look
-from adaskip.core.plan import EMPTY_PLAN, Budget, Phase, SkipPlan, check_phase
+from adaskip.core.plan import EMPTY_PLAN, PHASES, Budget, Phase, SkipPlan, check_phase
 
 
 def strategy_option(help: str, default: Any) -> Any:
@@ -39,7 +39,8 @@ class Strategy(ABC):
     """Decides which sublayers of a model with `num_layers` layers are skipped under a budget.
 
     phase: "prefill" skips in the prompt and, with the same set, in the few answer tokens after it; "decode" skips only
-    in generated tokens, the full model reads the prompt; "e2e" skips in both.
+    in generated tokens, the full model reads the prompt; "e2e" skips in both. A set that keeps the K/V
+    (`SkipPlan.keeps_kv`) is skipped in phase prefill, and only in the prompt without its last token.
 
     Class attributes that a registered strategy declares:
 
@@ -47,6 +48,7 @@ class Strategy(ABC):
     `llama-EE-PREFILL`. label: its name in tables and legends. look: its style in plots.
     profile_type: the class of its field `profile` (`ImportanceProfile` or `SelectionProfile`), which is measured or
     searched before a run; None for a strategy without that field.
+    phases: those that the strategy is defined for.
     whole_layers: whether it can only skip whole layers, so that a budget is rounded to whole layers.
     in_paper: whether it is in the paper's Tables 3 and 4. in_grid: whether `adaskip grid` and `adaskip bench` run it by
     default; tables and plots then list it even without a run.
@@ -57,6 +59,7 @@ class Strategy(ABC):
     label: ClassVar[str]
     look: ClassVar[Look]
     profile_type: ClassVar[type | None] = None
+    phases: ClassVar[tuple[Phase, ...]] = PHASES
     whole_layers: ClassVar[bool] = False
     in_paper: ClassVar[bool] = False
     in_grid: ClassVar[bool] = False
@@ -66,7 +69,15 @@ class Strategy(ABC):
     phase: Phase = "e2e"
 
     def __post_init__(self) -> None:
-        check_phase(self.phase)
+        if check_phase(self.phase) not in self.phases:
+            raise ValueError(
+                f"strategy {self.name} is defined for phase {' and '.join(self.phases)}; got phase {self.phase!r}"
+            )
+        if self.skipped.keeps_kv and self.phase != "prefill":
+            raise ValueError(
+                f"a set that keeps the K/V is skipped only while a prompt is read, in phase 'prefill'; strategy "
+                f"{self.name} has one in phase {self.phase!r}"
+            )
         self.skipped.check_fits(self.num_layers)  # refuse an impossible budget now rather than in the first request
 
     @property
@@ -85,12 +96,13 @@ class Strategy(ABC):
         Return the same object while nothing changes: plans are compared by identity, and a new object makes the step
         set up every layer again.
         """
-        return self.skipped
+        return EMPTY_PLAN if self.skipped.keeps_kv else self.skipped
 
     @property
     def is_steady(self) -> bool:
         """Whether every step of an answer runs under `skipped`, which is known in advance."""
-        return type(self).decode_plan is Strategy.decode_plan and not self.window_tokens
+        constant = type(self).decode_plan is Strategy.decode_plan and not self.window_tokens
+        return constant and not self.skipped.keeps_kv
 
     @property
     def one_plan(self) -> bool:
