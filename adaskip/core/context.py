@@ -62,7 +62,7 @@ def skipping(
     model = unwrapped(model)
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     patches = patches_for(model, strategy)
-    patches.check(strategy.skipped)
+    patches.check(strategy.skipped.union(strategy.prefill_plan))
     session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id), max_step_graphs)
     with patches.install(exclusive=False):
         overrides = session.overrides()

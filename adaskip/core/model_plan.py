@@ -36,9 +36,9 @@ def make_plan(
     """
     if not strategy.is_steady:
         raise ValueError(
-            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set after the prompt or in an answer, "
-            "which a saved plan cannot express; allowed: a constant set (adaskip: learning_window=0; skipdecode: phase "
-            "prefill)"
+            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set during an answer or after the "
+            "prompt, which a saved plan cannot express; allowed: a constant set (adaskip: learning_window=0; "
+            "skipdecode: phase prefill)"
         )
     depth = len(decoder_layers(model))
     if strategy.num_layers != depth:

@@ -30,7 +30,7 @@ from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.layer_patch import StaysInPlace
 from adaskip.core.patching import NOTHING, ModelPatches
 from adaskip.core.plan import EMPTY_PLAN
-from adaskip.core.refusals import check_cache, refusals, refuse_compiled_call
+from adaskip.core.refusals import check_cache, check_grows, refusals, refuse_compiled_call
 from adaskip.core.request import Request, RequestTrace
 from adaskip.core.step import Here, Step
 from adaskip.core.strategy import Strategy
@@ -147,11 +147,8 @@ class SkippingSession(StaysInPlace):
             self._check_open()
             cache = kwargs.get(CACHE)
             uncached = cache is None and kwargs.get("use_cache") is False
-            if uncached and (self.strategy.phase != "prefill" or self.strategy.skipped.keeps_kv):
-                what = (
-                    "a set that keeps the K/V" if self.strategy.skipped.keeps_kv else f"phase {self.strategy.phase!r}"
-                )
-                raise ValueError(f"{what} needs the KV cache; call generate with use_cache=True")
+            if uncached and self.strategy.phase != "prefill":
+                raise ValueError(f"phase {self.strategy.phase!r} needs the KV cache; call generate with use_cache=True")
             first = kwargs.get("is_first_iteration", False)
             whole = kwargs.get("next_sequence_length") is None and (self._here.prefilling or input_ids.shape[1] > 1)
             began_here = first or self.calls.here or (cache is None and not uncached)
@@ -203,9 +200,7 @@ class SkippingSession(StaysInPlace):
 
     def _direct(self, prepared: Step | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a forward whose plan depends on the arguments that reach the decoder."""
-        kwargs = with_cache_name(kwargs)
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        options = {**bound, **bound.get("kwargs", {})}
+        options = self._named(args, kwargs)
         ids, embeds = options.get("input_ids"), options.get("inputs_embeds")
         tokens = embeds if ids is None else ids
         if tokens is None:
@@ -222,17 +217,20 @@ class SkippingSession(StaysInPlace):
         else:
             step = self._begin(self._kind_of_direct_call(cache, tokens.shape[1]), cache)
         if cache is not given:
-            positional = list(self._signature.parameters)[: len(args)]
-            args, kwargs = (), {**dict(zip(positional, args, strict=True)), **kwargs, CACHE: cache}
+            args, kwargs = (), {**options, CACHE: cache}
         return self._run(step, ids, self._forward_of(step, args, kwargs))
 
     def _forward_of(self, step: Step, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any]:
         """The decoder's forward of a step; under a plan that keeps the K/V, the last token runs in the full model."""
         if not step.plan.keeps_kv:
             return functools.partial(self._stock_forward, *args, **kwargs)
-        bound = self._signature.bind_partial(*args, **with_cache_name(kwargs)).arguments
-        split = Split.of({**bound.pop("kwargs", {}), **bound}, self.decoder.config)
+        split = Split.of(self._named(args, kwargs), self.decoder.config)
         return functools.partial(split.run, self._stock_forward, lambda: self.patches.apply(EMPTY_PLAN))
+
+    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the decoder by name."""
+        bound = self._signature.bind_partial(*args, **with_cache_name(kwargs)).arguments
+        return {**bound.pop("kwargs", {}), **bound}
 
     def _uses_cache(self, options: dict[str, Any]) -> bool:
         asked = options.get("use_cache")
@@ -331,11 +329,8 @@ class SkippingSession(StaysInPlace):
 
     def _step(self, kind: StepKind, request: Request, cache: Cache | None) -> Step:
         plan = request.prefill() if kind == "prefill" else request.decode()
-        if plan.keeps_kv and cache is not None and cache.is_compileable:
-            raise ValueError(
-                "a set that keeps the K/V needs a cache that grows (DynamicCache), so that the prompt's last token can "
-                f"run by itself; got {type(cache).__name__}"
-            )
+        if plan.keeps_kv and cache is not None:
+            check_grows(cache)
         if cache is not None and request.released is not plan:
             slots = self.patches.slots_of(plan.attention_only().attention)
             if not slots <= skipped_layers(cache):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from adaskip.common.own_options import own_option
@@ -39,8 +40,9 @@ class Strategy(ABC):
     """Decides which sublayers of a model with `num_layers` layers are skipped under a budget.
 
     phase: "prefill" skips in the prompt and, with the same set, in the few answer tokens after it; "decode" skips only
-    in generated tokens, the full model reads the prompt; "e2e" skips in both. A set that keeps the K/V
-    (`SkipPlan.keeps_kv`) is skipped in phase prefill, and only in the prompt without its last token.
+    in generated tokens, the full model reads the prompt; "e2e" skips in both.
+    keep_kv: in phase prefill, skip only in the prompt, without its last token: skipped attentions write their K/V
+    (`SkipPlan.keeps_kv`), and the full model answers. A set may also keep its K/V by itself.
 
     Class attributes that a registered strategy declares:
 
@@ -67,13 +69,14 @@ class Strategy(ABC):
     num_layers: int
     budget: Budget
     phase: Phase = "e2e"
+    keep_kv: bool = False
 
     def __post_init__(self) -> None:
         if check_phase(self.phase) not in self.phases:
             raise ValueError(
                 f"strategy {self.name} is defined for phase {' and '.join(self.phases)}; got phase {self.phase!r}"
             )
-        if self.skipped.keeps_kv and self.phase != "prefill":
+        if (self.keep_kv or self.skipped.keeps_kv) and self.phase != "prefill":
             raise ValueError(
                 f"a set that keeps the K/V is skipped only while a prompt is read, in phase 'prefill'; strategy "
                 f"{self.name} has one in phase {self.phase!r}"
@@ -85,10 +88,17 @@ class Strategy(ABC):
     def skipped(self) -> SkipPlan:
         """The full set of skipped sublayers, as many as the budget says."""
 
-    @property
+    @cached_property
     def prefill_plan(self) -> SkipPlan:
         """The plan for the tokens of a prompt; always the same object."""
-        return EMPTY_PLAN if self.phase == "decode" else self.skipped
+        if self.phase == "decode":
+            return EMPTY_PLAN
+        return replace(self.skipped, keeps_kv=True) if self.keep_kv else self.skipped
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the full model answers, over the K/V that skipped attentions have written."""
+        return self.prefill_plan.keeps_kv
 
     def decode_plan(self, step: int) -> SkipPlan:
         """The plan for decode step `step` (the first generated token is the input of step 1).
@@ -96,13 +106,13 @@ class Strategy(ABC):
         Return the same object while nothing changes: plans are compared by identity, and a new object makes the step
         set up every layer again.
         """
-        return EMPTY_PLAN if self.skipped.keeps_kv else self.skipped
+        return EMPTY_PLAN if self.is_prompt_only else self.skipped
 
     @property
     def is_steady(self) -> bool:
         """Whether every step of an answer runs under `skipped`, which is known in advance."""
         constant = type(self).decode_plan is Strategy.decode_plan and not self.window_tokens
-        return constant and not self.skipped.keeps_kv
+        return constant and not self.is_prompt_only
 
     @property
     def one_plan(self) -> bool:

@@ -83,7 +83,7 @@ def lossless(
     Raises UnsupportedModelError and ValueError like `skipping`.
     """
     strategy = strategy_of(strategy, unwrapped(model), allow_other_weights=True)
-    if strategy.skipped.keeps_kv:
+    if strategy.is_prompt_only:
         raise ValueError(
             f"lossless drafts with the skipped model, but {strategy.name} skips nothing in an answer, as its set keeps "
             "the K/V; allowed: the same set without keeps_kv"

@@ -1,28 +1,22 @@
-"""Prompts read under plans that keep the K/V, and strategy pop, against a decoder that does it token by token."""
+"""Prompts read under plans that keep the K/V, as by strategy pop, against a decoder that does it token by token."""
 
 from __future__ import annotations
 
-import copy
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
 
-from adaskip import POP, Budget, SkipPlan, lossless, make_plan, skipping
+from adaskip import POP, Budget, SkipPlan, skipping
 from adaskip.calibration.divergence import OutputDivergence
-from adaskip.core.context import patches_for
 from adaskip.core.plan import Sublayer
 from adaskip.core.reference_loss import reference_loss
-from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import left_padded
-from adaskip.engines.fold import fold
 from adaskip.roofline import Ceilings, ModelShape, Work, attention_work, ffn_work, kv_bytes_per_token, predict
 from adaskip.strategies import FixedPlan
-from adaskip.studies.ablation.peers import PeersConfig, _compared
 from tests.families import FAMILIES, random_model, random_prompts
-from tests.reference import ReferenceDecoder
+from tests.reference import ReferenceDecoder, read_by_hand
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 5
@@ -38,13 +32,6 @@ MIDDLE = FixedPlan(
     ),
 )
 STRATEGIES = {"pop": POP_HALF, "attentions of the middle": MIDDLE}
-
-
-def read_by_hand(model, prompt, plan) -> tuple[ReferenceDecoder, torch.Tensor]:
-    """All tokens but the last under the plan, with every layer's K/V, the last in the full model. Logits [T, V]."""
-    decoder = ReferenceDecoder(model)
-    logits = [decoder.step(token, plan) for token in prompt[:-1].tolist()]
-    return decoder, torch.stack([*logits, decoder.step(int(prompt[-1]))])
 
 
 def assert_kv(cache, decoder) -> None:
@@ -196,83 +183,6 @@ def test_the_cache_can_be_used_outside_of_the_context():
     assert (logits[0, -1] - decoder.step(7)).abs().max() < TOLERANCE
 
 
-IDS = PROMPTS[0][None]
-CAUSAL = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"use_cache": False}, "no KV cache; allowed: use_cache=True"),
-        ({"attention_mask": CAUSAL}, "an attention mask that is 4-D; allowed: a 2-D mask"),
-        ({"attention_mask": {"full_attention": CAUSAL}}, "an attention mask that is dict; allowed: a 2-D mask"),
-        ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, "rows that end in padding; allowed: padding on the left"),
-        ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}, "gaps in the positions but no attention mask"),
-        ({"output_hidden_states": True}, "output_hidden_states; allowed: the last hidden states alone"),
-        ({"output_attentions": True}, "output_attentions; allowed"),
-        ({"token_type_ids": torch.zeros(1, 9)}, r"the argument token_type_ids \(Tensor\); allowed: input_ids"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_cannot_be_split_is_refused_before_anything_runs(arguments, message):
-    model, cache = model_of("llama"), DynamicCache()
-    with skipping(model, POP_HALF), pytest.raises(ValueError, match=message):
-        model(IDS, **{"past_key_values": cache if "use_cache" not in arguments else None, **arguments})
-    assert cache.get_seq_length() == 0
-
-
-def test_caches_and_placements_that_cannot_keep_the_kv_are_refused():
-    model = random_model("llama")
-    with skipping(model, POP_HALF):
-        with pytest.raises(ValueError, match=r"needs a cache that grows \(DynamicCache\).*got StaticCache"):
-            model(IDS, past_key_values=StaticCache(config=model.config, max_cache_len=20))
-        with pytest.raises(ValueError, match="needs a cache that grows"):
-            model.generate(IDS, max_new_tokens=2, cache_implementation="static")
-        with pytest.raises(ValueError, match="a set that keeps the K/V needs the KV cache; call generate with use_cac"):
-            model.generate(IDS, max_new_tokens=2, use_cache=False)
-        with pytest.raises(ValueError, match="assisted decoding reads prompt and drafted tokens in one forward"):
-            model.generate(IDS, max_new_tokens=2, prompt_lookup_num_tokens=2)
-    with skipping(model, FixedPlan(num_layers=4, plan=replace(POP_HALF.skipped, keeps_kv=False))):
-        lacking = model(IDS, use_cache=True).past_key_values
-    with skipping(model, POP_HALF), pytest.raises(ValueError, match="one of them now needs its K/V"):
-        model(IDS, past_key_values=lacking)
-
-
-@pytest.mark.parametrize("offload", [True, False])
-def test_an_attention_that_accelerate_offloads_is_refused_and_one_that_it_places_is_not(offload):
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    model = random_model("llama")
-    expected = read_by_hand(model_of("llama"), PROMPTS[0], POP_HALF.skipped)[1]
-    hook = AlignDevicesHook(execution_device="cpu")
-    add_hook_to_module(model.model.layers[2].self_attn, hook)
-    hook.offload = offload
-    if offload:
-        with pytest.raises(
-            ValueError, match="layer 2 cannot keep the K/V of its skipped attention: accelerate's Align"
-        ):
-            patches_for(model, POP_HALF).check(POP_HALF.skipped)
-    else:
-        with skipping(model, POP_HALF), torch.no_grad():
-            assert (model(IDS).logits[0] - expected).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize("phase", ["decode", "e2e"])
-def test_pop_and_sets_that_keep_the_kv_are_for_phase_prefill(phase):
-    with pytest.raises(ValueError, match=f"strategy pop is defined for phase prefill; got phase '{phase}'"):
-        POP(num_layers=4, budget=Budget(layers=1), phase=phase)
-    with pytest.raises(
-        ValueError, match=f"only while a prompt is read, in phase 'prefill'.*fixed has one in .*{phase}"
-    ):
-        FixedPlan(num_layers=4, plan=POP_HALF.skipped, phase=phase)
-
-
-def test_pop_skips_the_last_layers_and_whole_ones_alone():
-    assert POP_HALF.skipped == SkipPlan.of_layers([2, 3], keeps_kv=True) != SkipPlan.of_layers([2, 3])
-    with pytest.raises(ValueError, match="even number of sublayers; got 3"):
-        POP(num_layers=4, budget=Budget(sublayers=3), phase="prefill")
-
-
 def test_the_predicted_time_has_the_projections_to_kv_and_one_step_of_the_full_model():
     shape, ceilings = ModelShape.of(model_of("llama").config), Ceilings("made up", 1e12, 1e11)
     running = {"ceilings": ceilings, "bytes_per_value": 4, "batch_size": 2}
@@ -311,52 +221,3 @@ def test_the_divergence_is_that_of_the_prompt_under_the_plan_and_of_the_answer_o
     other = OutputDivergence(model, [prompt], "e2e", eos_token_ids=[2], pad_token_id=0, answers=[answer])
     with pytest.raises(ValueError, match="a plan that keeps the K/V is measured in phase 'prefill', not in 'e2e'"):
         other(MIDDLE.skipped)
-
-
-def test_a_study_of_peers_compares_pop_in_phase_prefill_alone():
-    config = PeersConfig(testbed=True, strategies=("pop", "calibrated"))
-    compared = {phase: [*_compared(config, "llama", phase, []).strategies] for phase in ("prefill", "e2e")}
-    assert compared == {"prefill": ["pop", "calibrated"], "e2e": ["calibrated"]}
-
-
-def test_what_runs_one_plan_or_drafts_refuses_a_set_that_keeps_the_kv():
-    model = model_of("llama")
-    for refuse in (fold, functools.partial(make_plan, model)):
-        with pytest.raises(ValueError, match="strategy pop in phase 'prefill' changes its "):
-            refuse(POP_HALF)
-    with pytest.raises(ValueError, match="lossless drafts with the skipped model, but pop skips nothing in an answer"):
-        lossless(model, POP_HALF)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _KeepsInAnswers(Strategy):
-    name = "keeps_in_answers"
-
-    @functools.cached_property
-    def skipped(self) -> SkipPlan:
-        return SkipPlan.of_layers([1], keeps_kv=True)
-
-    def decode_plan(self, step: int) -> SkipPlan:
-        return self.skipped
-
-
-@torch.no_grad()
-def test_an_answer_that_keeps_the_kv_of_skipped_attentions_is_refused():
-    model = model_of("llama")
-    with skipping(model, _KeepsInAnswers(num_layers=4, budget=Budget(layers=1), phase="prefill")):
-        cache = model(IDS, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="only the plan of a prompt can keep K/V"):
-            model(IDS[:, :1], past_key_values=cache)
-
-
-def test_a_plan_that_keeps_the_kv_is_saved_with_that_and_runs_in_phase_prefill(tmp_path):
-    plan = POP_HALF.skipped
-    assert SkipPlan.load(plan.save(tmp_path / "plan.json")) == plan == copy.deepcopy(plan)
-    assert plan.union(SkipPlan(ffn={0})).keeps_kv
-    assert plan.attention_only() == SkipPlan() == SkipPlan(keeps_kv=True)
-    with pytest.raises(ValueError, match="keeps_kv of a plan must be True or False; got 1"):
-        SkipPlan.from_dict({**plan.to_dict(scales=True), "keeps_kv": 1})
-    model = model_of("llama")
-    with skipping(model, plan), torch.no_grad():
-        logits = model(IDS).logits[0]
-    assert (logits - read_by_hand(model, PROMPTS[0], plan)[1]).abs().max() < TOLERANCE
