@@ -6,6 +6,7 @@ Also tables of fidelity and of the loss of the reference answer, with the floors
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -63,9 +64,10 @@ def title(phase: str) -> str:
     return labels.PHASES[phase].capitalize()
 
 
+@lru_cache(maxsize=len(labels.PHASES))
 def table_of(results: Results, phase: str) -> pd.DataFrame:
     """The cells of one phase with `mark` for unfinished runs, and `score_best`, `paper_score_best`, `fidelity_best` and
-    `loss_best` for the best of the four strategies, if all four runs are finished."""
+    `loss_best` for the best of the four strategies, if all four runs are finished. Several documents use the frame."""
     cells = results.cells[results.cells["phase"] == phase].copy()
     cells["mark"] = (cells["score"].notna() & ~cells["final"]).map({True: PARTIAL, False: ""})
     cells["in_paper"] = cells["model"].isin(results.paper.models)
@@ -80,10 +82,12 @@ def table_of(results: Results, phase: str) -> pd.DataFrame:
     return cells
 
 
-def lines_of(cells: pd.DataFrame) -> Iterator[tuple[tuple[float, str], list[Any]]]:
-    """Yield fraction and strategy of each row of a model's table, and its cells."""
-    for key, group in cells.groupby(["fraction", "strategy"], sort=False):
-        yield key, [*group.itertuples()]
+def lines_of(cells: pd.DataFrame) -> Iterable[tuple[tuple[float, str], list[Any]]]:
+    """Fraction and strategy of each row of a model's table, and its cells."""
+    lines: dict[tuple[float, str], list[Any]] = {}
+    for cell in cells.itertuples():  # once: itertuples of a small group costs as much as that of the whole frame
+        lines.setdefault((cell.fraction, cell.strategy), []).append(cell)
+    return lines.items()
 
 
 def _lines(
