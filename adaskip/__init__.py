@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adaskip.profiles.selection import SelectionProfile
     from adaskip.speculative import lossless
     from adaskip.strategies import (
+        POP,
         AdaSkip,
         BlockInfluence,
         BlockPruner,
@@ -57,6 +58,7 @@ _HOMES = {
     "lossless": "adaskip.speculative",
     **dict.fromkeys(
         (
+            "POP",
             "AdaSkip",
             "BlockInfluence",
             "BlockPruner",
@@ -76,6 +78,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "POP",
     "AdaSkip",
     "Benchmark",
     "BlockInfluence",

@@ -38,6 +38,8 @@ class ReferenceDecoder:
         for i, layer in enumerate(self.model.model.layers):
             multiplier = getattr(self.config, "residual_multiplier", 1.0)
             if i in plan.attention:
+                if plan.keeps_kv:
+                    self._attention_branch(i, layer, h)  # appends its K/V
                 h = compensated(h, plan.scale("attention", i))
             else:
                 h = h + multiplier * self._attention_branch(i, layer, h)
@@ -126,3 +128,10 @@ class ReferenceDecoder:
         if sliding is None or (types is not None and types[i] != "sliding_attention"):
             return 10**9
         return sliding
+
+
+def read_by_hand(model, prompt: Tensor, plan: SkipPlan) -> tuple[ReferenceDecoder, Tensor]:
+    """All tokens but the last under the plan, with every layer's K/V, the last in the full model. Logits [T, V]."""
+    decoder = ReferenceDecoder(model)
+    logits = [decoder.step(token, plan) for token in prompt[:-1].tolist()]
+    return decoder, torch.stack([*logits, decoder.step(int(prompt[-1]))])

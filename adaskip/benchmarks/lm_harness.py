@@ -53,10 +53,10 @@ class AdaSkipLM(HFLM):
         strategy: name of a strategy, or package.module:Class. budget: sublayers to skip. phase: default e2e.
         profile: file, repository or published name of the profile that the strategy needs.
         allow_other_weights: only warn if plan or profile were made for other weights of a model of this shape.
-        options: options of the strategy, such as learning_window, and all arguments of `hf`.
+        options: keep_kv, options of the strategy, such as learning_window, and all arguments of `hf`.
 
     Log-likelihoods are scores of a text that is read at once: it counts as prompt, so that in phase decode nothing is
-    skipped, and a warning says so.
+    skipped, and a warning says so. Strategy pop is refused there, as its answers run through the full model.
 
     Raises:
         ValueError: arguments that do not fit together, before anything is loaded; then what `skipping` refuses.
@@ -73,7 +73,7 @@ class AdaSkipLM(HFLM):
         allow_other_weights: bool = False,
         **options: Any,
     ):
-        names = {name for known in STRATEGIES.values() for name in declared_options(known)}
+        names = {name for known in STRATEGIES.values() for name in declared_options(known)} | {"keep_kv"}
         own = {name: options.pop(name) for name in sorted(names & options.keys())}
         settings = {"strategy": strategy, "budget": budget, "phase": phase, "profile": profile, **own}
         given = {name: value for name, value in settings.items() if value is not None}
@@ -88,11 +88,13 @@ class AdaSkipLM(HFLM):
 
     def loglikelihood(self, *args: Any, **options: Any) -> list[tuple[float, bool]]:
         """As of `hf`, under the strategy."""
+        self._check_scored()
         with skipping(self.model, self.strategy):
             return super().loglikelihood(*args, **options)
 
     def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
         """As of `hf`, under the strategy."""
+        self._check_scored()
         with skipping(self.model, self.strategy):
             return super().loglikelihood_rolling(*args, **options)
 
@@ -100,6 +102,14 @@ class AdaSkipLM(HFLM):
         """As of `hf`, under the strategy."""
         with skipping(self.model, self.strategy):
             return super().generate_until(*args, **options)
+
+    def _check_scored(self) -> None:
+        """Refuse scores of a text that is read at once under a set that keeps the K/V, as strategy pop has it."""
+        if self.strategy.is_prompt_only:
+            raise ValueError(
+                f"log-likelihoods score every token of a text that is read at once, of which strategy "
+                f"{self.strategy.name} runs only the last in the full model; allowed: tasks that generate"
+            )
 
 
 def _read_plan(name: str, given: dict[str, Any]) -> SkipPlan:

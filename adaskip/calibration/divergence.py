@@ -3,7 +3,8 @@
 Each prompt is followed by the full model's own greedy answer, which `generate.generate` makes independently of the
 model's generation config. The phase decides what runs under the plan and where distributions are compared. In prefill,
 prompt and answer run under the plan, and both are compared. In decode, only the answer does, over K/V of the prompt
-that the full model computed once. In e2e, both run under the plan, and the answer is compared.
+that the full model computed once. In e2e, both run under the plan, and the answer is compared. A plan that keeps the
+K/V, for prefill alone, runs over the prompt without its last token; the answer is the full model's over those K/V.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.generate import generate
 from adaskip.core.hf import CACHE
 from adaskip.core.patching import patches_of
-from adaskip.core.plan import Phase, SkipPlan
+from adaskip.core.plan import EMPTY_PLAN, Phase, SkipPlan
 from adaskip.core.wrappers import unwrapped
 
 OBJECTIVE_VERSION = 2
@@ -43,12 +44,14 @@ the CPU. For 20 prompts of 7000 tokens and a model of Vicuna-7B's shape they tak
 class Passage:
     """A calibration prompt with its answer, the compared positions, and the full model's distributions there.
 
-    ids: [1, T], the tokens that run under the plan. dense: K/V of the tokens before them, from the full model.
+    ids: [1, T], the tokens that run under the plan. read: the number of those that are prompt, without its last one.
+    dense: K/V of the tokens before them, from the full model.
     positions: [N], compared positions in ids. weights: [N], their weights, with sum 1; in prefill the prompt and the
     answer get half each. reference: [N, V], log-probabilities of the full model.
     """
 
     ids: Tensor
+    read: int
     dense: DynamicCache | None
     positions: Tensor
     weights: Tensor
@@ -105,18 +108,40 @@ class OutputDivergence:
 
     @torch.no_grad()
     def __call__(self, plan: SkipPlan, which: Sequence[int] | None = None) -> list[float]:
-        """Divergence under `plan` on each prompt, or on the prompts with indices `which`."""
+        """Divergence under `plan` on each prompt, or on the prompts with indices `which`.
+
+        Raises ValueError for a plan that keeps the K/V in another phase than prefill.
+        """
+        if plan.keeps_kv and self.phase != "prefill":
+            raise ValueError(f"a plan that keeps the K/V is measured in phase 'prefill', not in {self.phase!r}")
         with self._counting(), self._patches.install():
             divergences = [self._divergence(plan, i) for i in (range(len(self)) if which is None else which)]
             return torch.stack(divergences).tolist()
 
     def _divergence(self, plan: SkipPlan, number: int) -> Tensor:
         passage = self.passages[number]
-        with self._streams[number].running(plan):
-            log_q = self._log_probs(passage.ids, passage.dense, passage.positions)
+        if plan.keeps_kv:
+            log_q = self._log_probs_over_kept(plan, passage)
+        else:
+            with self._streams[number].running(plan):
+                log_q = self._log_probs(passage.ids, _view(passage.dense), passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
         divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow counts as infinite divergence
         return divergence.clamp(min=0.0)  # rounding may make the sum slightly negative
+
+    def _log_probs_over_kept(self, plan: SkipPlan, passage: Passage) -> Tensor:
+        """float32 [N, V], of the prompt under the plan, then of the full model over the K/V that it kept."""
+        cache, read = DynamicCache(config=self.model.config), passage.read
+        early = passage.positions < read
+        parts = []
+        for part, ids, positions in (
+            (plan, passage.ids[:, :read], passage.positions[early]),
+            (EMPTY_PLAN, passage.ids[:, read:], passage.positions[~early] - read),
+        ):
+            if ids.shape[1]:
+                self._patches.apply(part)
+                parts.append(self._log_probs(ids, cache, positions))
+        return torch.cat(parts)
 
     def _passage(self, prompt: Tensor, answer: Sequence[int], *, resident: bool) -> Passage:
         ids = torch.cat([prompt, torch.tensor(answer, dtype=prompt.dtype)])[None]
@@ -125,12 +150,13 @@ class OutputDivergence:
         positions, weights = _positions(len(prompt), ids.shape[1], self.phase)
         positions = positions - start  # on the CPU: the last layer may be on another device than the first
         dense = self._dense(ids[:, :start]) if start else None
-        reference = self._log_probs(ids[:, start:], dense, positions)
+        reference = self._log_probs(ids[:, start:], _view(dense), positions)
         if dense is not None and not resident:
             layers: list[Any] = dense.layers
             for layer in layers:
                 layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
-        return Passage(ids[:, start:], dense, positions, weights.to(reference.device), reference)
+        read = max(len(prompt) - 1 - start, 0)
+        return Passage(ids[:, start:], read, dense, positions, weights.to(reference.device), reference)
 
     def _dense(self, ids: Tensor) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -138,11 +164,10 @@ class OutputDivergence:
         find_decoder(self.model)(input_ids=ids, **{CACHE: cache}, use_cache=True)
         return cache
 
-    def _log_probs(self, ids: Tensor, dense: DynamicCache | None, positions: Tensor) -> Tensor:
-        """float32 [N, V]."""
+    def _log_probs(self, ids: Tensor, cache: DynamicCache | None, positions: Tensor) -> Tensor:
+        """float32 [N, V]. cache: K/V of the tokens before `ids`, which grow."""
         self._count(ids)
         model: Any = self.model
-        cache = None if dense is None else _view(dense)
         output = model(input_ids=ids, **{CACHE: cache}, use_cache=cache is not None, logits_to_keep=positions)
         return output.logits[0].float().log_softmax(dim=-1)
 
@@ -187,11 +212,13 @@ def _positions(prompt_length: int, length: int, phase: Phase) -> tuple[Tensor, T
     return torch.cat([prompt, answer]), torch.cat(weights)
 
 
-def _view(cache: DynamicCache) -> DynamicCache:
+def _view(cache: DynamicCache | None) -> DynamicCache | None:
     """A cache with the same K/V, on the layers' original devices, that can grow without changing `cache`.
 
     This works because dynamic layers concatenate and never write in place.
     """
+    if cache is None:
+        return None
     view = copy.copy(cache)
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     for layer in layers:

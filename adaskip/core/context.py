@@ -31,8 +31,9 @@ def skipping(
 
     Works with `generate` (greedy, sampling, beams, chunked prefill, dynamic and static caches, left-padded batches) and
     with direct calls. State belongs to a request, which lives as long as its KV cache; the model is restored exactly on
-    exit. A cache filled inside the context lacks the K/V of skipped attentions and cannot be used outside. With
-    `output_attentions` only live attentions return weights: the tuple has one entry for each of them, in order.
+    exit. A cache filled inside the context lacks the K/V of skipped attentions and cannot be used outside, unless the
+    strategy keeps them. With `output_attentions` only live attentions return weights: the tuple has one entry for each
+    of them, in order.
 
     model: may be wrapped by `torch.compile`, PEFT (LoRA and similar) or DistributedDataParallel; the transformers model
     inside the wrapper is patched. Copying or pickling a model inside the context is refused.
@@ -62,7 +63,7 @@ def skipping(
     model = unwrapped(model)
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     patches = patches_for(model, strategy)
-    patches.check(strategy.skipped)
+    patches.check(strategy.skipped.union(strategy.prefill_plan))
     session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id), max_step_graphs)
     with patches.install(exclusive=False):
         overrides = session.overrides()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -66,6 +66,28 @@ class SkippedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None: ...
     def batch_repeat_interleave(self, repeats: int) -> None: ...
     def batch_select_indices(self, indices) -> None: ...
+
+
+class KVWritten(Exception):
+    """Ends the call of an attention that only writes its K/V."""
+
+
+class KVOnly:
+    """Stands for `cache` in the call of a skipped attention: `update` stores the K/V, then raises KVWritten.
+
+    So the attention's own code computes K and V, whatever its norms, projections and rotary positions, and neither
+    scores nor output. It computes its queries, too, which nothing uses.
+    """
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._cache.update(*args, **kwargs)
+        raise KVWritten
 
 
 def _emptied_twin(layer: CacheLayerMixin) -> CacheLayerMixin:

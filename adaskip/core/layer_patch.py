@@ -13,9 +13,11 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from adaskip.core import hf
 from adaskip.core.blocks import OUTPUT_SCALAR, Proved, execution_device, forward_attribute, restore_attribute
+from adaskip.core.kv_cache import KVOnly, KVWritten
 from adaskip.core.plan import Affine, Compensation, SublayerKind
 
 FORWARDS = ("forward", hf.STOCK_FORWARD)
@@ -69,7 +71,7 @@ class LayerPatch(StaysInPlace):
         self.layer, self.index, self.structure, self.turn = layer, index, proved.structure, turn
         self.width = proved.stream_width
         self.finishes = hasattr(layer, OUTPUT_SCALAR)
-        self.skip_attention = self.skip_ffn = self.measure_ffn = False
+        self.skip_attention = self.keep_kv = self.skip_ffn = self.measure_ffn = False
         self.idle = True
         self.deltas: dict[SublayerKind, Tensor | None] = {}  # scale - 1, for the kinds in `scales`
         self.shifts: dict[SublayerKind, Tensor | None] = {}
@@ -113,9 +115,10 @@ class LayerPatch(StaysInPlace):
         """Whether a call of the layer still reaches this patch, possibly through accelerate's hook."""
         return any(self.layer.__dict__.get(name) is self.bound for name in FORWARDS)
 
-    def set_work(self, *, skip_attention: bool, skip_ffn: bool, measure_ffn: bool) -> None:
-        """Set what the layer skips and measures from the next forward on."""
-        self.skip_attention, self.skip_ffn, self.measure_ffn = skip_attention, skip_ffn, measure_ffn
+    def set_work(self, *, skip_attention: bool, keep_kv: bool, skip_ffn: bool, measure_ffn: bool) -> None:
+        """Set what the layer skips and measures from the next forward on. keep_kv: a skipped attention writes K/V."""
+        self.skip_attention, self.keep_kv = skip_attention, skip_attention and keep_kv
+        self.skip_ffn, self.measure_ffn = skip_ffn, measure_ffn
         self._update_idle()
 
     def set_probe(self, probe: SublayerProbe | None) -> None:
@@ -189,6 +192,8 @@ class LayerPatch(StaysInPlace):
                 "states; skipping passes on keyword arguments only"
             )
         entry = hidden_states
+        if self.keep_kv:
+            self._write_kv(hidden_states, kwargs)
         if self.skip_attention:
             hidden_states = _compensated(hidden_states, self.deltas["attention"], self.shifts["attention"])
         else:
@@ -205,6 +210,15 @@ class LayerPatch(StaysInPlace):
         if self.probe is not None:
             self.probe.record("layer", self.index, entry, hidden_states, None)
         return hidden_states
+
+    def _write_kv(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> None:
+        """Let the skipped attention write the K/V of its input, [B, S, D], into the cache, and end its call there."""
+        given = {name: KVOnly(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        try:
+            self.structure.attention.change(self.layer, hidden_states, given)
+        except KVWritten:
+            return
+        raise ValueError(f"the attention of layer {self.index} wrote no K/V; keeping them needs the KV cache")
 
     def _run(self, kind: SublayerKind, hidden_states: Tensor, kwargs: dict[str, Any] | None) -> Tensor:
         sublayer = self.structure.attention if kind == "attention" else self.structure.ffn

@@ -36,8 +36,9 @@ def make_plan(
     """
     if not strategy.is_steady:
         raise ValueError(
-            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set during an answer, which a saved "
-            "plan cannot express; allowed: a constant set (adaskip: learning_window=0; skipdecode: phase prefill)"
+            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set during an answer or after the "
+            "prompt, which a saved plan cannot express; allowed: a constant set (adaskip: learning_window=0; "
+            "skipdecode: phase prefill)"
         )
     depth = len(decoder_layers(model))
     if strategy.num_layers != depth:
@@ -59,7 +60,9 @@ def make_plan(
 
 
 def strategy_of(given: Strategy | SkipPlan, model: nn.Module, *, allow_other_weights: bool = False) -> Strategy:
-    """A strategy unchanged; for a plan, a strategy that skips its set in the phase of its origin (e2e without one).
+    """A strategy unchanged; for a plan, a strategy that skips its set in the phase of its origin.
+
+    Without an origin it is e2e, or prefill if the plan keeps the K/V.
 
     Raises ValueError for a plan that was made for another model; with allow_other_weights, a plan for other weights of
     the same shape only causes a warning.
@@ -67,7 +70,8 @@ def strategy_of(given: Strategy | SkipPlan, model: nn.Module, *, allow_other_wei
     if isinstance(given, Strategy):
         return given
     if given.origin is None:
-        return FixedPlan(num_layers=len(decoder_layers(model)), plan=given)
+        phase = "prefill" if given.keeps_kv else "e2e"
+        return FixedPlan(num_layers=len(decoder_layers(model)), phase=phase, plan=given)
     check_plan(
         given.origin,
         identity(model, fingerprint=portable_fingerprint(model)),

@@ -76,9 +76,23 @@ class ModelPatches:
     def check(self, plan: SkipPlan) -> None:
         """Raise ValueError if this model cannot run `plan`."""
         plan.check_fits(len(self.patches))
+        if plan.keeps_kv:
+            self._check_keeps_kv(plan)
         for sublayer, scale in plan.scales.items():
             if isinstance(scale, Affine):
                 self.patches[sublayer.layer].check_width(scale)
+
+    def _check_keeps_kv(self, plan: SkipPlan) -> None:
+        """Refuse attentions with work of accelerate after their forward, which ends early where it only writes K/V."""
+        for patch in (self.patches[layer] for layer in sorted(plan.attention)):
+            attention = getattr(patch.layer, patch.structure.attention.module)
+            for hook in hf.device_hooks(attention):
+                if getattr(hook, "offload", True) or getattr(hook, "io_same_device", True):
+                    raise ValueError(
+                        f"layer {patch.index} cannot keep the K/V of its skipped attention: accelerate's "
+                        f"{type(hook).__name__} has work to do after the attention's forward; place the model "
+                        "without offloading"
+                    )
 
     def check_in_place(self, decoder: Any) -> None:
         """Raise ValueError if a layer of the current plan, or its forward, was replaced inside the context."""
@@ -124,7 +138,12 @@ class ModelPatches:
             return  # the usual decode step: nothing changes
         self._plan = self._measured = None  # after an interrupt, the next call sets all layers again
         for i, patch in enumerate(self.patches):
-            patch.set_work(skip_attention=i in plan.attention, skip_ffn=i in plan.ffn, measure_ffn=i in measured_ffns)
+            patch.set_work(
+                skip_attention=i in plan.attention,
+                keep_kv=plan.keeps_kv,
+                skip_ffn=i in plan.ffn,
+                measure_ffn=i in measured_ffns,
+            )
             if patch.skip_attention:
                 patch.set_scale("attention", plan.scale("attention", i))
             if patch.skip_ffn:

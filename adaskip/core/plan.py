@@ -76,6 +76,9 @@ class SkipPlan:
     1.0 where none is given (the whole-layer baselines have none). The empty plan is the full model. Raises ValueError
     for layers that are not whole numbers from 0 on, and scales that are not finite or not of a skipped sublayer.
 
+    keeps_kv: whether a skipped attention still writes the K/V of its input, so that it can run in later steps. Such a
+    plan skips while a prompt is read; the prompt's last token and the answer run through the full model.
+
     origin: the model and phase that the plan was made for and how it was chosen (see `make_plan`); None of a plan that
     fits any model of its depth. It does not count when plans are compared.
     """
@@ -84,6 +87,7 @@ class SkipPlan:
     ffn: frozenset[int] = frozenset()
     scales: Mapping[Sublayer, Compensation] = field(default_factory=dict)
     origin: PlanOrigin | None = field(default=None, compare=False)
+    keeps_kv: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", frozenset(map(_layer, self.attention)))
@@ -96,12 +100,15 @@ class SkipPlan:
             raise ValueError(f"layer indices start at 0, got {min(self.attention | self.ffn)}")
         if stray := [sublayer for sublayer in scales if sublayer not in self]:
             raise ValueError(f"scale given for sublayers that are not skipped: {stray}")
+        if not isinstance(self.keeps_kv, bool):
+            raise ValueError(f"keeps_kv of a plan must be True or False; got {self.keeps_kv!r}")
+        object.__setattr__(self, "keeps_kv", self.keeps_kv and len(self) > 0)  # the empty plan is the full model
 
     @classmethod
-    def of_layers(cls, layers: Iterable[int]) -> SkipPlan:
+    def of_layers(cls, layers: Iterable[int], *, keeps_kv: bool = False) -> SkipPlan:
         """Whole layers, attention and FFN alike, without scales."""
         layers = frozenset(layers)
-        return cls(attention=layers, ffn=layers)
+        return cls(attention=layers, ffn=layers, keeps_kv=keeps_kv)
 
     @classmethod
     def of_sublayers(cls, scales: Mapping[Sublayer, Compensation]) -> SkipPlan:
@@ -123,18 +130,25 @@ class SkipPlan:
         return hash((self.attention, self.ffn, frozenset(self.scales.items())))
 
     def __reduce__(self):  # a mapping proxy cannot be pickled or deep-copied by itself
-        return type(self), (self.attention, self.ffn, dict(self.scales), self.origin)
+        return type(self), (self.attention, self.ffn, dict(self.scales), self.origin, self.keeps_kv)
 
     def scale(self, kind: SublayerKind, layer: int) -> Compensation:
         """The compensation of a skipped sublayer, 1.0 if the plan gives none."""
         return self.scales.get(Sublayer(kind, layer), 1.0)
 
     def union(self, other: SkipPlan) -> SkipPlan:
-        """Everything either plan skips; where both give a scale, this plan's."""
-        return SkipPlan(self.attention | other.attention, self.ffn | other.ffn, {**other.scales, **self.scales})
+        """Everything either plan skips; where both give a scale, this plan's. Keeps K/V if either does."""
+        return SkipPlan(
+            self.attention | other.attention,
+            self.ffn | other.ffn,
+            {**other.scales, **self.scales},
+            keeps_kv=self.keeps_kv or other.keeps_kv,
+        )
 
     def attention_only(self) -> SkipPlan:
-        """The part of the plan that decides which layers hold K/V."""
+        """The part of the plan that decides which layers hold K/V: the attentions that write none."""
+        if self.keeps_kv:
+            return EMPTY_PLAN
         return SkipPlan(self.attention, scales={s: v for s, v in self.scales.items() if s.kind == "attention"})
 
     def check_fits(self, num_layers: int) -> None:
@@ -148,14 +162,14 @@ class SkipPlan:
     def to_dict(self, *, scales: bool = False) -> dict[str, Any]:
         """The two sets as sorted lists, as they stand in a run's records; with `scales` all of it, for `from_dict`.
 
-        scales: by kind and layer a number, or for an `Affine` its scale and shift.
+        scales: by kind and layer a number, or for an `Affine` its scale and shift. `keeps_kv` is left out if False.
         """
         sets: dict[str, Any] = {"attention": sorted(self.attention), "ffn": sorted(self.ffn)}
         if not scales:
             return sets
         given = sorted(self.scales.items(), key=lambda item: item[0])
         by_kind = {kind: {str(s.layer): _as_json(value) for s, value in given if s.kind == kind} for kind in KINDS}
-        return {**sets, "scales": by_kind}
+        return {**sets, "scales": by_kind, **({"keeps_kv": True} if self.keeps_kv else {})}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> SkipPlan:
@@ -163,7 +177,7 @@ class SkipPlan:
 
         Raises ValueError for anything else; a run's records leave the scales out and cannot be read back.
         """
-        if not isinstance(record, Mapping) or set(record) != {*KINDS, "scales"}:
+        if not isinstance(record, Mapping) or set(record) - {"keeps_kv"} != {*KINDS, "scales"}:
             found = list(record) if isinstance(record, Mapping) else record
             raise ValueError(
                 f"a plan has fields attention, ffn and scales, as to_dict(scales=True) makes; got {found!r}"
@@ -177,7 +191,7 @@ class SkipPlan:
             for kind in KINDS
             for layer, value in _objects(f"scales of {kind}", by_kind[kind]).items()
         }
-        return cls(record["attention"], record["ffn"], scales)
+        return cls(record["attention"], record["ffn"], scales, keeps_kv=record.get("keeps_kv", False))
 
     def save(self, path: str | Path) -> Path:
         """Write the plan with its scales and origin as JSON, whole or not at all; `load` gives back an equal plan."""

@@ -59,6 +59,15 @@ def check_cache(cache: Any) -> None:
         )
 
 
+def check_grows(cache: Cache) -> None:
+    """Raise ValueError for a cache of a fixed size, whose masks do not let a prompt's last token run by itself."""
+    if cache.is_compileable:
+        raise ValueError(
+            f"a set that keeps the K/V needs a cache that grows (DynamicCache); got {type(cache).__name__}, in which "
+            "the last token of a prompt cannot run by itself"
+        )
+
+
 @torch.compiler.disable()
 def refuse_compiled_call() -> None:
     """Raise ValueError; runs outside of any compiled graph."""

@@ -97,6 +97,11 @@ class Request:
         if self.window is not None and self.decode_steps > self.window.size:
             self._close_window()
         self.answer_plan = self._merge(self.strategy.decode_plan(self.decode_steps), self.learnt)
+        if self.answer_plan.keeps_kv:
+            raise ValueError(
+                f"strategy {self.strategy.name} keeps the K/V of attentions that it skips in an answer; only the plan "
+                "of a prompt can keep K/V"
+            )
         if self.decode_steps == 1 and self.strategy.window_tokens:
             ffns = frozenset(range(self.strategy.num_layers)) - self.answer_plan.ffn
             if ffns:  # without live FFNs there is nothing to learn

@@ -22,13 +22,15 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip.core.blocks import find_decoder
+from adaskip.core.boundary import Split
 from adaskip.core.calls import GenerateCalls, Place
 from adaskip.core.compiled import StepKind, compiled_steps
 from adaskip.core.hf import CACHE, COMPILED_STEPS, NEXT_STEP, PREFILL, with_cache_name
 from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.layer_patch import StaysInPlace
 from adaskip.core.patching import NOTHING, ModelPatches
-from adaskip.core.refusals import check_cache, refusals, refuse_compiled_call
+from adaskip.core.plan import EMPTY_PLAN
+from adaskip.core.refusals import check_cache, check_grows, refusals, refuse_compiled_call
 from adaskip.core.request import Request, RequestTrace
 from adaskip.core.step import Here, Step
 from adaskip.core.strategy import Strategy
@@ -193,14 +195,12 @@ class SkippingSession(StaysInPlace):
         if prepared is not None and prepared.cache is not None and kwargs.get(CACHE) is prepared.cache:
             ids = kwargs.get("input_ids")
             if ids is not None and ids is prepared.tokens():  # the usual step
-                return self._run(prepared, ids, functools.partial(self._stock_forward, *args, **kwargs))
+                return self._run(prepared, ids, self._forward_of(prepared, args, kwargs))
         return self._direct(prepared, args, kwargs)
 
     def _direct(self, prepared: Step | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a forward whose plan depends on the arguments that reach the decoder."""
-        kwargs = with_cache_name(kwargs)
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        options = {**bound, **bound.get("kwargs", {})}
+        options = self._named(args, kwargs)
         ids, embeds = options.get("input_ids"), options.get("inputs_embeds")
         tokens = embeds if ids is None else ids
         if tokens is None:
@@ -217,9 +217,20 @@ class SkippingSession(StaysInPlace):
         else:
             step = self._begin(self._kind_of_direct_call(cache, tokens.shape[1]), cache)
         if cache is not given:
-            positional = list(self._signature.parameters)[: len(args)]
-            args, kwargs = (), {**dict(zip(positional, args, strict=True)), **kwargs, CACHE: cache}
-        return self._run(step, ids, functools.partial(self._stock_forward, *args, **kwargs))
+            args, kwargs = (), {**options, CACHE: cache}
+        return self._run(step, ids, self._forward_of(step, args, kwargs))
+
+    def _forward_of(self, step: Step, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any]:
+        """The decoder's forward of a step; under a plan that keeps the K/V, the last token runs in the full model."""
+        if not step.plan.keeps_kv:
+            return functools.partial(self._stock_forward, *args, **kwargs)
+        split = Split.of(self._named(args, kwargs), self.decoder.config)
+        return functools.partial(split.run, self._stock_forward, lambda: self.patches.apply(EMPTY_PLAN))
+
+    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the decoder by name."""
+        bound = self._signature.bind_partial(*args, **with_cache_name(kwargs)).arguments
+        return {**bound.pop("kwargs", {}), **bound}
 
     def _uses_cache(self, options: dict[str, Any]) -> bool:
         asked = options.get("use_cache")
@@ -318,8 +329,10 @@ class SkippingSession(StaysInPlace):
 
     def _step(self, kind: StepKind, request: Request, cache: Cache | None) -> Step:
         plan = request.prefill() if kind == "prefill" else request.decode()
+        if plan.keeps_kv and cache is not None:
+            check_grows(cache)
         if cache is not None and request.released is not plan:
-            slots = self.patches.slots_of(plan.attention)
+            slots = self.patches.slots_of(plan.attention_only().attention)
             if not slots <= skipped_layers(cache):
                 self.patches.release(cache, plan)
             request.released = plan

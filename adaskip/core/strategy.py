@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from adaskip.common.own_options import own_option
 from adaskip.core.look import Look
-from adaskip.core.plan import EMPTY_PLAN, Budget, Phase, SkipPlan, check_phase
+from adaskip.core.plan import EMPTY_PLAN, PHASES, Budget, Phase, SkipPlan, check_phase
 
 
 def strategy_option(help: str, default: Any) -> Any:
@@ -40,6 +41,8 @@ class Strategy(ABC):
 
     phase: "prefill" skips in the prompt and, with the same set, in the few answer tokens after it; "decode" skips only
     in generated tokens, the full model reads the prompt; "e2e" skips in both.
+    keep_kv: in phase prefill, skip only in the prompt, without its last token: skipped attentions write their K/V
+    (`SkipPlan.keeps_kv`), and the full model answers. A set may also keep its K/V by itself.
 
     Class attributes that a registered strategy declares:
 
@@ -47,6 +50,7 @@ class Strategy(ABC):
     `llama-EE-PREFILL`. label: its name in tables and legends. look: its style in plots.
     profile_type: the class of its field `profile` (`ImportanceProfile` or `SelectionProfile`), which is measured or
     searched before a run; None for a strategy without that field.
+    phases: those that the strategy is defined for.
     whole_layers: whether it can only skip whole layers, so that a budget is rounded to whole layers.
     in_paper: whether it is in the paper's Tables 3 and 4. in_grid: whether `adaskip grid` and `adaskip bench` run it by
     default; tables and plots then list it even without a run.
@@ -57,6 +61,7 @@ class Strategy(ABC):
     label: ClassVar[str]
     look: ClassVar[Look]
     profile_type: ClassVar[type | None] = None
+    phases: ClassVar[tuple[Phase, ...]] = PHASES
     whole_layers: ClassVar[bool] = False
     in_paper: ClassVar[bool] = False
     in_grid: ClassVar[bool] = False
@@ -64,9 +69,18 @@ class Strategy(ABC):
     num_layers: int
     budget: Budget
     phase: Phase = "e2e"
+    keep_kv: bool = False
 
     def __post_init__(self) -> None:
-        check_phase(self.phase)
+        if check_phase(self.phase) not in self.phases:
+            raise ValueError(
+                f"strategy {self.name} is defined for phase {' and '.join(self.phases)}; got phase {self.phase!r}"
+            )
+        if (self.keep_kv or self.skipped.keeps_kv) and self.phase != "prefill":
+            raise ValueError(
+                f"a set that keeps the K/V is skipped only while a prompt is read, in phase 'prefill'; strategy "
+                f"{self.name} has one in phase {self.phase!r}"
+            )
         self.skipped.check_fits(self.num_layers)  # refuse an impossible budget now rather than in the first request
 
     @property
@@ -74,10 +88,17 @@ class Strategy(ABC):
     def skipped(self) -> SkipPlan:
         """The full set of skipped sublayers, as many as the budget says."""
 
-    @property
+    @cached_property
     def prefill_plan(self) -> SkipPlan:
         """The plan for the tokens of a prompt; always the same object."""
-        return EMPTY_PLAN if self.phase == "decode" else self.skipped
+        if self.phase == "decode":
+            return EMPTY_PLAN
+        return replace(self.skipped, keeps_kv=True) if self.keep_kv else self.skipped
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the full model answers, over the K/V that skipped attentions have written."""
+        return self.prefill_plan.keeps_kv
 
     def decode_plan(self, step: int) -> SkipPlan:
         """The plan for decode step `step` (the first generated token is the input of step 1).
@@ -85,12 +106,13 @@ class Strategy(ABC):
         Return the same object while nothing changes: plans are compared by identity, and a new object makes the step
         set up every layer again.
         """
-        return self.skipped
+        return EMPTY_PLAN if self.is_prompt_only else self.skipped
 
     @property
     def is_steady(self) -> bool:
         """Whether every step of an answer runs under `skipped`, which is known in advance."""
-        return type(self).decode_plan is Strategy.decode_plan and not self.window_tokens
+        constant = type(self).decode_plan is Strategy.decode_plan and not self.window_tokens
+        return constant and not self.is_prompt_only
 
     @property
     def one_plan(self) -> bool:

@@ -70,18 +70,31 @@ def attention_work(
     return _matrices_work(sublayer, tokens * batch_size, bytes_per_value) + products
 
 
+def kv_work(shape: ModelShape, *, tokens: int, batch_size: int = 1, bytes_per_value: int = 2, layer: int = 0) -> Work:
+    """A skipped attention that keeps its K/V: the projections to queries, which nothing uses, keys and values."""
+    _check(tokens, tokens, batch_size)
+    attention, width = shape.attention[layer], shape.hidden_size
+    outputs = (heads * attention.head_dim for heads in (attention.num_heads, *2 * (attention.num_kv_heads,)))
+    projections = SublayerShape(matrices=tuple((size, width) for size in outputs))
+    return _matrices_work(projections, tokens * batch_size, bytes_per_value)
+
+
 def ffn_work(shape: ModelShape, *, tokens: int, batch_size: int = 1, bytes_per_value: int = 2, layer: int = 0) -> Work:
     """One FFN sublayer: `tokens` new tokens per row."""
     _check(tokens, tokens, batch_size)
     return _matrices_work(shape.ffn[layer], tokens * batch_size, bytes_per_value)
 
 
-def head_work(shape: ModelShape, *, tokens: int, batch_size: int = 1, bytes_per_value: int = 2) -> Work:
+def head_work(
+    shape: ModelShape, *, tokens: int, batch_size: int = 1, bytes_per_value: int = 2, logits: bool = True
+) -> Work:
     """Around the layers: the embeddings of `tokens` new tokens per row, and the logits of each row's last one."""
     _check(tokens, tokens, batch_size)
-    embeddings = 2 * shape.hidden_size * tokens * batch_size
+    embeddings = Work(0, 2 * shape.hidden_size * tokens * batch_size * bytes_per_value)
+    if not logits:
+        return embeddings
     head = SublayerShape(matrices=((shape.vocab_size, shape.hidden_size),), vectors=shape.final_vectors)
-    return Work(0, embeddings * bytes_per_value) + _matrices_work(head, batch_size, bytes_per_value)
+    return embeddings + _matrices_work(head, batch_size, bytes_per_value)
 
 
 class Running(TypedDict, total=False):

@@ -199,6 +199,11 @@ class StrategyConfig(DataConfig):
         "model; depth and width must be equal",
         False,
     )
+    keep_kv: bool = option(
+        "phase prefill: skip only while the prompt is read, keeping the K/V of skipped attentions, and answer with the "
+        "full model",
+        False,
+    )
     strategy_option: tuple[str, ...] | None = option(
         lambda: f"NAME=VALUE, options of the strategy: {options_help(STRATEGIES)}"
     )
@@ -215,6 +220,11 @@ class StrategyConfig(DataConfig):
         check_choice("strategy", self.strategy, SHORT_NAMES)
         if self.allow_other_weights and self.profile is None:
             raise ValueError("--allow-other-weights needs --profile, the profile that it applies to")
+        if self.keep_kv and (self.strategy == "full" or self.phase != "prefill" or self.target_speedup is not None):
+            raise ValueError(
+                "--keep-kv is for strategies in phase prefill without --target-speedup; given: strategy "
+                f"{self.strategy!r} in phase {self.phase!r}"
+            )
         self._check_target()
         self._check_budget()
 
@@ -265,7 +275,11 @@ class StrategyConfig(DataConfig):
     @property
     def strategy_options(self) -> dict[str, bool | int | float | str | None]:
         """The options of the strategy that were given, by field name."""
-        spelled = {"learning_window": self.learning_window, "beta_quantile": self.beta_quantile}
+        spelled = {
+            "keep_kv": self.keep_kv or None,
+            "learning_window": self.learning_window,
+            "beta_quantile": self.beta_quantile,
+        }
         given = {name: value for name, value in spelled.items() if value is not None}
         cls = STRATEGIES.get(self.strategy)
         options = parse_options(self.strategy, cls, self.strategy_option or (), "--strategy-option")

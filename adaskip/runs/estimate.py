@@ -180,6 +180,8 @@ def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) ->
     if job.calibration is not None:
         plan = SkipPlan(frozenset(range(sublayers // 2)), frozenset(range(sublayers - sublayers // 2)))
         plan.check_fits(num_layers)
+        if job.strategy_options.get("keep_kv"):
+            return replace(plan, keeps_kv=True), EMPTY_PLAN
         return EMPTY_PLAN if job.phase == "decode" else plan, plan
     strategy = build(
         job.strategy,
@@ -187,6 +189,7 @@ def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) ->
         budget=Budget(sublayers=sublayers),
         num_layers=num_layers,
         max_decode_steps=new_tokens,
+        keep_kv=bool(job.strategy_options.get("keep_kv")),
     )
     assert strategy is not None, "only the full model has no strategy"
     return strategy.prefill_plan, strategy.decode_plan

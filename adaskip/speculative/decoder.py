@@ -90,6 +90,11 @@ def lossless(
     if not 1 <= len(given) <= MOST_SETS:
         raise ValueError(f"lossless drafts with 1 to {MOST_SETS} strategies or plans; got {len(given)}")
     strategies = [strategy_of(each, unwrapped(model), allow_other_weights=True) for each in given]
+    if idle := [each.name for each in strategies if each.is_prompt_only]:
+        raise ValueError(
+            f"lossless drafts with the skipped model, but {idle[0]} skips nothing in an answer, as its set keeps the "
+            "K/V; allowed: the same set without keeps_kv"
+        )
     if gamma is not None and (gamma < 1 or len(strategies) > 1):
         raise ValueError(f"gamma must be at least 1, with one strategy or plan; got {gamma}, with {len(strategies)}")
     return LosslessDecoder(model, strategies, gamma=gamma, streamer=streamer, stateless=check_stateless(stateless))

@@ -18,6 +18,7 @@ from adaskip.strategies.cosine_window import CosineWindow
 from adaskip.strategies.early_exit import EarlyExit
 from adaskip.strategies.evopress import EvoPress
 from adaskip.strategies.names import GRID_STRATEGIES, LABELS, LOOKS, NAMES, PAPER_STRATEGIES, SHORT_NAMES, STRATEGIES
+from adaskip.strategies.pop import POP
 from adaskip.strategies.registry import (
     FULL,
     needs_profile,
@@ -32,7 +33,7 @@ from adaskip.strategies.skipdecode import SkipDecode
 from adaskip.strategies.unified import UnifiedSkipping
 from adaskip.strategies.whole_layer_similarity import BlockInfluence, LeastSkip, MostSkip
 
-PEERS = (BlockInfluence, CosineWindow, BlockPruner, EvoPress)
+PEERS = (BlockInfluence, CosineWindow, BlockPruner, EvoPress, POP)
 """Strategies of other papers, besides the baselines of AdaSkip's."""
 for _strategy in (EarlyExit, SkipDecode, UnifiedSkipping, AdaSkip, CalibratedSkip, *PEERS, MostSkip, LeastSkip):
     register_strategy(_strategy)  # in the order of tables and help texts
@@ -84,6 +85,7 @@ __all__ = [
     "NAMES",
     "PAPER_STRATEGIES",
     "PEERS",
+    "POP",
     "SHORT_NAMES",
     "STRATEGIES",
     "AdaSkip",

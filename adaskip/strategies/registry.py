@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from adaskip.common.plugins import Registry, check_declared, check_pattern
 from adaskip.core.look import Look
+from adaskip.core.plan import PHASES
 from adaskip.core.strategy import Strategy
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
@@ -24,6 +25,8 @@ def _check(cls: type[Strategy]) -> None:
     for attribute in ("whole_layers", "in_paper", "in_grid"):
         if not isinstance(value := getattr(cls, attribute), bool):
             raise ValueError(f"{cls.__name__} must declare {attribute} as True or False; got {value!r}")
+    if not isinstance(cls.phases, tuple) or not cls.phases or set(cls.phases) - set(PHASES):
+        raise ValueError(f"{cls.__name__} must declare phases as a tuple of {', '.join(PHASES)}; got {cls.phases!r}")
     kind, has_field = cls.profile_type, "profile" in {f.name for f in fields(cls)}
     if kind is not None and not (isinstance(kind, type) and issubclass(kind, PROFILE_TYPES)):
         allowed = ", ".join(each.__name__ for each in PROFILE_TYPES)

@@ -58,10 +58,10 @@ class SkipDecode(Strategy):
         """ceil(t / T_max * (n - 1)) + 1 layers at step t; in the prefill phase always n layers, as in the prompt."""
         n = self._num_whole_layers
         if self.phase == "prefill" or n == 0:
-            return self.skipped
+            return super().decode_plan(step)
         return self._schedule[min(n, -(-step * (n - 1) // self.max_decode_steps) + 1)]
 
     @property
     def is_steady(self) -> bool:
         """True in the prefill phase, and if the schedule has a single entry."""
-        return self.phase == "prefill" or self._num_whole_layers <= 1
+        return (self.phase == "prefill" or self._num_whole_layers <= 1) and not self.is_prompt_only

@@ -145,6 +145,14 @@ def test_log_likelihoods_in_phase_decode_are_the_full_models_and_warn(folder, ex
     assert "phase decode skips nothing while a prompt is read" in caplog.text
 
 
+def test_log_likelihoods_of_a_strategy_that_skips_only_in_prompts_are_refused(folder):
+    given = {"strategy": "pop", "budget": 2, "phase": "prefill"}
+    lm = AdaSkipLM(pretrained=str(folder / "model"), dtype="float32", device="cpu", **given)
+    for score in (lm.loglikelihood, lm.loglikelihood_rolling):
+        with pytest.raises(ValueError, match="of which strategy pop runs only the last in the full model"):
+            score([])
+
+
 def test_a_model_that_was_passed_is_the_stock_model_between_requests(folder, model):
     lm = AdaSkipLM(
         pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder / "model"), plan=str(folder / "plan")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip.core.plan import EMPTY_PLAN, PHASES, Budget, SkipPlan, Sublayer
+from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
 from adaskip.strategies import (
     NAMES,
     STRATEGIES,
@@ -27,21 +27,22 @@ RISING = [0.50 + 0.02 * i for i in range(M)]
 PROFILE = profile_of(attention=[x + 0.15 for x in RISING], ffn=RISING, layer=RISING)
 
 
-def make(name, phase="e2e", budget=None, num_layers=M, **options):
+def make(name, phase=None, budget=None, num_layers=M, **options):
+    phase = phase or STRATEGIES[name].phases[-1] if name in STRATEGIES else "e2e"
     if needs_profile(name):
         method = selection_method(name)
         options["profile"] = PROFILE if method is None else selection_of(num_layers, phase, method)
     return build(name, phase=phase, budget=budget or Budget(layers=3), num_layers=num_layers, **options)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("name", "phase"), [(name, phase) for name in STRATEGIES for phase in STRATEGIES[name].phases])
 def test_phase_decides_where_a_strategy_skips(name, phase):
     strategy = make(name, phase)
     assert (strategy.prefill_plan == EMPTY_PLAN) == (phase == "decode")
-    assert strategy.decode_plan(1) != EMPTY_PLAN
-    if phase == "prefill":
+    assert (strategy.decode_plan(1) == EMPTY_PLAN) == strategy.skipped.keeps_kv == (name == "pop")
+    if phase == "prefill" and name != "pop":
         assert strategy.decode_plan(1) is strategy.prefill_plan
+    if phase == "prefill":
         assert strategy.window_tokens == 0
 
 
@@ -205,8 +206,9 @@ def test_names_and_classes_agree():
         "cosine_window",
         "blockpruner",
         "evopress",
+        "pop",
         "most_skip",
         "least_skip",
     )
-    assert [name for name in NAMES if needs_profile(name)] == list(NAMES[4:])
+    assert [name for name in NAMES if needs_profile(name)] == [name for name in NAMES[4:] if name != "pop"]
     assert [name for name in NAMES if selection_method(name)] == [NAMES[5], *NAMES[7:10]]

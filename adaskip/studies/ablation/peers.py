@@ -32,7 +32,16 @@ from adaskip.runs.job import Job, Profile, find_profile, resolve
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.profiles import profile_for
 from adaskip.runs.records import Sample
-from adaskip.strategies import NAMES, PAPER_STRATEGIES, PEERS, CalibratedSkip, build, needs_profile, selection_method
+from adaskip.strategies import (
+    NAMES,
+    PAPER_STRATEGIES,
+    PEERS,
+    STRATEGIES,
+    CalibratedSkip,
+    build,
+    needs_profile,
+    selection_method,
+)
 from adaskip.studies.ablation.peers_findings import find
 from adaskip.studies.study import Study, StudyConfig, prompts_of, read_json, read_saved
 
@@ -54,7 +63,9 @@ class PeersConfig(StudyConfig):
     )
     limit: int = option("number of records in each phase, alternating between its tasks", 24, least=2)
     strategies: tuple[str, ...] = option(
-        lambda: f"strategies, calibrated among them; default: {', '.join(COMPARED)}",
+        lambda: (
+            f"strategies, calibrated among them, each in the phases it is defined for; default: {', '.join(COMPARED)}"
+        ),
         COMPARED,
         choices=lambda: NAMES[1:],
         distinct=True,
@@ -181,9 +192,10 @@ class Compared:
 
     @property
     def strategies(self) -> dict[str, str]:
-        """The strategy of each row."""
+        """The strategy of each row; without those that are not defined for the phase."""
         given = {name: name if name in NAMES else _strategy_of(each) for name, each in self.files.items()}
-        return {**{name: name for name in self.config.strategies}, **given}
+        defined = (name for name in self.config.strategies if self.phase in STRATEGIES[name].phases)
+        return {**{name: name for name in defined}, **given}
 
     def check(self, budgets: Sequence[int]) -> None:
         """Raise ValueError if a row has no set of a budget; measures and searches nothing."""

@@ -10,12 +10,16 @@ from typing import Any
 from pandas import DataFrame
 
 from adaskip.common.intervals import Estimate, mean, mean_estimate
-from adaskip.strategies import LABELS, CalibratedSkip
+from adaskip.strategies import LABELS, POP, CalibratedSkip
 from adaskip.studies.ablation.compensation_findings import beyond_chance
 from adaskip.studies.study import Claim, Findings
 from adaskip.studies.tables import labels
 
 REFERENCE = CalibratedSkip.name
+POP_NOTE = (
+    "POP skips only while the prompt is read: half of its divergence is at tokens of the prompt, whose distributions "
+    "its answers do not use."
+)
 Cell = dict[str, list[float]]
 """The divergences of one phase and budget: by row, a value per prompt, infinite after an overflow."""
 
@@ -79,6 +83,7 @@ def _comparison(results: Mapping[str, Any]) -> Findings:
             "KL(full || skipped) of the next-token distribution in nats, the mean over prompts that chose no set, less "
             "is better, **bold** for the least of a row; in brackets the difference from Calibrated over the same "
             "prompts with its 95 % bootstrap interval. AdaSkip without online learning; SkipDecode with its full set.",
+            *([POP_NOTE] if POP.name in names else []),
             *(f"{model}: {_prompts(saved)}." for model, saved in results.items()),
         ],
         claims=[_claim(name, places) for name in names if name != REFERENCE],
