@@ -32,7 +32,7 @@ def start(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_continues_and_counts_differing_answers(start, tmp_path):
     code, table, _ = start("--prompts", "3")
     assert code == 0
-    assert "9 answers compared with stock `generate`, 0 differing" in table
+    assert "12 answers compared with stock `generate`, 0 differing" in table
     path = tmp_path / "cpu" / "lossless-llama.json"
     whole = json.loads(path.read_text())
     first, second, third = whole["records"]
@@ -52,7 +52,7 @@ def test_the_benchmark_continues_and_counts_differing_answers(start, tmp_path):
     again[1]["answers"]["adaskip 25.0% adaptive"]["differences"] = [found]
     path.write_text(json.dumps({**whole, "records": again}))
     table = start("--draw-only")[1]
-    assert "9 answers compared with stock `generate`, 1 differing" in table
+    assert "12 answers compared with stock `generate`, 1 differing" in table
     assert "| 1     | 2.5, 2.25          | 1" in table
 
 

@@ -83,11 +83,13 @@ class Draft:
 
 DRAFTS = (
     *(Draft("adaskip", share) for share in (0.25, 0.375, 0.5)),
-    *(Draft(*way) for way in (("calibrated", 0.5), ("early_exit", 0.25), ("unified", 0.25))),
+    *(Draft(*way) for way in (("calibrated", 0.25), ("calibrated", 0.5), ("early_exit", 0.25), ("unified", 0.25))),
 )
 NGRAMS = "ngrams"
 """Drafts of n-grams alone."""
-STRATEGIES = (*dict.fromkeys(draft.strategy for draft in DRAFTS), NGRAMS)
+NESTED = "nested"
+"""Drafts of all sets of a strategy, of which each draft takes the one that earns the most."""
+STRATEGIES = (*dict.fromkeys(draft.strategy for draft in DRAFTS), NGRAMS, NESTED)
 SHARES = tuple(dict.fromkeys(draft.share for draft in DRAFTS))
 
 
@@ -128,6 +130,14 @@ class LosslessConfig(StudyConfig):
     @property
     def drafts(self) -> tuple[Draft, ...]:
         return tuple(draft for draft in DRAFTS if draft.strategy in self.strategies and draft.share in self.shares)
+
+    @property
+    def nested(self) -> dict[str, list[Draft]]:
+        """The drafts of each strategy that has several, by the name of the way that takes them all."""
+        drafts = [draft for draft in self.drafts if draft.gamma is None and NESTED in self.strategies]
+        names = dict.fromkeys(draft.strategy for draft in drafts)
+        sets = {f"{name} {NESTED}": [draft for draft in drafts if draft.strategy == name] for name in names}
+        return {name: each for name, each in sets.items() if len(each) > 1}
 
 
 @dataclass(frozen=True)
@@ -227,7 +237,7 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
         "checkpoint": Path(subject.loaded.spec.checkpoint).name,  # the folder, wherever it lies
         "model": name,
         "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
-        "drafts": [*map(str, config.drafts), *([NGRAMS] if NGRAMS in config.strategies else []), *config.peers],
+        "drafts": [*_names(config), *config.peers],
         "rows": config.rows,
         "drafting_version": VERSION,
         "clock": config.clock,
@@ -261,11 +271,18 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
         write_text_atomic(path, json.dumps({"manifest": manifest, "records": records}) + "\n")
 
 
+def _names(config: LosslessConfig) -> list[str]:
+    """The ways to draft."""
+    return [*map(str, config.drafts), *config.nested, *([NGRAMS] if NGRAMS in config.strategies else [])]
+
+
 def _ways(config: LosslessConfig, model: Any, strategies: dict[Draft, Strategy]) -> dict[str, dict[str, Any]]:
     """Options of `generate` of every way to answer, stock first."""
     ways: dict[str, dict[str, Any]] = {FULL_MODEL: {}}
     for draft, strategy in strategies.items():
         ways[str(draft)] = {"custom_generate": lossless(model, strategy, gamma=draft.gamma)}
+    for name, drafts in config.nested.items():
+        ways[name] = {"custom_generate": lossless(model, [strategies[draft] for draft in drafts])}
     if NGRAMS in config.strategies:
         ways[NGRAMS] = {"custom_generate": lossless(model, SkipPlan())}
     half = len(decoder_layers(model)) // 2
