@@ -95,6 +95,6 @@ def test_a_mistaken_option_is_refused(start, options, says):
 
 
 def test_the_whole_layer_drafts_skip_whole_layers():
-    assert [draft.sublayers(16) for draft in lossless.DRAFTS] == [8, 12, 16, 16, 8, 8]
+    assert [draft.sublayers(16) for draft in lossless.DRAFTS] == [8, 12, 16, 8, 16, 8, 8]
     assert lossless.Draft("early_exit", 0.25).sublayers(5) == 2
     assert lossless.Draft("adaskip", 0.375).sublayers(5) == 4
