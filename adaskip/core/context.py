@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
 from adaskip.core.compiled import MAX_STEP_GRAPHS
-from adaskip.core.hf import NEXT_STEP
+from adaskip.core.hf import NEXT_STEP, has_unguarded_graphs
 from adaskip.core.model_plan import strategy_of
 from adaskip.core.patching import ModelPatches, patches_of
 from adaskip.core.plan import SkipPlan
@@ -16,6 +17,8 @@ from adaskip.core.session import SkippingSession
 from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import end_token_ids
 from adaskip.core.wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -64,6 +67,11 @@ def skipping(
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     patches = patches_for(model, strategy)
     patches.check(strategy.skipped.union(strategy.prefill_plan))
+    if has_unguarded_graphs():
+        logger.warning(
+            "Python 3.13.0: a compiled model that was called before skipping(...) does not notice it, and skips "
+            "nothing if it is called directly; call the model itself or generate, or use Python 3.13.1"
+        )
     session = SkippingSession(model, strategy, patches, end_token_ids(model, eos_token_id), max_step_graphs)
     with patches.install(exclusive=False):
         overrides = session.overrides()

@@ -45,6 +45,16 @@ def is_compiled_in_place(module: nn.Module) -> bool:
     return getattr(module, COMPILED_CALL, None) is not None
 
 
+def has_unguarded_graphs() -> bool:
+    """Whether this process has graphs that do not notice a replaced forward: any graph, on Python 3.13.0 alone.
+
+    There the guards of a graph do not see a function that was put into a module's `__dict__`. `input_codes`, the code
+    objects that were compiled: since torch 2.0.
+    """
+    convert = sys.modules.get("torch._dynamo.convert_frame")
+    return sys.version_info[:3] == (3, 13, 0) and convert is not None and bool(convert.input_codes.seen)
+
+
 def own_parameters(module: nn.Module) -> dict[str, Any]:
     """`_parameters`: parameters registered in the module itself, including those that are None."""
     return module._parameters

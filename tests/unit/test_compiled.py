@@ -12,6 +12,7 @@ import torch
 from adaskip.core.compiled import compiled_steps
 from adaskip.core.context import skipping
 from adaskip.core.generate import generate
+from adaskip.core.hf import has_unguarded_graphs
 from adaskip.core.kv_cache import kv_bytes
 from adaskip.core.patching import patches_of
 from tests.compiled_runs import (
@@ -153,7 +154,7 @@ def test_the_stock_model_compiles_the_same_before_and_after():
         *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((False, True), (True, False))),
     ],
 )
-def test_a_direct_call_of_a_compiled_model_is_refused(compiled_before, fullgraph):
+def test_a_direct_call_of_a_compiled_model_is_refused(compiled_before, fullgraph, caplog):
     torch.compiler.reset()  # the compiler remembers, for the whole process, a function in which an error came up
     model, ids = random_model("llama"), random_prompts([6])[0][None]
     stock = model(ids).logits
@@ -161,6 +162,10 @@ def test_a_direct_call_of_a_compiled_model_is_refused(compiled_before, fullgraph
     with torch.no_grad():
         if compiled_before:
             compiled(ids)
+        if has_unguarded_graphs():  # Python 3.13.0, which does not refuse but warns
+            with skipping(model, scaled("e2e", 2)):
+                assert "compiled model that was called before skipping(...)" in caplog.text
+            return
         with (
             pytest.raises(Exception, match=r"called directly|refuse_compiled_call"),
             skipping(model, scaled("e2e", 2)),

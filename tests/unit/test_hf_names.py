@@ -67,6 +67,19 @@ def test_compile_in_place_leaves_a_graph_in_the_module():
     assert hf.is_compiled_in_place(module)
 
 
+def test_the_compiler_keeps_the_code_that_it_compiled(monkeypatch):
+    def unguarded(*version: int) -> bool:
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.version_info", version)
+            return hf.has_unguarded_graphs()
+
+    torch.compiler.reset()
+    assert not unguarded(3, 13, 0)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+    assert unguarded(3, 13, 0)
+    assert not unguarded(3, 13, 1)
+
+
 def test_a_module_holds_its_own_parameters_buffers_children_and_attributes_in_dictionaries():
     module: Any = nn.Module()
     module.weight, module.absent = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))

@@ -153,6 +153,7 @@ def write_gguf(path: Path, family: Path) -> LlamaForCausalLM:
     writer.add_token_types([1] * len(tokens))
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_merges([])
+    writer.add_bos_token_id(loaded.tokenizer.eos_token_id)  # without one, transformers 5.17 cannot read the tokenizer
     writer.add_eos_token_id(loaded.tokenizer.eos_token_id)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     inner = {
