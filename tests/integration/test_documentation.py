@@ -30,7 +30,7 @@ def run_from_the_root(source: str, page: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "page", module)
     monkeypatch.chdir(ROOT)
     for each in (registry, BENCHMARKS):
-        monkeypatch.setattr(each, "classes", dict(each.classes))  # what a page registers is forgotten
+        monkeypatch.setattr(each, "classes", dict(each.all()))  # what a page registers is forgotten
     monkeypatch.setattr(blocks, "_structures", dict(blocks._structures))
     exec(compile(source, page.name, "exec"), vars(module))
 
