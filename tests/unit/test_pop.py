@@ -91,6 +91,21 @@ def test_the_first_token_is_chosen_by_all_layers_over_prompts_that_were_not():
     assert (kept[:, -1] - full[:, -1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_without_the_last_layer_the_answer_is_the_full_models(family):
+    """Of its outputs in the prompt only the last token's is used, and its K/V come from the layer below."""
+    model, ids = model_of(family), PROMPTS[0][None]
+    full = model(ids, use_cache=True)
+    with skipping(model, POP(num_layers=4, budget=Budget(layers=1), phase="prefill")):
+        kept = model(ids, use_cache=True)
+    assert (kept.logits[:, -1] - full.logits[:, -1]).abs().max() < TOLERANCE
+    assert (kept.logits[:, 0] - full.logits[:, 0]).abs().max() > 100 * TOLERANCE
+    for ours, theirs in zip(kept.past_key_values.layers, full.past_key_values.layers, strict=True):
+        assert (ours.keys - theirs.keys).abs().max() < TOLERANCE
+        assert (ours.values - theirs.values).abs().max() < TOLERANCE
+
+
 @torch.no_grad()
 def test_a_kept_attention_computes_neither_scores_nor_output():
     model, calls = random_model("llama"), []

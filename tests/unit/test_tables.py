@@ -222,6 +222,16 @@ def test_a_budget_of_our_own_gets_its_rows(tmp_path):
     assert cells_of(decode_of(tmp_path), "6.25 %", "AdaSkip")[0].startswith("**")
 
 
+def test_options_of_strategies_are_said_in_the_tables_of_their_phase(tmp_path):
+    folder = write_run(tmp_path, Cell("llama", "prefill", "adaskip", 4), 0.9)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"strategy_options": {"keep_kv": True}}))
+    results = load_results(tmp_path)
+    for make in (scores_document, measures_document):
+        assert "Options of strategies: AdaSkip with keep_kv=True." in make(results, "prefill")
+        assert "Options of strategies" not in make(results, "e2e")
+
+
 @pytest.mark.slow
 def test_a_subset_is_said_in_every_table_that_shows_its_intervals(tmp_path):
     folder = write_run(tmp_path, Cell("llama", "prefill", "adaskip", 4), 0.9)

@@ -162,6 +162,7 @@ def _score_notes(results: Results, cells: pd.DataFrame, phase: str) -> list[str]
         f"Scores are per cent with 95 % bootstrap intervals in brackets ({RESAMPLES} resamples of the samples, "
         f"paired with the full model's for retention).{paper if known else ''}",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
+        *([options] if (options := options_of(results, phase)) else []),
         _legend(known),
         "Our speedups are not in these tables, since runs are not timed side by side. `adaskip bench` times the full "
         "model and every strategy side by side, and `eval/tradeoff.py` shows its speedups beside scores.",
@@ -184,6 +185,7 @@ def _measure_notes(results: Results, phase: str) -> list[str]:
         "of trivial answers to the same samples: nothing, always the most frequent class, the first sentence of the "
         "context.",
         *([subsets] if (subsets := subsets_of(results, phase)) else []),
+        *([options] if (options := options_of(results, phase)) else []),
         f"`{UNKNOWN}` not in these records; {_legend(known=False)}",
     ]
 
@@ -205,6 +207,16 @@ def subsets_of(results: Results, phase: str) -> str | None:
     return (
         f"Scores and intervals are over a random subset of {sizes}, the same for every strategy, not over all samples."
     )
+
+
+def options_of(results: Results, phase: str) -> str | None:
+    """A sentence if any run of a phase had options of its strategy, else None."""
+    found: dict[str, None] = {}
+    for (where, *_), scored in results.runs.items():
+        if where == phase and (given := scored.run.manifest.get("strategy_options")):
+            told = ", ".join(f"{name}={value}" for name, value in sorted(given.items()))
+            found[f"{labels.STRATEGIES[scored.run.cell.strategy]} with {told}"] = None
+    return f"Options of strategies: {'; '.join(found)}." if found else None
 
 
 def describe_model(results: Results, phase: str, model: str) -> str:
