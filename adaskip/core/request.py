@@ -96,7 +96,10 @@ class Request:
         self.decode_steps += 1
         if self.window is not None and self.decode_steps > self.window.size:
             self._close_window()
-        self.answer_plan = self._merge(self.strategy.decode_plan(self.decode_steps), self.learnt)
+        plan = self.strategy.decode_plan(self.decode_steps)
+        if self.strategy.is_prompt_only:
+            self._check_full_model(plan)
+        self.answer_plan = self._merge(plan, self.learnt)
         if self.answer_plan.keeps_kv:
             raise ValueError(
                 f"strategy {self.strategy.name} keeps the K/V of attentions that it skips in an answer; only the plan "
@@ -128,6 +131,16 @@ class Request:
             self._floor = merged.attention_only()
             self._merged = (plan, learnt, merged)
         return self._merged[2]
+
+    def _check_full_model(self, plan: SkipPlan) -> None:
+        """Refuse what a strategy of the user's skips in an answer that it promises to be the full model's."""
+        self._check(plan)
+        if plan or self.learnt:
+            raise ValueError(
+                f"strategy {self.strategy.name} keeps the K/V of the prompt, so the full model answers, but it skips "
+                f"{len(plan.union(self.learnt))} sublayers at decode step {self.decode_steps}; allowed: an empty "
+                "decode_plan, nothing learnt"
+            )
 
     def _check(self, plan: SkipPlan) -> None:
         """Check a plan when it changes: a strategy class of the user's may return anything."""

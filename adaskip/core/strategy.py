@@ -42,7 +42,7 @@ class Strategy(ABC):
     phase: "prefill" skips in the prompt and, with the same set, in the few answer tokens after it; "decode" skips only
     in generated tokens, the full model reads the prompt; "e2e" skips in both.
     keep_kv: in phase prefill, skip only in the prompt, without its last token: skipped attentions write their K/V
-    (`SkipPlan.keeps_kv`), and the full model answers. A set may also keep its K/V by itself.
+    (`SkipPlan.keeps_kv`), and the full model answers. Not needed if `skipped` itself is a plan with keeps_kv=True.
 
     Class attributes that a registered strategy declares:
 
@@ -82,6 +82,21 @@ class Strategy(ABC):
                 f"{self.name} has one in phase {self.phase!r}"
             )
         self.skipped.check_fits(self.num_layers)  # refuse an impossible budget now rather than in the first request
+        if self.keep_kv or self.skipped.keeps_kv:
+            self._check_full_answer()
+
+    def _check_full_answer(self) -> None:
+        """Refuse a class with its own `prefill_plan` or learning window that would skip in the full model's answer."""
+        if len(self.prefill_plan) and not self.is_prompt_only:
+            raise ValueError(
+                f"strategy {self.name} is to keep the K/V of its set, but its own prefill_plan does not; allowed: a "
+                "prefill_plan with keeps_kv=True"
+            )
+        if self.window_tokens:
+            raise ValueError(
+                f"strategy {self.name} keeps the K/V of the prompt, so the full model answers, but it has a learning "
+                f"window of {self.window_tokens} tokens; allowed: 0"
+            )
 
     @property
     @abstractmethod

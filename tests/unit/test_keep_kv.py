@@ -13,7 +13,6 @@ from transformers import DynamicCache, StaticCache
 from adaskip import POP, Budget, SkipPlan, lossless, make_plan, skipping
 from adaskip.core.context import patches_for
 from adaskip.core.plan import Sublayer
-from adaskip.core.strategy import Strategy
 from adaskip.engines.fold import fold
 from adaskip.runs.checks import build_strategies
 from adaskip.runs.config import RunConfig
@@ -169,24 +168,67 @@ def test_what_runs_one_plan_or_drafts_refuses_a_set_that_keeps_the_kv():
 
 
 @dataclass(frozen=True, kw_only=True)
-class _KeepsInAnswers(Strategy):
-    name = "keeps_in_answers"
+class _Own(FixedPlan):
+    """A strategy of another package: with its own plans, and FFNs that it learns."""
+
+    name = "own"
+
+    prompt: SkipPlan | None = None
+    answer: SkipPlan = SkipPlan()  # noqa: RUF009 - frozen
+    window: int = 0
 
     @functools.cached_property
-    def skipped(self) -> SkipPlan:
-        return SkipPlan.of_layers([1], keeps_kv=True)
+    def prefill_plan(self) -> SkipPlan:
+        return replace(self.plan, keeps_kv=True) if self.prompt is None else self.prompt
 
     def decode_plan(self, step: int) -> SkipPlan:
-        return self.skipped
+        return self.answer
+
+    @property
+    def window_tokens(self) -> int:
+        return self.window
+
+    def learn(self, window):
+        return SkipPlan(ffn={3})
 
 
+own = functools.partial(_Own, num_layers=4, phase="prefill", plan=SkipPlan(attention={1}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "skipped"),
+    [
+        (own(keep_kv=True, answer=SkipPlan(ffn={2})), "1 sublayers at decode step 1"),
+        (own(answer=replace(MIDDLE, keeps_kv=True)), "3 sublayers at decode step 1"),
+        (own(window=1), "1 sublayers at decode step 2"),  # only its prompt's plan keeps the K/V
+    ],
+)
 @torch.no_grad()
+def test_an_answer_is_refused_in_which_a_strategy_skips_although_the_prompts_kv_is_complete(strategy, skipped):
+    with (
+        skipping(model_of("llama"), strategy),
+        pytest.raises(ValueError, match=f"so the full model answers.*{skipped}"),
+    ):
+        model_of("llama").generate(IDS, max_new_tokens=4, min_new_tokens=4)
+
+
 def test_an_answer_that_keeps_the_kv_of_skipped_attentions_is_refused():
-    model = model_of("llama")
-    with skipping(model, _KeepsInAnswers(num_layers=4, budget=Budget(layers=1), phase="prefill")):
-        cache = model(IDS, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="only the plan of a prompt can keep K/V"):
-            model(IDS[:, :1], past_key_values=cache)
+    strategy = own(phase="e2e", prompt=SkipPlan(), answer=replace(MIDDLE, keeps_kv=True))
+    with skipping(model_of("llama"), strategy), pytest.raises(ValueError, match="only the plan of a prompt can keep K"):
+        model_of("llama").generate(IDS, max_new_tokens=4, min_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": SkipPlan(attention={1})}, "strategy own is to keep the K/V of its set, but its own prefill_plan"),
+        ({"window": 20}, "strategy own keeps the K/V of the prompt.*learning window of 20 tokens; allowed: 0"),
+    ],
+)
+def test_a_strategy_that_is_to_keep_the_kv_has_such_a_prefill_plan_and_learns_nothing(options, message):
+    for keeping in ({"keep_kv": True}, {"plan": replace(MIDDLE, keeps_kv=True)}):
+        with pytest.raises(ValueError, match=message):
+            own(**options, **keeping)
 
 
 def test_a_plan_that_keeps_the_kv_is_saved_with_that_and_runs_in_phase_prefill(tmp_path):
