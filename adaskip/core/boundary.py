@@ -42,7 +42,9 @@ class Split:
                 _refuse(name, "the last hidden states alone")
         if inputs.get("return_dict") is False:
             _refuse("return_dict=False", "return_dict=True")
-        _check_mask(inputs.get("attention_mask"), inputs.get("position_ids"))
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        length = int(inputs[CACHE].get_seq_length()) + tokens.shape[1]
+        _check_mask(inputs.get("attention_mask"), inputs.get("position_ids"), length)
         first, last = dict(inputs), dict(inputs)
         for name, value in inputs.items():
             if name == "attention_mask" and value is not None:
@@ -53,7 +55,6 @@ class Split:
                 last[name] = value.narrow(PER_TOKEN[name], count - 1, 1)
             elif not isinstance(value, (bool, int, float, str, Cache, type(None))):
                 _refuse(f"the argument {name} ({type(value).__name__})", f"{', '.join(PER_TOKEN)}, attention_mask")
-        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         return cls(first if tokens.shape[1] > 1 else None, last)
 
     def run(self, forward: Callable[..., Any], use_full_model: Callable[[], None]) -> Any:
@@ -66,13 +67,16 @@ class Split:
         return output
 
 
-def _check_mask(mask: Any, positions: Tensor | None) -> None:
+def _check_mask(mask: Any, positions: Tensor | None, length: int) -> None:
+    """Refuse masks for which the last column is not the last token of each row. length: of the cache with S."""
     if mask is None:
         if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
             _refuse("gaps in the positions but no attention mask (several prompts in a row)", "one prompt in each row")
     elif not isinstance(mask, Tensor) or mask.dim() != 2:
         found = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
         _refuse(f"an attention mask that is {found}", "a 2-D mask")
+    elif mask.shape[1] != length:
+        _refuse(f"an attention mask of {mask.shape[1]} columns", f"{length}, those of the KV cache and of the call")
     elif not bool(mask[:, -1].all()):
         _refuse("rows that end in padding", "padding on the left")
 

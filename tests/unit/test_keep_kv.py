@@ -41,6 +41,8 @@ CAUSAL = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
         ({"attention_mask": CAUSAL}, "an attention mask that is 4-D; allowed: a 2-D mask"),
         ({"attention_mask": {"full_attention": CAUSAL}}, "an attention mask that is dict; allowed: a 2-D mask"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, "rows that end in padding; allowed: padding on the left"),
+        ({"attention_mask": torch.ones(1, 5)}, "an attention mask of 5 columns; allowed: 9, those of the KV cache and"),
+        ({"attention_mask": torch.tensor([[1] * 8 + [0, 1, 1, 1]])}, "an attention mask of 12 columns; allowed: 9"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}, "gaps in the positions but no attention mask"),
         ({"output_hidden_states": True}, "output_hidden_states; allowed: the last hidden states alone"),
         ({"output_attentions": True}, "output_attentions; allowed"),
@@ -53,6 +55,17 @@ def test_what_cannot_be_split_is_refused_before_anything_runs(arguments, message
     with skipping(model, POP_HALF), pytest.raises(ValueError, match=message):
         model(IDS, **{"past_key_values": cache if "use_cache" not in arguments else None, **arguments})
     assert cache.get_seq_length() == 0
+
+
+def test_a_mask_of_a_later_turn_covers_the_cache_too():
+    model = model_of("gemma3")
+    with skipping(model, POP_HALF), torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="an attention mask of 4 columns; allowed: 13"):
+            model(IDS[:, :4], attention_mask=torch.ones(1, 4), past_key_values=cache)
+        assert cache.get_seq_length() == 9
+        masked = model(IDS[:, :4], attention_mask=torch.ones(1, 13), past_key_values=copy.deepcopy(cache)).logits
+        assert torch.equal(masked, model(IDS[:, :4], past_key_values=cache).logits)
 
 
 def test_caches_and_placements_that_cannot_keep_the_kv_are_refused():
