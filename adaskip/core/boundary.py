@@ -77,7 +77,7 @@ def _check_mask(mask: Any, positions: Tensor | None, length: int) -> None:
         _refuse(f"an attention mask that is {found}", "a 2-D mask")
     elif mask.shape[1] != length:
         _refuse(f"an attention mask of {mask.shape[1]} columns", f"{length}, those of the KV cache and of the call")
-    elif not bool(mask[:, -1].all()):
+    elif bool((mask[mask.bool().any(dim=-1), -1] == 0).any()):  # a row of padding alone begins in a later chunk
         _refuse("rows that end in padding", "padding on the left")
 
 

@@ -41,6 +41,10 @@ CAUSAL = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
         ({"attention_mask": CAUSAL}, "an attention mask that is 4-D; allowed: a 2-D mask"),
         ({"attention_mask": {"full_attention": CAUSAL}}, "an attention mask that is dict; allowed: a 2-D mask"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, "rows that end in padding; allowed: padding on the left"),
+        (
+            {"attention_mask": torch.tensor([[0] * 7 + [1, 0]])},
+            "rows that end in padding; allowed: padding on the left",
+        ),
         ({"attention_mask": torch.ones(1, 5)}, "an attention mask of 5 columns; allowed: 9, those of the KV cache and"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0, 1, 1, 1]])}, "an attention mask of 12 columns; allowed: 9"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}, "gaps in the positions but no attention mask"),

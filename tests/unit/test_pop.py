@@ -147,6 +147,30 @@ def test_the_last_token_of_each_turn_and_chunk_runs_in_the_full_model(family):
     assert (chunked.logits[0][0] - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_padded_batches_that_are_read_in_chunks_a_row_may_begin_after_the_first_chunk(family):
+    model = model_of(family)
+    ids, mask = left_padded(PROMPTS, 0, torch.device("cpu"))
+    with skipping(model, POP_HALF):  # chunks of 4, 4 and 1; the second row is 3 tokens long
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            prefill_chunk_size=4,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    for row, prompt in enumerate(PROMPTS):
+        decoder = ReferenceDecoder(model)
+        for position, token in enumerate(prompt.tolist(), start=9 - len(prompt)):
+            expected = decoder.step(token, SkipPlan() if position in (3, 7, 8) else POP_HALF.skipped)
+        for step, token in enumerate(output.sequences[row, 9:].tolist()):
+            assert (output.logits[step][row] - expected).abs().max() < TOLERANCE
+            expected = decoder.step(token)
+
+
 @torch.no_grad()
 def test_embeddings_masks_and_positions_are_split_too():
     model = model_of("llama")
