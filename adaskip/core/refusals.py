@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from adaskip.core.hf import CANDIDATES, CONTINUOUS_BATCHING
+from adaskip.core.kv_cache import skipped_layers
 from adaskip.core.strategy import Strategy
 
 
@@ -65,6 +66,15 @@ def check_grows(cache: Cache) -> None:
         raise ValueError(
             f"a set that keeps the K/V needs a cache that grows (DynamicCache); got {type(cache).__name__}, in which "
             "the last token of a prompt cannot run by itself"
+        )
+
+
+def check_holds_all(cache: Cache) -> None:
+    """Raise ValueError for a cache without the K/V of some layers, over which no forward of the full model can run."""
+    if lacking := sorted(skipped_layers(cache)):
+        raise ValueError(
+            f"a set that keeps the K/V needs a cache that holds those of every layer; layers {lacking} of this one "
+            "lack them, since their attention was skipped in another context; start with a new cache"
         )
 
 

@@ -30,7 +30,7 @@ from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.layer_patch import StaysInPlace
 from adaskip.core.patching import NOTHING, ModelPatches
 from adaskip.core.plan import EMPTY_PLAN
-from adaskip.core.refusals import check_cache, check_grows, refusals, refuse_compiled_call
+from adaskip.core.refusals import check_cache, check_grows, check_holds_all, refusals, refuse_compiled_call
 from adaskip.core.request import Request, RequestTrace
 from adaskip.core.step import Here, Step
 from adaskip.core.strategy import Strategy
@@ -332,6 +332,8 @@ class SkippingSession(StaysInPlace):
         if plan.keeps_kv and cache is not None:
             check_grows(cache)
         if cache is not None and request.released is not plan:
+            if request.strategy.is_prompt_only:
+                check_holds_all(cache)
             slots = self.patches.slots_of(plan.attention_only().attention)
             if not slots <= skipped_layers(cache):
                 self.patches.release(cache, plan)

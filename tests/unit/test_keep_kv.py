@@ -83,10 +83,19 @@ def test_caches_and_placements_that_cannot_keep_the_kv_are_refused():
             model.generate(IDS, max_new_tokens=2, use_cache=False)
         with pytest.raises(ValueError, match="assisted decoding reads prompt and drafted tokens in one forward"):
             model.generate(IDS, max_new_tokens=2, prompt_lookup_num_tokens=2)
-    with skipping(model, FixedPlan(num_layers=4, plan=replace(POP_HALF.skipped, keeps_kv=False))):
-        lacking = model(IDS, use_cache=True).past_key_values
-    with skipping(model, POP_HALF), pytest.raises(ValueError, match="one of them now needs its K/V"):
-        model(IDS, past_key_values=lacking)
+
+
+@pytest.mark.parametrize("tokens", [9, 1])
+@torch.no_grad()
+def test_a_cache_that_lacks_kv_is_refused_before_anything_is_written(tokens):
+    model = model_of("llama")
+    with skipping(model, SkipPlan.of_layers([2])):
+        cache = model(IDS, use_cache=True).past_key_values
+    message = r"needs a cache that holds those of every layer; layers \[2\] of this one lack them"
+    for strategy in (POP_HALF, FixedPlan(num_layers=4, phase="prefill", plan=SkipPlan(ffn={0}), keep_kv=True)):
+        with skipping(model, strategy), pytest.raises(ValueError, match=message):
+            model(IDS[:, :tokens], past_key_values=cache)
+        assert [None if layer.keys is None else layer.keys.shape[-2] for layer in cache.layers] == [9, 9, None, 9]
 
 
 @pytest.mark.parametrize("offload", [True, False])
