@@ -34,12 +34,7 @@ def make_plan(
     Raises ValueError if the strategy is for another number of layers, its profile is of another model, or its set
     changes during an answer.
     """
-    if not strategy.is_steady:
-        raise ValueError(
-            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set during an answer or after the "
-            "prompt, which a saved plan cannot express; allowed: a constant set (adaskip: learning_window=0; "
-            "skipdecode: phase prefill)"
-        )
+    check_steady(strategy)
     depth = len(decoder_layers(model))
     if strategy.num_layers != depth:
         raise ValueError(f"strategy {strategy.name} was made for {strategy.num_layers} layers, the model has {depth}")
@@ -57,6 +52,16 @@ def make_plan(
         versions={name: version(name) for name in ("torch", "transformers")},
     )
     return replace(strategy.skipped, origin=origin)
+
+
+def check_steady(strategy: Strategy) -> None:
+    """Raise ValueError unless a saved plan can express what the strategy skips in an answer."""
+    if not strategy.is_steady or strategy.is_prompt_only:
+        raise ValueError(
+            f"strategy {strategy.name} in phase {strategy.phase!r} changes its set during an answer or after the "
+            "prompt, which a saved plan cannot express; allowed: a constant set (adaskip: learning_window=0; "
+            "skipdecode: phase prefill)"
+        )
 
 
 def strategy_of(given: Strategy | SkipPlan, model: nn.Module, *, allow_other_weights: bool = False) -> Strategy:

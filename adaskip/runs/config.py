@@ -22,6 +22,7 @@ from adaskip.strategies import (
     SHORT_NAMES,
     STRATEGIES,
     needs_selection,
+    phases_of,
     strategy_name,
 )
 from adaskip.testbed.benchmark import Testbed
@@ -218,6 +219,10 @@ class StrategyConfig(DataConfig):
         check_model(self, self.model)
         check_choice("phase", self.phase, PHASES)
         check_choice("strategy", self.strategy, SHORT_NAMES)
+        if self.phase not in (allowed := phases_of(self.strategy)):
+            raise ValueError(
+                f"--strategy {self.strategy} is defined for phase {' and '.join(allowed)}; got --phase {self.phase}"
+            )
         if self.allow_other_weights and self.profile is None:
             raise ValueError("--allow-other-weights needs --profile, the profile that it applies to")
         if self.keep_kv and (self.strategy == "full" or self.phase != "prefill" or self.target_speedup is not None):

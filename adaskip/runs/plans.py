@@ -16,11 +16,11 @@ from adaskip.common.folders import scratch_folder
 from adaskip.common.named_files import find_file, published, read_format
 from adaskip.common.options import option
 from adaskip.core.fingerprint import portable_fingerprint
-from adaskip.core.model_plan import check_plan, make_plan
+from adaskip.core.model_plan import check_plan, check_steady, make_plan
 from adaskip.core.plan import PHASES, PLAN_FILE, Budget, SkipPlan
 from adaskip.core.plan_card import plan_map, summary
 from adaskip.core.same_model import identity
-from adaskip.core.strategy import FixedPlan
+from adaskip.core.strategy import FixedPlan, Strategy
 from adaskip.engines.checkpoint import Checkpoint, save_in_memory
 from adaskip.engines.errors import ExportError
 from adaskip.engines.export import export_to
@@ -33,7 +33,7 @@ from adaskip.models.source import ModelSource, find_source
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.runs.config import RunConfig, StrategyConfig
-from adaskip.runs.job import Job, resolve
+from adaskip.runs.job import Job, Profile, resolve
 from adaskip.runs.profiles import profile_for
 from adaskip.runs.speedup import find_target
 from adaskip.strategies import build, strategy_class
@@ -46,6 +46,14 @@ class PlanConfig(StrategyConfig):
     phase: str = option(f"phase in which sublayers are skipped: {', '.join(PHASES)}", "e2e")
     output: str = option("folder that the plan is written to, with a model card", required=True)
     base_model: str | None = option("what the plan calls its model, as a Hub id; if not given, what --model names")
+
+    def __post_init__(self) -> None:
+        if self.keep_kv:
+            raise ValueError(
+                "--keep-kv applies to runs, not to a saved plan, which cannot say that skipping ends with the prompt; "
+                "allowed: skipping(model, strategy) with keep_kv=True"
+            )
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,17 +110,10 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     check_writable((folder if folder.is_dir() else folder.parent) / PLAN_FILE)
     if job.speedup is not None:
         job = job.with_sublayers(find_target(job).sublayers)
+    if job.calibration is None:
+        _strategy(job, None)  # which is refused, if at all, before the model is loaded
     loaded = job.loading.load()
-    profile = None if job.calibration is None else profile_for(job, loaded)[0]
-    strategy = build(
-        job.strategy,
-        phase=job.phase,
-        budget=Budget(sublayers=job.sublayers),
-        num_layers=job.loading.num_layers,
-        profile=profile,
-        **_without_learning(job),
-    )
-    assert strategy is not None, "only the full model has no strategy"
+    strategy = _strategy(job, None if job.calibration is None else profile_for(job, loaded)[0])
     plan = make_plan(
         loaded.model,
         strategy,
@@ -122,9 +123,16 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     return plan, plan.save_pretrained(config.output)
 
 
-def _without_learning(job: Job) -> dict[str, Any]:
+def _strategy(job: Job, profile: Profile | None) -> Strategy:
+    """The strategy of the plan, without learning unless that was asked for; ValueError if its set changes."""
     learns = "learning_window" in {field.name for field in fields(strategy_class(job.strategy))}
-    return {**({"learning_window": 0} if learns else {}), **job.strategy_options}
+    options = {**({"learning_window": 0} if learns else {}), **job.strategy_options}
+    budget = Budget(sublayers=job.sublayers)
+    depth = job.loading.num_layers
+    strategy = build(job.strategy, phase=job.phase, budget=budget, num_layers=depth, profile=profile, **options)
+    assert strategy is not None, "only the full model has no strategy"
+    check_steady(strategy)
+    return strategy
 
 
 def shown(name: str | None) -> list[str]:

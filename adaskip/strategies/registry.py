@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from adaskip.common.plugins import Registry, check_declared, check_pattern
 from adaskip.core.look import Look
-from adaskip.core.plan import PHASES
+from adaskip.core.plan import PHASES, Phase
 from adaskip.core.strategy import Strategy
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
@@ -67,6 +67,11 @@ def register_strategy(cls: S) -> S:
 def strategy_class(name: str) -> type[Strategy]:
     """The class of that name; a ValueError suggests the nearest name and lists all if there is none."""
     return registry.find(name, also=(FULL,))
+
+
+def phases_of(name: str) -> tuple[Phase, ...]:
+    """The phases that the strategy is defined for; all for the full model."""
+    return PHASES if name == FULL else strategy_class(name).phases
 
 
 def profile_type(name: str) -> type[ImportanceProfile] | type[SelectionProfile] | None:

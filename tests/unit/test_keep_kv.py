@@ -18,7 +18,9 @@ from adaskip.runs.checks import build_strategies
 from adaskip.runs.config import RunConfig
 from adaskip.runs.estimate import assumed_plans
 from adaskip.runs.job import resolve
+from adaskip.runs.loading import Loading
 from adaskip.runs.manifest import describe_job
+from adaskip.runs.plans import PlanConfig, plan_to
 from adaskip.strategies import STRATEGIES, FixedPlan, build, needs_profile, selection_method
 from adaskip.studies.ablation.peers import PeersConfig, _compared
 from tests.families import random_model, random_prompts
@@ -170,6 +172,29 @@ def test_keep_kv_on_the_command_line_is_an_option_of_the_strategy_and_of_the_run
     for other in ({"strategy": "full", "budget": None}, {"strategy": "unified", "phase": "e2e"}):
         with pytest.raises(ValueError, match="--keep-kv is for strategies in phase prefill without --target-speedup"):
             RunConfig(**{**given, **other, "keep_kv": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"strategy": "unified", "phase": "prefill", "keep_kv": True},
+            "--keep-kv applies to runs, not to a saved plan",
+        ),
+        ({"strategy": "pop"}, "--strategy pop is defined for phase prefill; got --phase e2e"),
+    ],
+)
+def test_a_plan_to_be_saved_is_refused_for_sets_that_keep_the_kv_when_the_options_are_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(testbed=True, model="llama", output="plan", **options)
+
+
+def test_a_plan_of_a_strategy_that_changes_its_set_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(Loading, "load", lambda self: pytest.fail("the model is loaded"))
+    given = {"testbed": True, "model": "llama", "output": str(tmp_path / "plan")}
+    for name, phase in (("pop", "prefill"), ("skipdecode", "e2e")):
+        with pytest.raises(ValueError, match=f"strategy {name} in phase '{phase}' changes its set"):
+            plan_to(PlanConfig(**given, strategy=name, phase=phase, budget=8))
 
 
 def test_pop_skips_the_last_layers_and_whole_ones_alone():
