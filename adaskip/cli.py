@@ -14,7 +14,7 @@ from adaskip.common.processes import Processes
 from adaskip.core.plan_card import plan_map
 from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.runs.calibrate_config import CalibrateConfig
-from adaskip.runs.cells import parse_run_name, run_name
+from adaskip.runs.cells import parse_run_name, run_name, undefined
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
 from adaskip.runs.grid import run_grid
@@ -147,6 +147,8 @@ def _lm_eval(argv: Sequence[str]) -> int:
 
 
 def _grid(config: GridConfig) -> int:
+    if left_out := undefined(config.phases, config.strategies):
+        print(f"cells left out, since not defined: {', '.join(left_out)}", file=sys.stderr)
     if config.dry_run:
         _print_lines(dry_run(config))
         return 0

@@ -16,6 +16,7 @@ from adaskip.common.configs import load_yaml
 from adaskip.common.plugins import PLUGINS
 from adaskip.core.plan import PHASES
 from adaskip.models.registry import registry
+from adaskip.strategies import phases_of
 from adaskip.strategies.names import SHORT_NAMES
 
 MODELS = ("llama", "internlm", "vicuna")
@@ -81,13 +82,22 @@ def parse_run_name(name: str) -> tuple[str, str, str]:
 def grid(
     models: Iterable[str], phases: Iterable[str], strategies: Iterable[str], budgets: Iterable[int]
 ) -> Iterator[Cell]:
-    """Every cell, ordered by model, phase, strategy, budget; the full model once per phase."""
-    budgets = tuple(budgets)
+    """Every cell, ordered by model, phase, strategy, budget; the full model once per phase.
+
+    Strategies have no cells of phases that they are not defined for.
+    """
+    strategies, budgets = tuple(strategies), tuple(budgets)
     for model in models:
         for phase in phases:
-            for strategy in strategies:
+            for strategy in (name for name in strategies if phase in phases_of(name)):
                 for sublayers in (0,) if strategy == "full" else budgets:
                     yield Cell(model, phase, strategy, sublayers)
+
+
+def undefined(phases: Iterable[str], strategies: Iterable[str]) -> list[str]:
+    """What a grid leaves out: each strategy in each phase that it is not defined for, e.g. `pop in phase decode`."""
+    phases = tuple(phases)
+    return [f"{name} in phase {phase}" for name in strategies for phase in phases if phase not in phases_of(name)]
 
 
 @dataclass(frozen=True)

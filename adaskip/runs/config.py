@@ -15,7 +15,7 @@ from adaskip.core.plan import Budget
 from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.source import find_source
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import MODELS, PHASES, Setup, find_setup, protocols
+from adaskip.runs.cells import MODELS, PHASES, Setup, find_setup, protocols, undefined
 from adaskip.strategies import (
     GRID_STRATEGIES,
     NAMES,
@@ -333,6 +333,9 @@ class GridConfig(WorkConfig):
         check_choice("--estimate-for", self.estimate_for, known_devices())
         if self.checkpoint is not None and len(self.models) != 1:
             raise ValueError("--checkpoint needs exactly one model in --models")
+        left_out = undefined(self.phases, self.strategies)
+        if len(left_out) == len(self.phases) * len(self.strategies):
+            raise ValueError(f"the grid has no cells; not defined: {', '.join(left_out)}")
 
 
 def check_model(config: SharedConfig, model: str) -> None:

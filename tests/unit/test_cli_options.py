@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adaskip.cli import main
 from adaskip.common.options import Parser, add_options, option, resolve
 from adaskip.core.plan import Budget
 from adaskip.runs import job
@@ -213,6 +214,19 @@ def test_a_grid_is_its_runs_in_order():
         ("vicuna", "adaskip", 4, 3),
         ("vicuna", "calibrated", 4, 3),
     ]
+
+
+def test_a_grid_leaves_out_cells_of_phases_that_a_strategy_is_not_defined_for(capsys, tmp_path):
+    grid = ["grid", "--testbed", "--models", "llama", "--budgets", "4", "--output-dir", str(tmp_path), "--dry-run"]
+    assert main([*grid, "--strategies", "unified", "pop"]) == 0
+    told = capsys.readouterr()
+    labels = [line.split("/")[0] for line in told.out.splitlines()[:-1]]
+    assert labels == ["llama-US-PREFILL", "llama-POP-PREFILL", "llama-US-DECODE", "llama-US-E2E"]
+    assert told.err == "cells left out, since not defined: pop in phase decode, pop in phase e2e\n"
+    assert main([*grid, "--strategies", "unified"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*grid, "--strategies", "pop", "--phases", "decode"]) == 2
+    assert "the grid has no cells; not defined: pop in phase decode" in capsys.readouterr().err
 
 
 def test_the_workers_of_a_grid_begin_with_one_cell_of_each_search():
