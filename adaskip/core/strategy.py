@@ -76,6 +76,8 @@ class Strategy(ABC):
             raise ValueError(
                 f"strategy {self.name} is defined for phase {' and '.join(self.phases)}; got phase {self.phase!r}"
             )
+        if not isinstance(self.keep_kv, bool):
+            raise ValueError(f"keep_kv of strategy {self.name} must be True or False; got {self.keep_kv!r}")
         if (self.keep_kv or self.skipped.keeps_kv) and self.phase != "prefill":
             raise ValueError(
                 f"a set that keeps the K/V is skipped only while a prompt is read, in phase 'prefill'; strategy "

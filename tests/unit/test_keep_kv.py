@@ -150,6 +150,12 @@ def test_every_strategy_can_skip_its_set_in_the_prompt_alone(name):
             built(name, phase, keep_kv=True)
 
 
+@pytest.mark.parametrize("given", ["no", "False", 1, None])
+def test_keep_kv_is_true_or_false(given):
+    with pytest.raises(ValueError, match=f"keep_kv of strategy early_exit must be True or False; got {given!r}"):
+        built("early_exit", "prefill", keep_kv=given)
+
+
 @torch.no_grad()
 def test_a_strategy_with_its_kv_kept_runs_as_its_set_does_by_hand():
     model, kept = model_of("qwen3"), FixedPlan(num_layers=4, phase="prefill", plan=MIDDLE, keep_kv=True)
