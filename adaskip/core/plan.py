@@ -198,6 +198,8 @@ class SkipPlan:
         return write_text_atomic(path, self._json())
 
     def _json(self) -> str:
+        if self.keeps_kv and self.origin is not None:
+            raise ValueError("a plan with an origin is saved without keeps_kv; allowed: give the strategy keep_kv=True")
         origin = {} if self.origin is None else {"origin": self.origin.to_dict()}
         record = {"format": PLAN_FORMAT, **origin, **self.to_dict(scales=True)}
         return json.dumps(record, indent=None if self.origin is None else 2, allow_nan=False) + "\n"
@@ -218,7 +220,7 @@ class SkipPlan:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the plan and a model card into a folder, as `from_pretrained` takes it. Returns the folder.
 
-        Raises ValueError for a plan without an origin: `make_plan(model, strategy)` makes one with it.
+        Raises ValueError for a plan without an origin, which `make_plan(model, strategy)` gives it, or with keeps_kv.
         """
         return write_files(folder, self._files())
 

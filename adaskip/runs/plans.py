@@ -146,7 +146,8 @@ def shown(name: str | None) -> list[str]:
     plan = SkipPlan.load(path)
     if plan.origin is None:
         depth = 1 + max(plan.attention | plan.ffn, default=0)
-        return [f"a plan of {len(plan)} sublayers that names no model", *plan_map(plan, depth).splitlines()]
+        kept = ", skipped only while a prompt is read (keeps_kv)" if plan.keeps_kv else ""
+        return [f"a plan of {len(plan)} sublayers that names no model{kept}", *plan_map(plan, depth).splitlines()]
     rows = summary(plan, plan.origin)
     return [*_aligned(rows), "", *plan_map(plan, plan.origin.num_layers).splitlines()]
 

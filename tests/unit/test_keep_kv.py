@@ -20,7 +20,7 @@ from adaskip.runs.estimate import assumed_plans
 from adaskip.runs.job import resolve
 from adaskip.runs.loading import Loading
 from adaskip.runs.manifest import describe_job
-from adaskip.runs.plans import PlanConfig, plan_to
+from adaskip.runs.plans import PlanConfig, plan_to, shown
 from adaskip.strategies import STRATEGIES, FixedPlan, build, needs_profile, selection_method
 from adaskip.studies.ablation.peers import PeersConfig, _compared
 from tests.families import random_model, random_prompts
@@ -291,6 +291,8 @@ def test_a_strategy_that_is_to_keep_the_kv_has_such_a_prefill_plan_and_learns_no
 def test_a_plan_that_keeps_the_kv_is_saved_with_that_and_runs_in_phase_prefill(tmp_path):
     plan = POP_HALF.skipped
     assert SkipPlan.load(plan.save(tmp_path / "plan.json")) == plan == copy.deepcopy(plan)
+    told = "a plan of 4 sublayers that names no model, skipped only while a prompt is read (keeps_kv)"
+    assert shown(str(tmp_path / "plan.json"))[0] == told
     assert plan.union(SkipPlan(ffn={0})).keeps_kv
     assert plan.attention_only() == SkipPlan() == SkipPlan(keeps_kv=True)
     with pytest.raises(ValueError, match="keeps_kv of a plan must be True or False; got 1"):

@@ -116,6 +116,16 @@ def test_a_plan_without_a_model_skips_end_to_end_and_is_not_saved(model, tmp_pat
     assert not (tmp_path / "plan").exists()
 
 
+def test_a_plan_with_an_origin_is_not_saved_with_keeps_kv(model, tmp_path):
+    kept = replace(make_plan(model, fixed()), keeps_kv=True)
+    for save in (kept.save_pretrained, kept.save):
+        with pytest.raises(ValueError, match="a plan with an origin is saved without keeps_kv"):
+            save(tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
+    again = FixedPlan(num_layers=4, phase="prefill", plan=make_plan(model, fixed()), keep_kv=True)
+    assert again.prefill_plan == kept
+
+
 def test_a_plan_drafts_losslessly(model):
     plain = model.generate(PROMPT, max_new_tokens=12, do_sample=False, pad_token_id=0)
     drafted = model.generate(
