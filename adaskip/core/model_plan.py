@@ -69,11 +69,15 @@ def strategy_of(given: Strategy | SkipPlan, model: nn.Module, *, allow_other_wei
 
     Without an origin it is e2e, or prefill if the plan keeps the K/V.
 
-    Raises ValueError for a plan that was made for another model; with allow_other_weights, a plan for other weights of
-    the same shape only causes a warning.
+    Raises ValueError for anything else, and for a plan that was made for another model; with allow_other_weights, a
+    plan for other weights of the same shape only causes a warning.
     """
     if isinstance(given, Strategy):
         return given
+    if not isinstance(given, SkipPlan):
+        raise ValueError(
+            f"expected a Strategy or a SkipPlan (for lossless, or a list of them); got {type(given).__name__}"
+        )
     if given.origin is None:
         phase = "prefill" if given.keeps_kv else "e2e"
         return FixedPlan(num_layers=len(decoder_layers(model)), phase=phase, plan=given)

@@ -354,5 +354,9 @@ def test_wrong_arguments_are_refused_in_one_line():
     for number in (0, 5):
         with pytest.raises(ValueError, match=f"1 to 4 strategies or plans; got {number}"):
             lossless(model, [fixed()] * number)
+    for other, kind in (((fixed() for _ in range(2)), "generator"), ("ee", "str"), (None, "NoneType")):
+        for take in (lossless, lambda *given: skipping(*given).__enter__()):
+            with pytest.raises(ValueError, match=f"expected a Strategy or a SkipPlan .*; got {kind}"):
+                take(model, other)
     with pytest.raises(ValueError, match="another model"):
         generated(MODELS["granite"], random_prompts([5])[0], lossless(model, fixed()))
