@@ -205,7 +205,7 @@ def test_the_model_and_its_next_context_are_as_before_also_after_a_failure():
     assert [dict(layer.__dict__) for layer in model.model.layers] == state
     assert torch.equal(model(ids).logits, before)
     with skipping(model, POP_HALF):
-        assert torch.equal(model(ids).logits, model(ids).logits)
+        assert (model(ids).logits[0] - read_by_hand(model, PROMPTS[0], POP_HALF.skipped)[1]).abs().max() < TOLERANCE
 
 
 def _stop(module, args, output):
