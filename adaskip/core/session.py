@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,15 +29,11 @@ from adaskip.core.kv_cache import restore_emptied, skipped_layers
 from adaskip.core.layer_patch import StaysInPlace
 from adaskip.core.patching import NOTHING, ModelPatches
 from adaskip.core.plan import EMPTY_PLAN
+from adaskip.core.prompts_only import PromptsOnly
 from adaskip.core.refusals import check_cache, check_grows, check_holds_all, refusals, refuse_compiled_call
 from adaskip.core.request import Request, RequestTrace
 from adaskip.core.step import Here, Step
 from adaskip.core.strategy import Strategy
-
-logger = logging.getLogger(__name__)
-
-PROMPTS_WITHOUT_ANSWER = 8
-"""After this many prompts without a decoded token, a warning says that phase decode has skipped nothing."""
 
 
 class SkippingSession(StaysInPlace):
@@ -63,7 +58,7 @@ class SkippingSession(StaysInPlace):
         self._running: Step | None = None
         self._stock_forward: Any = self.decoder.forward
         self._signature = inspect.signature(self._stock_forward)
-        self._num_prompts = self._num_decode_steps = 0
+        self._prompts_only = PromptsOnly(strategy)
 
     @property
     def last_request(self) -> RequestTrace:
@@ -108,8 +103,7 @@ class SkippingSession(StaysInPlace):
         """End the context: wait for a running forward, restore what was `replaced`, and refuse every later step."""
         with self._turn:
             self.calls.end(replaced)
-        if self._num_prompts and not self._num_decode_steps:
-            self._warn_of_prompts_only()
+        self._prompts_only.warn()
 
     def _check_call(self) -> Callable[[], None]:
         """Called before a `generate`; returns a function that checks after it that the plan was applied."""
@@ -266,7 +260,9 @@ class SkippingSession(StaysInPlace):
                 if not step.request.num_forwards:
                     self.patches.check_in_place(self.decoder)
                 output = forward()
-                self._count(step)
+                self._here.num_forwards += 1
+                step.request.num_forwards += 1
+                self._prompts_only.count(step)
                 if step.window is not None:
                     step.window.add(self.patches.take_ffn_io(), ids)
                 return output
@@ -276,23 +272,6 @@ class SkippingSession(StaysInPlace):
                 raise
             finally:
                 self._running = turn.thread = None
-
-    def _count(self, step: Step) -> None:
-        self._here.num_forwards += 1
-        step.request.num_forwards += 1
-        self._num_decode_steps += step.kind == "decode"
-        self._num_prompts += step.request.num_forwards == 1
-        if self._num_prompts == PROMPTS_WITHOUT_ANSWER and not self._num_decode_steps:
-            self._warn_of_prompts_only()
-
-    def _warn_of_prompts_only(self) -> None:
-        if self.strategy.phase == "decode" and len(self.strategy.skipped):
-            self._num_decode_steps = 1  # so that the warning comes once
-            logger.warning(
-                "phase decode skips nothing while a prompt is read, and no token was decoded after the %d prompts so "
-                "far: scores of prompts (log-likelihoods) are the full model's; use phase prefill or e2e for them",
-                self._num_prompts,
-            )
 
     def _begin(self, kind: StepKind, cache: Cache | None, *, began_here: bool = True) -> Step:
         """Choose the plan of the next forward, and free K/V that it no longer needs.
