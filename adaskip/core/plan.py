@@ -278,9 +278,9 @@ def _as_json(scale: Compensation) -> Any:
 def _from_json(value: Any) -> Compensation:
     if not isinstance(value, dict):
         return _finite(value)
-    parts = _objects("an affine stand-in", value, ("scale", "shift"))
+    parts = _objects("an affine compensation", value, ("scale", "shift"))
     if not all(isinstance(part, list) for part in parts.values()):
-        raise ValueError(f"scale and shift of an affine stand-in must be lists of numbers; got {parts!r}"[:200])
+        raise ValueError(f"scale and shift of an affine compensation must be lists of numbers; got {parts!r}"[:200])
     return Affine(**{name: tuple(part) for name, part in parts.items()})
 
 

@@ -1,4 +1,4 @@
-"""vLLM's own models without the sublayers that a plan skips; which those are stands in their `config.json`.
+"""vLLM's own models without the sublayers that a plan skips; the sets are in their `config.json`.
 
 A decoder layer of vLLM passes on a pair: the output of the last sublayer and the residual stream without it; the next
 norm adds them. Before the first sublayer there is no output yet, and the residual is None.

@@ -82,6 +82,8 @@ def test_nothing_saved_is_nothing_to_draw(start, tmp_path):
         (["--strategies", "skipdecode"], "unknown strategy that drafts"),
         (["--peers", "prompt_lookup"], "unknown assisted generation"),
         (["--shares", "0.3"], "unknown share"),
+        (["--strategies", "nested"], "--strategies nested drafts with all sets of a strategy; give a strategy with"),
+        (["--strategies", "nested", "adaskip", "--shares", "0.25"], "give a strategy with several --shares, too"),
         (["--rows", "9", "--strategies", "ngrams"], "--rows must be 1 to 8, not 9"),
         (["--rows", "2"], "--rows 2: only n-grams draft for several rows; give --strategies ngrams"),
         (["--rows", "2", "--strategies", "ngrams", "--peers", "early_exit"], "give --strategies ngrams and no --peers"),

@@ -282,6 +282,15 @@ def test_a_release_that_passes_the_cache_in_another_argument_is_refused(monkeypa
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def test_the_cache_may_be_given_by_its_old_name():
+    model, cache = tiny(), DynamicCache()
+    ids = torch.tensor([[3, 4]])
+    model(ids, **{hf.OLD_CACHE: cache}, use_cache=True)
+    assert cache.get_seq_length() == 2, "models of this release still accept it"
+    assert hf.with_cache_name({hf.OLD_CACHE: cache, "use_cache": True}) == {hf.CACHE: cache, "use_cache": True}
+    assert hf.with_cache_name({"use_cache": True}) == {"use_cache": True}
+
+
 def test_generate_reads_a_prompt_by_one_method(monkeypatch):
     model = tiny()
     calls = noted(model, monkeypatch, hf.PREFILL)

@@ -120,6 +120,10 @@ class LosslessConfig(StudyConfig):
         for name in ("prompts", "new_tokens"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 2, not {getattr(self, name)}")
+        if NESTED in self.strategies and not self.nested:
+            raise ValueError(
+                f"--strategies {NESTED} drafts with all sets of a strategy; give a strategy with several --shares, too"
+            )
         if not 1 <= self.rows <= MOST_ROWS:
             raise ValueError(f"--rows must be 1 to {MOST_ROWS}, not {self.rows}")
         if self.rows > 1 and (self.peers or self.strategies != (NGRAMS,)):
