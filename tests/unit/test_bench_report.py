@@ -76,6 +76,8 @@ def test_the_report_is_a_summary_and_a_page_and_plots_per_study_of_strategies(tm
     for name in written:
         if name.endswith("png"):
             assert np.asarray(Image.open(tmp_path / name).convert("L")).std() > 5
+    by_length = (tmp_path / "cpu/plots/compiled_prefill.svg").read_text()
+    assert all(by_length.count(f"<!-- {budget} sublayers skipped -->") == 1 for budget in (3, 6))
     assert (tmp_path / "cpu/saving.md").read_text() == result_markdown(load_result(saving.path))
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith("# What the benchmark shows\n")

@@ -160,7 +160,7 @@ def _figure(entries: Sequence[Record], title: str) -> Figure:
             chosen = [entry for entry in entries if budget is None or entry["budget"] == budget]
             _draw(panel, chosen, phase, "prompt_tokens" if by_length else "budget")
             panel.set_ylabel(f"{phase} speedup" if panel is row[0] else "")
-            if budget is not None and row is axes[0]:
+            if budget is not None and phase == "prefill":
                 panel.set_title(f"{budget} sublayers skipped")
     if by_length:
         axes[0, 0].set_xscale("log", base=2)
