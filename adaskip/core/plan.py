@@ -78,7 +78,6 @@ class SkipPlan:
 
     keeps_kv: whether a skipped attention still writes the K/V of its input, so that it can run in later steps. Such a
     plan skips while a prompt is read; the prompt's last token and the answer run through the full model.
-
     origin: the model and phase that the plan was made for and how it was chosen (see `make_plan`); None of a plan that
     fits any model of its depth. It does not count when plans are compared.
     """

@@ -201,8 +201,7 @@ class StrategyConfig(DataConfig):
         False,
     )
     keep_kv: bool = option(
-        "phase prefill: skip only while the prompt is read, keeping the K/V of skipped attentions, and answer with the "
-        "full model",
+        "phase prefill: skip only while the prompt is read, keep its K/V in every layer, answer with the full model",
         False,
     )
     strategy_option: tuple[str, ...] | None = option(
