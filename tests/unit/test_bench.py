@@ -298,6 +298,7 @@ def test_random_weights_are_usable_numbers():
         ({"budgets": (0,)}, "--budgets must be at least 1, not 0"),
         ({"strategies": ("adaskipp",)}, "Did you mean 'adaskip'"),
         ({"modes": ("fast",)}, "unknown --modes 'fast'"),
+        ({"strategies": ("pop",), "phases": ("prefill", "e2e")}, "with --phases: not defined are pop in phase e2e"),
     ],
 )
 def test_wrong_options_are_one_clear_line(options, message):

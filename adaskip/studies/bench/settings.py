@@ -18,6 +18,7 @@ from adaskip.common.options import check_options, option
 from adaskip.common.paths import given_or_default
 from adaskip.core.plan import PHASES
 from adaskip.models.source import find_source
+from adaskip.runs.cells import undefined
 from adaskip.runs.config import DTYPES, MODEL_HELP
 from adaskip.strategies import FULL, GRID_STRATEGIES, STRATEGIES, needs_selection, strategy_name
 from adaskip.studies.engines.engines import ENGINE_MODES
@@ -202,6 +203,8 @@ class BenchConfig:
             raise ValueError("--allow-other-weights needs --profile or --selection, to which it applies")
         if self.selection and (not any(map(needs_selection, self.strategies)) or self.study != "strategies"):
             raise ValueError("--selection needs --study strategies with strategy calibrated, or another that needs one")
+        if left_out := undefined(self.phases, self.strategies):
+            raise ValueError(f"--strategies with --phases: not defined are {', '.join(left_out)}")
         engines = [mode for mode in self.modes if mode in ENGINE_MODES]
         if engines and (self.study != "engines" or self.device != "cpu"):
             raise ValueError(f"--modes {engines[0]} needs --study engines and --device cpu")
