@@ -36,10 +36,10 @@ from adaskip.strategies import (
     NAMES,
     PAPER_STRATEGIES,
     PEERS,
-    STRATEGIES,
     CalibratedSkip,
     build,
     needs_profile,
+    phases_of,
     selection_method,
 )
 from adaskip.studies.ablation.peers_findings import find
@@ -194,7 +194,7 @@ class Compared:
     def strategies(self) -> dict[str, str]:
         """The strategy of each row; without those that are not defined for the phase."""
         given = {name: name if name in NAMES else _strategy_of(each) for name, each in self.files.items()}
-        defined = (name for name in self.config.strategies if self.phase in STRATEGIES[name].phases)
+        defined = (name for name in self.config.strategies if self.phase in phases_of(name))
         return {**{name: name for name in defined}, **given}
 
     def check(self, budgets: Sequence[int]) -> None:
