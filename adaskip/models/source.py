@@ -13,7 +13,8 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adaskip.models import internlm
 from adaskip.models.checkpoints import (
@@ -230,6 +231,8 @@ def read_architecture(path: Path) -> PreTrainedConfig:
 
 def _check_causal(path: Path, model_type: str, classes: list[str]) -> None:
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if expected is None and model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        expected = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]].__name__  # AutoModelForCausalLM.register
     if expected is None or (classes and expected not in classes):
         raise ModelError(
             f"{path} contains {', '.join(classes) or 'no named class'} of type {model_type!r}, which is not a causal "
