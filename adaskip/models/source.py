@@ -231,8 +231,9 @@ def read_architecture(path: Path) -> PreTrainedConfig:
 
 def _check_causal(path: Path, model_type: str, classes: list[str]) -> None:
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if expected is None and model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING:
-        expected = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]].__name__  # AutoModelForCausalLM.register
+    registered: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # also what AutoModelForCausalLM.register has added
+    if expected is None and model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in registered:
+        expected = registered[CONFIG_MAPPING[model_type]].__name__
     if expected is None or (classes and expected not in classes):
         raise ModelError(
             f"{path} contains {', '.join(classes) or 'no named class'} of type {model_type!r}, which is not a causal "
