@@ -5,6 +5,7 @@ model's generation config. The phase decides what runs under the plan and where 
 prompt and answer run under the plan, and both are compared. In decode, only the answer does, over K/V of the prompt
 that the full model computed once. In e2e, both run under the plan, and the answer is compared. A plan that keeps the
 K/V, for prefill alone, runs over the prompt without its last token; the answer is the full model's over those K/V.
+With `keep_kv`, every plan does, and the answer alone is compared.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Passage:
     ids: [1, T], the tokens that run under the plan. read: the number of those that are prompt, without its last one.
     dense: K/V of the tokens before them, from the full model.
     positions: [N], compared positions in ids. weights: [N], their weights, with sum 1; in prefill the prompt and the
-    answer get half each. reference: [N, V], log-probabilities of the full model.
+    answer get half each, unless the answer alone is compared. reference: [N, V], log-probabilities of the full model.
     """
 
     ids: Tensor
@@ -64,6 +65,9 @@ class OutputDivergence:
     A measurement runs only the layers from which its plan differs from the one measured last on the same prompt
     (`calibration.streams`).
 
+    keep_kv: compare what strategies with keep_kv=True compute, at the positions that their answers use. Every plan then
+    keeps the K/V and runs over the prompt without its last token. The full model, too, reads that part first, so that a
+    plan without an effect has a divergence of exactly 0.
     answers: token ids of the full model's greedy answers (`greedy_answer`), if they are known. In decode, prompts
     without an answer are left out, as there is nothing to compare. num_forwards, num_tokens, seconds: cost of the calls
     so far, including the full model's answers if these were not given.
@@ -78,14 +82,19 @@ class OutputDivergence:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         answers: Sequence[Sequence[int]] | None = None,
+        keep_kv: bool = False,
     ):
         if not prompts:
             raise ValueError("selection needs at least one calibration prompt")
         self.model = model = unwrapped(model)
         self.phase: Phase = phase
+        self.keep_kv = keep_kv
         self.num_forwards = self.num_tokens = 0
         self.seconds = 0.0
         self._patches = patches_of(model)
+        if keep_kv:
+            self._check_keeps_kv()
+            self._patches.check_writes_kv(range(len(self._patches.layers)))
         with self._counting(), torch.no_grad():
             if answers is None:
                 ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
@@ -101,6 +110,9 @@ class OutputDivergence:
             )
         interval = kept_interval(self._patches, sum(passage.ids.numel() for passage in self.passages))
         self._streams = [KeptStream(self._patches, interval) for _ in self.passages]
+        self._parts = [
+            (KeptStream(self._patches, interval), KeptStream(self._patches, interval)) for _ in self.passages
+        ]
 
     def __len__(self) -> int:
         """Number of prompts compared."""
@@ -112,16 +124,20 @@ class OutputDivergence:
 
         Raises ValueError for a plan that keeps the K/V in another phase than prefill.
         """
-        if plan.keeps_kv and self.phase != "prefill":
-            raise ValueError(f"a plan that keeps the K/V is measured in phase 'prefill', not in {self.phase!r}")
+        if plan.keeps_kv:
+            self._check_keeps_kv()
         with self._counting(), self._patches.install():
             divergences = [self._divergence(plan, i) for i in (range(len(self)) if which is None else which)]
             return torch.stack(divergences).tolist()
 
+    def _check_keeps_kv(self) -> None:
+        if self.phase != "prefill":
+            raise ValueError(f"a plan that keeps the K/V is measured in phase 'prefill', not in {self.phase!r}")
+
     def _divergence(self, plan: SkipPlan, number: int) -> Tensor:
         passage = self.passages[number]
-        if plan.keeps_kv:
-            log_q = self._log_probs_over_kept(plan, passage)
+        if plan.keeps_kv or self.keep_kv:
+            log_q = self._log_probs_over_kept(plan, number)
         else:
             with self._streams[number].running(plan):
                 log_q = self._log_probs(passage.ids, _view(passage.dense), passage.positions)
@@ -129,40 +145,52 @@ class OutputDivergence:
         divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow counts as infinite divergence
         return divergence.clamp(min=0.0)  # rounding may make the sum slightly negative
 
-    def _log_probs_over_kept(self, plan: SkipPlan, passage: Passage) -> Tensor:
+    def _log_probs_over_kept(self, plan: SkipPlan, number: int) -> Tensor:
         """float32 [N, V], of the prompt under the plan, then of the full model over the K/V that it kept."""
-        cache, read = DynamicCache(config=self.model.config), passage.read
-        early = passage.positions < read
-        parts = []
-        for part, ids, positions in (
-            (plan, passage.ids[:, :read], passage.positions[early]),
-            (EMPTY_PLAN, passage.ids[:, read:], passage.positions[~early] - read),
-        ):
-            if ids.shape[1]:
-                self._patches.apply(part)
-                parts.append(self._log_probs(ids, cache, positions))
+        passage, patches, parts = self.passages[number], self._patches, []
+        ids, read, early = passage.ids, passage.read, passage.positions < passage.read
+        last = len(patches.layers) - 1
+        if self.keep_kv:  # of the prompt's last layer, only the K/V are used
+            prompt, answer = self._parts[number]
+            plan = plan.union(SkipPlan.of_layers([last], keeps_kv=True))
+        else:
+            prompt, answer = KeptStream(patches, last + 1), KeptStream(patches, last + 1)
+        start, cache = min(prompt.start(plan), answer.start(plan)), DynamicCache(config=self.model.config)
+        if start:  # the layers below write no K/V, and no layer reads them
+            patches.release(cache, SkipPlan.of_layers(range(start)))
+        if read:
+            with prompt.running(plan, start):
+                if self.keep_kv:
+                    self._read(ids[:, :read], cache)
+                else:
+                    parts.append(self._log_probs(ids[:, :read], cache, passage.positions[early]))
+        with answer.running(plan, start, applied=EMPTY_PLAN):
+            parts.append(self._log_probs(ids[:, read:], cache, passage.positions[~early] - read))
         return torch.cat(parts)
 
     def _passage(self, prompt: Tensor, answer: Sequence[int], *, resident: bool) -> Passage:
         ids = torch.cat([prompt, torch.tensor(answer, dtype=prompt.dtype)])[None]
         ids = ids.to(execution_device(self.model))
         start = len(prompt) if self.phase == "decode" else 0
-        positions, weights = _positions(len(prompt), ids.shape[1], self.phase)
+        read = max(len(prompt) - 1 - start, 0)
+        positions, weights = _positions(len(prompt), ids.shape[1], self.phase, answer_only=self.keep_kv)
         positions = positions - start  # on the CPU: the last layer may be on another device than the first
-        dense = self._dense(ids[:, :start]) if start else None
-        reference = self._log_probs(ids[:, start:], _view(dense), positions)
+        first = read if self.keep_kv else start
+        cache = DynamicCache(config=self.model.config) if first else None
+        if cache is not None:
+            self._read(ids[:, :first], cache)
+        reference = self._log_probs(ids[:, first:], _view(cache), positions + start - first)
+        dense = cache if start else None
         if dense is not None and not resident:
             layers: list[Any] = dense.layers
             for layer in layers:
                 layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
-        read = max(len(prompt) - 1 - start, 0)
         return Passage(ids[:, start:], read, dense, positions, weights.to(reference.device), reference)
 
-    def _dense(self, ids: Tensor) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config)
+    def _read(self, ids: Tensor, cache: DynamicCache) -> None:
+        """Fill the empty `cache` with the K/V of `ids`."""
         self._count(ids)
         find_decoder(self.model)(input_ids=ids, **{CACHE: cache}, use_cache=True)
-        return cache
 
     def _log_probs(self, ids: Tensor, cache: DynamicCache | None, positions: Tensor) -> Tensor:
         """float32 [N, V]. cache: K/V of the tokens before `ids`, which grow."""
@@ -199,13 +227,13 @@ def greedy_answer(
     return answer.token_ids
 
 
-def _positions(prompt_length: int, length: int, phase: Phase) -> tuple[Tensor, Tensor]:
-    """The compared positions and their weights.
+def _positions(prompt_length: int, length: int, phase: Phase, *, answer_only: bool) -> tuple[Tensor, Tensor]:
+    """The compared positions and their weights. answer_only: no others in the prompt than its last, also in prefill.
 
     The last position of the prompt predicts the first token of the answer, which in decode comes from the full model.
     """
     answer = torch.arange(prompt_length - (phase != "decode"), length)
-    if phase != "prefill" or prompt_length < 2:
+    if phase != "prefill" or answer_only or prompt_length < 2:
         return answer, torch.full((len(answer),), 1.0 / len(answer))
     prompt = torch.linspace(0, prompt_length - 2, PROMPT_POSITIONS).round().long().unique()
     weights = [torch.full((len(part),), 0.5 / len(part)) for part in (prompt, answer)]

@@ -21,12 +21,15 @@ from adaskip.core.fingerprint import weights_fingerprint as fingerprint_of
 from adaskip.core.plan import KINDS, Budget, Phase, SkipPlan, Sublayer, check_phase
 from adaskip.core.wrappers import unwrapped
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import SEARCH, SearchCost, Selected, SelectionProfile
-from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
+from adaskip.profiles.selection import SEARCH, SearchCost, Selected, SelectionProfile, check_keeps_kv
+from adaskip.strategies import POP, AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
 
 WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
+PROMPT_STRATEGIES = (POP, SkipDecode, UnifiedSkipping)
+"""Where the K/V are kept; POP's sets are Early Exit's."""
 CANDIDATES_PER_PLACE = 3
-"""The search considers the most similar sublayers, this many for each sublayer of the largest set."""
+"""The search considers the most similar sublayers, this many for each sublayer of the largest set. Where the K/V are
+kept it considers all, since what the last layers change in a prompt hardly matters, however much it is."""
 SAME_AS_CALIBRATION = (
     *("model", "weights_fingerprint", "dtype", "attn_implementation", "hidden_size", "adapter", "config_fingerprint"),
     *("prompts_begin_with_bos", "dataset", "data_ids", "versions"),
@@ -42,6 +45,7 @@ def select(
     up_to: int,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
+    keep_kv: bool = False,
     method: str = SEARCH,
     budgets: Sequence[int] | None = None,
     settings: Mapping[str, float] | None = None,
@@ -56,13 +60,15 @@ def select(
 ) -> SelectionProfile:
     """Search the sets of 1 to `up_to` sublayers of `model` that change its output least in `phase`.
 
-    prompts: token ids, each 1-D; they should resemble the prompts of the later use. method: what chooses the sets:
-    "search" for strategy `calibrated`, or the name of a strategy of another paper: "cosine_window", "blockpruner" or
-    "evopress", which use no scales. budgets: numbers of sublayers to make sets for, with the other papers' methods;
+    prompts: token ids, each 1-D; they should resemble the prompts of the later use. keep_kv: search, in phase prefill,
+    sets for strategies with keep_kv=True, which are skipped only while the prompt is read. method: what chooses the
+    sets: "search" for strategy `calibrated`, or the name of a strategy of another paper: "cosine_window", "blockpruner"
+    or "evopress", which use no scales. budgets: numbers of sublayers to make sets for, with the other papers' methods;
     None for every number up to `up_to` that the method can make. settings: for "evopress", `effort` (share of the
     published number of generations, default 0.1) and `seed` (default 0).
     importance: AdaSkip's profile, which gives a search candidates, scales and AdaSkip's own sets; None to measure it on
-    the same prompts. AdaSkip's set is kept for every budget for which the search finds no significantly better one.
+    the same prompts. AdaSkip's set, with keep_kv POP's, is kept for every budget for which the search finds no
+    significantly better one.
     allow_other_weights: accept, with a warning, an `importance` of other weights of the same architecture.
     progress_path: a file that keeps the measurements; after a stop, the same call continues from it. The file is not
     deleted here: delete it after you have saved the profile.
@@ -76,6 +82,8 @@ def select(
     """
     check_phase(phase)
     counts, settings = counts_of(method, up_to, budgets), settings_of(method, settings or {})
+    if keep_kv:
+        check_keeps_kv(phase, method)
     if weights_fingerprint is None:
         weights_fingerprint = fingerprint_of(model)
     if importance is not None:
@@ -88,10 +96,12 @@ def select(
         importance = measured if importance is None else importance
         Budget(sublayers=up_to).num_sublayers(importance.num_layers)  # raises if up_to is too large
         identity = _identity(model, measured, importance, prompts, phase, eos_token_ids)
+        identity |= {"keep_kv": True} if keep_kv else {}
         ends = (eos_token_ids, pad_token_id)
         asked = Asked(model, prompts, phase, counts, settings, *ends, identity, progress_path, show_progress)
-        found = _search(asked, importance, own) if method == SEARCH else PEERS[method].choose(asked)
-    scale_of = importance.scale_of if method == SEARCH else lambda sublayer: 1.0
+        searched = method == SEARCH
+        found = _search(asked, importance, own, keep_kv) if searched else PEERS[method].choose(asked)
+    scale_of = importance.scale_of if searched else lambda sublayer: 1.0
     return SelectionProfile(
         selected={count: _selected(choice, scale_of) for count, choice in found.choices.items()},
         phase=phase,
@@ -101,11 +111,12 @@ def select(
         ),
         method=method,
         settings=settings,
+        keep_kv=keep_kv,
         **{name: getattr(measured, name) for name in SAME_AS_CALIBRATION},
     )
 
 
-def _search(asked: Asked, importance: ImportanceProfile, own: Found) -> Found:
+def _search(asked: Asked, importance: ImportanceProfile, own: Found, keep_kv: bool) -> Found:
     """The sets of strategy calibrated. own: the cost of AdaSkip's calibration, which is part of the search's."""
     prompts, up_to, num_layers = asked.prompts, max(asked.counts), importance.num_layers
     progress = Progress(
@@ -116,19 +127,19 @@ def _search(asked: Asked, importance: ImportanceProfile, own: Found) -> Found:
     )
     stops = {"eos_token_ids": asked.eos_token_ids, "pad_token_id": asked.pad_token_id}
     answers = progress.answers(len(prompts), lambda i: greedy_answer(asked.model, prompts[i], **stops))
-    divergence = OutputDivergence(asked.model, prompts, asked.phase, answers=answers, **stops)
+    divergence = OutputDivergence(asked.model, prompts, asked.phase, answers=answers, keep_kv=keep_kv, **stops)
     lengths = [passage.ids.numel() for passage in divergence.passages]  # tokens that one measurement reads
     answered = sum(map(len, answers))
     setup_forwards, setup_tokens = divergence.num_forwards + len(prompts) + answered, divergence.num_tokens
     setup_seconds = divergence.seconds
     choices = search(
         progress,
-        importance.ranking()[: num_candidates(up_to, num_layers)],
+        importance.ranking()[: num_candidates(up_to, num_layers, keep_kv=keep_kv)],
         num_layers=num_layers,
         num_prompts=len(divergence),
         up_to=up_to,
-        starts=sets_of_others(importance, up_to),
-        default=AdaSkip.name,
+        starts=sets_of_others(importance, up_to, keep_kv=keep_kv),
+        default=POP.name if keep_kv else AdaSkip.name,
         show_progress=asked.show_progress,
     )
     return Found(
@@ -139,16 +150,16 @@ def _search(asked: Asked, importance: ImportanceProfile, own: Found) -> Found:
     )
 
 
-def num_candidates(up_to: int, num_layers: int) -> int:
+def num_candidates(up_to: int, num_layers: int, *, keep_kv: bool = False) -> int:
     """Number of candidates, the most similar sublayers, in a search for sets of `up_to` sublayers."""
-    return min(max(CANDIDATES_PER_PLACE * up_to, num_layers), 2 * num_layers)
+    return 2 * num_layers if keep_kv else min(max(CANDIDATES_PER_PLACE * up_to, num_layers), 2 * num_layers)
 
 
-def most_forwards(num_layers: int, num_prompts: int, up_to: int) -> int:
+def most_forwards(num_layers: int, num_prompts: int, up_to: int, *, keep_kv: bool = False) -> int:
     """Maximum number of forwards on calibration prompts in a search for sets of `up_to` sublayers."""
     whole_layers = len(WHOLE_LAYER_STRATEGIES)
     starts = [1 + (whole_layers if count % 2 == 0 else 0) for count in range(1, up_to + 1)]
-    return most_measured(num_candidates(up_to, num_layers), num_prompts, starts)
+    return most_measured(num_candidates(up_to, num_layers, keep_kv=keep_kv), num_prompts, starts)
 
 
 def _identity(
@@ -177,19 +188,19 @@ def _identity(
     }
 
 
-def sets_of_others(importance: ImportanceProfile, up_to: int) -> dict[str, dict[int, Set]]:
+def sets_of_others(importance: ImportanceProfile, up_to: int, *, keep_kv: bool = False) -> dict[str, dict[int, Set]]:
     """The sets of AdaSkip and the whole-layer strategies, by strategy and number of sublayers.
 
-    For SkipDecode it is the full set of its last decode step.
+    For SkipDecode it is the full set of its last decode step. keep_kv: with POP in place of Early Exit.
     """
     num_layers = importance.num_layers
     sets: dict[str, dict[int, Set]] = {AdaSkip.name: {}}
     for count in range(1, up_to + 1):
         budget = Budget(sublayers=count)
         sets[AdaSkip.name][count] = _set(AdaSkip(num_layers=num_layers, budget=budget, profile=importance).skipped)
-        for strategy in WHOLE_LAYER_STRATEGIES:
+        for strategy in PROMPT_STRATEGIES if keep_kv else WHOLE_LAYER_STRATEGIES:
             if count % 2 == 0 and count // 2 <= num_layers - 2:
-                plan = strategy(num_layers=num_layers, budget=budget).skipped
+                plan = strategy(num_layers=num_layers, budget=budget, phase="prefill" if keep_kv else "e2e").skipped
                 sets.setdefault(strategy.name, {})[count] = _set(plan)
     return sets
 

@@ -35,13 +35,17 @@ class KeptStream:
         self.entered: dict[int, Tensor] = {}  # by layer
 
     @contextmanager
-    def running(self, plan: SkipPlan) -> Iterator[None]:
-        """A context for one forward over the prompt under `plan`, inside `patches.install()`."""
-        start = self._start(plan)
+    def running(self, plan: SkipPlan, start: int | None = None, *, applied: SkipPlan | None = None) -> Iterator[None]:
+        """A context for one forward over the prompt under `plan`, inside `patches.install()`.
+
+        start: the layer that it enters, if not `self.start(plan)`: a lower one whose input is kept, or 0. applied: what
+        the layers skip, if that is another plan and `plan` only decides, through the K/V, what they compute.
+        """
+        start = self.start(plan) if start is None else start
         kept = {layer: states for layer, states in self.entered.items() if layer <= start}
         self.plan, self.entered = None, {}  # a forward that fails leaves nothing to continue from
         entered = dict(kept)
-        self.patches.apply(SkipPlan.of_layers(range(start)).union(plan) if start else plan)
+        self.patches.apply(plan if applied is None else applied, passed=start)
         with ExitStack() as hooks:
             for i in range(start, len(self.patches.layers), self.interval):
                 hook = _Entry(i, kept.get(i), entered)
@@ -49,7 +53,7 @@ class KeptStream:
             yield
         self.plan, self.entered = plan, entered
 
-    def _start(self, plan: SkipPlan) -> int:
+    def start(self, plan: SkipPlan) -> int:
         """The highest layer with a kept input below which `plan` is that of the last forward; 0 without one."""
         if self.plan is None:
             return 0

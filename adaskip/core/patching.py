@@ -7,7 +7,7 @@ forward of one thread at a time (`Turn`); forwards of other threads run the stoc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -50,6 +50,7 @@ class ModelPatches:
         self._installing = threading.Lock()
         self._plan: SkipPlan | None = EMPTY_PLAN
         self._measured: frozenset[int] | None = NOTHING
+        self._passed = 0
         self.work: Work = tuple(patch.work for patch in self.patches)
         self.in_compiled_step = False
 
@@ -77,14 +78,14 @@ class ModelPatches:
         """Raise ValueError if this model cannot run `plan`."""
         plan.check_fits(len(self.patches))
         if plan.keeps_kv:
-            self._check_keeps_kv(plan)
+            self.check_writes_kv(sorted(plan.attention))
         for sublayer, scale in plan.scales.items():
             if isinstance(scale, Affine):
                 self.patches[sublayer.layer].check_width(scale)
 
-    def _check_keeps_kv(self, plan: SkipPlan) -> None:
+    def check_writes_kv(self, layers: Iterable[int]) -> None:
         """Refuse attentions with work of accelerate after their forward, which ends early where it only writes K/V."""
-        for patch in (self.patches[layer] for layer in sorted(plan.attention)):
+        for patch in (self.patches[layer] for layer in layers):
             attention = getattr(patch.layer, patch.structure.attention.module)
             for hook in hf.device_hooks(attention):
                 if getattr(hook, "offload", True) or getattr(hook, "io_same_device", True):
@@ -132,24 +133,28 @@ class ModelPatches:
             self.set_probe(None)
             self.installed = False
 
-    def apply(self, plan: SkipPlan, measured_ffns: frozenset[int] = NOTHING) -> None:
-        """From the next forward on, skip `plan` and record input and output of the FFNs in `measured_ffns`."""
-        if plan is self._plan and measured_ffns is self._measured:
+    def apply(self, plan: SkipPlan, measured_ffns: frozenset[int] = NOTHING, *, passed: int = 0) -> None:
+        """From the next forward on, skip `plan` and record input and output of the FFNs in `measured_ffns`.
+
+        passed: the layers below this one return their input and write no K/V, whatever the plan.
+        """
+        if plan is self._plan and measured_ffns is self._measured and passed == self._passed:
             return  # the usual decode step: nothing changes
         self._plan = self._measured = None  # after an interrupt, the next call sets all layers again
         for i, patch in enumerate(self.patches):
+            below = i < passed
             patch.set_work(
-                skip_attention=i in plan.attention,
-                keep_kv=plan.keeps_kv,
-                skip_ffn=i in plan.ffn,
+                skip_attention=below or i in plan.attention,
+                keep_kv=plan.keeps_kv and not below,
+                skip_ffn=below or i in plan.ffn,
                 measure_ffn=i in measured_ffns,
             )
             if patch.skip_attention:
-                patch.set_scale("attention", plan.scale("attention", i))
+                patch.set_scale("attention", 1.0 if below else plan.scale("attention", i))
             if patch.skip_ffn:
-                patch.set_scale("ffn", plan.scale("ffn", i))
+                patch.set_scale("ffn", 1.0 if below else plan.scale("ffn", i))
         self.work = tuple(patch.work for patch in self.patches)
-        self._plan, self._measured = plan, measured_ffns
+        self._plan, self._measured, self._passed = plan, measured_ffns, passed
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

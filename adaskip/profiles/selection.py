@@ -114,7 +114,8 @@ class SearchCost:
 class SelectionProfile(Profile):
     """The sets chosen for one model in one phase, by number of sublayers; there may be numbers without a set.
 
-    method: what chose the sets, one of `METHODS`. settings: the numbers that the method was given. The other fields
+    method: what chose the sets, one of `METHODS`. settings: the numbers that the method was given. keep_kv: whether the
+    sets were searched for strategies with keep_kv=True, which skip only while the prompt is read. The other fields
     record the model and the data, as in an `ImportanceProfile`.
     """
 
@@ -141,6 +142,7 @@ class SelectionProfile(Profile):
     tokenizer_files: str | None = None
     method: str = SEARCH
     settings: Mapping[str, float] = field(default_factory=dict)
+    keep_kv: bool = False
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -157,6 +159,10 @@ class SelectionProfile(Profile):
             raise ProfileError(f"settings must map names to numbers; got {self.settings!r}")
         for name, value in self.settings.items():
             finite(f"setting {name}", value)
+        if not isinstance(self.keep_kv, bool):
+            raise ProfileError(f"keep_kv of a selection must be true or false; got {self.keep_kv!r}")
+        if self.keep_kv:
+            check_keeps_kv(self.phase, self.method)
         for count, chosen in selected.items():
             if len(chosen.plan) != count:
                 raise ProfileError(f"the set for {count} sublayers has {len(chosen.plan)} sublayers")
@@ -184,6 +190,15 @@ class SelectionProfile(Profile):
         if "cost" in record:
             parts["cost"] = built(SearchCost, "cost", record["cost"])
         return parts
+
+
+def check_keeps_kv(phase: str, method: str) -> None:
+    """Raise ProfileError unless `method` can search sets for `phase` that are skipped only while the prompt is read."""
+    if phase != "prefill" or method != SEARCH:
+        raise ProfileError(
+            f"sets that keep the K/V are searched in phase prefill with method {SEARCH}; got phase {phase!r} and "
+            f"method {method!r}"
+        )
 
 
 def _check_plan(plan: SkipPlan, num_layers: int) -> None:

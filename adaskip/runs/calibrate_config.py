@@ -31,6 +31,9 @@ class CalibrateConfig(DataConfig):
         SEARCH,
         choices=[*METHODS],
     )
+    keep_kv: bool = option(
+        "with --select prefill: search sets for runs with --keep-kv, which skip only while the prompt is read", False
+    )
     up_to: int | None = option(
         "with --select: size of the largest set; default: the largest budget of the protocol", least=1
     )
@@ -51,6 +54,11 @@ class CalibrateConfig(DataConfig):
             check_choice("phase", self.select, PHASES)
         if self.up_to is not None and self.select is None:
             raise ValueError(f"--up-to {self.up_to} needs --select")
+        if self.keep_kv and (self.select != "prefill" or self.method != SEARCH):
+            raise ValueError(
+                f"--keep-kv needs --select prefill and --method {SEARCH}; given: --select {self.select}, --method "
+                f"{self.method}"
+            )
         if self.method != SEARCH and self.select is None:
             raise ValueError(f"--method {self.method} needs --select")
         if not METHODS[self.method].one_by_one and (self.budgets or self.effort is not None):

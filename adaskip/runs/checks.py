@@ -14,7 +14,7 @@ def check(job: Job) -> None:
     """Refuse a run that cannot succeed; a finished run is not checked further.
 
     Checks the data, the given profile or the calibration data, the weight files (a Hub id is downloaded for that), and
-    whether the strategy can keep its budget, unless `--target-speedup` will choose the budget.
+    whether the strategy can keep its budget or, if `--target-speedup` will choose that, takes the profile.
 
     Raises:
         ValueError: one of these is missing, damaged or impossible.
@@ -24,8 +24,7 @@ def check(job: Job) -> None:
     assert job.parts, "reads the data"
     job.loading.source.check()
     profile = _profile_without_model(job)
-    if job.speedup is None:
-        build_strategies(job, profile)
+    build_strategies(job if job.speedup is None else job.with_sublayers(0), profile)
 
 
 def build_strategies(job: Job, profile: Profile | None) -> list[Strategy | None]:

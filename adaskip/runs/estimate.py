@@ -164,7 +164,8 @@ def search_seconds(job: Job, ceilings: Ceilings) -> float:
     forward = predict(shape, prompt_tokens=searched, new_tokens=1, **full)
     reading = count * (answered.ttft_s + (answer - 1) * (answered.tpot_s or 0.0))
     if method == SEARCH:
-        return reading + most_forwards(shape.num_layers, count, job.up_to) * forward.ttft_s
+        most = most_forwards(shape.num_layers, count, job.up_to, keep_kv=job.searches_kept_kv)
+        return reading + most * forward.ttft_s
     return reading + PEERS[method].most_forwards(shape.num_layers, count, job.counts) * forward.ttft_s
 
 
@@ -180,7 +181,7 @@ def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) ->
     if job.calibration is not None:
         plan = SkipPlan(frozenset(range(sublayers // 2)), frozenset(range(sublayers - sublayers // 2)))
         plan.check_fits(num_layers)
-        if job.strategy_options.get("keep_kv"):
+        if job.keeps_kv:
             return replace(plan, keeps_kv=True), EMPTY_PLAN
         return EMPTY_PLAN if job.phase == "decode" else plan, plan
     strategy = build(
@@ -189,7 +190,7 @@ def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) ->
         budget=Budget(sublayers=sublayers),
         num_layers=num_layers,
         max_decode_steps=new_tokens,
-        keep_kv=bool(job.strategy_options.get("keep_kv")),
+        keep_kv=job.keeps_kv,
     )
     assert strategy is not None, "only the full model has no strategy"
     return strategy.prefill_plan, strategy.decode_plan

@@ -18,7 +18,7 @@ from adaskip.common.named_files import find_file
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import ImportanceProfile
-from adaskip.profiles.selection import METHODS, SelectionProfile
+from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.cells import Cell, grid
 from adaskip.runs.config import GridConfig, RunConfig, WorkConfig
@@ -137,6 +137,16 @@ class Job:
     def selection_method(self) -> str | None:
         """The method by which a selection is made; None if the strategy needs no selection."""
         return selection_method(self.strategy)
+
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether `--keep-kv` is given."""
+        return bool(self.strategy_options.get("keep_kv"))
+
+    @property
+    def searches_kept_kv(self) -> bool:
+        """Whether its selection is one that is searched for `--keep-kv`; other methods' sets are as without it."""
+        return self.keeps_kv and self.selection_method == SEARCH and self.profile_name is None
 
     @property
     def up_to(self) -> int:

@@ -55,6 +55,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "protocol": job.protocol,
         "strategy": job.strategy,
         "strategy_options": job.strategy_options or None,
+        **({"selection": "searched with keep_kv"} if job.searches_kept_kv else {}),
         "phase": job.phase,
         "tasks": {part.name: len(part.samples) for part in job.parts},
         "max_new_tokens": {part.name: part.max_new_tokens for part in job.parts},

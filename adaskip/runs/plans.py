@@ -157,7 +157,8 @@ def _profile_lines(profile: ImportanceProfile | SelectionProfile) -> list[str]:
     names = ("model", "phase", "dataset", "dtype", "attn_implementation", "weights_fingerprint", "hidden_size")
     lines = _aligned({name: str(getattr(profile, name)) for name in names})
     if isinstance(profile, SelectionProfile):
-        lines += _aligned({"method": profile.method, **{name: str(x) for name, x in profile.settings.items()}})
+        made = {"method": profile.method, **profile.settings, **({"keep_kv": True} if profile.keep_kv else {})}
+        lines += _aligned({name: str(value) for name, value in made.items()})
         criterion, sets = METHODS[profile.method].criterion, profile.selected.items()
         return [*lines, *(f"{n:3} sublayers  {criterion.format(s.divergence)}  {s.plan.to_dict()}" for n, s in sets)]
     pairs = zip(profile.attention.similarity, profile.ffn.similarity, strict=True)

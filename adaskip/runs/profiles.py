@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from adaskip.benchmarks.protocol import Benchmark
 from adaskip.calibration.divergence import OBJECTIVE_VERSION
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.peers import counts_of, settings_of
@@ -43,7 +42,7 @@ class Wanted:
     """A profile that is kept beside the runs, or that will be made and kept there.
 
     phase: of a selection; None for an importance profile. counts: numbers of sublayers of its sets. batch_size: number
-    of prompts per forward when importance is measured. method, settings: what makes a selection; see `select`.
+    of prompts per forward when importance is measured. method, settings, keep_kv: what makes a selection; see `select`.
     """
 
     loaded: LoadedModel
@@ -53,11 +52,12 @@ class Wanted:
     batch_size: int = 1
     method: str = SEARCH
     settings: Mapping[str, float] = field(default_factory=dict)
+    keep_kv: bool = False
 
     @property
     def importance(self) -> Wanted:
         """The importance profile from which a selection takes its candidates and scales."""
-        return replace(self, phase=None, method=SEARCH)
+        return replace(self, phase=None, method=SEARCH, keep_kv=False)
 
     @property
     def samples(self) -> list[tuple[str, Sample]]:
@@ -90,15 +90,18 @@ class Wanted:
             }
         if self.method != SEARCH:
             depends_on |= {"method": self.method, "counts": list(self.counts), "settings": dict(self.settings)}
+        if self.keep_kv:
+            depends_on["keep_kv"] = True
         return depends_on
 
     @property
     def path(self) -> Path:
         """`<output_dir>/../profiles/<model>-<first 8 digits of a hash over its identity>.json`.
 
-        For a selection: `<model>-selection-<phase>-<digits>.json`, or with the method in place of `selection`, and
-        without the phase if its sets do not depend on it. If the profile of that name was made with another
-        configuration or tokenizer of the same weights, the hash also covers these.
+        For a selection: `<model>-selection-<phase>-<digits>.json`, with `-keep-kv` after the phase if it is for
+        `--keep-kv`, or with the method in place of `selection`, and without the phase if its sets do not depend on it.
+        If the profile of that name was made with another configuration or tokenizer of the same weights, the hash also
+        covers these.
         """
         usual = self._named(self.identity)
         return self._named(self.identity | self.files) if self._is_of_other_files(usual) else usual
@@ -123,13 +126,13 @@ class Wanted:
     def stem(self) -> str:
         """The beginning of the file name."""
         name = self.loaded.spec.name
-        return name if self.phase is None else f"{name}-{selection_stem(self.method, self.phase)}"
+        return name if self.phase is None else f"{name}-{selection_stem(self.method, self.phase, keep_kv=self.keep_kv)}"
 
 
-def selection_stem(method: str, phase: str) -> str:
+def selection_stem(method: str, phase: str, *, keep_kv: bool = False) -> str:
     """What follows the model in the name of a kept selection."""
     kind = "selection" if method == SEARCH else method
-    return f"{kind}-{phase}" if METHODS[method].by_phase else kind
+    return (f"{kind}-{phase}" if METHODS[method].by_phase else kind) + ("-keep-kv" if keep_kv else "")
 
 
 def profile_for(job: Job, loaded: LoadedModel) -> tuple[Profile, Path]:
@@ -161,7 +164,10 @@ def wanted_by(job: Job, loaded: LoadedModel) -> Wanted:
     if (method := job.selection_method) is None:
         return Wanted(loaded, job.calibration, None)
     settings = settings_of(method, {})
-    return Wanted(loaded, job.calibration, job.phase, job.counts, method=method, settings=settings)
+    return Wanted(
+        *(loaded, job.calibration, job.phase, job.counts),
+        **{"method": method, "settings": settings, "keep_kv": job.searches_kept_kv},
+    )
 
 
 def keep(wanted: Wanted, *, show_progress: bool = False) -> tuple[Profile, Path]:
@@ -199,26 +205,13 @@ def _kept(wanted: Wanted, path: Path) -> Profile:
 
 def _make(wanted: Wanted, path: Path, show_progress: bool) -> Profile:
     """Measure importance, or search a selection; a stopped search continues from its progress file."""
-    loaded = wanted.loaded
     if wanted.phase is None:
-        return measure_importance(wanted.calibration, loaded, wanted.batch_size)
+        return measure_importance(wanted.calibration, wanted.loaded, wanted.batch_size)
     importance = None
     if wanted.method == SEARCH:
         importance, _ = keep(wanted.importance)
         assert isinstance(importance, ImportanceProfile), "what strategy adaskip chooses by"
-    return search_selection(
-        loaded,
-        wanted.phase,
-        wanted.calibration.records.benchmark,
-        wanted.samples,
-        importance=importance,
-        counts=wanted.counts,
-        method=wanted.method,
-        settings=wanted.settings,
-        progress_path=_progress_path(path),
-        show_progress=show_progress,
-        prompt_tokens=wanted.calibration.search_prompt_tokens,
-    )
+    return search_selection(wanted, wanted.phase, importance, _progress_path(path), show_progress)
 
 
 def _progress_path(path: Path) -> Path:
@@ -274,33 +267,21 @@ def measure_importance(calibration: Calibration, loaded: LoadedModel, batch_size
 
 
 def search_selection(
-    loaded: LoadedModel,
-    phase: Phase,
-    benchmark: Benchmark,
-    samples: Sequence[tuple[str, Sample]],
-    *,
-    importance: ImportanceProfile | None,
-    counts: Sequence[int],
-    method: str = SEARCH,
-    settings: Mapping[str, float] | None = None,
-    progress_path: Path,
-    show_progress: bool = False,
-    prompt_tokens: int | None = None,
+    wanted: Wanted, phase: Phase, importance: ImportanceProfile | None, progress_path: Path, show_progress: bool
 ) -> SelectionProfile:
-    """Choose the sets of strategy calibrated, or those of another paper's method.
-
-    samples: (task, sample), none of which is scored. importance: None for the other methods. counts, method, settings:
-    see `Wanted`. prompt_tokens: longer prompts lose their middle; None: the model's limit.
-    """
+    """Choose the sets of strategy calibrated, or those of another paper's method, for which `importance` is None."""
+    loaded, calibration, samples = wanted.loaded, wanted.calibration, wanted.samples
     tokenizer: Any = loaded.tokenizer
+    benchmark, cut = calibration.records.benchmark, calibration.search_prompt_tokens
     return select(
         loaded.model,
-        [prompt_ids(benchmark, task, [sample], loaded, prompt_tokens)[0] for task, sample in samples],
+        [prompt_ids(benchmark, task, [sample], loaded, cut)[0] for task, sample in samples],
         phase,
-        up_to=max(counts),
-        method=method,
-        budgets=None if method == SEARCH else counts,
-        settings=settings,
+        up_to=max(wanted.counts),
+        keep_kv=wanted.keep_kv,
+        method=wanted.method,
+        budgets=None if wanted.method == SEARCH else wanted.counts,
+        settings=wanted.settings,
         eos_token_ids=loaded.spec.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id,
         model_name=loaded.spec.name,
@@ -345,6 +326,7 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
         batch_size=config.batch_size,
         method=config.method,
         settings=config.settings,
+        keep_kv=config.keep_kv,
     )
     profile, path = keep(wanted, show_progress=True)
     return profile, (path, *([] if config.output is None else [profile.save(config.output)]))

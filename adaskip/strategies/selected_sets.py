@@ -56,6 +56,11 @@ class SelectedSets(Strategy):
             raise ValueError(
                 f"selection was made for phase {selection.phase}, not for {self.phase}; run select for that phase"
             )
+        if selection.keep_kv and not self.keep_kv:
+            raise ValueError(
+                "the selection was searched for sets that are skipped only while the prompt is read; use it with "
+                "keep_kv=True (--keep-kv)"
+            )
 
     @property
     def _option(self) -> str:
