@@ -193,15 +193,15 @@ def sets_of_others(importance: ImportanceProfile, up_to: int, *, keep_kv: bool =
 
     For SkipDecode it is the full set of its last decode step. keep_kv: with POP in place of Early Exit.
     """
-    num_layers = importance.num_layers
-    sets: dict[str, dict[int, Set]] = {AdaSkip.name: {}}
+    num_layers, whole_layers = importance.num_layers, PROMPT_STRATEGIES if keep_kv else WHOLE_LAYER_STRATEGIES
+    sets: dict[str, dict[int, Set]] = {strategy.name: {} for strategy in (AdaSkip, *whole_layers)}
     for count in range(1, up_to + 1):
         budget = Budget(sublayers=count)
         sets[AdaSkip.name][count] = _set(AdaSkip(num_layers=num_layers, budget=budget, profile=importance).skipped)
-        for strategy in PROMPT_STRATEGIES if keep_kv else WHOLE_LAYER_STRATEGIES:
+        for strategy in whole_layers:
             if count % 2 == 0 and count // 2 <= num_layers - 2:
                 plan = strategy(num_layers=num_layers, budget=budget, phase="prefill" if keep_kv else "e2e").skipped
-                sets.setdefault(strategy.name, {})[count] = _set(plan)
+                sets[strategy.name][count] = _set(plan)
     return sets
 
 
