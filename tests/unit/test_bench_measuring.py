@@ -28,7 +28,7 @@ class Machine:
         self.begun: list[tuple[int, int]] = []
         self._cells: Counter[tuple[int, str]] = Counter()
 
-    def trials(self, subject, clock, engines=None) -> SimpleNamespace:
+    def trials(self, subject, clock, **options) -> SimpleNamespace:
         self._cells.clear()
         self.began, self.begun = self.now, []
         parts = {"strategy": lambda cell, workload: None, "run": self._run, "static_caches": StaticCaches()}

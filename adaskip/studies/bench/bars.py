@@ -170,10 +170,10 @@ FIND: dict[str, Callable[[Bar, Result, Workload], Iterator[Finding]]] = {
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """Every figure with each result that has it; a row without a number if none has."""
+    """Every figure with each result that has it; a row without a number if none has. None is for `--keep-kv`."""
     rows = []
     for name, bar in load_yaml("bench")["bars"].items():
-        measured = [(r, w) for r in results if r.study == bar["study"] for w in r.workloads]
+        measured = [(r, w) for r in results if r.study == bar["study"] and not r.keep_kv for w in r.workloads]
         found = []
         for result, workload in measured:
             if name == "kv":

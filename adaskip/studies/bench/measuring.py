@@ -70,7 +70,8 @@ def run_bench(config: BenchConfig) -> Outcome:
     }
     manifest = {"figure": config.figure, "identity": identity, "rounds": config.rounds, "git_commits": [git_commit()]}
     with _engines(config, subject) as engines:
-        trials = Trials(subject, config.clock, engines=engines)  # pyright: ignore[reportArgumentType]
+        clock: Any = config.clock
+        trials = Trials(subject, clock, engines=engines, keep_kv=config.keep_kv)
         for workload in config.workloads:
             for cell in cells:
                 trials.strategy(cell, workload)  # refuses an impossible budget before anything runs

@@ -36,6 +36,10 @@ METHOD = (
     "is the full model's time less the measured time of the skipped sublayers. Limit is the time at the device's "
     "measured ceilings."
 )
+KEPT = (
+    "Every strategy skips only while the prompt is read, up to its last token (`--keep-kv`): skipped attentions write "
+    "their K/V, which the ideal saving counts as free, and the full model answers."
+)
 TOY = (
     "On so small a model the time between operations (Python, dispatch) outweighs the operations themselves: "
     "its speedups say what sublayers' number is worth, not what their size is."
@@ -84,6 +88,7 @@ def _about(result: Result) -> list[str]:
         f"threads, {clock if result.device == 'cpu' else 'CUDA events'}), torch {versions['torch']}, transformers "
         f"{versions['transformers']}.",
         f"AdaSkip's sets: {subject['profile']}. {chosen}SkipDecode's schedule spans the new tokens.",
+        *([KEPT] if result.keep_kv else []),
         METHOD,
         *(
             [

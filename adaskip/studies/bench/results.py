@@ -67,6 +67,11 @@ class Result:
         return self.identity["study"]
 
     @property
+    def keep_kv(self) -> bool:
+        """Whether every strategy skips only while the prompt is read."""
+        return self.identity.get("keep_kv", False)
+
+    @property
     def workloads(self) -> list[Workload]:
         """The workloads with records, in order."""
         return list(dict.fromkeys(Workload(**record["workload"]) for record in self.records))

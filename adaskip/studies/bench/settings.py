@@ -152,6 +152,11 @@ class BenchConfig:
         "accept a --profile and --selection of other weights; depth and width must be equal",
         False,
     )
+    keep_kv: bool = option(
+        "study strategies in phase prefill: every strategy skips only while the prompt is read, as with `adaskip run "
+        "--keep-kv`",
+        False,
+    )
     phases: tuple[str, ...] = option(
         f"phases in which sublayers are skipped: {', '.join(PHASES)}", ("e2e",), choices=PHASES, distinct=True
     )
@@ -203,6 +208,11 @@ class BenchConfig:
             raise ValueError("--allow-other-weights needs --profile or --selection, to which it applies")
         if self.selection and (not any(map(needs_selection, self.strategies)) or self.study != "strategies"):
             raise ValueError("--selection needs --study strategies with strategy calibrated, or another that needs one")
+        if self.keep_kv and (self.study != "strategies" or set(self.phases) != {"prefill"}):
+            raise ValueError(
+                f"--keep-kv needs --study strategies and --phases prefill; given: --study {self.study} --phases "
+                f"{' '.join(self.phases)}"
+            )
         if left_out := undefined(self.phases, self.strategies):
             raise ValueError(f"--strategies with --phases: not defined are {', '.join(left_out)}")
         engines = [mode for mode in self.modes if mode in ENGINE_MODES]
@@ -234,8 +244,9 @@ class BenchConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The options that must be equal to continue a saved result."""
-        return {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
+        """The options that must be equal to continue a saved result; older ones have no keep_kv."""
+        left_out = (*MAY_CHANGE, *(() if self.keep_kv else ("keep_kv",)))
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def weights_of(identity: Mapping[str, Any]) -> str:

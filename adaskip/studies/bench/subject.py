@@ -80,6 +80,7 @@ class Subject:
         chosen, peers = {}, {}
         for (strategy, phase), found in self.selections.items():
             made_of = "AdaSkip's sets" if found is None else f"{found.dataset} ({len(found.data_ids)} prompts)"
+            made_of += ", for kept K/V" if found is not None and found.keep_kv else ""
             if strategy == CalibratedSkip.name:
                 chosen[phase] = made_of
             else:
@@ -225,7 +226,8 @@ def _given_selections(
 
 def _kept_selection(config: BenchConfig, loaded: LoadedModel, strategy: str, phase: Phase) -> SelectionProfile:
     """What the runs of a benchmark's own model keep for a strategy."""
-    job = resolve(RunConfig(benchmark=config.benchmark, model=config.model, phase=phase, strategy=strategy))
+    given = {"benchmark": config.benchmark, "model": config.model, "keep_kv": config.keep_kv}
+    job = resolve(RunConfig(**given, phase=phase, strategy=strategy))
     if not (path := profiles.kept_path(job, loaded)).is_file():
         logger.info("searching %s for strategy %s, which takes minutes", path, strategy)
     kept, _ = profiles.profile_for(job, loaded)

@@ -50,12 +50,13 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs the cells of one subject with one clock."""
+    """Runs the cells of one subject with one clock. keep_kv: every strategy skips only while the prompt is read."""
 
     subject: Subject
     clock: Clock
     static_caches: StaticCaches = field(default_factory=StaticCaches)
     engines: EngineProcesses | None = None
+    keep_kv: bool = False
 
     def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """Run `cell` on `workload` and return what it measured. Raises torch's error if memory is insufficient."""
@@ -101,6 +102,7 @@ class Trials:
             num_layers=num_layers,
             profile=selection or self.subject.profile,
             max_decode_steps=workload.new_tokens,
+            keep_kv=self.keep_kv,
             **({"learning_window": 0} if windowless else {}),
         )
         if cell.mode in ENGINE_MODES and strategy is not None:
