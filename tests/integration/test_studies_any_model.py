@@ -119,6 +119,33 @@ def test_divergences_of_other_papers_sets_continue_with_another_selection(study,
     assert "older" in (out / "peer_divergence.md").read_text()
 
 
+def test_sets_that_keep_the_kv_are_compared_where_their_answers_are_chosen(study, tmp_path, monkeypatch, capsys):
+    setup = config.find_setup
+    few = {"calibration_samples": 4, "search_samples": 4}
+    monkeypatch.setattr(config, "find_setup", lambda *given: replace(setup(*given), **few))
+    monkeypatch.setattr(divergence, "ANSWER_TOKENS", 8)
+    given = ("--runs", str(tmp_path / "runs"), "--tasks", "trec", "--limit", "3", "--phases", "prefill")
+    given += ("--strategies", "calibrated", "pop", "--budgets", "2", "3")
+    with pytest.raises(AssertionError):
+        study("eval/peer_divergence.py", *given, "--keep-kv")
+    assert "an even number of sublayers; got 3" in capsys.readouterr().err
+    _, out = study("eval/peer_divergence.py", *given[:-1], "--keep-kv")
+    saved = json.loads((out / "peer_divergences.json").read_text())
+    for name in NAMES:
+        assert saved[name]["sources"]["keep_kv"]
+        assert [cell["divergences"] for cell in saved[name]["cells"]] == [[0.0] * 3] * 2  # the last layer is free
+    assert {path.name.split("-selection-")[1][:15] for path in (tmp_path / "profiles").glob("*-selection-*")} == {
+        "prefill-keep-kv"
+    }
+    page = (out / "peer_divergence.md").read_text()
+    assert "Every strategy skips only while the prompt is read, up to its last token" in page
+    assert "half of its divergence" not in page
+    with pytest.raises(AssertionError):
+        study("eval/peer_divergence.py", *given[:-1])
+    assert "was measured without --keep-kv" not in (told := capsys.readouterr().err)
+    assert "peer_divergences.json was measured with --keep-kv; give another --output-dir" in told
+
+
 def test_a_divergence_without_a_set_is_refused_before_anything_is_searched(
     study, folders, data_dir, monkeypatch, capsys
 ):

@@ -110,3 +110,8 @@ def test_a_selection_file_is_a_row_of_its_name_or_that_of_its_strategy(tmp_path)
     ):
         with pytest.raises(ValueError, match=message):
             read_selections(PeersConfig(**given, selections=selections))
+
+
+def test_kept_kv_is_compared_in_phase_prefill_alone():
+    with pytest.raises(ValueError, match="--keep-kv needs --phases prefill; given: prefill decode e2e"):
+        PeersConfig(testbed=True, keep_kv=True)

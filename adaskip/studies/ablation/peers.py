@@ -70,6 +70,11 @@ class PeersConfig(StudyConfig):
         choices=lambda: NAMES[1:],
         distinct=True,
     )
+    keep_kv: bool = option(
+        "with --phases prefill: every strategy skips only while the prompt is read, as with `adaskip run --keep-kv`, "
+        "and the answers' distributions are compared",
+        False,
+    )
     selections: tuple[str, ...] | None = option(
         "files made by `adaskip calibrate --select`: FILE is for the strategy of its method in its phase, instead of "
         "what runs keep; NAME=FILE is another row of that name",
@@ -81,6 +86,8 @@ class PeersConfig(StudyConfig):
         super().__post_init__()
         if CalibratedSkip.name not in self.strategies:
             raise ValueError(f"every strategy is compared with calibrated; given: {' '.join(self.strategies)}")
+        if self.keep_kv and set(self.phases) != {"prefill"}:
+            raise ValueError(f"--keep-kv needs --phases prefill; given: {' '.join(self.phases)}")
 
     @property
     def results_path(self) -> Path:
@@ -89,7 +96,7 @@ class PeersConfig(StudyConfig):
     def job(self, model: str, phase: str, strategy: str, budget: int | None) -> Job:
         """The run whose profile the strategy has at a budget."""
         options = {"phase": phase, "strategy": strategy, "budget": budget, "output_dir": self.runs}
-        return resolve(self.run_config(model, **options))
+        return resolve(self.run_config(model, **options, keep_kv=self.keep_kv))
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,10 @@ def measure_model(config: PeersConfig, name: str, selections: Sequence[tuple[str
         selection.check_fits(loaded.model, weights_fingerprint=loaded.weights_fingerprint)
     rows = [row for each in compared for row in each.rows(budgets)]
     seen = {sample for row in rows if row.profile is not None for sample in row.profile.data_ids}
-    results, sources = read_json(path), _sources(loaded)
+    results, sources = read_json(path), {**_sources(loaded), **({"keep_kv": True} if config.keep_kv else {})}
     held = results.setdefault(loaded.spec.name, {"sources": sources, "prompts": {}, "costs": [], "cells": []})
+    if any(each["sources"].get("keep_kv", False) != config.keep_kv for each in results.values()):
+        raise ValueError(f"{path} was measured with{'out' * config.keep_kv} --keep-kv; give another --output-dir")
     if other := [key for key in SAME if held["sources"][key] != sources[key]]:
         raise ValueError(f"{path} holds {name} measured with other {', '.join(other)}; give another --output-dir")
     held["costs"] = _costs(rows, held["costs"])
@@ -165,7 +174,8 @@ def measure_model(config: PeersConfig, name: str, selections: Sequence[tuple[str
             raise ValueError(
                 f"{path} holds {name} measured on other prompts of {each.phase}; give another --output-dir"
             )
-        for cell in _cells(loaded, prompts, [row for row in rows if row.phase == each.phase], held["cells"]):
+        in_phase = [row for row in rows if row.phase == each.phase]
+        for cell in _cells(loaded, prompts, in_phase, held["cells"], keep_kv=config.keep_kv):
             held["cells"] = [old for old in held["cells"] if _place(old) != _place(cell)] + [cell]
             write_text_atomic(path, json.dumps(results, allow_nan=False) + "\n")
     write_text_atomic(path, json.dumps(results, allow_nan=False) + "\n")
@@ -219,7 +229,8 @@ class Compared:
 
     def _skipped(self, job: Job, profile: Profile | None) -> SkipPlan:
         budget, num_layers = Budget(sublayers=job.sublayers), job.loading.num_layers
-        made = build(job.strategy, phase=self.phase, budget=budget, num_layers=num_layers, profile=profile)
+        options = {"num_layers": num_layers, "profile": profile, "keep_kv": job.keeps_kv}
+        made = build(job.strategy, phase=self.phase, budget=budget, **options)
         assert made is not None, "the full model is no choice"
         return made.skipped
 
@@ -238,7 +249,12 @@ def _prompts(config: PeersConfig, model: str, phase: Phase, loaded: LoadedModel,
 
 
 def _cells(
-    loaded: LoadedModel, prompts: Sequence[Tensor], rows: Sequence[Row], held: Sequence[Mapping[str, Any]]
+    loaded: LoadedModel,
+    prompts: Sequence[Tensor],
+    rows: Sequence[Row],
+    held: Sequence[Mapping[str, Any]],
+    *,
+    keep_kv: bool,
 ) -> Iterator[dict[str, Any]]:
     """The missing cells of one phase; a saved cell of another plan is missing."""
     cells = [
@@ -252,7 +268,7 @@ def _cells(
     tokenizer: Any = loaded.tokenizer
     ends = {"eos_token_ids": loaded.spec.stop_token_ids, "pad_token_id": tokenizer.pad_token_id or 0}
     phase = rows[0].phase
-    divergence = OutputDivergence(loaded.model, prompts, phase, **ends)
+    divergence = OutputDivergence(loaded.model, prompts, phase, keep_kv=keep_kv, **ends)
     for cell, plan in tqdm(missing, desc=f"{loaded.spec.name}, {phase}", unit="set", disable=None):
         values = [value if math.isfinite(value) else None for value in divergence(plan)]
         yield {**cell, "divergences": values}

@@ -20,6 +20,10 @@ POP_NOTE = (
     "POP skips only while the prompt is read: half of its divergence is at tokens of the prompt, whose distributions "
     "its answers do not use."
 )
+KEPT_NOTE = (
+    "Every strategy skips only while the prompt is read, up to its last token, and keeps the K/V (`--keep-kv`). "
+    "Distributions are compared where the answer is chosen: at that token and the answer's."
+)
 Cell = dict[str, list[float]]
 """The divergences of one phase and budget: by row, a value per prompt, infinite after an overflow."""
 
@@ -66,6 +70,7 @@ def _label(name: str) -> str:
 def _comparison(results: Mapping[str, Any]) -> Findings:
     rows, numbers, sentences = [], [], []
     by_model = {model: cells_of(saved) for model, saved in results.items()}
+    kept = any(saved["sources"].get("keep_kv") for saved in results.values())
     names = list(dict.fromkeys(name for cells in by_model.values() for cell in cells.values() for name in cell))
     names.sort(key=lambda name: (name != REFERENCE, name not in LABELS))
     places = [(model, *place, cell) for model, cells in by_model.items() for place, cell in cells.items()]
@@ -83,7 +88,7 @@ def _comparison(results: Mapping[str, Any]) -> Findings:
             "KL(full || skipped) of the next-token distribution in nats, the mean over prompts that chose no set, less "
             "is better, **bold** for the least of a row; in brackets the difference from Calibrated over the same "
             "prompts with its 95 % bootstrap interval. AdaSkip without online learning; SkipDecode with its full set.",
-            *([POP_NOTE] if POP.name in names else []),
+            *([KEPT_NOTE] if kept else [POP_NOTE] if POP.name in names else []),
             *(f"{model}: {_prompts(saved)}." for model, saved in results.items()),
         ],
         claims=[_claim(name, places) for name in names if name != REFERENCE],
