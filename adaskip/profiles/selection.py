@@ -90,7 +90,8 @@ def _scale(kind: str, layer: int | str, scale: float) -> float:
 class SearchCost:
     """The cost of a search, and of AdaSkip's calibration on the same prompts and machine, for comparison.
 
-    A forward that runs only the upper layers counts as one forward with all its tokens; `seconds` is the time it took.
+    A forward that runs only the upper layers counts as one forward with all its tokens, as do both parts of a prompt
+    and its answer where the K/V are kept; `seconds` is the time it took.
     """
 
     num_forwards: int

@@ -110,8 +110,8 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     check_writable((folder if folder.is_dir() else folder.parent) / PLAN_FILE)
     if job.speedup is not None:
         job = job.with_sublayers(find_target(job).sublayers)
-    if job.calibration is None:
-        _strategy(job, None)  # which is refused, if at all, before the model is loaded
+    if job.calibration is None or job.given_profile is not None:
+        _strategy(job, job.given_profile)  # which is refused, if at all, before the model is loaded
     loaded = job.loading.load()
     strategy = _strategy(job, None if job.calibration is None else profile_for(job, loaded)[0])
     plan = make_plan(

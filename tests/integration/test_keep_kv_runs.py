@@ -97,6 +97,19 @@ def test_a_selection_for_kept_kv_is_refused_in_a_run_without_before_the_model_is
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_selection_for_kept_kv_makes_no_plan_to_be_saved(given, tmp_path, monkeypatch, capsys):
+    path = str(tmp_path / "with.json")
+    assert cli.main([*CALIBRATE, "--keep-kv", "--up-to", "3", *given, "--output", path]) == 0
+    monkeypatch.setattr(loading, "load_source", lambda *arguments, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "_held", {})
+    capsys.readouterr()
+    named = given[: given.index("--output-dir")] + given[given.index("--output-dir") + 2 :]
+    plan = ["plan", *cell("calibrated", "prefill", "3"), *named, "--profile", path, "--output", str(tmp_path / "plan")]
+    assert cli.main(plan) == 2
+    assert "use it with keep_kv=True (--keep-kv)" in error_of(capsys)
+    assert not (tmp_path / "plan").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from adaskip import skipping
 from adaskip.calibration.divergence import OutputDivergence
@@ -104,6 +105,15 @@ def test_a_forward_that_fails_in_the_answer_leaves_nothing_to_continue_from():
         divergence(SkipPlan(ffn={1}))
     broken.remove()
     assert divergence(plan) == expected
+
+
+def test_an_attention_that_accelerate_offloads_is_refused_before_anything_is_measured():
+    model = random_model("llama", LAYERS)
+    hook = AlignDevicesHook(execution_device="cpu")
+    add_hook_to_module(model.model.layers[0].self_attn, hook)
+    hook.offload = True
+    with pytest.raises(ValueError, match="layer 0 cannot keep the K/V of its skipped attention: accelerate's Align"):
+        OutputDivergence(model, random_prompts([9]), "prefill", keep_kv=True, **ENDS)
 
 
 @pytest.fixture(scope="module")
