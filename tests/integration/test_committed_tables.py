@@ -21,7 +21,9 @@ def test_the_committed_tables_and_plots_come_out_of_the_committed_records_to_the
         archive.extractall(tmp_path, filter="data")
     results = load_results(tmp_path / "runs", jobs=os.cpu_count() or 1)
     written = [*write_tables(results, tmp_path / "tables"), *write_plots(results, tmp_path / "plots")]
-    written += write_tradeoffs(find_tradeoffs(results, str(ROOT / "speed/results/cpu/testbed_{model}.json")), tmp_path)
+    written += write_tradeoffs(
+        find_tradeoffs(results, [str(ROOT / "speed/results/cpu/testbed_{model}.json")]), tmp_path
+    )
     names = {str(path.relative_to(tmp_path)) for path in written}
     assert names == {f"{name}/{path.name}" for name in ("tables", "plots") for path in (COMMITTED / name).iterdir()}
     assert [name for name in sorted(names) if (tmp_path / name).read_bytes() != (COMMITTED / name).read_bytes()] == []

@@ -63,7 +63,7 @@ def test_a_figures_options_reach_the_benchmark_and_the_command_line_goes_before_
 
 
 def test_the_report_says_how_much_it_wrote(capsys, tmp_path, result):
-    add_strategies(result, SHORT, ("prefill",), budgets=(6,))
+    add_strategies(result, SHORT, ("prefill",), budgets=(3, 6))
     add_failure(result, LONG, Cell("full"))
     save(result)
     assert main(["bench-report", "--results-dir", str(tmp_path)]) == 0

@@ -58,6 +58,7 @@ def test_a_gpu_is_timed_by_its_own_events(tmp_path):
 
 
 def test_the_report_is_a_summary_and_a_page_and_plots_per_study_of_strategies(tmp_path, saving):
+    """No plot of `saving`, which has one length and one budget."""
     compiled = result_of(tmp_path, "compiled", "strategies")
     for workload in (SHORT, LONG, Workload(512, 25, 4)):
         add_strategies(compiled, workload, ("prefill", "e2e"), (3, 6), (EAGER, COMPILED))
@@ -70,7 +71,6 @@ def test_the_report_is_a_summary_and_a_page_and_plots_per_study_of_strategies(tm
     stems = ["", "_prefill", "_compiled", "_prefill_compiled"]
     stems += [f"{stem}_batch4" for stem in stems]
     drawn = {f"cpu/plots/compiled{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
-    drawn |= {f"cpu/plots/saving_prefill.{kind}" for kind in ("png", "svg")}
     assert set(written) == {"summary.md", "cpu/compiled.md", "cpu/saving.md", *drawn}
     assert len(written) == len(set(written))
     for name in written:
@@ -110,4 +110,4 @@ def test_rounds_before_memory_ran_out_are_shown_beside_that(tmp_path, saving):
     assert "3 rounds\n\nNot enough memory for adaskip prefill 6 eager in round 4.\n\n| strategy" in page
     assert "## 1 x 8000 + 25 tokens, 0 rounds\n\nNot enough memory for full eager in the warm-up.\n" in page
     assert len(lines_of(page)) == 2
-    assert len(write_bench_report(tmp_path)) == 4
+    assert len(write_bench_report(tmp_path)) == 2

@@ -57,7 +57,7 @@ def tradeoff(results, written):
 
 def find(results, folder):
     """That of scores kept, with the speeds in `folder`."""
-    return find_tradeoffs(results, str(folder / "{model}.json"))[0]
+    return find_tradeoffs(results, [str(folder / "{model}.json")])[0]
 
 
 def panel_of(tradeoff, phase, model):
@@ -151,7 +151,7 @@ def test_other_files_and_results_without_the_full_model_are_refused(results, fol
 
 def test_figures_and_tables_are_written_and_twice_the_same(results, written, tmp_path):
     first, second = (
-        write_tradeoffs(find_tradeoffs(results, str(written / "{model}.json")), tmp_path / name)
+        write_tradeoffs(find_tradeoffs(results, [str(written / "{model}.json")]), tmp_path / name)
         for name in ("first", "second")
     )
     names = [f"{stem}.{kind}" for stem in ("tradeoff", "tradeoff_models") for kind in ("png", "svg")]
@@ -193,7 +193,7 @@ def smollm2(tmp_path):
 
 def test_fidelity_and_loss_have_points_of_any_model_and_of_unfinished_runs(smollm2):
     results = load_results(smollm2 / "runs")
-    kept, fidelity, loss = find_tradeoffs(results, str(smollm2 / "{model}.json"), 1024)
+    kept, fidelity, loss = find_tradeoffs(results, [str(smollm2 / "{model}.json")], 1024)
     assert [each.quality.name for each in (kept, fidelity, loss)] == ["kept", "fidelity", "loss_added"]
     assert {*kept.points["strategy"]} == {"full", "adaskip"}
     for tradeoff in (fidelity, loss):
@@ -215,19 +215,29 @@ def test_fidelity_and_loss_have_points_of_any_model_and_of_unfinished_runs(smoll
 
 def test_the_more_loss_at_less_speed_is_not_on_the_front(smollm2):
     write_speeds(smollm2 / "smollm2.json", {("decode", "adaskip", 8): 1.3, ("decode", "early_exit", 8): 1.2})
-    *_, loss = find_tradeoffs(load_results(smollm2 / "runs"), str(smollm2 / "{model}.json"))
+    *_, loss = find_tradeoffs(load_results(smollm2 / "runs"), [str(smollm2 / "{model}.json")])
     points = loss.panel("decode", "smollm2")
     assert {*points.loc[points["on_front"], "strategy"]} == {"full", "adaskip"}
 
 
 def test_of_several_prompt_lengths_one_is_chosen(smollm2):
     results, pattern = load_results(smollm2 / "runs"), str(smollm2 / "{model}.json")
-    _, fidelity, _ = find_tradeoffs(results, pattern, 2048)
+    _, fidelity, _ = find_tradeoffs(results, [pattern], 2048)
     assert fidelity.panel("decode", "smollm2").query("strategy == 'adaskip'")["speedup"].item() == pytest.approx(1.21)
     with pytest.raises(ValueError, match="has prompts of 1024, 2048 tokens: choose with --prompt-tokens"):
-        find_tradeoffs(results, pattern)
+        find_tradeoffs(results, [pattern])
     with pytest.raises(ValueError, match="has no prompts of 512 tokens; it has 1024, 2048"):
-        find_tradeoffs(results, pattern, 512)
+        find_tradeoffs(results, [pattern], 512)
+
+
+def test_a_strategys_speed_is_of_the_first_result_that_has_it(smollm2):
+    patterns = [str(smollm2 / f"{{model}}{suffix}.json") for suffix in ("", "_more")]
+    more = {("decode", "adaskip", 8): 9.0, ("decode", "unified", 8): 1.7}
+    write_speeds(smollm2 / "smollm2_more.json", more, prompt_tokens=(1024, 2048))
+    _, fidelity, _ = find_tradeoffs(load_results(smollm2 / "runs"), patterns, 1024)
+    speedups = fidelity.panel("decode", "smollm2").set_index("strategy")["speedup"]
+    assert (speedups["adaskip"], speedups["unified"]) == (pytest.approx(1.1), pytest.approx(1.7))
+    assert not fidelity.missing
 
 
 def test_a_model_whose_scores_are_at_their_floor_is_drawn_by_fidelity_and_loss_alone(smollm2):
@@ -235,7 +245,7 @@ def test_a_model_whose_scores_are_at_their_floor_is_drawn_by_fidelity_and_loss_a
     for path in folder.glob("*.jsonl"):
         lines = [{**json.loads(line), "prediction": "zebra"} for line in path.open()]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = find_tradeoffs(load_results(smollm2 / "runs"), str(smollm2 / "{model}.json"), 1024)
+    found = find_tradeoffs(load_results(smollm2 / "runs"), [str(smollm2 / "{model}.json")], 1024)
     assert [each.quality.name for each in found] == ["fidelity", "loss_added"]
     written = {path.name: path for path in write_tradeoffs(found, smollm2)}
     assert list(written) == ["tradeoff_measures.md", "tradeoff_measures.png", "tradeoff_measures.svg"]

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging as transformers_logging
 
+from adaskip import __version__
 from adaskip.common.optional import optional_import
 from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
@@ -63,7 +64,7 @@ def run_bench(config: BenchConfig) -> Outcome:
     budgets = config.budgets or tuple(round(2 * subject.num_layers * share) for share in BUDGETS)
     cells = cells_of(config.study, config.phases, config.strategies, budgets, config.modes)
     path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
-    versions = {name: version(name) for name in ("torch", "transformers", "adaskip")}
+    versions = {name: version(name) for name in ("torch", "transformers")} | {"adaskip": __version__}
     identity = {
         **{**config.identity, "device_name": device_name(device), "threads": torch.get_num_threads()},
         **{"versions": {"python": platform.python_version(), **versions}, "subject": subject.describe()},

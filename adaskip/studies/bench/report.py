@@ -141,12 +141,15 @@ def _sublayer_lines(result: Result, workload: Workload) -> list[str]:
 def draw(result: Result) -> list[Path]:
     """Draw the speedup of prefill and decode against prompt length or, if there is only one, against the budget.
 
-    Markers with intervals are measured, faint lines ideal. One figure per mode, phase and batch size.
+    Markers with intervals are measured, faint lines ideal. One figure per mode, phase and batch size with at least two
+    lengths or budgets.
     """
     written = []
     kinds = dict.fromkeys((e["mode"], e["phase"], e["batch_size"]) for e in result.entries if e["strategy"] != FULL)
     for mode, phase, rows in kinds:
         entries = [e for e in result.entries if (e["mode"], e["phase"], e["batch_size"]) == (mode, phase, rows)]
+        if len({(e["prompt_tokens"], e["budget"]) for e in entries if e["strategy"] != FULL}) < 2:
+            continue
         parts = [result.name, "" if phase == "e2e" else phase, "" if mode == EAGER else mode]
         stem = "_".join(filter(None, [*parts, f"batch{rows}" if rows > 1 else ""]))
         with styled():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from adaskip import __version__
 from adaskip.common.commands import study
 from adaskip.common.files import write_text_atomic
 from adaskip.common.options import check_options, option
@@ -121,7 +122,7 @@ def write(config: RooflineConfig, roofline: Roofline) -> list[Path]:
     out_dir = given_or_default(config.output_dir, OUTPUT_DIR)
     figure = plot_sublayers(roofline.shapes, roofline.devices[0].ceilings, out_dir / "sublayers")
     models = list(roofline.shapes)
-    versions = {name: version(name) for name in ("torch", "transformers", "adaskip")}
+    versions = {name: version(name) for name in ("torch", "transformers")} | {"adaskip": __version__}
     manifest = {
         "made_by": "speed/roofline.py",
         "config": {**{name: value for name, value in asdict(config).items() if name not in PLACES}, "models": models},

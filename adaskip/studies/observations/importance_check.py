@@ -286,7 +286,8 @@ def draw(check: Check, out_dir: Path) -> list[Path]:
         handles = [Line2D([], [], **FULL_LINE, label=labels.STRATEGIES[FULL]), *lines]
         if any(curve.floors for curve in curves.values()):
             handles.append(Line2D([], [], **FLOOR_LINE, label="best trivial answer"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        columns = len(handles) if len(models) > 1 else 2
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns)
         return save(figure, out_dir / NAME)
 
 

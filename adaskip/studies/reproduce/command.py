@@ -85,7 +85,7 @@ def _draw(config: ReproduceConfig) -> list[str]:
     out = config.out_dir
     results = load_results(out / "runs", jobs=config.num_jobs)
     written = [*write_tables(results, out / "tables"), *write_plots(results, out / "plots")]
-    written += write_tradeoffs(find_tradeoffs(results, str(default_path(SPEEDS))), out)
+    written += write_tradeoffs(find_tradeoffs(results, [str(default_path(SPEEDS))]), out)
     for observation in OBSERVATIONS.values():
         written += observation.write(config.observe())[1]
     counts = Counter(path.parent for path in written)

@@ -73,8 +73,9 @@ def _tradeoff(parser: Parser) -> None:
     parser.add_argument(
         "--speeds",
         metavar="PATTERN",
-        help="`adaskip bench` results, with {model} for a model's name "
-        f"(default: {OTHER_SPEEDS}; of the testbed {SPEEDS})",
+        nargs="+",
+        help="`adaskip bench` results, with {model} for a model's name; of several, the first that timed a strategy "
+        f"gives its speedup (default: {OTHER_SPEEDS}; of the testbed {SPEEDS})",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -85,8 +86,8 @@ def _tradeoff(parser: Parser) -> None:
     arguments, out_dir = _with_output_dir(parser)
     results = _load(arguments)
     is_testbed = [benchmark.name for benchmark in results.benchmarks] == ["testbed"]
-    pattern = str(given_or_default(arguments.speeds, SPEEDS if is_testbed else OTHER_SPEEDS))
-    tradeoffs = find_tradeoffs(results, pattern, arguments.prompt_tokens)
+    patterns = arguments.speeds or [str(default_path(SPEEDS if is_testbed else OTHER_SPEEDS))]
+    tradeoffs = find_tradeoffs(results, patterns, arguments.prompt_tokens)
     _tell(write_tradeoffs(tradeoffs, out_dir))
     print(*(line for tradeoff in tradeoffs for line in sentences(tradeoff)), sep="\n")
 

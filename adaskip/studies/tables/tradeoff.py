@@ -100,9 +100,10 @@ class Measured:
     partial: bool
 
 
-def find_tradeoffs(results: Results, speed_pattern: str, prompt_tokens: int | None = None) -> list[Tradeoff]:
+def find_tradeoffs(results: Results, speed_patterns: Sequence[str], prompt_tokens: int | None = None) -> list[Tradeoff]:
     """The points of every model that was run and of their mean, for each quality in the records.
 
+    speed_patterns: a strategy's speedup is read from the first result that timed it, over the full model there.
     prompt_tokens: prompt length whose speeds are used, if the result files have several.
 
     Raises:
@@ -110,15 +111,20 @@ def find_tradeoffs(results: Results, speed_pattern: str, prompt_tokens: int | No
     """
     run = {model for _, model, *_ in results.runs}
     models = [model for model in results.models if model in run]
-    speeds = {model: read_speeds(path, prompt_tokens) for model, path in speed_paths(speed_pattern, models).items()}
+    speeds: dict[str, list[Speeds]] = {model: [] for model in models}
+    for pattern in speed_patterns:
+        for model, path in speed_paths(pattern, models).items():
+            speeds[model].append(read_speeds(path, prompt_tokens))
     found = [_find(results, quality, models, speeds) for quality in (KEPT, FIDELITY, LOSS)]
     found = [each for each in found if each.strategies]
     if not found:
-        raise ValueError(f"no strategy has both finished runs and a measured speed in {speed_pattern}")
+        raise ValueError(f"no strategy has both finished runs and a measured speed in {', '.join(speed_patterns)}")
     return found
 
 
-def _find(results: Results, quality: Quality, models: Sequence[str], speeds: Mapping[str, Speeds]) -> Tradeoff:
+def _find(
+    results: Results, quality: Quality, models: Sequence[str], speeds: Mapping[str, Sequence[Speeds]]
+) -> Tradeoff:
     missing: dict[str, list[str]] = {}
     rows = []
     for phase in results.paper.tables:
@@ -141,7 +147,7 @@ def _find(results: Results, quality: Quality, models: Sequence[str], speeds: Map
     return Tradeoff(quality, points, {reason: tuple(runs) for reason, runs in missing.items()})
 
 
-def _measure(results: Results, quality: Quality, row: Row, speeds: Speeds) -> Measured | str:
+def _measure(results: Results, quality: Quality, row: Row, speeds: Sequence[Speeds]) -> Measured | str:
     """The data of a run's point, or the reason why it has none."""
     phase, model, strategy, _ = row
     full = (phase, model, FULL, 0.0)
@@ -157,11 +163,12 @@ def _measure(results: Results, quality: Quality, row: Row, speeds: Speeds) -> Me
         return AT_FLOOR
     if any(each.empty for each in known):
         return NOT_MEASURED
-    if key not in speeds:
+    timed = next((each for each in speeds if key in each), None)
+    if timed is None:
         return NO_SPEED
     answers = [results.samples_of[*full, task]["new_tokens"] for task in cells if (*full, task) in results.samples_of]
     steps = mean([*pd.concat(answers)]) - 1 if answers else 0.0
-    return Measured(speedup(phase, speeds[FULL_KEY], speeds[key], steps), known, not final)
+    return Measured(speedup(phase, timed[FULL_KEY], timed[key], steps), known, not final)
 
 
 def _point(quality: Quality, of_models: Sequence[Measured]) -> tuple[float, float, float | None, float | None, bool]:
