@@ -132,6 +132,19 @@ def test_runs_without_a_speed_and_unfinished_ones_are_named(folder):
     assert missing == {NO_SPEED: ("llama-US-E2E/4-sublayers",), UNFINISHED: ("llama-SD-E2E/4-sublayers",)}
 
 
+def test_a_run_that_keeps_the_kv_has_the_speed_of_a_benchmark_that_does_and_no_other_run_has_it(folder):
+    path = folder / "runs/llama-ADA-PREFILL/4-sublayers/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "strategy_options": {"keep_kv": True}}))
+    kept = write_speeds(folder / "kept.json", {("prefill", "adaskip", n): 1.05 for n in (4, 8)})
+    content = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**content, "manifest": {"identity": {"keep_kv": True}}}))
+    results, plain = load_results(folder / "runs"), str(folder / "{model}.json")
+    assert "llama-ADA-PREFILL/4-sublayers" in find(results, folder).missing[NO_SPEED]
+    panel = panel_of(find_tradeoffs(results, [str(kept), plain])[0], "prefill", "llama")
+    assert panel["adaskip", 0.125].speedup == pytest.approx(1.05)
+    assert panel["adaskip", 0.25].speedup == pytest.approx(1.25)
+
+
 def test_a_missing_speed_file_is_one_line_with_the_command_that_makes_it(results, folder):
     (folder / "llama.json").unlink()
     with pytest.raises(

@@ -32,6 +32,8 @@ def speed_paths(pattern: str, models: Iterable[str]) -> dict[str, Path]:
 def read_speeds(path: Path, prompt_tokens: int | None = None) -> Speeds:
     """The entries of uncompiled runs at batch size 1, for prompts of `prompt_tokens` tokens if given.
 
+    Each says by `keep_kv` whether its strategy skipped only while the prompt was read (`adaskip bench --keep-kv`).
+
     Raises:
         ValueError: the file is not a result of the benchmark, lacks the full model, or has several prompt lengths and
             none is chosen.
@@ -47,7 +49,8 @@ def read_speeds(path: Path, prompt_tokens: int | None = None) -> Speeds:
     if prompt_tokens is not None and prompt_tokens not in lengths:
         raise ValueError(f"{path} has no prompts of {prompt_tokens} tokens; it has {', '.join(map(str, lengths))}")
     wanted = [entry for entry in wanted if prompt_tokens in (None, entry["prompt_tokens"])]
-    speeds = {(entry["phase"], entry["strategy"], entry["budget"]): entry for entry in wanted}
+    kept = {"keep_kv": content["manifest"].get("identity", {}).get("keep_kv", False)}
+    speeds = {(entry["phase"], entry["strategy"], entry["budget"]): {**entry, **kept} for entry in wanted}
     if len(speeds) < len(wanted):
         raise ValueError(f"{path} has prompts of {', '.join(map(str, lengths))} tokens: choose with --prompt-tokens")
     if FULL_KEY not in speeds:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from adaskip.common.intervals import Estimate, geometric_mean, mean, mean_of_means_estimate, mean_ratio_estimate
+from adaskip.strategies import POP
 from adaskip.strategies.names import SHORT_NAMES
 from adaskip.strategies.registry import FULL
 from adaskip.studies.tables.results import ROW, Results, Row
@@ -103,7 +104,8 @@ class Measured:
 def find_tradeoffs(results: Results, speed_patterns: Sequence[str], prompt_tokens: int | None = None) -> list[Tradeoff]:
     """The points of every model that was run and of their mean, for each quality in the records.
 
-    speed_patterns: a strategy's speedup is read from the first result that timed it, over the full model there.
+    speed_patterns: a strategy's speedup is read from the first result that timed it, with `keep_kv` as in the run, over
+    the full model there.
     prompt_tokens: prompt length whose speeds are used, if the result files have several.
 
     Raises:
@@ -163,7 +165,9 @@ def _measure(results: Results, quality: Quality, row: Row, speeds: Sequence[Spee
         return AT_FLOOR
     if any(each.empty for each in known):
         return NOT_MEASURED
-    timed = next((each for each in speeds if key in each), None)
+    kept = bool((results.runs[row].run.manifest.get("strategy_options") or {}).get("keep_kv"))
+    same = strategy in (FULL, POP.name)  # whether `keep_kv` changes nothing
+    timed = next((each for each in speeds if key in each and (same or each[key]["keep_kv"] == kept)), None)
     if timed is None:
         return NO_SPEED
     answers = [results.samples_of[*full, task]["new_tokens"] for task in cells if (*full, task) in results.samples_of]
