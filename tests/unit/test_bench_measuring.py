@@ -101,6 +101,15 @@ def test_however_slow_the_warm_up_a_repeated_command_comes_to_an_end(machine, co
     assert [sum(rounds_of(outcome, prompt) for prompt in (1, 2)) for outcome in outcomes] == [1, 2, 3, 4]
 
 
+def test_with_a_limit_of_0_nothing_is_run(machine, config):
+    machine.seconds = dict.fromkeys((1, 2), (10.0, 10.0))
+    run_bench(config(prompt_tokens=(1, 2), time_limit_s=30))
+    machine.begun.clear()
+    outcome = run_bench(config(prompt_tokens=(1, 2), time_limit_s=0))
+    assert not machine.begun
+    assert [rounds_of(outcome, prompt) for prompt in (1, 2)] == [2, 0]
+
+
 def test_a_warm_ups_time_is_no_estimate_once_a_round_is_timed(machine, config):
     machine.seconds = {1: (60.0, 5.0)}
     outcome = run_bench(config(prompt_tokens=(1,), rounds=8, time_limit_s=100))

@@ -178,9 +178,12 @@ class _Runner:
     def _too_late(self) -> bool:
         """Whether another round would end after the time limit.
 
-        False until a round is saved, so that a repeated command completes, however slow its warm-up is.
+        False until a round is saved, so that a repeated command completes, however slow its warm-up is. A limit of 0
+        starts none.
         """
         limit = self.config.time_limit_s
+        if limit == 0:
+            return True
         return limit is not None and self.saved and time.monotonic() - self.began + self.round_s > limit
 
     def _save(self, records: list[Record]) -> None:

@@ -179,7 +179,9 @@ class BenchConfig:
         "number of rounds, in each of which everything runs once, after one more for warm-up", 5, least=1
     )
     time_limit_s: int | None = option(
-        "start no round that would end after this many seconds; the same command continues", least=1
+        "start no round that would end after this many seconds, with 0 none, which adds the limits of the device to a "
+        "stopped measurement; the same command continues",
+        least=0,
     )
     clock: str = option(f"clock on the CPU: {', '.join(CLOCKS)}; on CUDA, events are timed", "wall", choices=[*CLOCKS])
     device: str | None = option("torch device; default: cuda if available, else cpu")
