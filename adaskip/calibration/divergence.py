@@ -109,10 +109,8 @@ class OutputDivergence:
                 "use prompts that it answers"
             )
         interval = kept_interval(self._patches, sum(passage.ids.numel() for passage in self.passages))
-        self._streams = [KeptStream(self._patches, interval) for _ in self.passages]
-        self._parts = [
-            (KeptStream(self._patches, interval), KeptStream(self._patches, interval)) for _ in self.passages
-        ]
+        parts = 2 if keep_kv else 1  # the prompt and the answer, or both in one forward
+        self._streams = [tuple(KeptStream(self._patches, interval) for _ in range(parts)) for _ in self.passages]
 
     def __len__(self) -> int:
         """Number of prompts compared."""
@@ -139,7 +137,8 @@ class OutputDivergence:
         if plan.keeps_kv or self.keep_kv:
             log_q = self._log_probs_over_kept(plan, number)
         else:
-            with self._streams[number].running(plan):
+            (stream,) = self._streams[number]
+            with stream.running(plan):
                 log_q = self._log_probs(passage.ids, _view(passage.dense), passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
         divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow counts as infinite divergence
@@ -151,9 +150,9 @@ class OutputDivergence:
         ids, read, early = passage.ids, passage.read, passage.positions < passage.read
         last = len(patches.layers) - 1
         if self.keep_kv:  # of the prompt's last layer, only the K/V are used
-            prompt, answer = self._parts[number]
+            prompt, answer = self._streams[number]
             plan = plan.union(SkipPlan.of_layers([last], keeps_kv=True))
-        else:
+        else:  # one plan among others that lose the K/V: nothing to continue from
             prompt, answer = KeptStream(patches, last + 1), KeptStream(patches, last + 1)
         start, cache = min(prompt.start(plan), answer.start(plan)), DynamicCache(config=self.model.config)
         if start:  # the layers below write no K/V, and no layer reads them

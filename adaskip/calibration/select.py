@@ -26,10 +26,10 @@ from adaskip.strategies import POP, AdaSkip, EarlyExit, SkipDecode, UnifiedSkipp
 
 WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
 PROMPT_STRATEGIES = (POP, SkipDecode, UnifiedSkipping)
-"""Where the K/V are kept; POP's sets are Early Exit's."""
+"""The whole-layer strategies in a search with keep_kv; POP has the sets of Early Exit."""
 CANDIDATES_PER_PLACE = 3
-"""The search considers the most similar sublayers, this many for each sublayer of the largest set. Where the K/V are
-kept it considers all, since what the last layers change in a prompt hardly matters, however much it is."""
+"""The search considers the most similar sublayers, this many for each sublayer of the largest set. With keep_kv it
+considers all: the last layers change the prompt's states much, but their changes hardly reach the answer."""
 SAME_AS_CALIBRATION = (
     *("model", "weights_fingerprint", "dtype", "attn_implementation", "hidden_size", "adapter", "config_fingerprint"),
     *("prompts_begin_with_bos", "dataset", "data_ids", "versions"),

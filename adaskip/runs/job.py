@@ -145,7 +145,7 @@ class Job:
 
     @property
     def searches_kept_kv(self) -> bool:
-        """Whether its selection is one that is searched for `--keep-kv`; other methods' sets are as without it."""
+        """Whether the run uses a selection that is searched with keep_kv; other methods' sets are as without it."""
         return self.keeps_kv and self.selection_method == SEARCH and self.profile_name is None
 
     @property

@@ -108,6 +108,14 @@ def test_with_a_limit_of_0_nothing_is_run(machine, config):
     outcome = run_bench(config(prompt_tokens=(1, 2), time_limit_s=0))
     assert not machine.begun
     assert [rounds_of(outcome, prompt) for prompt in (1, 2)] == [2, 0]
+    assert outcome.notes == ("1 x 2 + 2 tokens: 0 of 2 rounds so far; --time-limit-s 0 runs none",)
+
+
+def test_a_limit_of_0_needs_a_saved_result_and_keeps_it(machine, config):
+    with pytest.raises(ValueError, match="adds the limits of the device to a saved result; there is none at "):
+        run_bench(config(time_limit_s=0))
+    with pytest.raises(ValueError, match="measures nothing and cannot be given with --fresh"):
+        config(time_limit_s=0, fresh=True)
 
 
 def test_a_warm_ups_time_is_no_estimate_once_a_round_is_timed(machine, config):

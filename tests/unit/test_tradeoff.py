@@ -143,6 +143,23 @@ def test_a_run_that_keeps_the_kv_has_the_speed_of_a_benchmark_that_does_and_no_o
     panel = panel_of(find_tradeoffs(results, [str(kept), plain])[0], "prefill", "llama")
     assert panel["adaskip", 0.125].speedup == pytest.approx(1.05)
     assert panel["adaskip", 0.25].speedup == pytest.approx(1.25)
+    lines = sentences(find_tradeoffs(results, [str(kept), plain])[0])
+    assert "With keep_kv, skipping only while the prompt is read: AdaSkip." in lines
+    assert (
+        panel_of(find_tradeoffs(results, [str(kept), plain])[0], "prefill", None)
+        .keys()
+        .isdisjoint({("adaskip", 0.125)})
+    )
+
+
+def test_pop_has_the_speed_of_any_benchmark(folder):
+    cell = Cell("llama", "prefill", "pop", 4)
+    write_run(folder / "runs", cell, 0.5)
+    path = cell.folder(folder / "runs") / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "strategy_options": {"keep_kv": True}}))
+    more = write_speeds(folder / "more.json", {("prefill", "pop", 4): 1.02})
+    found = find_tradeoffs(load_results(folder / "runs"), [str(folder / "{model}.json"), str(more)])[0]
+    assert panel_of(found, "prefill", "llama")["pop", 0.125].speedup == pytest.approx(1.02)
 
 
 def test_a_missing_speed_file_is_one_line_with_the_command_that_makes_it(results, folder):
@@ -251,6 +268,10 @@ def test_a_strategys_speed_is_of_the_first_result_that_has_it(smollm2):
     speedups = fidelity.panel("decode", "smollm2").set_index("strategy")["speedup"]
     assert (speedups["adaskip"], speedups["unified"]) == (pytest.approx(1.1), pytest.approx(1.7))
     assert not fidelity.missing
+    told = (
+        "Speedups of AdaSkip, Early Exit from smollm2; Unified Skipping from smollm2_more: each over the full model of"
+    )
+    assert any(line.startswith(told) for line in sentences(fidelity))
 
 
 def test_a_model_whose_scores_are_at_their_floor_is_drawn_by_fidelity_and_loss_alone(smollm2):

@@ -170,7 +170,7 @@ FIND: dict[str, Callable[[Bar, Result, Workload], Iterator[Finding]]] = {
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """Every figure with each result that has it; a row without a number if none has. None is for `--keep-kv`."""
+    """Every figure with each result that has it; a row without a number if none has. Those with --keep-kv have none."""
     rows = []
     for name, bar in load_yaml("bench")["bars"].items():
         measured = [(r, w) for r in results if r.study == bar["study"] and not r.keep_kv for w in r.workloads]

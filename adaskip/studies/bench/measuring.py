@@ -76,6 +76,10 @@ def run_bench(config: BenchConfig) -> Outcome:
         for workload in config.workloads:
             for cell in cells:
                 trials.strategy(cell, workload)  # refuses an impossible budget before anything runs
+        if config.time_limit_s == 0 and not path.is_file():
+            raise ValueError(
+                f"--time-limit-s 0 adds the limits of the device to a saved result; there is none at {path}"
+            )
         result = open_result(path, manifest, fresh=config.fresh)
         runner = _Runner(config, trials, cells, result, began)
         notes = [note for workload in config.workloads if (note := runner.run(workload))]
@@ -152,7 +156,10 @@ class _Runner:
             for number in (WARM_UP, *range(done + 1, rounds + 1)):
                 if self._too_late():
                     told = f"{self.result.rounds_of(workload)} of {rounds} rounds"
-                    return f"{workload}: {told} so far; the same command continues"
+                    more = (
+                        "--time-limit-s 0 runs none" if self.config.time_limit_s == 0 else "the same command continues"
+                    )
+                    return f"{workload}: {told} so far; {more}"
                 start, records = time.monotonic(), []
                 for cell in rotated(self.cells, number):
                     self.running = {"workload": vars(workload), "cell": vars(cell), "round": number}

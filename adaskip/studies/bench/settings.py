@@ -179,8 +179,8 @@ class BenchConfig:
         "number of rounds, in each of which everything runs once, after one more for warm-up", 5, least=1
     )
     time_limit_s: int | None = option(
-        "start no round that would end after this many seconds, with 0 none, which adds the limits of the device to a "
-        "stopped measurement; the same command continues",
+        "start no round that would end after this many seconds (the same command continues); 0: run none, and add the "
+        "limits of the device to the saved result",
         least=0,
     )
     clock: str = option(f"clock on the CPU: {', '.join(CLOCKS)}; on CUDA, events are timed", "wall", choices=[*CLOCKS])
@@ -210,6 +210,8 @@ class BenchConfig:
             raise ValueError("--allow-other-weights needs --profile or --selection, to which it applies")
         if self.selection and (not any(map(needs_selection, self.strategies)) or self.study != "strategies"):
             raise ValueError("--selection needs --study strategies with strategy calibrated, or another that needs one")
+        if self.time_limit_s == 0 and self.fresh:
+            raise ValueError("--time-limit-s 0 measures nothing and cannot be given with --fresh")
         if self.keep_kv and (self.study != "strategies" or set(self.phases) != {"prefill"}):
             raise ValueError(
                 f"--keep-kv needs --study strategies and --phases prefill; given: --study {self.study} --phases "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -94,11 +95,15 @@ class Tradeoff:
 
 @dataclass(frozen=True)
 class Measured:
-    """The speedup of a run, and its samples by task. partial: it or the full model's run is unfinished."""
+    """The speedup of a run, and its samples by task. partial: it or the full model's run is unfinished. source: name of
+    the result with the speedup. keep_kv: whether the run skips only while the prompt is read.
+    """
 
     speedup: float
     samples: list[pd.DataFrame]
     partial: bool
+    source: str
+    keep_kv: bool
 
 
 def find_tradeoffs(results: Results, speed_patterns: Sequence[str], prompt_tokens: int | None = None) -> list[Tradeoff]:
@@ -113,10 +118,10 @@ def find_tradeoffs(results: Results, speed_patterns: Sequence[str], prompt_token
     """
     run = {model for _, model, *_ in results.runs}
     models = [model for model in results.models if model in run]
-    speeds: dict[str, list[Speeds]] = {model: [] for model in models}
+    speeds: dict[str, dict[str, Speeds]] = {model: {} for model in models}
     for pattern in speed_patterns:
         for model, path in speed_paths(pattern, models).items():
-            speeds[model].append(read_speeds(path, prompt_tokens))
+            speeds[model][path.stem] = read_speeds(path, prompt_tokens)
     found = [_find(results, quality, models, speeds) for quality in (KEPT, FIDELITY, LOSS)]
     found = [each for each in found if each.strategies]
     if not found:
@@ -125,7 +130,7 @@ def find_tradeoffs(results: Results, speed_patterns: Sequence[str], prompt_token
 
 
 def _find(
-    results: Results, quality: Quality, models: Sequence[str], speeds: Mapping[str, Sequence[Speeds]]
+    results: Results, quality: Quality, models: Sequence[str], speeds: Mapping[str, Mapping[str, Speeds]]
 ) -> Tradeoff:
     missing: dict[str, list[str]] = {}
     rows = []
@@ -140,16 +145,20 @@ def _find(
                     else:
                         rows.append((*row, *_point(quality, [measured])))
                         found.setdefault(row[2:], []).append(measured)
-        shared = {key: of_models for key, of_models in found.items() if len(of_models) == len(models)}
+        shared = {
+            key: of_models
+            for key, of_models in found.items()
+            if len(of_models) == len(models) and len({each.keep_kv for each in of_models}) == 1
+        }
         rows += [(phase, None, *key, *_point(quality, of_models)) for key, of_models in shared.items()]
-    columns = [*ROW, "speedup", "value", "value_low", "value_high", "partial"]
+    columns = [*ROW, "speedup", "value", "value_low", "value_high", "partial", "source", "keep_kv"]
     points = pd.DataFrame(rows, columns=columns).astype({"value_low": float, "value_high": float, "partial": bool})
     panels = [panel for _, panel in points.groupby(["phase", "model"], dropna=False)]
     points["on_front"] = pd.concat([_on_front(panel, quality.sign) for panel in panels]) if panels else False
     return Tradeoff(quality, points, {reason: tuple(runs) for reason, runs in missing.items()})
 
 
-def _measure(results: Results, quality: Quality, row: Row, speeds: Sequence[Speeds]) -> Measured | str:
+def _measure(results: Results, quality: Quality, row: Row, speeds: Mapping[str, Speeds]) -> Measured | str:
     """The data of a run's point, or the reason why it has none."""
     phase, model, strategy, _ = row
     full = (phase, model, FULL, 0.0)
@@ -167,20 +176,22 @@ def _measure(results: Results, quality: Quality, row: Row, speeds: Sequence[Spee
         return NOT_MEASURED
     kept = bool((results.runs[row].run.manifest.get("strategy_options") or {}).get("keep_kv"))
     same = strategy in (FULL, POP.name)  # whether `keep_kv` changes nothing
-    timed = next((each for each in speeds if key in each and (same or each[key]["keep_kv"] == kept)), None)
-    if timed is None:
+    having = (name for name, each in speeds.items() if key in each and (same or each[key]["keep_kv"] == kept))
+    if (source := next(having, None)) is None:
         return NO_SPEED
+    timed = speeds[source]
     answers = [results.samples_of[*full, task]["new_tokens"] for task in cells if (*full, task) in results.samples_of]
     steps = mean([*pd.concat(answers)]) - 1 if answers else 0.0
-    return Measured(speedup(phase, timed[FULL_KEY], timed[key], steps), known, not final)
+    return Measured(speedup(phase, timed[FULL_KEY], timed[key], steps), known, not final, source, kept)
 
 
-def _point(quality: Quality, of_models: Sequence[Measured]) -> tuple[float, float, float | None, float | None, bool]:
+def _point(quality: Quality, of_models: Sequence[Measured]) -> tuple[Any, ...]:
     """The mean over models: geometric for speedups; for the quality over all tasks of all models."""
     fast = geometric_mean([each.speedup for each in of_models]) if len(of_models) > 1 else of_models[0].speedup
     estimate = quality.estimate([task for each in of_models for task in each.samples])
     assert estimate is not None, "where the full model scores nothing, scores are at their floor"
-    return fast, estimate.value, estimate.low, estimate.high, any(each.partial for each in of_models)
+    about = any(each.partial for each in of_models), of_models[0].source, of_models[0].keep_kv
+    return fast, estimate.value, estimate.low, estimate.high, *about
 
 
 def _on_front(panel: pd.DataFrame, sign: int) -> pd.Series:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from adaskip.common.pipe_table import pipe_table
@@ -17,7 +17,7 @@ ENDS = {"value": "value", "low": "value_low", "high": "value_high"}
 KEEPING = 0.95
 """Minimum share of the score for comparing speedups."""
 SPEEDUP = (
-    "Speedup: the full model's time / the strategy's as `adaskip bench` measured them side by side; TTFT in "
+    "Speedup: the full model's time / the strategy's as one run of `adaskip bench` measured them side by side; TTFT in "
     "prefill, TPOT in decode, end to end the time of a request with the full model's mean answer length. The mean over "
     "models is geometric for speedups. **Bold**: on the Pareto front (no other point is at least as good in both and "
     "better in one), by the values, regardless of intervals."
@@ -81,7 +81,28 @@ def sentences(tradeoff: Tradeoff) -> list[str]:
             f"Fastest with at least {100 * KEEPING:.0f} % of the score, number of panels out of {num_models} x "
             f"{num_phases}: {', '.join(fastest)}, the full model {none}."
         )
-    return lines + [f"Not drawn, {reason}: {', '.join(runs)}." for reason, runs in tradeoff.missing.items()]
+    return [*lines, *_about_runs(tradeoff)] + [
+        f"Not drawn, {reason}: {', '.join(runs)}." for reason, runs in tradeoff.missing.items()
+    ]
+
+
+def _about_runs(tradeoff: Tradeoff) -> list[str]:
+    """Which runs keep the K/V, and which speedups come from which result, if there are several."""
+    points, lines = tradeoff.points[tradeoff.points["strategy"] != FULL], []
+    of_models = points[points["model"].notna()]
+    if kept := [name for name in tradeoff.strategies if name in set(of_models.loc[of_models["keep_kv"], "strategy"])]:
+        lines.append(f"With keep_kv, skipping only while the prompt is read: {_names(kept)}.")
+    if of_models.groupby("model")["source"].nunique().max() > 1:
+        each = [f"{_names(names.unique())} from {source}" for source, names in of_models.groupby("source")["strategy"]]
+        lines.append(
+            f"Speedups of {'; '.join(each)}: each over the full model of its own result, so that points of different "
+            "results are not compared side by side."
+        )
+    return lines
+
+
+def _names(strategies: Iterable[str]) -> str:
+    return ", ".join(labels.STRATEGIES[name] for name in strategies)
 
 
 def to_text(tradeoff: Tradeoff) -> str:
