@@ -17,7 +17,7 @@ ENDS = {"value": "value", "low": "value_low", "high": "value_high"}
 KEEPING = 0.95
 """Minimum share of the score for comparing speedups."""
 SPEEDUP = (
-    "Speedup: the full model's time / the strategy's as one run of `adaskip bench` measured them side by side; TTFT in "
+    "Speedup: the full model's time / the strategy's as `adaskip bench` measured them side by side; TTFT in "
     "prefill, TPOT in decode, end to end the time of a request with the full model's mean answer length. The mean over "
     "models is geometric for speedups. **Bold**: on the Pareto front (no other point is at least as good in both and "
     "better in one), by the values, regardless of intervals."
