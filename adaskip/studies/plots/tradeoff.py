@@ -41,7 +41,7 @@ def _plot(lines: Sequence[tuple[Tradeoff, str | None]], stem: Path) -> list[Path
     fractions = sorted({fraction for tradeoff, _ in lines for fraction in tradeoff.fractions})
     height = 2.6 if len(lines) == 1 else 1.9 * len(lines)
     with styled():
-        figure = Figure(figsize=(2.5 * len(phases) + 0.5, height + 0.7), layout="constrained")
+        figure = Figure(figsize=(max(2.5 * len(phases), 3.2) + 0.5, height + 0.7), layout="constrained")
         share_y = "row" if len(qualities) > 1 else "all"
         axes = figure.subplots(len(lines), len(phases), sharex="col", sharey=share_y, squeeze=False)
         for (tradeoff, model), panels in zip(lines, axes, strict=True):
@@ -61,7 +61,8 @@ def _plot(lines: Sequence[tuple[Tradeoff, str | None]], stem: Path) -> list[Path
             figure.supylabel(first.quality.title, fontsize=8)
         partial = any(tradeoff.points["partial"].any() for tradeoff, _ in lines)
         handles = _handles(first.strategies, fractions, partial=partial)
-        figure.legend(handles=handles, loc="outside upper center", ncols=(len(handles) + 1) // 2)
+        columns = (len(handles) + 1) // 2 if len(phases) > 1 else 2
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns)
         return save(figure, stem)
 
 
