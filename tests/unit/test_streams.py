@@ -34,7 +34,7 @@ def test_a_continued_measurement_has_the_bits_of_a_whole_one(family, phase):
     divergence = OutputDivergence(model, random_prompts([9, 14]), phase, **ENDS)
     for plan in [EMPTY_PLAN, *random_plans(12), EMPTY_PLAN]:
         continued = divergence(plan)
-        divergence._streams = [KeptStream(divergence._patches) for _ in range(2)]
+        divergence._streams = [(KeptStream(divergence._patches),) for _ in range(2)]
         assert continued == divergence(plan)
 
 
