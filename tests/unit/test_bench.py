@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -17,15 +19,17 @@ from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
 from adaskip.models.loading import architecture, registry
 from adaskip.profiles.assumed import assumed_profile, assumed_ranking
 from adaskip.roofline import Ceilings
-from adaskip.strategies import AdaSkip, FixedPlan, SkipDecode, build
+from adaskip.strategies import FULL, AdaSkip, FixedPlan, SkipDecode, build
 from adaskip.studies.bench import measuring
 from adaskip.studies.bench.measuring import run_bench
-from adaskip.studies.bench.results import load_result
+from adaskip.studies.bench.results import Result, load_result, ratio
 from adaskip.studies.bench.settings import (
     BREAKDOWN,
+    COMPARISONS,
     COMPILED,
     COUNTS,
     MODES,
+    REFERENCE_EVERY,
     STUDIES,
     BenchConfig,
     Cell,
@@ -33,6 +37,7 @@ from adaskip.studies.bench.settings import (
     cells_of,
     figure_settings,
     rotated,
+    with_references,
 )
 from adaskip.studies.bench.subject import Subject, random_model
 from adaskip.studies.bench.timing import StaticCaches, Stopwatch, check_kv, count_work, sublayer_times, timed_generation
@@ -146,7 +151,8 @@ def test_every_study_measures_and_saves_whole_rounds(tiny):
         (workload,) = saved.workloads
         for cell in saved.cells(workload):
             rounds = [record["round"] for record in saved.of(workload, cell)]
-            assert rounds == ([1] if cell.name == COUNTS else [1, 2])
+            runs = 2 if cell.name == FULL and study in COMPARISONS else 1
+            assert rounds == ([1] if cell.name == COUNTS else [1] * runs + [2] * runs)
 
 
 def test_an_interrupted_round_is_lost_and_no_other(tiny, monkeypatch):
@@ -154,7 +160,7 @@ def test_an_interrupted_round_is_lost_and_no_other(tiny, monkeypatch):
 
     def run(self, cell, workload):
         calls.append(cell)
-        if len(calls) == 11:  # four cells warm up, four are the first round
+        if len(calls) == 11:  # five runs warm up, five are the first round
             raise KeyboardInterrupt
         return stock(self, cell, workload)
 
@@ -166,7 +172,7 @@ def test_an_interrupted_round_is_lost_and_no_other(tiny, monkeypatch):
     assert {record["round"] for record in before} == {1}
     outcome = run_bench(tiny(rounds=3))
     assert outcome.result.records[: len(before)] == before
-    assert [r["round"] for r in outcome.result.of(Workload(8, 4), Cell("full"))] == [1, 2, 3]
+    assert [r["round"] for r in outcome.result.of(Workload(8, 4), Cell("full"))] == [1, 1, 2, 2, 3, 3]
     assert run_bench(tiny(rounds=3)).result.records == outcome.result.records  # nothing is left to measure
 
 
@@ -243,6 +249,35 @@ def test_the_order_of_cells_changes_and_what_is_exact_runs_once():
     assert {cell.name for cell in rotated(cells, 1)} == {"full", "patched", COUNTS}
     orders = [tuple(cell.name for cell in rotated(cells, number)) for number in (2, 3)]
     assert sorted(orders) == [("full", "patched"), ("patched", "full")]
+
+
+def test_the_full_model_runs_before_after_and_between_the_cells_that_it_is_compared_with():
+    cells = cells_of("strategies", ("prefill", "decode"), ("adaskip", "unified"), (2, 4), ("eager", "compiled"))
+    for number in (1, 2, 3, 4):
+        order = with_references(rotated(cells, number))
+        assert Counter(cell for cell in order if cell.name != "full") == Counter(c for c in cells if c.name != "full")
+        for mode, block in groupby(order, key=lambda cell: cell.mode):
+            names = [cell.name for cell in block]
+            assert names[0] == names[-1] == "full"
+            gaps = [len(list(run)) for is_full, run in groupby(names, key=lambda name: name == "full") if not is_full]
+            assert max(gaps) <= REFERENCE_EVERY, mode
+            assert "full full" not in " ".join(names)
+
+
+def test_a_ratio_is_to_the_full_models_runs_beside_a_cell_of_the_same_round():
+    """The machine becomes twice as slow within the first round, and is slow in the second."""
+    full, early, late = Cell(FULL), Cell("early_exit", "prefill", 2), Cell("unified", "prefill", 2)
+    workload = Workload(8, 2)
+    seconds = [(1, full, 1.0), (1, early, 0.6), (1, full, 1.4), (1, late, 0.8), (1, full, 1.8), (2, full, 2.0)]
+    seconds += [(2, late, 1.0), (2, early, 1.0), (2, full, 2.0)]
+    records = [
+        {"workload": vars(workload), "cell": vars(cell), "round": number, "ttft_s": time, "steps_s": [time]}
+        for number, cell, time in seconds
+    ]
+    result = Result(Path("result.json"), {}, records)
+    assert ratio(result, workload, full, early).value == pytest.approx(2.0)
+    assert ratio(result, workload, full, late, "decode").value == pytest.approx(2.0)
+    assert ratio(result, workload, full, full).value == 1
 
 
 def test_assumed_sets_are_mostly_attention_in_late_layers():

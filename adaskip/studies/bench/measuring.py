@@ -1,6 +1,7 @@
 """`adaskip bench` and `adaskip bench-report`: measure what is missing, and report saved results.
 
-A benchmark runs in rounds, in each of which every cell runs once; each complete round is saved before the next starts.
+A benchmark runs in rounds, in each of which every cell runs once, and the full model several times if others are
+compared with it. Each complete round is saved before the next starts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.roofline import ModelShape, measure_ceilings, predict
 from adaskip.studies.bench.results import Record, Result, open_result
-from adaskip.studies.bench.settings import BREAKDOWN, RESULTS_DIR, BenchConfig, Cell, Workload, cells_of, rotated
+from adaskip.studies.bench.settings import (
+    BREAKDOWN,
+    COMPARISONS,
+    RESULTS_DIR,
+    BenchConfig,
+    Cell,
+    Workload,
+    cells_of,
+    rotated,
+    with_references,
+)
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
 from adaskip.studies.bench.trials import Trials, decode_plans
 from adaskip.studies.engines.engines import ENGINE_MODES
@@ -161,7 +172,8 @@ class _Runner:
                     )
                     return f"{workload}: {told} so far; {more}"
                 start, records = time.monotonic(), []
-                for cell in rotated(self.cells, number):
+                order = rotated(self.cells, number)
+                for cell in with_references(order) if self.config.study in COMPARISONS else order:
                     self.running = {"workload": vars(workload), "cell": vars(cell), "round": number}
                     records.append({**self.running, **_rounded(self.trials.run(cell, workload))})
                 self.round_s = time.monotonic() - start

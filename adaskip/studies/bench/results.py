@@ -1,16 +1,16 @@
 """The result file of a benchmark, and the numbers reported from it.
 
-The file has a manifest and one record for each cell and round. It is written after every round, so that a stopped run
-loses at most its current round. Reported are medians over the rounds, and medians of the ratios of each round, with a
-95 % bootstrap interval over the rounds. The ideal time is the full model's time without the skipped sublayers' share,
-which is measured in the same run.
+The file has a manifest and the records of each round in the order in which its cells ran, one a cell, several of the
+full model. It is written after every round, so that a stopped run loses at most its current round. Reported are medians
+over the rounds, and medians of the ratios of each round, with a 95 % bootstrap interval over the rounds. The ideal time
+is the full model's time without the skipped sublayers' share, which is measured in the same run.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,23 @@ def time_of(record: Record, phase: str) -> float:
 
 def ratio(result: Result, workload: Workload, one: Cell, other: Cell, phase: str = "prefill") -> Estimate:
     """The median over the rounds of the time of `one` / that of `other`."""
-    pairs = zip(result.of(workload, one), result.of(workload, other), strict=True)
-    return _median(time_of(a, phase) / time_of(b, phase) for a, b in pairs)
+    return _median(a / b for a, b in _times(result, workload, one, other, phase))
+
+
+def _times(result: Result, workload: Workload, one: Cell, other: Cell, phase: str) -> Iterator[tuple[float, float]]:
+    """(time of `one`, time of `other`) for each run of `other`.
+
+    The time of `one` is the mean of its last run before and its first after that of `other` in the same round.
+    """
+    places: dict[tuple[int, Cell], list[tuple[int, float]]] = {}
+    for place, record in enumerate(result.of(workload)):
+        if (cell := Cell(**record["cell"])) in (one, other):
+            places.setdefault((record["round"], cell), []).append((place, time_of(record, phase)))
+    for (number, cell), runs in places.items():
+        beside = places[number, one]
+        for at, time in runs if cell == other else ():
+            before, after = [t for place, t in beside if place <= at], [t for place, t in beside if place >= at]
+            yield statistics.fmean([*before[-1:], *after[:1]]), time
 
 
 def _median(values: Iterable[float]) -> Estimate:
@@ -190,8 +205,7 @@ def realised(result: Result, workload: Workload, cell: Cell, phase: str) -> Esti
     """Saving / ideal saving; None if nothing is skipped, or the times of sublayers are unknown."""
     if not (share := ideal_share(result, workload, cell, phase)):
         return None
-    pairs = zip(result.of(workload, full_of(cell)), result.of(workload, cell), strict=True)
-    return _median((1 - time_of(ours, phase) / time_of(full, phase)) / share for full, ours in pairs)
+    return _median((1 - ours / full) / share for full, ours in _times(result, workload, full_of(cell), cell, phase))
 
 
 def full_of(cell: Cell) -> Cell:
@@ -212,7 +226,8 @@ def _entry(result: Result, workload: Workload, cell: Cell) -> Record:
     seconds = {phase: statistics.median(time_of(record, phase) for record in records) for phase in NAMES}
     entry: Record = {
         **{"phase": cell.phase, "strategy": cell.name, "budget": cell.sublayers, "mode": cell.mode},
-        **{**vars(workload), "rounds": len(records), "ttft_s": seconds["prefill"], "tpot_s": seconds["decode"]},
+        **{**vars(workload), "rounds": result.rounds_of(workload)},
+        **{"ttft_s": seconds["prefill"], "tpot_s": seconds["decode"]},
         "prefill_tokens_per_s": workload.batch_size * workload.prompt_tokens / seconds["prefill"],
         "decode_tokens_per_s": workload.batch_size / seconds["decode"],
         **{name: records[-1][name] for name in ("kv_bytes", "peak_memory_bytes")},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,8 @@ STUDIES = {
 }
 COMPARISONS = ("strategies", "engines")
 """Studies whose cells are compared with the full model in the same mode."""
+REFERENCE_EVERY = 6
+"""Number of cells after which a round of a comparison runs the full model again."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,18 @@ def rotated(cells: Sequence[Cell], round_number: int) -> list[Cell]:
     start = (round_number // 2) % len(cells)
     turned = [*cells[start:], *cells[:start]]
     return turned[::-1] if round_number % 2 else turned
+
+
+def with_references(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of a comparison with the full model of their mode before, after and between them, at least after every
+    `REFERENCE_EVERY` of them: a machine that becomes slower within a round then slows down both sides of a ratio."""
+    order: list[Cell] = []
+    for mode, group in groupby((cell for cell in cells if cell.name != FULL), key=lambda cell: cell.mode):
+        others, full = list(group), Cell(FULL, mode=mode)
+        for start in range(0, len(others), REFERENCE_EVERY):
+            order += [full, *others[start : start + REFERENCE_EVERY]]
+        order.append(full)
+    return order
 
 
 SMALL_MODEL = "llama-100m"
