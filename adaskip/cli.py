@@ -57,9 +57,7 @@ def _command(argv: Sequence[str]) -> int:
         if command != "run":
             Processes().require_one(f"adaskip {command}")
         config, execute, _ = COMMANDS[command]
-        if figure := given.get("figure"):
-            given = {**figure_settings(figure), **given}
-        resolved = resolve(config, given, given.pop("config"))
+        resolved = resolve(config, given, given.pop("config"), figure_settings)
     return execute(resolved)
 
 

@@ -73,6 +73,7 @@ class AdaSkipLM(HFLM):
         allow_other_weights: bool = False,
         **options: Any,
     ):
+        strategy = None if strategy is None else strategy_name(strategy)
         names = {name for known in STRATEGIES.values() for name in declared_options(known)} | {"keep_kv"}
         own = {name: options.pop(name) for name in sorted(names & options.keys())}
         settings = {"strategy": strategy, "budget": budget, "phase": phase, "profile": profile, **own}

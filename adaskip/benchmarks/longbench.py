@@ -169,11 +169,15 @@ class LongBenchTasks(Benchmark):
 
     def fidelity(self, task: str, prediction: str, full_answer: str, **kept: Any) -> float:
         """Of the texts that the metric uses, for some tasks the first line. If answers are classes: the classes that
-        both name / the classes that either names."""
+        both name / the classes that either names. 0 for a different answer of the full model that cannot be a
+        reference."""
         ours, full = (scoring.scored_text(task, text).strip() for text in (prediction, full_answer))
         if (classes := kept.get("all_classes")) and ours and full and ours != full:
             return scoring.same_classes(task, ours, full, tuple(classes))
-        return super().fidelity(task, ours, full, **kept)
+        try:
+            return super().fidelity(task, ours, full, **kept)
+        except scoring.MetricError:
+            return 0.0
 
     def evaluate(self, task: str, records: Sequence[Record], manifest: Mapping[str, Any]) -> Evaluation:
         """Also by Google's `rouge_score` if the metric is Rouge-L, and by buckets of length for LongBench-E."""

@@ -86,7 +86,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _tell(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
         print(line, file=sys.stderr)
 
 

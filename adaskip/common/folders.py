@@ -23,7 +23,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: `output` exists and is not an empty folder, cannot be made, or is being written by another process.
     """
-    output = Path(os.path.abspath(output))
+    output = Path(output).resolve()
     check_new(output)
     with scratch_folder(output) as folder:
         yield folder

@@ -76,13 +76,19 @@ def add_options(parser: argparse.ArgumentParser, config: type, *, leave_out: Seq
         parser.add_argument(f"--{field.name.replace('_', '-')}", *field.metadata["aliases"], **arguments)
 
 
-def resolve(config: type[Config], given: Mapping[str, Any], yaml_file: str | None = None) -> Config:
-    """Build `config` from its defaults, then `yaml_file`, then `given`.
+def resolve(
+    config: type[Config],
+    given: Mapping[str, Any],
+    yaml_file: str | None = None,
+    preset: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: {},
+) -> Config:
+    """Build `config` from its defaults, then `preset` of the values given, then `yaml_file`, then `given`.
 
     Raises:
         ValueError: an unknown name in the file, a value of the wrong type, or a missing required field.
     """
     values = {**(_read_yaml(config, yaml_file) if yaml_file else {}), **given}
+    values = {**preset(values), **values}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     missing = [field for field in _fields(config) if field.metadata["required"] and values.get(field.name) is None]
     if missing:

@@ -17,13 +17,13 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint folder.
+    """The file of each tensor of a checkpoint folder; `model.safetensors` before an index, as transformers has it.
 
     Raises:
         ExportError: there are no safetensors files, or one is missing or damaged.
     """
     index = folder / INDEX
-    if index.is_file():
+    if index.is_file() and not (folder / WEIGHTS).is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

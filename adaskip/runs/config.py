@@ -308,7 +308,7 @@ class GridConfig(WorkConfig):
         lambda: f"strategies: {', '.join(SHORT_NAMES)}, or package.module:Class", lambda: tuple(GRID_STRATEGIES)
     )
     budgets: tuple[int, ...] | None = option(
-        "numbers of sublayers to skip; default: those of the protocol, scaled to the depth of the model"
+        "numbers of sublayers to skip; default: those of the protocol, scaled to the depth of the model", least=1
     )
     jobs: int | None = option(
         "number of parallel processes; default: for the testbed on a CPU one per core, else one", least=1

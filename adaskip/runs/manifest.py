@@ -90,7 +90,7 @@ def describe_run(
         "stop_token_ids": list(loaded.spec.stop_token_ids),
         "stop_strings": list(loaded.spec.stop_strings),
         "profile": None if profile_path is None else as_seen_from_root(profile_path),
-        "profile_fingerprint": None if profile is None else _profile_fingerprint(profile),
+        "profile_fingerprint": None if profile is None else profile_fingerprint(profile),
     }
 
 
@@ -136,7 +136,7 @@ def run_state(job: Job) -> str:
     if (files := job.loading.source.weight_files) is not None:
         wanted["weight_files"] = files
     if (profile := job.given_profile) is not None:
-        wanted["profile_fingerprint"] = _profile_fingerprint(profile)
+        wanted["profile_fingerprint"] = profile_fingerprint(profile)
     for name, value in comparable(wanted, held).items():
         if held.get(name) != value:
             return f"other {name.replace('_', ' ')}: {json.dumps(held.get(name))}, here {json.dumps(value)}"
@@ -169,7 +169,7 @@ def comparable(wanted: Mapping[str, Any], held: Mapping[str, Any] | None) -> dic
     return {name: value for name, value in wanted.items() if held is None or name in held or name not in NEWER}
 
 
-def _profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:
+def profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:
     """SHA-256 over the measured numbers of a profile, or over the sets of a selection."""
     units = ("selected",) if isinstance(profile, SelectionProfile) else ("attention", "ffn", "layer")
     return _digest({unit: asdict(profile)[unit] for unit in units})

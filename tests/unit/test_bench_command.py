@@ -62,6 +62,25 @@ def test_a_figures_options_reach_the_benchmark_and_the_command_line_goes_before_
     assert config.result_name == "batch_100m"
 
 
+def test_a_yaml_file_may_name_a_figure_and_goes_before_its_options(monkeypatch, tmp_path, result):
+    asked: list[BenchConfig] = []
+    monkeypatch.setattr(measuring, "run_bench", lambda config: asked.append(config) or Outcome(result, (), True))
+    (tmp_path / "bench.yaml").write_text("figure: batch_100m\nrounds: 2\n")
+    (tmp_path / "rounds.yaml").write_text("rounds: 2\n")
+    assert main(["bench", "--config", str(tmp_path / "bench.yaml"), "--threads", "1"]) == 0
+    assert main(["bench", "--config", str(tmp_path / "rounds.yaml"), "--figure", "batch_100m"]) == 0
+    assert [(each.batch_sizes, each.rounds, each.clock) for each in asked] == [((1, 4), 2, "process")] * 2
+
+
+def test_a_mistake_is_told_by_a_process_that_has_a_rank_and_is_alone(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["bench", "--figure", "nope"]) == 2
+    assert "nope" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "--figure", "nope"]) == 2
+    assert not capsys.readouterr().err
+
+
 def test_the_report_says_how_much_it_wrote(capsys, tmp_path, result):
     add_strategies(result, SHORT, ("prefill",), budgets=(3, 6))
     add_failure(result, LONG, Cell("full"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from adaskip.common.errors import RunError
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.profiles.assumed import assumed_profile
 from adaskip.studies.bench import measuring
@@ -85,6 +86,19 @@ def test_a_model_has_one_process_that_ends_with_the_benchmark(engines):
 def test_a_worker_that_ends_early_says_why(engines):
     with pytest.raises(EngineError, match=r"(?s)tests\.fake_engine ended with code 1.*no place for 99 tokens"):
         engines.run("vllm", EMPTY_PLAN, [[1] * 8], 99, "wall")
+
+
+def test_a_worker_that_died_between_two_requests_says_so_and_the_others_end(engines):
+    engines.run("vllm", EMPTY_PLAN, [[1] * 8], 4, "wall")
+    engines.run("vllm", SkipPlan(attention=frozenset({1})), [[1] * 8], 4, "wall")
+    dead, living = (worker.process for worker in engines.workers.values())
+    dead.kill()
+    dead.wait()
+    with pytest.raises(RunError, match=r"tests\.fake_engine ended with code -9"):
+        engines.run("vllm", EMPTY_PLAN, [[1] * 8], 4, "wall")
+    engines.__exit__()
+    assert living.returncode == 0
+    assert not engines.folder.exists()
 
 
 def test_a_draft_reads_text_of_the_testbed(fake, subject, monkeypatch):

@@ -22,6 +22,7 @@ from adaskip.studies.ablation.online import AblationConfig
 from adaskip.studies.ablation.stories import StoriesConfig
 from adaskip.studies.bench.lossless import LosslessConfig
 from adaskip.studies.bench.settings import BenchConfig
+from adaskip.studies.limits.command import RooflineConfig
 from adaskip.studies.observations.settings import ObserveConfig
 from tests.tiny_runs import ROOT
 
@@ -202,6 +203,28 @@ def test_what_is_not_given_lies_in_the_checkout_and_what_is_given_below_the_curr
         assert getattr(replace(config, output_dir="x"), name) == Path("x")
     for cell in find_cells(GridConfig(testbed=True, models=("llama",), budgets=(4,))):
         assert cell.output_dir == str(ROOT / "results/testbed/runs")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: GridConfig(testbed=True, budgets=(0, 4)), "--budgets must be at least 1, not 0"),
+        (lambda: AblationConfig(windows=(20, 20)), "--windows names something twice"),
+        (lambda: AblationConfig(quantiles=(0.5, 0.5)), "--quantiles names something twice"),
+        (lambda: RooflineConfig(models=("llama", "llama")), "--models names something twice"),
+        (lambda: RooflineConfig(devices=("L20", "L20")), "--devices names something twice"),
+        (lambda: RooflineConfig(budgets=(8, 8)), "--budgets names something twice"),
+    ],
+)
+def test_what_would_run_twice_or_as_something_else_is_refused(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_an_observation_of_a_checkpoint_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ObserveConfig(models=("llama",), checkpoint=".")
+    assert config.label("llama") == config.out_dir.name == tmp_path.name
 
 
 def test_a_grid_is_its_runs_in_order():

@@ -150,6 +150,16 @@ def test_a_checkpoint_is_known_as_its_model_without_being_loaded(tied, tmp_path)
     assert Checkpoint(tmp_path, model.config).identity == known
 
 
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path):
+    model = random_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(2)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    assert set(Checkpoint(tmp_path, model.config).tensor_files.values()) == {tmp_path / "model.safetensors"}
+    assert type(model).from_pretrained(tmp_path).model.norm.weight.eq(2).all()
+
+
 def test_damaged_missing_and_other_weights_are_one_line(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ExportError, match=r"lacks model\.safetensors.*not \.bin"):

@@ -30,6 +30,12 @@ def test_an_answer_equal_to_the_full_models_is_worth_all(task, answer):
     assert of(task, answer, answer) == 1.0
 
 
+@pytest.mark.parametrize("task", ["passage_retrieval_en", "passage_retrieval_zh", "passage_count"])
+def test_an_answer_of_the_full_model_that_cannot_be_a_reference_is_met_by_the_same_answer_alone(task):
+    assert of(task, "Paragraph 3", "It is the fifth one") == 0.0
+    assert of(task, "It is the fifth one", "It is the fifth one") == 1.0
+
+
 @pytest.mark.parametrize("task", ["multifieldqa_en", "trec", "gov_report"])
 def test_an_empty_answer_is_worth_nothing_unless_the_full_models_is_empty_too(task):
     assert of(task, "", "Food in Oslo") == of(task, "Food in Oslo", " ") == 0.0

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adaskip.common import named_files
+from adaskip.common.folders import new_folder
 from adaskip.core.context import skipping
 from adaskip.core.fingerprint import portable_fingerprint
 from adaskip.core.model_plan import make_plan
@@ -49,6 +50,15 @@ def test_a_plan_from_its_folder_skips_what_its_strategy_skips(phase, model, tmp_
     assert (read, read.origin) == (plan, plan.origin)
     assert tokens(model, read) == tokens(model, fixed(phase))
     assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["README.md", PLAN_FILE]
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to("place")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "file").write_text("text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "place" / "file").read_text() == "text"
 
 
 def test_phases_of_a_plan_differ(model):

@@ -86,6 +86,27 @@ def test_end_to_end_speedup_is_of_a_whole_request(folder):
     assert point.speedup == pytest.approx((prompt + answer) / (prompt + answer / 2))
 
 
+def test_end_to_end_speedup_lies_between_those_of_prefill_and_decode_whatever_the_full_models_median_time(folder):
+    """The ratios are to the runs beside a cell, which may be slower than the full model's median run."""
+    content = json.loads((folder / "llama.json").read_text())
+    for entry in content["entries"]:
+        if (entry["phase"], entry["strategy"], entry["budget"]) == ("e2e", "adaskip", 4):
+            entry |= {"ttft_s": 2.0, "tpot_s": 2.0, "speedup_prefill": 1.2, "speedup_decode": 1.3}
+    (folder / "llama.json").write_text(json.dumps(content))
+    point = panel_of(find(load_results(folder / "runs"), folder), "e2e", "llama")["adaskip", 0.125]
+    assert point.speedup == pytest.approx((1.2 + PHASE_STEPS * 1.3) / (1 + PHASE_STEPS))
+
+
+def test_two_results_of_one_name_are_refused(results, folder):
+    (folder / "other").mkdir()
+    shutil.copy(folder / "llama.json", folder / "other")
+    shutil.copy(folder / "vicuna.json", folder / "other")
+    with pytest.raises(ValueError, match="two results llama of llama; rename one"):
+        find_tradeoffs(results, [str(folder / "{model}.json"), str(folder / "other" / "{model}.json")])
+    with pytest.raises(ValueError, match=r"\{name\}\.json not found"):
+        find_tradeoffs(results, [str(folder / "{name}.json")])
+
+
 def test_the_front_holds_what_nothing_dominates(tradeoff):
     on_front = {key for key, point in panel_of(tradeoff, "prefill", "llama").items() if point.on_front}
     # 8 sublayers of Early Exit are slower than AdaSkip's and keep less; the full model is slower and keeps no more.

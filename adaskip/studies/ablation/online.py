@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from adaskip.calibration.measure import calibrate
 from adaskip.common.files import write_text_atomic
+from adaskip.common.locks import exclusive
 from adaskip.common.options import option
 from adaskip.core.plan import Budget
 from adaskip.models.loading import LoadedModel
@@ -101,9 +102,9 @@ class AblationConfig(StudyConfig):
         f"number of stories for {STORIES}, which is in the folder of the environment variable ADASKIP_REAL; 0 for none",
         24,
     )
-    windows: tuple[int, ...] = option("values of P, the learning window in tokens", WINDOWS, least=1)
+    windows: tuple[int, ...] = option("values of P, the learning window in tokens", WINDOWS, least=1, distinct=True)
     quantiles: tuple[float, ...] = option(
-        "values of beta besides the paper's, as quantiles of FFN similarity", QUANTILES
+        "values of beta besides the paper's, as quantiles of FFN similarity", QUANTILES, distinct=True
     )
     max_new_tokens: int | None = option(
         "maximum number of new tokens per answer; default: the cap of the phase", least=1
@@ -267,6 +268,7 @@ def read_stories(config: AblationConfig) -> Results:
 def keep(config: AblationConfig, results: Mapping[str, Results]) -> None:
     """Save the results of these models in the file, replacing older ones of the same models."""
     path = config.out_dir / SAMPLES_FILE
-    both = {**read_json(path), **results}
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, allow_nan=False)}" for name, each in both.items())
-    write_text_atomic(path, f"{{\n{lines}\n}}\n")
+    with exclusive(path.with_suffix(".lock"), wait=True):
+        both = {**read_json(path), **results}
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, allow_nan=False)}" for name, each in both.items())
+        write_text_atomic(path, f"{{\n{lines}\n}}\n")

@@ -9,10 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from adaskip.common.configs import load_yaml
-from adaskip.common.intervals import Estimate, median_estimate
+from adaskip.common.intervals import Estimate
 from adaskip.common.pipe_table import pipe_table
 from adaskip.strategies import FULL
-from adaskip.studies.bench.results import WINDOW_STEPS, Result, full_of, ratio, realised, time_of, window_cost
+from adaskip.studies.bench.results import (
+    WINDOW_STEPS,
+    Result,
+    full_of,
+    median_of_rounds,
+    ratio,
+    realised,
+    time_of,
+    window_cost,
+)
 from adaskip.studies.bench.settings import (
     ADASKIP,
     COMPILED,
@@ -117,8 +126,8 @@ def _compiled(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]
         if cell.mode != COMPILED:
             continue
         if "at_most" in bar and limit is not None:
-            over = [time_of(record, "decode") / limit["tpot_s"] for record in result.of(workload, cell)]
-            yield Finding(cell.label, median_estimate(over), bar, counts=counts)
+            times = ((r["round"], time_of(r, "decode") / limit["tpot_s"]) for r in result.of(workload, cell))
+            yield Finding(cell.label, median_of_rounds(times), bar, counts=counts)
         elif "at_least" in bar and result.of(workload, eager):
             yield Finding(cell.label, ratio(result, workload, eager, cell, "decode"), bar, counts=counts)
 

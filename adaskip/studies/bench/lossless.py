@@ -53,7 +53,7 @@ STORY_PROMPT_TOKENS = (20, 60)
 """Lengths of the beginnings of stories that are prompts, from .. to."""
 SAME = (
     *("prompts_fingerprint", "rows", "drafts", "drafting_version", "clock", "weights_fingerprint", "dtype"),
-    *("device_name", "threads", "versions"),
+    *("attn_implementation", "device_name", "threads", "versions"),
 )
 """What must be equal for a benchmark to be continued."""
 PEERS: dict[str, dict[str, int]] = {
@@ -227,7 +227,7 @@ def _batches(task: str, ids: Sequence[str], prompts: Sequence[Tensor], rows: int
 def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
     """Answer those batches of one model that its file does not have yet.
 
-    Raises ValueError if the file is of other prompts, drafts, weights or another machine.
+    Raises ValueError if the file is of other prompts, drafts, plans, weights or another machine.
     """
     model: Any = subject.loaded.model
     identity = describe_model(subject.loaded)
@@ -254,6 +254,8 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
         return
     strategies = strategies_for(subject, config.drafts, path.with_name(f"selection-{name}.json"))
     manifest["plans"] = {str(draft): strategy.skipped.to_dict() for draft, strategy in strategies.items()}
+    if saved and saved["manifest"]["plans"] != manifest["plans"]:
+        raise ValueError(f"{path} was measured with other plans; give another --output-dir")
     ways = _ways(config, model, strategies)
     for way in ways.values():  # warm up
         answer(model, [prompt[-64:] for prompt in subject.batches[0].prompts], 4, {**subject.ends, **way})

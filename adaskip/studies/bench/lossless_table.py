@@ -95,7 +95,7 @@ def _row(saved: Record, way: str) -> dict[str, str]:
     return {
         **row,
         **_drafting(records, way),
-        "speedup": _text(ratio_estimate(*zip(*_times(records, way), strict=True))),
+        "speedup": _speedup(records, way),
     }
 
 

@@ -20,6 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging as transformers_logging
 
 from adaskip import __version__
+from adaskip.common.locks import exclusive
 from adaskip.common.optional import optional_import
 from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
@@ -81,7 +82,7 @@ def run_bench(config: BenchConfig) -> Outcome:
         **{"versions": {"python": platform.python_version(), **versions}, "subject": subject.describe()},
     }
     manifest = {"figure": config.figure, "identity": identity, "rounds": config.rounds, "git_commits": [git_commit()]}
-    with _engines(config, subject) as engines:
+    with exclusive(path.with_suffix(".lock"), of=path), _engines(config, subject) as engines:
         clock: Any = config.clock
         trials = Trials(subject, clock, engines=engines, keep_kv=config.keep_kv)
         for workload in config.workloads:

@@ -24,8 +24,8 @@ IDEAL = "ideal: faint"
 """The legend's text for the ideal lines of all strategies."""
 INTRODUCTION = """# What the benchmark shows
 
-Made from the saved results by `adaskip bench-report`. A ratio is the median of the rounds' own ratios, in brackets its
-95 % bootstrap interval over the rounds."""
+Made from the saved results by `adaskip bench-report`. A ratio is the median of the ratios of the rounds, in brackets
+its 95 % bootstrap interval over the rounds."""
 COLUMNS = (
     *("strategy", "phase", "sublayers", "mode", "TTFT, ms", "TPOT, ms", "prefill, tokens/s", "decode, tokens/s"),
     *("prefill speedup", "of ideal saving", "decode speedup", "of ideal saving", "TTFT / limit", "TPOT / limit"),

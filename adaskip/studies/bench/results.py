@@ -157,11 +157,13 @@ def time_of(record: Record, phase: str) -> float:
 
 def ratio(result: Result, workload: Workload, one: Cell, other: Cell, phase: str = "prefill") -> Estimate:
     """The median over the rounds of the time of `one` / that of `other`."""
-    return _median(a / b for a, b in _times(result, workload, one, other, phase))
+    return median_of_rounds((number, a / b) for number, a, b in _times(result, workload, one, other, phase))
 
 
-def _times(result: Result, workload: Workload, one: Cell, other: Cell, phase: str) -> Iterator[tuple[float, float]]:
-    """(time of `one`, time of `other`) for each run of `other`.
+def _times(
+    result: Result, workload: Workload, one: Cell, other: Cell, phase: str
+) -> Iterator[tuple[int, float, float]]:
+    """(round, time of `one`, time of `other`) for each run of `other`.
 
     The time of `one` is the mean of its last run before and its first after that of `other` in the same round.
     """
@@ -173,11 +175,15 @@ def _times(result: Result, workload: Workload, one: Cell, other: Cell, phase: st
         beside = places[number, one]
         for at, time in runs if cell == other else ():
             before, after = [t for place, t in beside if place <= at], [t for place, t in beside if place >= at]
-            yield statistics.fmean([*before[-1:], *after[:1]]), time
+            yield number, statistics.fmean([*before[-1:], *after[:1]]), time
 
 
-def _median(values: Iterable[float]) -> Estimate:
-    estimate = median_estimate(list(values))
+def median_of_rounds(values: Iterable[tuple[int, float]]) -> Estimate:
+    """The median over the rounds of (round, value); a round with several values has their mean."""
+    rounds: dict[int, list[float]] = {}
+    for number, value in values:
+        rounds.setdefault(number, []).append(value)
+    estimate = median_estimate([statistics.fmean(each) for each in rounds.values()])
     assert estimate is not None, "there are rounds"
     return estimate
 
@@ -205,7 +211,8 @@ def realised(result: Result, workload: Workload, cell: Cell, phase: str) -> Esti
     """Saving / ideal saving; None if nothing is skipped, or the times of sublayers are unknown."""
     if not (share := ideal_share(result, workload, cell, phase)):
         return None
-    return _median((1 - ours / full) / share for full, ours in _times(result, workload, full_of(cell), cell, phase))
+    times = _times(result, workload, full_of(cell), cell, phase)
+    return median_of_rounds((number, (1 - ours / full) / share) for number, full, ours in times)
 
 
 def full_of(cell: Cell) -> Cell:
@@ -235,10 +242,9 @@ def _entry(result: Result, workload: Workload, cell: Cell) -> Record:
     for phase, name in NAMES.items():
         speedup, saved = ratio(result, workload, full_of(cell), cell, phase), realised(result, workload, cell, phase)
         share = ideal_share(result, workload, cell, phase)
-        full_s = statistics.median(time_of(record, phase) for record in result.of(workload, full_of(cell)))
         entry[f"speedup_{phase}"] = speedup.value
         entry[f"speedup_{phase}_interval"] = [speedup.low, speedup.high]
-        entry[f"ideal_{name}"] = None if share is None else full_s * (1 - share)
+        entry[f"ideal_{name}"] = None if share is None else seconds[phase] * speedup.value * (1 - share)
         entry[f"realised_{phase}"] = None if saved is None else saved.value
         entry[f"realised_{phase}_interval"] = None if saved is None else [saved.low, saved.high]
         entry[f"limit_{name}"] = limit.get(name)
@@ -258,5 +264,5 @@ def window_cost(result: Result, workload: Workload, cell: Cell) -> Estimate | No
     costs = []
     for ours, plain in zip(result.of(workload, cell), result.of(workload, without), strict=True):
         added = sum(ours["steps_s"][:WINDOW_STEPS]) - sum(plain["steps_s"][:WINDOW_STEPS])
-        costs.append(added / (time_of(plain, "decode") * (GENERATION_TOKENS - 1)))
-    return _median(costs)
+        costs.append((ours["round"], added / (time_of(plain, "decode") * (GENERATION_TOKENS - 1))))
+    return median_of_rounds(costs)

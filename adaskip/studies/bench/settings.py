@@ -191,7 +191,7 @@ class BenchConfig:
     new_tokens: int = option("tokens generated after each prompt; generation never stops earlier", 64, least=2)
     batch_sizes: tuple[int, ...] = option("prompts per batch", (1,), least=1, distinct=True)
     rounds: int = option(
-        "number of rounds, in each of which everything runs once, after one more for warm-up", 5, least=1
+        "number of rounds, each with everything once and the full model often, after one more for warm-up", 5, least=1
     )
     time_limit_s: int | None = option(
         "start no round that would end after this many seconds (the same command continues); 0: run none, and add the "
@@ -263,9 +263,10 @@ class BenchConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The options that must be equal to continue a saved result; older ones have no keep_kv."""
+        """What must be equal to continue a saved result; older ones have no keep_kv."""
         left_out = (*MAY_CHANGE, *(() if self.keep_kv else ("keep_kv",)))
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        compared = {"reference_every": REFERENCE_EVERY} if self.study in COMPARISONS else {}
+        return {**{name: value for name, value in asdict(self).items() if name not in left_out}, **compared}
 
 
 def weights_of(identity: Mapping[str, Any]) -> str:
@@ -273,8 +274,10 @@ def weights_of(identity: Mapping[str, Any]) -> str:
     return "random" if identity["random_weights"] else Testbed.name if identity["testbed"] else "checkpoint"
 
 
-def figure_settings(figure: str) -> Mapping[str, Any]:
-    """The options of a measurement in `configs/bench.yaml`."""
+def figure_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of the figure in `configs/bench.yaml` that the options `given` name; none without a figure."""
+    if (figure := given.get("figure")) is None:
+        return {}
     content = load_yaml("bench")
     figures = {name: settings for block in DEVICES for name, settings in content[block].items()}
     return figures[check_choice("figure", figure, figures)]

@@ -35,6 +35,7 @@ from adaskip.runs.calibration import find_calibration
 from adaskip.runs.config import RunConfig, SharedConfig
 from adaskip.runs.job import find_profile, resolve
 from adaskip.runs.loading import find_loading
+from adaskip.runs.manifest import profile_fingerprint
 from adaskip.strategies import CalibratedSkip, needs_selection, selection_method
 from adaskip.studies.bench.settings import SMALL_MODEL, BenchConfig
 
@@ -93,6 +94,7 @@ class Subject:
             "attn_implementation": attn_implementation(model),
             "profile": f"{profile.dataset} ({profile.tokens} tokens)" if profile.data_ids else profile.dataset,
             "selections": chosen,
+            "fingerprints": [profile_fingerprint(each) for each in (profile, *self.selections.values()) if each],
             **({"peer_selections": peers} if peers else {}),
         }
 

@@ -10,7 +10,7 @@ class EngineMode:
     """One way to run an exported model.
 
     what: what it is, for `--help`. export_to: the name in `adaskip.engines.registry`. package: what its environment
-    must have. worker: the module with the class `Times`. settings: further arguments of it. drafts: the exported model
+    must have. worker: the module with the class `Times`. drafts: the exported model
     drafts for the full one, on text instead of random tokens, which no draft could foresee.
     """
 

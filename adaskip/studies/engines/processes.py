@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip import testbed
+from adaskip.common.errors import RunError
 from adaskip.common.paths import PACKAGE, checkout
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.core.strategy import FixedPlan
@@ -37,7 +39,7 @@ VLLM = {
 TEXT_TASK = "gov_report"
 
 
-class EngineError(RuntimeError):
+class EngineError(RunError):
     """A worker ended early; the message holds the last lines of what it printed."""
 
 
@@ -148,13 +150,15 @@ class _Worker:
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request."""
         assert self.process.stdin is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # the process has ended, which its answer tells
+            print(json.dumps(request), file=self.process.stdin, flush=True)
         return self._answer()
 
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def _answer(self) -> dict[str, Any]:

@@ -47,16 +47,18 @@ PLACES = ("measured_dir", "output_dir")
 class RooflineConfig:
     """The options of `speed/roofline.py`."""
 
-    models: tuple[str, ...] = option(MODEL_HELP, MODELS, aliases=["--model"])
+    models: tuple[str, ...] = option(MODEL_HELP, MODELS, aliases=["--model"], distinct=True)
     devices: tuple[str, ...] = option(
-        f"GPUs by their data sheets: {', '.join(known_devices())}; the figure shows the first", known_devices()
+        f"GPUs by their data sheets: {', '.join(known_devices())}; the figure shows the first",
+        known_devices(),
+        distinct=True,
     )
     measure: bool = option(
         "also predict for a device of this machine, whose ceilings are measured in a few seconds", False
     )
     device: str | None = option("torch device for --measure; default: cuda if available, else cpu")
     dtype: str = option(f"dtype for --measure: {', '.join(DTYPES)}", "bfloat16", choices=DTYPES)
-    budgets: tuple[int, ...] = option("numbers of sublayers to skip", (8, 12, 16))
+    budgets: tuple[int, ...] = option("numbers of sublayers to skip", (8, 12, 16), least=1, distinct=True)
     prompt_tokens: int = option("prompt length in tokens", 8000, least=1)
     new_tokens: int = option("tokens generated after each prompt", 512, least=2)
     batch_size: int = option("prompts per batch", 1, least=1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml
 from adaskip.common.options import option
-from adaskip.models.source import find_source
+from adaskip.models.source import find_source, name_of
 from adaskip.studies.study import StudyConfig
 from adaskip.studies.tables import labels
 
@@ -62,9 +62,10 @@ class ObserveConfig(StudyConfig):
     @property
     def out_dir(self) -> Path:
         """With `--checkpoint`, a folder of the checkpoint's name in the default folder."""
-        named = self.checkpoint is not None and self.output_dir is None
-        return super().out_dir / Path(self.checkpoint).name if named and self.checkpoint else super().out_dir
+        if self.checkpoint is None or self.output_dir is not None:
+            return super().out_dir
+        return super().out_dir / name_of(self.checkpoint)
 
     def label(self, model: str) -> str:
         """The name of a model in folders, tables and figures."""
-        return find_source(model).name if self.checkpoint is None else Path(self.checkpoint).name
+        return find_source(model).name if self.checkpoint is None else name_of(self.checkpoint)

@@ -114,13 +114,16 @@ def find_tradeoffs(results: Results, speed_patterns: Sequence[str], prompt_token
     prompt_tokens: prompt length whose speeds are used, if the result files have several.
 
     Raises:
-        ValueError: the speeds of a model are missing, or no run has both a quality and a speed.
+        ValueError: the speeds of a model are missing, two results have one name, or no run has both a quality and a
+            speed.
     """
     run = {model for _, model, *_ in results.runs}
     models = [model for model in results.models if model in run]
     speeds: dict[str, dict[str, Speeds]] = {model: {} for model in models}
     for pattern in speed_patterns:
         for model, path in speed_paths(pattern, models).items():
+            if path.stem in speeds[model]:
+                raise ValueError(f"--speeds names two results {path.stem} of {model}; rename one, as tables name both")
             speeds[model][path.stem] = read_speeds(path, prompt_tokens)
     found = [_find(results, quality, models, speeds) for quality in (KEPT, FIDELITY, LOSS)]
     found = [each for each in found if each.strategies]
@@ -182,7 +185,7 @@ def _measure(results: Results, quality: Quality, row: Row, speeds: Mapping[str, 
     timed = speeds[source]
     answers = [results.samples_of[*full, task]["new_tokens"] for task in cells if (*full, task) in results.samples_of]
     steps = mean([*pd.concat(answers)]) - 1 if answers else 0.0
-    return Measured(speedup(phase, timed[FULL_KEY], timed[key], steps), known, not final, source, kept)
+    return Measured(speedup(phase, timed[key], steps), known, not final, source, kept)
 
 
 def _point(quality: Quality, of_models: Sequence[Measured]) -> tuple[Any, ...]:
