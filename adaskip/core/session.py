@@ -206,6 +206,7 @@ class SkippingSession(StaysInPlace):
             cache = DynamicCache(config=self.decoder.config)  # the decoder would make the same one, but only later
         if prepared is not None and prepared.is_for(tokens):
             step = prepared if given is prepared.cache else self._read_again(prepared, cache, tokens.shape[1])
+            ids = step.token_ids() if ids is None else ids
             if given is None and cache is not None:
                 self._requests[cache] = step.request
         else:
@@ -297,6 +298,8 @@ class SkippingSession(StaysInPlace):
         if cache is None:
             return "prefill", Request(self.strategy, self.eos_token_ids)  # without a cache every call is a new prompt
         if known is not None and filled:
+            if kind == "prefill":
+                known.begin_turn()
             return kind, known
         if not filled:
             kind = "prefill"  # on an empty cache, whatever the caller declared
