@@ -141,7 +141,8 @@ class OutputDivergence:
             with stream.running(plan):
                 log_q = self._log_probs(passage.ids, _view(passage.dense), passage.positions)
         kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
-        divergence = torch.nan_to_num(kl @ passage.weights, nan=torch.inf)  # overflow counts as infinite divergence
+        divergence = kl @ passage.weights
+        divergence = torch.nan_to_num(divergence, nan=torch.inf, posinf=torch.inf)  # overflow counts as infinite
         return divergence.clamp(min=0.0)  # rounding may make the sum slightly negative
 
     def _log_probs_over_kept(self, plan: SkipPlan, number: int) -> Tensor:
@@ -168,7 +169,7 @@ class OutputDivergence:
         return torch.cat(parts)
 
     def _passage(self, prompt: Tensor, answer: Sequence[int], *, resident: bool) -> Passage:
-        ids = torch.cat([prompt, torch.tensor(answer, dtype=prompt.dtype)])[None]
+        ids = torch.cat([prompt, torch.tensor(answer, dtype=prompt.dtype, device=prompt.device)])[None]
         ids = ids.to(execution_device(self.model))
         start = len(prompt) if self.phase == "decode" else 0
         read = max(len(prompt) - 1 - start, 0)

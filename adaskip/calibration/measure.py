@@ -79,8 +79,12 @@ class _RowSums:
             self.snapshots[self.num_forwards] = (dict(self.sums), self.tokens)  # the tensors never change in place
 
     def measurements(self) -> Iterator[Measurement]:
-        """One measurement per row; none if nothing was recorded."""
+        """One measurement per row, of 0 tokens if nothing was recorded."""
         if self.tokens is None:
+            assert self.mask is not None
+            sums = self.mask.new_zeros((len(UNITS), self.num_layers, 2), dtype=torch.float32)
+            nothing = Measurement(sums, self.mask.new_zeros((), dtype=torch.long))
+            yield from [replace(nothing, windows=dict.fromkeys(sorted(self.windows), nothing))] * len(self.mask)
             return
         whole = (self.sums, self.tokens)
         windows = {size: list(self._rows(*self.snapshots.get(size, whole))) for size in sorted(self.windows)}
@@ -119,13 +123,14 @@ def measure(
     eos_token_ids: int | Sequence[int] | None = None,
     windows: Sequence[int] = (),
 ) -> Iterator[Measurement]:
-    """Yield the sums of IO similarity and scale for each prompt, measured on the full model.
+    """Yield the sums of IO similarity and scale for each prompt, measured on the full model, in order.
 
     model: a stock model, or a wrapper that `wrappers.unwrapped` supports; active adapters are applied. prompts: token
     ids, each 1-D. phase: "prefill" measures the tokens of the prompts, "decode" the tokens of the full model's greedy
-    answers, of at most `max_new_tokens` tokens each. windows: in phase "decode", also measure the first N tokens of
-    each answer, for every N in `windows`. eos_token_ids: end tokens; default: those of the model's generation config,
-    whose other settings are ignored. All tokens of an answer are measured as inputs, so the last one is not.
+    answers, of at most `max_new_tokens` tokens each; an answer that ends at once has none. windows: in phase "decode",
+    also measure the first N tokens of each answer, for every N in `windows`. eos_token_ids: end tokens; default: those
+    of the model's generation config, whose other settings are ignored. All tokens of an answer are measured as inputs,
+    so the last one is not.
 
     No value is copied to the host. Raises ValueError for an empty prompt, and for windows in phase "prefill".
     Paper: the inner sums of Eq. (2) and (3); with windows also of Eq. (5).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,12 +64,18 @@ class KeptStream:
 
 
 class _Entry:
-    """A forward pre-hook that records the hidden states entering a layer, or replaces them by the kept ones."""
+    """A forward pre-hook that records the hidden states entering a layer, or replaces them by the kept ones.
+
+    It does nothing in forwards of other threads than the one that made it.
+    """
 
     def __init__(self, layer: int, kept: Tensor | None, entered: dict[int, Tensor]):
         self.layer, self.kept, self.entered = layer, kept, entered
+        self.thread = get_ident()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if get_ident() != self.thread:
+            return None
         states = args[0] if args else kwargs["hidden_states"]
         if self.kept is None:
             self.entered[self.layer] = states

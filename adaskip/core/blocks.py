@@ -20,7 +20,6 @@ from adaskip.core.decoder import (
     decoder_layers,
     execution_device,
     find_decoder,
-    forward_attribute,
     restore_attribute,
 )
 from adaskip.core.probe import LayerForward, LayerProbe
@@ -36,7 +35,6 @@ __all__ = [
     "execution_device",
     "find_decoder",
     "find_structure",
-    "forward_attribute",
     "known_structures",
     "probe_layers",
     "register_structure",

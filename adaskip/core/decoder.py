@@ -88,11 +88,6 @@ def execution_device(module: nn.Module) -> torch.device:
     return tensor.device
 
 
-def forward_attribute(layer: nn.Module) -> str:
-    """The attribute that holds the layer's own forward, even if accelerate's hooks wrap it."""
-    return hf.forward_name(layer)
-
-
 def restore_attribute(owner: Any, name: str, own: Any) -> None:
     """Undo the replacement of an instance attribute: set it to `own`, or remove it if `own` is None."""
     if own is None:

@@ -131,7 +131,7 @@ def device_hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def forward_name(module: nn.Module) -> str:
-    """The attribute that holds the module's own forward."""
+    """The attribute that holds the module's own forward, also if an accelerate hook wraps it."""
     return STOCK_FORWARD if hasattr(module, STOCK_FORWARD) else "forward"
 
 

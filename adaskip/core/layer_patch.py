@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from adaskip.core import hf
-from adaskip.core.blocks import OUTPUT_SCALAR, Proved, execution_device, forward_attribute, restore_attribute
+from adaskip.core.blocks import OUTPUT_SCALAR, Proved, execution_device, restore_attribute
 from adaskip.core.kv_cache import KVOnly, KVWritten
 from adaskip.core.plan import Affine, Compensation, SublayerKind
 
@@ -93,7 +93,7 @@ class LayerPatch(StaysInPlace):
         if (device := execution_device(self.layer)) != self.device:
             self.device = device
             self._forget_scales()
-        self.name = forward_attribute(self.layer)
+        self.name = hf.forward_name(self.layer)
         self.own = self.layer.__dict__.get(self.name)
         if isinstance(getattr(self.own, "__self__", None), LayerPatch):
             raise ValueError(

@@ -57,7 +57,8 @@ class ModelPatches:
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether the model still has the layers that these patches were made for, unchanged."""
         layers = tuple(decoder_layers(model))
-        return layers == self.layers and (self.installed or _description(layers) == self.made_for)
+        with self._installing:
+            return layers == self.layers and (self.installed or _description(layers) == self.made_for)
 
     def slots_of(self, layers: Collection[int]) -> frozenset[int]:
         """The cache slots of the decoder layers at these positions."""
@@ -192,6 +193,7 @@ class ModelPatches:
 
 
 _PATCHES: WeakKeyDictionary[nn.Module, ModelPatches] = WeakKeyDictionary()
+_LOOKUP = threading.RLock()
 
 
 def _description(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
@@ -210,7 +212,7 @@ def _description(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 
 def patches_of(model: nn.Module) -> ModelPatches:
-    """The patches of a model, made at first use and kept while the model exists.
+    """The patches of a model, made at first use and kept while the model exists; one thread at a time makes them.
 
     Raises UnsupportedModelError if its layers cannot be skipped, ValueError if it is in training mode.
     """
@@ -221,10 +223,11 @@ def patches_of(model: nn.Module) -> ModelPatches:
         )
     decoder = find_decoder(model)
     _refuse_compiled_in_place(model, decoder)
-    known = _PATCHES.get(decoder)
-    if known is None or not known.belongs_to(model):
-        known = _PATCHES[decoder] = ModelPatches(model)
-    return known
+    with _LOOKUP:
+        known = _PATCHES.get(decoder)
+        if known is None or not known.belongs_to(model):
+            known = _PATCHES[decoder] = ModelPatches(model)
+        return known
 
 
 def _refuse_compiled_in_place(model: nn.Module, decoder: nn.Module) -> None:

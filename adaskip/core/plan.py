@@ -152,8 +152,7 @@ class SkipPlan:
 
     def check_fits(self, num_layers: int) -> None:
         """Raise ValueError unless all layers exist and at least one attention stays live."""
-        beyond = sorted(layer for layer in self.attention | self.ffn if layer >= num_layers)
-        if beyond:
+        if beyond := sorted(layer for layer in self.attention | self.ffn if layer >= num_layers):
             raise ValueError(f"plan skips layers {beyond}, but the model has layers 0..{num_layers - 1}")
         if len(self.attention) == num_layers:
             raise ValueError(f"plan skips the attention of all {num_layers} layers; at least one must stay live")
@@ -311,10 +310,11 @@ class Budget:
         if len(given) != 1:
             raise ValueError(f"give exactly one of sublayers, layers, alpha; got {given or 'none'}")
         (unit, value) = next(iter(given.items()))
-        if unit != "alpha" and (isinstance(value, bool) or int(value) != value or value < 0):
-            raise ValueError(f"budget must be a whole number of {unit}, at least 0; got {value}")
-        if unit == "alpha" and not 1.0 <= value < float("inf"):
-            raise ValueError(f"acceleration ratio alpha must be at least 1.0 and finite; got {value}")
+        number = hasattr(value, "__float__") and not isinstance(value, bool)
+        if unit != "alpha" and not (number and 0 <= value < math.inf and int(value) == value):
+            raise ValueError(f"budget must be a whole number of {unit}, at least 0; got {value!r}")
+        if unit == "alpha" and not (number and 1.0 <= value < math.inf):
+            raise ValueError(f"acceleration ratio alpha must be at least 1.0 and finite; got {value!r}")
 
     def num_sublayers(self, num_layers: int) -> int:
         """Number of sublayers of a model of `num_layers` layers; at most 2 * num_layers - 1 (one attention stays)."""

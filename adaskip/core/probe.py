@@ -11,13 +11,15 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from adaskip.core.decoder import UnsupportedModelError, execution_device, forward_attribute, restore_attribute
+from adaskip.core import hf
+from adaskip.core.decoder import UnsupportedModelError, execution_device, restore_attribute
 from adaskip.core.hf import CACHE
 
 TOKENS = 4
@@ -81,7 +83,7 @@ class LayerProbe:
     def stock(self, index: int) -> LayerForward:
         """The layer's own forward, called with (hidden_states, kwargs)."""
         layer = self.layers[index]
-        forward = getattr(layer, forward_attribute(layer))
+        forward = getattr(layer, hf.forward_name(layer))
         return lambda hidden_states, kwargs: forward(hidden_states, **kwargs)
 
     def _record(self, inputs: Inputs) -> list[LayerCall]:
@@ -99,12 +101,21 @@ class LayerProbe:
         return calls
 
     def _run(self, inputs: Inputs, compute: Callable[[Tensor, dict[str, Any], int], Any]) -> DynamicCache:
-        """Run one forward of the decoder with `compute` in place of every layer; returns the KV cache it filled."""
+        """Run one forward of the decoder with `compute` in place of every layer; returns the KV cache it filled.
+
+        Other threads that use the model meanwhile run its stock layers.
+        """
         order: list[int] = []
         finished: list[int] = []
+        thread = get_ident()
 
         def at_work(index: int) -> LayerForward:
+            layer = self.layers[index]
+            stock = getattr(layer, hf.forward_name(layer))
+
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if get_ident() != thread:
+                    return stock(*args, **kwargs)
                 order.append(index)
                 self._running = index
                 output = compute(*self._hidden_and_keywords(index, args, kwargs), index)
@@ -257,7 +268,7 @@ def replaced_forwards(layers: list[nn.Module], forwards: list[LayerForward]) -> 
     saved: list[tuple[nn.Module, str, Any]] = []
     try:
         for layer, forward in zip(layers, forwards, strict=True):
-            name = forward_attribute(layer)
+            name = hf.forward_name(layer)
             saved.append((layer, name, layer.__dict__.get(name)))
             layer.__dict__[name] = forward
         yield

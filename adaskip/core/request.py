@@ -21,7 +21,8 @@ class LearningWindow:
     """IO similarity of FFNs over the first decoded tokens of a request.
 
     All rows of a batch share one set, so the mean is over all tokens of all live rows; a row is live until it has
-    produced an end token. Everything stays on the device until the window closes, which costs one transfer.
+    produced an end token, and again in a later turn. Everything stays on the device until the window closes, which
+    costs one transfer.
     Paper: Eq. (5).
     """
 
@@ -90,6 +91,11 @@ class Request:
         """The plan for a prompt, a chunk of it, or a later turn."""
         self.prompt_plan = self._merge(self.strategy.prefill_plan, EMPTY_PLAN)
         return self.prompt_plan
+
+    def begin_turn(self) -> None:
+        """More of the prompt, or the prompt of a later turn, follows: rows that have ended answer again."""
+        if self.window is not None:
+            self.window.live = None
 
     def decode(self) -> SkipPlan:
         """The plan for the next decode step."""

@@ -206,6 +206,7 @@ class SkippingSession(StaysInPlace):
             cache = DynamicCache(config=self.decoder.config)  # the decoder would make the same one, but only later
         if prepared is not None and prepared.is_for(tokens):
             step = prepared if given is prepared.cache else self._read_again(prepared, cache, tokens.shape[1])
+            ids = step.token_ids() if ids is None else ids
             if given is None and cache is not None:
                 self._requests[cache] = step.request
         else:
@@ -231,14 +232,13 @@ class SkippingSession(StaysInPlace):
         return bool(getattr(self.decoder.config, "use_cache", False) if asked is None else asked)
 
     def _kind_of_direct_call(self, cache: Cache | None, num_tokens: int) -> StepKind:
-        """One token on a filled cache is a decode step, everything else is a prompt or a chunk of one."""
-        if self._here.kind is not None:
-            return self._here.kind
-        if cache is None or num_tokens > 1:
+        """One token on a filled cache, or several declared so, are a decode step; everything else is prompt."""
+        declared = self._here.kind
+        if cache is None or declared == "prefill" or (declared is None and num_tokens > 1):
             return "prefill"
-        # Reading the length of a static cache on CUDA would synchronise, so there a known cache counts as filled.
+        # For one token a known static cache on CUDA counts as filled: reading its length would synchronise.
         known = self._requests.get(cache)
-        if known is not None and known.num_forwards and _length_is_on_cuda(cache):
+        if num_tokens == 1 and known is not None and known.num_forwards and _length_is_on_cuda(cache):
             return "decode"
         return "decode" if int(cache.get_seq_length()) > 0 else "prefill"
 
@@ -298,6 +298,8 @@ class SkippingSession(StaysInPlace):
         if cache is None:
             return "prefill", Request(self.strategy, self.eos_token_ids)  # without a cache every call is a new prompt
         if known is not None and filled:
+            if kind == "prefill":
+                known.begin_turn()
             return kind, known
         if not filled:
             kind = "prefill"  # on an empty cache, whatever the caller declared

@@ -12,7 +12,7 @@ ROWS_PER_CHUNK = 128  # float32 copies of this many rows fit into the L2 cache o
 
 def norm(x: Tensor) -> Tensor:
     """|x| per token in float32, without a float32 copy of x. x: [..., D], any floating dtype."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
 
 
 class RecentNorms:

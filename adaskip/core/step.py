@@ -29,6 +29,11 @@ class Step:
     window: LearningWindow | None
     tokens: Callable[[], Tensor | None] = lambda: None
 
+    def token_ids(self) -> Tensor | None:
+        """The token ids that `generate` prepared, [B, q]; None if it prepared embeddings or nothing."""
+        tokens = self.tokens()
+        return tokens if tokens is not None and tokens.dim() == 2 else None
+
     def is_for(self, tokens: Tensor) -> bool:
         """Whether the `tokens` that reach the decoder are those for which `generate` prepared the step."""
         prepared = self.tokens()

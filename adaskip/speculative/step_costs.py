@@ -37,11 +37,6 @@ class StepCosts:
         self._curve = None
 
     @property
-    def step_s(self) -> float:
-        """Seconds of a forward over one token; such a forward must have been measured in this request."""
-        return self.curve()[1]
-
-    @property
     def measured(self) -> bool:
         """Whether any forward over several tokens was measured, in this request or before."""
         return len(self.seconds.keys() | self.ratios.keys()) > 1

@@ -14,7 +14,7 @@ MAX_DECODE_STEPS = 512  # the paper's output cap
 
 @dataclass(frozen=True, kw_only=True)
 class SkipDecode(Strategy):
-    """Skip layers 1..n in the prompt; while decoding, skip one layer at the first step and all n at the last.
+    """Skip layers 1..n in the prompt; while decoding, skip two at the first step (one if n = 1), all n at the last.
 
     max_decode_steps: T_max, the step from which on all n layers are skipped.
 

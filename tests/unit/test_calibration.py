@@ -147,6 +147,36 @@ def test_rows_that_have_ended_do_not_count_in_decode():
     assert together.ffn.similarity == pytest.approx(alone.ffn.similarity, abs=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_answer_that_ends_at_once_has_a_measurement_of_no_token(batch_size):
+    model, (prompt, other) = random_model("llama"), random_prompts([9, 5])
+    end, others = (
+        int(model.generate(p[None], max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1]) for p in (prompt, other)
+    )
+    assert end != others
+    options = {"phase": "decode", "max_new_tokens": 4, "eos_token_ids": [end], "windows": [2]}
+    measured = list(measure(model, [prompt, other, prompt], batch_size=batch_size, **options))
+    assert [int(m.tokens) for m in measured] == [0, int(measured[1].tokens), 0]
+    assert measured[1].tokens
+    for m in (measured[0], measured[2]):
+        assert not m.sums.any()
+        assert m.sums.shape == measured[1].sums.shape
+        assert m.sums.dtype == measured[1].sums.dtype
+        assert not m.windows[2].tokens
+    (alone,) = measure(model, [prompt], **options)
+    assert not alone.tokens
+    with pytest.raises(ValueError, match="no generated tokens"):
+        calibrate(model, [prompt], phase="decode", max_new_tokens=4, eos_token_ids=[end])
+
+
+def test_a_float64_model_is_measured():
+    model, prompts = random_model("llama"), random_prompts([12, 7])
+    single = calibrate(model, prompts)
+    double = calibrate(model.double(), prompts)
+    assert double.attention.similarity == pytest.approx(single.attention.similarity, abs=1e-5)
+    assert double.ffn.scale == pytest.approx(single.ffn.scale, abs=1e-5)
+
+
 def test_nothing_waits_for_the_device_while_measuring(monkeypatch):
     """`.item()`, `.cpu()` and friends on anything but the final sums would stall a GPU."""
     model = random_model("llama")

@@ -7,14 +7,18 @@ import io
 import pickle
 import sys
 import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
+from adaskip.core import patching
 from adaskip.core.context import skipping
+from adaskip.core.patching import ModelPatches, patches_of
 from adaskip.core.plan import Budget, SkipPlan
 from adaskip.speculative import lossless
 from adaskip.strategies import AdaSkip, EarlyExit, FixedPlan, SkipDecode
@@ -195,13 +199,83 @@ def test_a_generate_from_before_the_context_is_refused():
 
 
 def test_a_thread_may_generate_while_another_measures():
-    """The patches work for the thread that measures; others run the stock layers."""
-    model, prompts = random_model("llama"), random_prompts([9] * 40)
-    stock = greedy(model, prompts[0], 30)
-    profile = calibrate(model, prompts)
+    """The patches work for the thread that measures, which also proves the layers; others run the stock layers."""
+    prompts = random_prompts([9] * 40)
+    stock, profile = greedy(random_model("llama"), prompts[0], 30), calibrate(random_model("llama"), prompts)
+    model = random_model("llama")
     got, measured = in_threads([lambda: greedy(model, prompts[0], 30), lambda: calibrate(model, prompts)])
     assert torch.equal(got, stock)
     assert measured == profile
+
+
+def run_first(monkeypatch, module, other):
+    """From now on, each forward of `module` in this thread first runs `other` in another one."""
+    stock, here = module.forward, threading.get_ident()
+
+    def forward(*args, **kwargs):
+        if threading.get_ident() == here:
+            in_threads([other])
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(module, "forward", forward)
+
+
+def test_a_thread_gets_the_stock_model_while_another_proves_its_layers(monkeypatch):
+    model, ids, got = random_model("llama"), random_prompts([9])[0][None], []
+    stock = model(ids).logits
+    run_first(monkeypatch, model.model.layers[1].mlp, lambda: got.append(model(ids).logits))
+    patches_of(model)
+    assert got
+    assert all(torch.equal(logits, stock) for logits in got)
+
+
+def test_a_thread_gets_the_stock_model_while_another_selects(monkeypatch):
+    """Neither does it get hidden states that were kept, nor are its own kept."""
+    model, (prompt, ids), got = random_model("llama"), random_prompts([9, 9]), []
+    stock, plans = model(ids[None]).logits, [SkipPlan(ffn={3}), SkipPlan(attention={2}), SkipPlan(ffn={2})]
+    divergence = OutputDivergence(model, [prompt], "prefill", eos_token_ids=[2], pad_token_id=0, answers=[[5, 6]])
+    alone = [divergence(plan) for plan in plans]
+    run_first(monkeypatch, model.model.layers[2].input_layernorm, lambda: got.append(model(ids[None]).logits))
+    assert [divergence(plan) for plan in plans] == alone
+    assert got
+    assert all(torch.equal(logits, stock) for logits in got)
+
+
+def test_one_thread_at_a_time_proves_the_layers(monkeypatch):
+    model, probe, calls = random_model("llama"), patching.probe_layers, []
+
+    def slow_probe(model):
+        calls.append(model)
+        time.sleep(0.05)
+        return probe(model)
+
+    monkeypatch.setattr(patching, "probe_layers", slow_probe)
+    first, second = in_threads([lambda: patches_of(model)] * 2)
+    assert isinstance(first, ModelPatches)
+    assert first is second
+    assert len(calls) == 1
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_a_thread_that_enters_meanwhile_does_not_have_the_layers_proved_again(monkeypatch):
+    model, describe = random_model("llama"), patching._description
+    patches, entered, leave = patches_of(model), threading.Event(), threading.Event()
+
+    def enter():
+        with patches.install():
+            entered.set()
+            leave.wait(60)
+
+    def slow_description(layers):
+        other.start()
+        entered.wait(0.2)
+        return describe(layers)
+
+    other = threading.Thread(target=enter)
+    monkeypatch.setattr(patching, "_description", slow_description)
+    assert patches_of(model) is patches
+    leave.set()
+    other.join(60)
 
 
 @pytest.mark.parametrize("enter", [lambda m: skipping(m, fixed()), lambda m: skipping(m.model and m, fixed("decode"))])

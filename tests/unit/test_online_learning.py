@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from adaskip.calibration.measure import calibrate
 from adaskip.core.context import skipping
@@ -14,6 +15,7 @@ from adaskip.strategies import AdaSkip
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of
 from tests.reference import ReferenceDecoder
+from tests.unit.test_lossless_options import llava
 
 WINDOW = 4
 
@@ -24,6 +26,15 @@ def low_threshold(phase="e2e", num_layers=4, window=WINDOW):
     return AdaSkip(
         num_layers=num_layers, budget=Budget(sublayers=1), phase=phase, profile=profile, learning_window=window
     )
+
+
+def vision_language_model():
+    model, generator = llava().eval(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0 + 0.1 * noise)
+    return model
 
 
 class MeasuringReference(ReferenceDecoder):
@@ -128,8 +139,6 @@ def test_an_answer_shorter_than_the_window_learns_nothing():
 
 
 def test_beams_and_chunks_count_as_one_request():
-    from transformers import DynamicCache
-
     model, strategy = random_model("llama"), low_threshold()
     prompt = random_prompts([9])[0][None]
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -156,6 +165,34 @@ def test_in_a_batch_the_mean_is_over_the_tokens_of_live_rows():
     measured = window.close()[0]
     assert measured.similarity == pytest.approx(cosine.mean().item(), abs=1e-6)
     assert measured.scale == pytest.approx(ratio.mean().item(), abs=1e-6)
+
+
+def tokens_in_window(session):
+    """The number of tokens measured so far, the same for every FFN."""
+    (count,) = set(session._last.window.sums[2].tolist())
+    return count
+
+
+@pytest.mark.parametrize("make", [lambda: random_model("llama"), vision_language_model], ids=["text", "vision"])
+def test_a_row_that_has_ended_does_not_count_until_the_next_turn(make):
+    """Models that read images pass embeddings to their decoder, not the token ids."""
+    model, strategy = make(), low_threshold(window=20)
+    ids = torch.stack(random_prompts([6, 6]))
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
+    with skipping(model, strategy):
+        answers = model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=5, **options)[:, 6:]
+    end = int(answers[1, 0])
+    assert end not in answers[0]
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    options |= {"past_key_values": cache, "eos_token_id": end}
+    with skipping(model, strategy, eos_token_id=end) as session:
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert tokens_in_window(session) == 4
+        ids = torch.cat([ids, torch.tensor([[5, 7], [8, 9]])], dim=1)
+        mask = torch.ones_like(ids)
+        mask[1, 7:11] = 0
+        model.generate(ids, attention_mask=mask, min_new_tokens=5, **options)
+        assert tokens_in_window(session) == 4 + 2 * 4
 
 
 def test_a_step_that_fails_half_way_does_not_spoil_the_next_request():

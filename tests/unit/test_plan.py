@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -76,6 +77,9 @@ def test_units_agree(layers):
     assert Budget(alpha=32 / (32 - layers)).num_whole_layers(32, most=31) == layers
 
 
+NO_NUMBERS = [math.inf, -math.inf, math.nan, True, "2", [2], 1j]
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
@@ -84,7 +88,7 @@ def test_units_agree(layers):
         ({"sublayers": -1}, "at least 0; got -1"),
         ({"sublayers": 1.5}, "whole number"),
         ({"alpha": 0.9}, r"at least 1\.0 and finite; got 0\.9"),
-        ({"alpha": float("inf")}, "finite"),
+        *(({unit: value}, "whole number|finite") for unit in ("sublayers", "alpha") for value in NO_NUMBERS),
     ],
 )
 def test_impossible_budget_is_refused(budget, message):

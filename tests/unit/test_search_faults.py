@@ -6,8 +6,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from adaskip.calibration import progress
+from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.progress import Progress
 from adaskip.calibration.search import search
@@ -80,6 +82,15 @@ def test_importance_of_other_weights_is_refused():
     importance = calibrate(random_model("llama", 3, seed=1), PROMPTS)
     with pytest.raises(ProfileError, match="weights"):
         selected(random_model("llama", 3), importance=importance)
+
+
+def test_a_probability_of_0_where_the_full_model_has_none_is_infinitely_divergent():
+    model = random_model("llama")
+    divergence = OutputDivergence(
+        model, random_prompts([9]), "prefill", answers=[[5, 7]], eos_token_ids=[2], pad_token_id=0
+    )
+    model.lm_head.register_forward_hook(lambda *call: call[-1].index_fill(-1, torch.tensor([7]), -torch.inf))
+    assert divergence(SkipPlan(ffn={1})) == [math.inf]
 
 
 def test_a_search_ends_where_the_usual_set_overflows():

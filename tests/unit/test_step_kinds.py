@@ -151,6 +151,20 @@ def test_a_verification_can_be_declared_an_answer():
     assert (got - expected).abs().max() < 1e-5
 
 
+def test_an_emptied_cache_holds_no_answer_whatever_is_declared():
+    model, prompt = random_model("llama"), random_prompts([9])[0][None]
+    with torch.no_grad():
+        stock = model(prompt).logits
+        with skipping(model, fixed("decode")) as session, session.decoding():
+            cache = DynamicCache(config=model.config)
+            for _ in range(2):
+                assert torch.equal(model(prompt, past_key_values=cache).logits, stock)
+                assert session.trace(cache).decode_steps == 0
+                model(prompt[:, :3], past_key_values=cache)
+                assert session.trace(cache).decode_steps == 1
+                cache.reset()
+
+
 def test_what_is_no_cache_of_layers_is_refused():
     model, ids = random_model("llama"), random_prompts([9])[0][None]
     with skipping(model, fixed()), pytest.raises(ValueError, match=r"needs a transformers Cache.*tuple"):

@@ -107,16 +107,16 @@ def _measure_batch(
         answers["eos_token_ids"] = stop_token_ids(part.task, loaded)
     measured = list(measure(loaded.model, prompts, phase=described["phase"], batch_size=len(batch), **answers))
     records = []
-    for i, (sample, prompt) in enumerate(zip(batch, prompts, strict=True)):
+    for i, (sample, prompt, sums) in enumerate(zip(batch, prompts, measured, strict=True)):
         about = {"id": sample["_id"], "index": start + i, "prompt_tokens": len(prompt)}
-        records.append({**about, **_as_record(measured[i] if measured else None)})  # none if every answer is empty
+        records.append({**about, **_as_record(sums)})
     return records
 
 
-def _as_record(measured: Measurement | None) -> dict[str, Any]:
+def _as_record(measured: Measurement) -> dict[str, Any]:
     """Token means of one sample, rounded; of windows only FFNs, and only if tokens follow the window."""
-    tokens = 0 if measured is None else int(measured.tokens)
-    if measured is None or tokens == 0:
+    tokens = int(measured.tokens)
+    if tokens == 0:
         return {"tokens": 0, **dict.fromkeys(UNITS), "windows": {}}
     record: dict[str, Any] = {"tokens": tokens}
     for unit, means in zip(UNITS, measured.means(), strict=True):
