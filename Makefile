@@ -139,7 +139,7 @@ bench: setup
 bench-testbed: setup
 	$(call measure,$(BENCH_TESTBED))
 
-# Speedups of a real model on one CPU core, for the plot of fidelity and loss against speed: about forty minutes.
+# Speedups of a real model on one CPU core, for the plot of fidelity and loss against speed: about two hours.
 bench-real: setup
 	$(call measure,$(BENCH_REAL))
 

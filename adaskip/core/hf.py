@@ -208,6 +208,10 @@ def with_cache_name(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {CACHE if name == OLD_CACHE else name: value for name, value in kwargs.items()}
 
 
+KV = ("keys", "values", "_quantized_keys", "_quantized_values")
+"""The attributes of a cache's layer that hold K/V; a quantised layer has all, with those not yet quantised in the first
+two."""
+
 COMPILED_STEPS = "get_compiled_call"
 """The model method that returns the callable for compiled decode steps of `generate`. Since transformers 4.48."""
 PREFILL = "_prefill"

@@ -157,7 +157,17 @@ def restore_emptied(cache: Cache) -> None:
 
 
 def kv_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that `cache` holds (a static cache: has allocated)."""
-    layers: list[Any] = cache.layers
-    held = (tensor for layer in layers for tensor in (layer.keys, layer.values))
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
+    """Bytes of keys and values that `cache` holds (a static cache: has allocated; a quantised one: with its scales)."""
+    return sum(_nbytes(getattr(layer, name, None)) for layer in cache.layers for name in hf.KV)
+
+
+def _nbytes(held: Any) -> int:
+    """Bytes of a tensor, of the inner tensors of a subclass, or of all tensors in a tuple or mapping."""
+    if isinstance(held, tuple | Mapping):
+        return sum(map(_nbytes, held.values() if isinstance(held, Mapping) else held))
+    if not isinstance(held, Tensor):
+        return 0
+    if hf.is_traceable_wrapper_subclass(held):
+        inner, _ = held.__tensor_flatten__()
+        return sum(_nbytes(getattr(held, name)) for name in inner)
+    return held.nbytes

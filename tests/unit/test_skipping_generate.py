@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
 from adaskip.calibration.measure import calibrate
 from adaskip.core.blocks import UnsupportedModelError, find_structure
@@ -17,6 +17,7 @@ from adaskip.core.layer_patch import LayerPatch
 from adaskip.core.plan import Budget, SkipPlan, Sublayer
 from adaskip.core.token_ids import left_padded
 from adaskip.strategies import EarlyExit, FixedPlan, SkipDecode
+from adaskip.testbed import checkpoint_dir
 from tests.families import COMMON, FAMILIES, random_model, random_prompts
 from tests.reference import ReferenceDecoder
 
@@ -58,6 +59,21 @@ def test_generate_matches_the_reference(family, phase, options):
     for row, prompt in enumerate(prompts):
         expected = reference_logits(model, prompt, out.sequences[row, start:].tolist(), PLAN, phase)
         assert (logits[row] - expected).abs().max() < 1e-5
+
+
+def test_a_pipeline_of_the_model_skips():
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir("llama"), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir("llama"))
+    strategy = EarlyExit(num_layers=model.config.num_hidden_layers, budget=Budget(layers=8), phase="e2e")
+    options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    pipe, text = pipeline("text-generation", model=model, tokenizer=tokenizer), "Passage: Ada sells red ships to Oslo."
+    full = pipe(text, **options)
+    with skipping(model, strategy):
+        (skipped,) = pipe(text, **options)
+        inputs = tokenizer(text, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert skipped["generated_text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert [skipped] != full == pipe(text, **options)
 
 
 def test_beam_search_scores_match_the_reference():
