@@ -307,6 +307,20 @@ def test_a_result_does_not_continue_with_other_sets_or_fewer_runs_of_the_full_mo
         run_bench(tiny(rounds=2))
 
 
+def test_a_complete_result_of_an_older_version_stays_as_it_is_and_gets_no_more_rounds(tiny):
+    path = run_bench(tiny(rounds=1)).result.path
+    older = load_result(path)
+    del older.identity["reference_every"], older.identity["subject"]["fingerprints"]
+    older.save()
+    before = path.read_bytes()
+    assert run_bench(tiny(rounds=1)).complete
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="holds a measurement with another reference_every, subject"):
+        run_bench(tiny(rounds=2))
+    with pytest.raises(ValueError, match="holds a measurement with another clock"):
+        run_bench(tiny(rounds=1, clock="process", threads=1))
+
+
 def test_two_benchmarks_of_one_result_do_not_run_at_once(tiny):
     path = Path(tiny().output_dir) / "cpu" / "tiny.json"
     with exclusive(path.with_suffix(".lock")), pytest.raises(LockedError, match=r"tiny\.json is in use"):

@@ -92,14 +92,14 @@ def run_bench(config: BenchConfig) -> Outcome:
             raise ValueError(
                 f"--time-limit-s 0 adds the limits of the device to a saved result; there is none at {path}"
             )
-        result = open_result(path, manifest, fresh=config.fresh)
+        result = open_result(path, manifest, config.workloads, fresh=config.fresh)
         runner = _Runner(config, trials, cells, result, began)
         notes = [note for workload in config.workloads if (note := runner.run(workload))]
     timed = [(w, cell) for w in result.workloads for cell in result.cells(w) if cell.name != BREAKDOWN]
     if config.study == "strategies" and any(result.limit(w, cell) is None for w, cell in timed):
         result.limits = limits_of(result, timed, trials, config.attn_implementation)
     result.save()
-    complete = all(result.failure(w) or result.rounds_of(w) >= config.rounds for w in config.workloads)
+    complete = all(result.has(workload, config.rounds) for workload in config.workloads)
     return Outcome(result, tuple(notes), complete)
 
 
@@ -162,7 +162,7 @@ class _Runner:
     def run(self, workload: Workload) -> str | None:
         """Run the missing rounds of a workload; returns a line that explains why some are still missing, else None."""
         done, rounds = self.result.rounds_of(workload), self.config.rounds
-        if self.result.failure(workload) or done >= rounds:
+        if self.result.has(workload, rounds):
             return None
         try:
             for number in (WARM_UP, *range(done + 1, rounds + 1)):

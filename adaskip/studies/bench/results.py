@@ -89,6 +89,10 @@ class Result:
         """Number of saved rounds of `workload`."""
         return max((record["round"] for record in self.of(workload)), default=0)
 
+    def has(self, workload: Workload, rounds: int) -> bool:
+        """Whether nothing is left to measure: all rounds are saved, or the workload ran out of memory."""
+        return self.failure(workload) is not None or self.rounds_of(workload) >= rounds
+
     def failure(self, workload: Workload) -> Record | None:
         """The record of the cell and round that ran out of memory; None if none did. Earlier rounds count."""
         failed = (r for r in self.records if "error" in r and r["workload"] == vars(workload))
@@ -110,15 +114,18 @@ class Result:
         write_text_atomic(self.path, f'{{"format": "{FORMAT}",\n{body}}}\n')
 
 
-def open_result(path: Path, manifest: Mapping[str, Any], *, fresh: bool) -> Result:
+def open_result(path: Path, manifest: Mapping[str, Any], workloads: Iterable[Workload], *, fresh: bool) -> Result:
     """The saved result at `path`, to be continued, or a new one.
 
-    Raises ValueError if the saved result has another configuration.
+    Raises ValueError if the saved result has another configuration. One with all rounds of the `workloads`, to which
+    nothing is added, may be older and say less of it.
     """
     if fresh or not path.is_file():
         return Result(path, dict(manifest))
     saved = load_result(path)
     asked, found = (json.loads(json.dumps(m["identity"])) for m in (manifest, saved.manifest))
+    if all(saved.has(workload, manifest["rounds"]) for workload in workloads) and _says_part_of(found, asked):
+        return saved
     if different := sorted(name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name)):
         name = different[0]
         raise ValueError(
@@ -128,6 +135,13 @@ def open_result(path: Path, manifest: Mapping[str, Any], *, fresh: bool) -> Resu
     commits = [*saved.manifest["git_commits"], *manifest["git_commits"]]
     saved.manifest = {**saved.manifest, **manifest, "git_commits": list(dict.fromkeys(commits))}
     return saved
+
+
+def _says_part_of(found: Any, asked: Any) -> bool:
+    """Whether everything that the configuration `found` says is in `asked`."""
+    if isinstance(found, dict) and isinstance(asked, dict):
+        return all(name in asked and _says_part_of(value, asked[name]) for name, value in found.items())
+    return found == asked
 
 
 def load_result(path: Path) -> Result:
