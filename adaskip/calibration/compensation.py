@@ -1,5 +1,8 @@
 """Alternatives to the scale of Eq. (3) for compensating a skipped sublayer, fitted in closed form on prompts.
 
+    compensate = fit_compensation(model, "affine", prompts)
+    with skipping(model, compensate(plan)): ...
+
 At inference each costs one element-wise operation and no matrix product. The fits minimise the squared error of the
 sublayer's output `b`, given its input `a`, over all prompt tokens of the full model. They need only sums over tokens,
 so activations are not stored.
@@ -7,15 +10,17 @@ so activations are not stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adaskip.common.choices import check_choice
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.patching import patches_of
-from adaskip.core.plan import Affine, Sublayer
+from adaskip.core.plan import KINDS, Affine, Compensation, SkipPlan, Sublayer
 from adaskip.core.wrappers import unwrapped
 
 
@@ -80,3 +85,52 @@ def stream_moments(model: PreTrainedModel, prompts: Iterable[Tensor]) -> dict[Su
         for prompt in prompts:
             find_decoder(model)(input_ids=prompt[None].to(execution_device(model)), use_cache=False)
     return probe.moments
+
+
+def _shift(moments: StreamMoments, scale: Compensation) -> Affine:
+    if isinstance(scale, Affine):
+        raise ValueError("shifts are fitted to a plan whose scales are numbers; this one has a scale per channel")
+    return moments.shift(scale)
+
+
+NONE, SCALE, LEAST_SQUARES, AFFINE, SHIFT = "none", "scale", "least_squares", "affine", "shift"
+COMPENSATIONS: Mapping[str, Callable[[StreamMoments, Compensation], Compensation]] = {
+    NONE: lambda moments, scale: 1.0,
+    SCALE: lambda moments, scale: scale,
+    LEAST_SQUARES: lambda moments, scale: moments.least_squares_scale(),
+    AFFINE: lambda moments, scale: moments.affine(),
+    SHIFT: _shift,
+}
+"""By name, from the moments of a sublayer and the scale that a plan gives it: what replaces the sublayer."""
+
+
+@dataclass(frozen=True)
+class FittedCompensation:
+    """Gives the sublayers of a plan a compensation of this kind. moments: those of every sublayer of the model."""
+
+    kind: str
+    moments: Mapping[Sublayer, StreamMoments]
+
+    def __call__(self, plan: SkipPlan) -> SkipPlan:
+        """The plan with the same sublayers and other scales."""
+        sublayers = [Sublayer(kind, layer) for kind in KINDS for layer in sorted(getattr(plan, kind))]
+        fit = COMPENSATIONS[self.kind]
+        return replace(plan, scales={s: fit(self.moments[s], plan.scale(s.kind, s.layer)) for s in sublayers})
+
+
+def fit_compensation(model: PreTrainedModel, kind: str, prompts: Iterable[Tensor]) -> FittedCompensation:
+    """Fit what replaces each sublayer: one of `COMPENSATIONS`.
+
+    scale: the plan's own. none: nothing. least_squares: one factor. affine: a factor and a shift per channel. shift:
+    the plan's scale and a shift per channel.
+
+    Args:
+        prompts: token ids, each 1-D.
+
+    Raises:
+        ValueError: unknown kind, or no prompts.
+    """
+    check_choice("compensation", kind, COMPENSATIONS)
+    if not (moments := stream_moments(model, prompts)):
+        raise ValueError("a compensation is fitted on at least one prompt; there are none")
+    return FittedCompensation(kind, moments)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaskip.benchmarks.protocol import BENCHMARKS, DEFAULT, Benchmark, build_benchmark
+from adaskip.calibration.compensation import COMPENSATIONS, SCALE
 from adaskip.common.choices import check_choice
 from adaskip.common.options import check_options, option
 from adaskip.common.own_options import options_help, parse_options
@@ -21,6 +22,7 @@ from adaskip.strategies import (
     NAMES,
     SHORT_NAMES,
     STRATEGIES,
+    needs_profile,
     needs_selection,
     phases_of,
     strategy_name,
@@ -204,6 +206,12 @@ class StrategyConfig(DataConfig):
         "phase prefill: skip only while the prompt is read, keep its K/V in every layer, answer with the full model",
         False,
     )
+    compensation: str = option(
+        f"what replaces a skipped sublayer, fitted on the calibration prompts: {', '.join(COMPENSATIONS)} (scale: that "
+        "of the profile; least_squares: one factor; affine: a factor and a shift per channel; shift: scale and a shift "
+        "per channel)",
+        SCALE,
+    )
     strategy_option: tuple[str, ...] | None = option(
         lambda: f"NAME=VALUE, options of the strategy: {options_help(STRATEGIES)}"
     )
@@ -228,6 +236,12 @@ class StrategyConfig(DataConfig):
             raise ValueError(
                 "--keep-kv is for strategies in phase prefill without --target-speedup; given: strategy "
                 f"{self.strategy!r} in phase {self.phase!r}"
+            )
+        check_choice("compensation", self.compensation, COMPENSATIONS)
+        if self.compensation != SCALE and (not needs_profile(self.strategy) or self.target_speedup is not None):
+            raise ValueError(
+                f"--compensation {self.compensation} is for strategies with a profile, without --target-speedup; "
+                f"given: strategy {self.strategy!r}"
             )
         self._check_target()
         self._check_budget()

@@ -83,6 +83,7 @@ class Job:
     sublayers: int | None
     speedup: SpeedupAsked | None
     strategy_options: dict[str, bool | int | float | str | None]
+    compensation: str
     loading: Loading
     records: Records
     answer_caps: dict[str, int]
@@ -211,6 +212,7 @@ def resolve(config: RunConfig) -> Job:
         sublayers=sublayers,
         speedup=None if config.target_speedup is None else SpeedupAsked(config.target_speedup, config.speedup_on),
         strategy_options=config.strategy_options,
+        compensation=config.compensation,
         loading=loading,
         records=records,
         answer_caps=caps,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adaskip import __version__
+from adaskip.calibration.compensation import SCALE
 from adaskip.common.paths import as_seen_from_root
 from adaskip.common.provenance import device_name, git_commit
 from adaskip.core.blocks import decoder_layers
@@ -54,7 +55,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "model": job.cell.model,
         "protocol": job.protocol,
         "strategy": job.strategy,
-        "strategy_options": job.strategy_options or None,
+        "strategy_options": {**job.strategy_options, **_compensation(job)} or None,
         **({"selection": "searched with keep_kv"} if job.searches_kept_kv else {}),
         "phase": job.phase,
         "tasks": {part.name: len(part.samples) for part in job.parts},
@@ -74,6 +75,10 @@ def describe_job(job: Job) -> dict[str, Any]:
         **records.describe([part.name for part in job.parts]),
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
     }
+
+
+def _compensation(job: Job) -> dict[str, str]:
+    return {} if job.compensation == SCALE else {"compensation": job.compensation}
 
 
 def describe_run(

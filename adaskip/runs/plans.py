@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.runs.config import RunConfig, StrategyConfig
 from adaskip.runs.job import Job, Profile, resolve
-from adaskip.runs.profiles import profile_for
+from adaskip.runs.profiles import find_compensation, profile_for
 from adaskip.runs.speedup import find_target
 from adaskip.strategies import build, strategy_class
 
@@ -120,6 +120,10 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
         base_model=config.base_model or source.checkpoint,
         allow_other_weights=job.allow_other_weights,
     )
+    if (compensate := find_compensation(job, loaded)) is not None:
+        assert plan.origin is not None, "make_plan gives one"
+        options = {**plan.origin.options, "compensation": compensate.kind}
+        plan = replace(compensate(plan), origin=replace(plan.origin, options=options))
     return plan, plan.save_pretrained(config.output)
 
 

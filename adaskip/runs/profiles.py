@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from adaskip.calibration.compensation import SCALE, FittedCompensation, fit_compensation
 from adaskip.calibration.divergence import OBJECTIVE_VERSION
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.peers import counts_of, settings_of
@@ -151,6 +152,14 @@ def profile_for(job: Job, loaded: LoadedModel) -> tuple[Profile, Path]:
         weights_fingerprint=loaded.weights_fingerprint,
     )
     return given, find_profile(job.profile_name, type(given))
+
+
+def find_compensation(job: Job, loaded: LoadedModel) -> FittedCompensation | None:
+    """What `--compensation` asks for, fitted on the calibration prompts; None for the scales of the profile."""
+    if job.compensation == SCALE:
+        return None
+    assert job.calibration is not None, "only strategies with a profile have this option"
+    return fit_compensation(loaded.model, job.compensation, job.calibration.data(loaded)["prompts"])
 
 
 def kept_path(job: Job, loaded: LoadedModel) -> Path:

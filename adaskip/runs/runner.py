@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from adaskip.benchmarks.protocol import Task
+from adaskip.calibration.compensation import FittedCompensation
 from adaskip.common.errors import RunError
 from adaskip.common.processes import Processes, one_line
 from adaskip.core.generate import Generation, generate
@@ -29,10 +30,11 @@ from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done, without_growth
-from adaskip.runs.profiles import profile_for
+from adaskip.runs.profiles import find_compensation, profile_for
 from adaskip.runs.records import Sample, reference_ids
 from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
+from adaskip.strategies.recompensated import Recompensated
 
 __all__ = ["Outcome", "Progress", "check", "make_records", "run", "stop_token_ids"]
 
@@ -140,8 +142,9 @@ def execute(job: Job, processes: Processes) -> Iterator[Progress]:
     with processes.together(), _before_the_first_sample(job):
         loaded = job.loading.load()
     profile, profile_path = processes.from_main(lambda: _find_profile(job, loaded))
+    compensate = processes.from_main(lambda: _find_compensation(job, loaded))
     with processes.together():
-        strategies = build_strategies(job, profile)
+        strategies = [_compensated(strategy, compensate) for strategy in build_strategies(job, profile)]
         manifest = {**describe_run(job, loaded, profile, profile_path), "processes": processes.size}
     manifests = processes.gather(manifest)
     missing = processes.from_main(lambda: _begin(job, manifests))
@@ -171,6 +174,15 @@ def _find_profile(job: Job, loaded: LoadedModel) -> tuple[Profile, Path] | tuple
         return None, None
     with _before_the_first_sample(job):
         return profile_for(job, loaded)
+
+
+def _find_compensation(job: Job, loaded: LoadedModel) -> FittedCompensation | None:
+    with _before_the_first_sample(job):
+        return find_compensation(job, loaded)
+
+
+def _compensated(strategy: Strategy | None, compensate: FittedCompensation | None) -> Strategy | None:
+    return strategy if strategy is None or compensate is None else Recompensated.of(strategy, compensate)
 
 
 def _begin(job: Job, manifests: Sequence[dict[str, Any]]) -> list[list[int]]:

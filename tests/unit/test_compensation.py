@@ -10,7 +10,15 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from adaskip.calibration.compensation import StreamMoments, stream_moments
+from adaskip.calibration.compensation import (
+    AFFINE,
+    LEAST_SQUARES,
+    NONE,
+    SCALE,
+    SHIFT,
+    StreamMoments,
+    stream_moments,
+)
 from adaskip.core.plan import Affine, Sublayer
 from adaskip.models.stories import NOT_AT_HAND
 from adaskip.runs.config import SharedConfig
@@ -24,20 +32,7 @@ from adaskip.studies.ablation.compensation import (
     main,
     measure_subject,
 )
-from adaskip.studies.ablation.compensation_findings import (
-    AFFINE,
-    CHANCE,
-    HARMS,
-    HELPS,
-    LEAST_SQUARES,
-    MIXED,
-    NONE,
-    SCALE,
-    SHIFT,
-    best,
-    find,
-    verdict,
-)
+from adaskip.studies.ablation.compensation_findings import CHANCE, HARMS, HELPS, MIXED, best, find, verdict
 from tests.families import random_model, random_prompts
 
 TOKENS, WIDTH = 57, 6

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adaskip.calibration.compensation import StreamMoments, stream_moments
+from adaskip.calibration.compensation import COMPENSATIONS, FittedCompensation, stream_moments
 from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
 from adaskip.common.files import write_text_atomic
 from adaskip.common.locks import exclusive
 from adaskip.common.options import option
-from adaskip.core.plan import Budget, Compensation, Phase, SkipPlan, Sublayer
+from adaskip.core.plan import Budget, Phase
 from adaskip.models.loading import LoadedModel
 from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
 from adaskip.strategies import AdaSkip
-from adaskip.studies.ablation.compensation_findings import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT, find
+from adaskip.studies.ablation.compensation_findings import find
 from adaskip.studies.ablation.online import STORY_TOKENS
 from adaskip.studies.ablation.stories import PROMPT_TOKENS
 from adaskip.studies.study import Study, StudyConfig, prompts_of, read_json, read_saved
@@ -137,24 +137,18 @@ def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
         return
     model = subject.loaded.model
     importance, moments = calibrate(model, subject.calibration), stream_moments(model, subject.calibration)
+    fitted = [FittedCompensation(kind, moments) for kind in COMPENSATIONS]
     for phase in missing:
         held["cells"] = [cell for cell in held["cells"] if cell["phase"] != phase]
-        held["cells"] += _cells(subject, phase, importance, moments)
+        held["cells"] += _cells(subject, phase, importance, fitted)
         write_text_atomic(path, json.dumps(results, allow_nan=False) + "\n")
         bar.update()
 
 
 def _cells(
-    subject: Subject, phase: Phase, importance: ImportanceProfile, moments: dict[Sublayer, StreamMoments]
+    subject: Subject, phase: Phase, importance: ImportanceProfile, fitted: Sequence[FittedCompensation]
 ) -> list[dict[str, Any]]:
     """For each budget and compensation the divergence on every held-out prompt."""
-    stand_ins: dict[str, Callable[[Sublayer], Compensation]] = {
-        NONE: lambda sublayer: 1.0,
-        SCALE: importance.scale_of,
-        LEAST_SQUARES: lambda sublayer: moments[sublayer].least_squares_scale(),
-        AFFINE: lambda sublayer: moments[sublayer].affine(),
-        SHIFT: lambda sublayer: moments[sublayer].shift(importance.scale_of(sublayer)),
-    }
     tokenizer: Any = subject.loaded.tokenizer
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model, stops = subject.loaded.model, subject.stops
@@ -163,10 +157,7 @@ def _cells(
     for count in subject.budgets:
         budget = Budget(sublayers=count)
         skipped = AdaSkip(num_layers=importance.num_layers, budget=budget, profile=importance, phase=phase).skipped
-        measured = {
-            name: divergence(SkipPlan.of_sublayers({sublayer: stand_in(sublayer) for sublayer in skipped.scales}))
-            for name, stand_in in stand_ins.items()
-        }
+        measured = {compensate.kind: divergence(compensate(skipped)) for compensate in fitted}
         cells.append({"phase": phase, "sublayers": count, "plan": skipped.to_dict(), "divergences": measured})
     return cells
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from pandas import DataFrame
 
+from adaskip.calibration.compensation import AFFINE, LEAST_SQUARES, NONE, SCALE, SHIFT
 from adaskip.common.intervals import Estimate, mean, mean_estimate, mean_of_means_estimate
 from adaskip.models.stories import NOT_AT_HAND, STORIES
 from adaskip.studies.study import Claim, Findings
 from adaskip.studies.tables import labels
 
 NAME = "compensation"
-NONE, SCALE, LEAST_SQUARES, AFFINE, SHIFT = "none", "scale", "least_squares", "affine", "shift"
 LABELS = {
     SCALE: "scale of Eq. (3)",
     NONE: "no compensation",
