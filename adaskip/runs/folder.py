@@ -28,6 +28,8 @@ JOURNAL = ("started", "finished", "resumed")
 """Manifest fields with times, which do not describe what was run."""
 ENVIRONMENT = ("git_commit", "device_name", "threads", "processes", "profile", "checkpoint", "weight_files")
 """Manifest fields that may differ when a run is continued: they describe where it runs, not what it computes."""
+RESUMED = ("git_commit", "device_name", "threads", "processes")
+"""Those that are recorded when a run is continued."""
 OPTIONAL = frozenset({"benchmark", *FIELDS})
 """Manifest fields that older runs may lack."""
 TIMES = ("ttft_s", "tpot_ms")
@@ -91,7 +93,7 @@ class RunFolder:
         if held is None:
             self._write_manifest({**manifest, **(size or {}), "started": _now(), "finished": None, "resumed": []})
         elif grows or not held["finished"]:
-            resumed = {"at": _now(), **{name: manifest.get(name) for name in ("git_commit", "processes")}}
+            resumed = {"at": _now(), **{name: manifest.get(name) for name in RESUMED}}
             changed = {**(size or {}), "finished": None, "resumed": [*held["resumed"], resumed]}
             self._write_manifest({**held, **changed})
 
