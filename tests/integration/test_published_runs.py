@@ -30,7 +30,9 @@ def published(options, tmp_path):
 
 def test_what_is_published_names_records_and_has_none_of_their_text(published):
     with tarfile.open(published[0]) as tar:
-        lines = [json.loads(line) for line in tar.extractfile(f"{FOLDER}/trec.jsonl").read().splitlines()]
+        held = tar.extractfile(f"{FOLDER}/trec.jsonl")
+        assert held is not None
+        lines = [json.loads(line) for line in held]
     assert [(line["references"], line["all_classes"]) for line in lines] == [(None, None)] * 2
     assert all(line["id"].startswith("trec-") for line in lines)
 
