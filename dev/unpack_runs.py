@@ -65,7 +65,7 @@ def unpack(archive: Path, data_dir: str, output: Path) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Unpack published runs to continue them.")
     for name, kind in (("archive", Path), ("data_dir", str), ("output", Path)):
         parser.add_argument(name, type=kind)
     given = parser.parse_args()
