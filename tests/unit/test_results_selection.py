@@ -34,6 +34,15 @@ def test_the_difference_is_from_the_best_of_the_others(tmp_path, calibrated, ver
     assert ("**worse than** AdaSkip" in row) == (verdict == "worse than")
 
 
+@pytest.mark.parametrize(("num_samples", "significant"), [(3, False), (4, True)])
+def test_a_lead_on_less_than_eight_pairs_is_not_called_significant(tmp_path, num_samples, significant):
+    """There are two tasks."""
+    for strategy, quality in {**dict.fromkeys(OTHERS, 0.0), "calibrated": 1.0}.items():
+        write_run(tmp_path, Cell("llama", "e2e", strategy, 4), quality, num_samples=num_samples)
+    (match,) = matches(load_results(tmp_path)).itertuples()
+    assert (match.verdict, match.beyond_chance) == ("better than", significant)
+
+
 def test_only_what_is_complete_is_compared_and_counted(tmp_path):
     write_all(tmp_path, "llama", 0.9)
     write_all(tmp_path, "vicuna", 0.6)

@@ -13,11 +13,11 @@ from tests.saved_runs import write_run
 OTHERS = {"early_exit": 0.6, "skipdecode": 0.1, "unified": 0.3}
 
 
-def summary_of(runs_dir, **quality):
+def summary_of(runs_dir, *, num_samples=30, **quality):
     """The summary of llama's decode runs at one budget."""
     for strategy, share in {"full": 1.0, **OTHERS, **quality}.items():
         cell = Cell("llama", "decode", strategy, 0 if strategy == "full" else 4)
-        write_run(runs_dir, cell, share, num_samples=30, online_ffns=3 if strategy == "adaskip" else 0)
+        write_run(runs_dir, cell, share, num_samples=num_samples, online_ffns=3 if strategy == "adaskip" else 0)
     return summarise(load_results(runs_dir))
 
 
@@ -38,6 +38,13 @@ def test_a_clear_lead_is_best_beyond_chance(tmp_path):
     assert counts(summary["ours"]) == {"compared": 2, "best": 2, "tied": 0, "beaten": 0}
     assert (summary["ours"]["interval_above"], summary["ours"]["paired_better"]) == (2, 2)
     assert summary["ours"]["paired_worse"] == 0
+
+
+@pytest.mark.parametrize(("num_samples", "significant"), [(7, 0), (8, 2)])
+def test_a_lead_on_few_samples_is_not_called_significant(tmp_path, num_samples, significant):
+    summary = summary_of(tmp_path, adaskip=1.0, early_exit=0.0, unified=0.0, skipdecode=0.0, num_samples=num_samples)
+    assert counts(summary["ours"]) == {"compared": 2, "best": 2, "tied": 0, "beaten": 0}
+    assert summary["ours"]["paired_better"] == significant
 
 
 def test_a_clear_loss_is_beaten_beyond_chance(tmp_path):

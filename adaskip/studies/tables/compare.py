@@ -16,13 +16,17 @@ OTHERS = tuple(name for name in COMPARED if name != OURS)
 BETTER, TIED, WORSE = "better", "tied", "worse"
 OUTCOMES = {BETTER: "best", TIED: "tied", WORSE: "beaten"}
 """The outcome against all others, by the worst verdict."""
+FEWEST_PAIRS = 8
+"""With fewer pairs a difference has no interval and is not called significant: bootstrap intervals of few samples are
+too narrow. Where the true difference is 0, 50 % of them exclude it with 2 normal pairs, 12 % with 8, 7 % with 30."""
 CHANCE = ("interval_above", "paired_better", "paired_worse")
 
 
 @lru_cache(maxsize=len(MEASURES))
 def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
     """A row for each cell and other strategy, if both runs are finished: the means `ours` and `theirs`, and the
-    interval `low` to `high` of the paired difference, positive if AdaSkip is better; per cent or nats, as printed.
+    interval `low` to `high` of the paired difference, positive if AdaSkip is better; per cent or nats, as printed. The
+    interval is NaN for fewer than `FEWEST_PAIRS`.
 
     `verdict` compares the means; `interval_above`: AdaSkip's interval is better than the other's. Scores at their floor
     are left out. The frames of the last results are kept, since several documents use them.
@@ -46,7 +50,8 @@ def _compare(results: Results, measure: Measure, ours: Any, other: Any) -> tuple
         results.samples_of[cell.phase, cell.model, cell.strategy, cell.fraction, cell.task][measure.name]
         for cell in (ours, other)
     )
-    difference = mean_estimate([*(measure.sign * measure.scale * (mine - theirs.reindex(mine.index))).dropna()])
+    gaps = [*(measure.sign * measure.scale * (mine - theirs.reindex(mine.index))).dropna()]
+    difference = mean_estimate(gaps) if len(gaps) >= FEWEST_PAIRS else None
     low, high = (difference.low, difference.high) if difference else (None, None)
     best_end, worst_end = ("_high", "_low") if measure.sign > 0 else ("_low", "_high")
     above = measure.sign * (getattr(ours, measure.name + worst_end) - getattr(other, measure.name + best_end)) > 0

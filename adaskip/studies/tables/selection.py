@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from adaskip.common.intervals import mean, mean_of_means_estimate
+from adaskip.common.intervals import Estimate, mean, mean_of_means_estimate
 from adaskip.common.pipe_table import pipe_table
 from adaskip.studies.tables import labels
+from adaskip.studies.tables.compare import FEWEST_PAIRS
 from adaskip.studies.tables.results import COMPARED, Results
 
 CALIBRATED = "calibrated"
@@ -35,7 +36,10 @@ def matches(results: Results) -> pd.DataFrame:
                 means = {name: 100 * mean([mean([*each]) for each in of]) for name, of in found.items()}
                 best = max(COMPARED, key=means.__getitem__)
                 pairs = zip(found[CALIBRATED], found[best], strict=True)
-                gap = mean_of_means_estimate([[*(100 * (a - b.reindex(a.index))).dropna()] for a, b in pairs])
+                gaps = [[*(100 * (a - b.reindex(a.index))).dropna()] for a, b in pairs]
+                gap = mean_of_means_estimate(gaps)
+                if sum(map(len, gaps)) < FEWEST_PAIRS:
+                    gap = Estimate(gap.value)
                 rows.append((phase, fraction, model, *means.values(), best, gap.value, gap.low, gap.high))
     columns = ["phase", "fraction", "model", *STRATEGIES, "best_other", "difference", "low", "high"]
     found = pd.DataFrame(rows, columns=columns).astype({"difference": float, "low": float, "high": float})
