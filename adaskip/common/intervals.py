@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from adaskip.common.optional import optional_import
 
 RESAMPLES = 5000
 CONFIDENCE = 0.95
@@ -32,23 +29,19 @@ class Estimate:
 
 def mean_estimate(values: Sequence[float]) -> Estimate | None:
     """The mean of `values`; None for no values."""
-    if not values:
-        return None
-    return Estimate(mean(values), *_interval([values], lambda sample, axis: np.mean(sample, axis=axis)))
+    return mean_of_means_estimate([values]) if values else None
 
 
 def median_estimate(values: Sequence[float]) -> Estimate | None:
     """The median of `values`; None for no values."""
     if not values:
         return None
-    return Estimate(float(np.median(values)), *_interval([values], lambda sample, axis: np.median(sample, axis=axis)))
+    return _grouped(float(np.median(values)), [values], lambda sample, drawn: np.median(sample[drawn], axis=1))
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate | None:
     """mean(numerators) / mean(denominators) of paired samples; None if there are none or the denominator is zero."""
-    if not numerators or mean(denominators) == 0:
-        return None
-    return Estimate(mean(numerators) / mean(denominators), *_interval([numerators, denominators], _ratio_of_means))
+    return mean_ratio_estimate([list(zip(numerators, denominators, strict=True))])
 
 
 def mean_ratio_estimate(groups: Sequence[Sequence[tuple[float, float]]]) -> Estimate | None:
@@ -81,7 +74,8 @@ def _grouped(value: float, groups: Sequence[Sequence[Any]], statistic: Callable[
             statistic(np.array(group, dtype=np.float64).T, rng.integers(len(group), size=(RESAMPLES, len(group))))
             for group in groups
         ]
-    low, high = np.percentile(np.mean(resampled, axis=0), [tail, 100 - tail]).tolist()
+        low, high = np.percentile(np.mean(resampled, axis=0), [tail, 100 - tail]).tolist()
+    # A resample whose denominators are all zero has no ratio, so the interval is undefined.
     return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else Estimate(value)
 
 
@@ -99,31 +93,3 @@ def mean_if_whole(values: Sequence[float | None]) -> float | None:
     """The mean of `values`; None if there are none or any is None."""
     known = [value for value in values if value is not None]
     return mean(known) if known and len(known) == len(values) else None
-
-
-def _ratio_of_means(numerators: np.ndarray, denominators: np.ndarray, axis: int) -> np.ndarray:
-    return np.mean(numerators, axis=axis) / np.mean(denominators, axis=axis)
-
-
-def _interval(
-    samples: Sequence[Sequence[float]], statistic: Callable[..., Any]
-) -> tuple[float, float] | tuple[None, None]:
-    if len(samples[0]) < 2:
-        return None, None
-    with optional_import():
-        from scipy.stats import DegenerateDataWarning, bootstrap
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # handled below: no interval
-        result = bootstrap(
-            [np.asarray(sample, dtype=np.float64) for sample in samples],
-            statistic,
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(SEED),
-        )
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    # A resample whose denominators are all zero has no ratio, so the interval is undefined.
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
