@@ -5,16 +5,15 @@ Paper: Eq. (2), (3), as means over the tokens of all calibration prompts.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from adaskip.common.provenance import library_versions
 from adaskip.core import hf
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.decoding import plain_generate
@@ -255,10 +254,7 @@ def _about(
         "attn_implementation": hf.attn_implementation(model),
         "dataset": str(dataset),
         "data_ids": tuple(str(i) for i in data_ids),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": library_versions(),
     }
 
 

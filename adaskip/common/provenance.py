@@ -5,15 +5,28 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from adaskip import __version__
 from adaskip.common.paths import PACKAGE, package_checkout
 
 RESULTS = ("results", "speed/results")
 """Folders of the checkout that hold measured results."""
 CPUINFO = Path("/proc/cpuinfo")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch, transformers and this package."""
+    # The last not from metadata, which an editable install keeps from when it was installed.
+    return {**library_versions(), "adaskip": __version__}
+
+
+def library_versions() -> dict[str, str]:
+    """Of Python, torch and transformers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
 
 
 def device_name(device: torch.device) -> str:

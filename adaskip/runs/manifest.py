@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adaskip import __version__
 from adaskip.calibration.compensation import SCALE
 from adaskip.common.paths import as_seen_from_root
-from adaskip.common.provenance import device_name, git_commit
+from adaskip.common.provenance import device_name, git_commit, versions
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.hf import attn_implementation
 from adaskip.models.companion_files import FIELDS
@@ -114,11 +111,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "attn_implementation": attn_implementation(model),
         "device_name": device_name(model.device),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers")},
-            "adaskip": __version__,  # not from metadata, which an editable install keeps from when it was installed
-        },
+        "versions": versions(),
         "git_commit": git_commit(),
     }
 

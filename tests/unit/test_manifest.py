@@ -104,7 +104,7 @@ def test_the_version_is_that_of_the_code_where_installed_metadata_says_another_o
             raise PackageNotFoundError(package)
         return "1.0"
 
-    monkeypatch.setattr(manifest, "version", version)
+    monkeypatch.setattr(provenance, "version", version)
     tokenizer: Any = None
     spec = ModelSpec("m", "m", None, "", 9, chat_template=None, stop_token_ids=(), stop_strings=())
     described = manifest.describe_model(LoadedModel(random_model("llama"), tokenizer, spec))

@@ -7,24 +7,21 @@ compared with it. Each complete round is saved before the next starts.
 from __future__ import annotations
 
 import logging
-import platform
 import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging as transformers_logging
 
-from adaskip import __version__
 from adaskip.common.locks import exclusive
 from adaskip.common.optional import optional_import
 from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
-from adaskip.common.provenance import device_name, git_commit
+from adaskip.common.provenance import device_name, git_commit, versions
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.roofline import ModelShape, measure_ceilings, predict
 from adaskip.studies.bench.results import Record, Result, open_result
@@ -76,10 +73,9 @@ def run_bench(config: BenchConfig) -> Outcome:
     budgets = config.budgets or tuple(round(2 * subject.num_layers * share) for share in BUDGETS)
     cells = cells_of(config.study, config.phases, config.strategies, budgets, config.modes)
     path = config.out_dir / folder_name(device) / f"{config.result_name}.json"
-    versions = {name: version(name) for name in ("torch", "transformers")} | {"adaskip": __version__}
     identity = {
         **{**config.identity, "device_name": device_name(device), "threads": torch.get_num_threads()},
-        **{"versions": {"python": platform.python_version(), **versions}, "subject": subject.describe()},
+        **{"versions": versions(), "subject": subject.describe()},
     }
     manifest = {"figure": config.figure, "identity": identity, "rounds": config.rounds, "git_commits": [git_commit()]}
     with exclusive(path.with_suffix(".lock"), of=path), _engines(config, subject) as engines:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from adaskip import __version__
 from adaskip.common.commands import study
 from adaskip.common.files import write_text_atomic
 from adaskip.common.options import check_options, option
 from adaskip.common.paths import given_or_default
-from adaskip.common.provenance import git_commit
+from adaskip.common.provenance import git_commit, versions
 from adaskip.models.source import find_source
 from adaskip.profiles.assumed import ASSUMED, assumed_profile
 from adaskip.profiles.importance import ImportanceProfile
@@ -124,11 +121,10 @@ def write(config: RooflineConfig, roofline: Roofline) -> list[Path]:
     out_dir = given_or_default(config.output_dir, OUTPUT_DIR)
     figure = plot_sublayers(roofline.shapes, roofline.devices[0].ceilings, out_dir / "sublayers")
     models = list(roofline.shapes)
-    versions = {name: version(name) for name in ("torch", "transformers")} | {"adaskip": __version__}
     manifest = {
         "made_by": "speed/roofline.py",
         "config": {**{name: value for name, value in asdict(config).items() if name not in PLACES}, "models": models},
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "git_commit": git_commit(),
     }
     record = {"manifest": manifest, **roofline.to_dict()}
