@@ -16,8 +16,6 @@ EXTENDED_SUFFIX = "_e"
 class TaskSpec(Task):
     """One LongBench task; the fields left out in the YAML have the defaults here."""
 
-    language: str
-    """en, zh or code."""
     has_extended: bool = False
     """Whether LongBench-E has an `_e` set of this task."""
     first_line_only: bool = False

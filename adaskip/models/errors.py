@@ -11,15 +11,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+LONGEST = 300
+
 
 class ModelError(ValueError):
     """A model or checkpoint cannot be used; the message is one line."""
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an error on one line, truncated to `limit` characters; its class name if it has no message."""
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, truncated to `LONGEST` characters; its class name if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def test_unknown_task_is_one_line_with_what_is_allowed(name, says):
 
 def test_spec_refuses_a_template_without_context():
     with pytest.raises(BenchmarkError, match=r"no \{context\}"):
-        TaskSpec(name="new", template="{input}", max_new_tokens=32, metric="qa_f1", language="en")
+        TaskSpec(name="new", template="{input}", max_new_tokens=32, metric="qa_f1")
 
 
 @pytest.mark.parametrize(

@@ -105,12 +105,11 @@ class StaticCaches:
 @dataclass(frozen=True)
 class TimedGeneration:
     """ttft_s: from the call to the first token. steps_s: time of each further token, between calls of the stopping
-    criteria. tokens: [B, S + new]. cache: after the last step. peak_bytes: peak of allocated memory, None on the CPU.
-    trace: what was skipped, None for the stock model."""
+    criteria. cache: after the last step. peak_bytes: peak of allocated memory, None on the CPU. trace: what was
+    skipped, None for the stock model."""
 
     ttft_s: float
     steps_s: list[float]
-    tokens: Tensor
     cache: Cache
     peak_bytes: int | None
     trace: RequestTrace | None
@@ -160,7 +159,7 @@ def timed_generation(
         ttft_s, *steps_s = stopwatch.laps()
         trace = None if session is None else session.last_request
     peak = torch.cuda.max_memory_allocated(ids.device) if ids.is_cuda else None
-    return TimedGeneration(ttft_s, steps_s, output.sequences, getattr(output, CACHE), peak, trace)
+    return TimedGeneration(ttft_s, steps_s, getattr(output, CACHE), peak, trace)
 
 
 class _SublayerMarks:

@@ -20,12 +20,12 @@ class Whole:
 
     disable = False
 
-    def __init__(self, total_s: float, label: str = "reproduce"):
-        self.total_s, self.label, self.done_s = total_s, label, 0.0
+    def __init__(self, total_s: float):
+        self.total_s, self.done_s = total_s, 0.0
         self.began = self.told = time.monotonic()
         self.bar = tqdm(
             total=total_s,
-            desc=label,
+            desc="reproduce",
             smoothing=0,
             disable=None,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left {postfix}",
@@ -54,7 +54,7 @@ class Whole:
         passed = time.monotonic() - self.began
         left = passed * (self.total_s - self.done_s) / self.done_s if self.done_s else 0.0
         share = 100 * self.done_s / self.total_s
-        return f"{self.label}: {share:.0f} %, {_minutes(passed)} so far, about {_minutes(left)} left"
+        return f"reproduce: {share:.0f} %, {_minutes(passed)} so far, about {_minutes(left)} left"
 
 
 def _minutes(seconds: float) -> str:
