@@ -39,7 +39,8 @@ if TYPE_CHECKING:
         register_strategy,
     )
 
-# Public names and their modules; each is imported at first use, so that `import adaskip` does not import torch.
+# Modules of the public names that are not in `strategies`. Each is imported at first use, so that `import adaskip` does
+# not import torch.
 _HOMES = {
     "from_pretrained": "adaskip.engines.loading",
     "make_plan": "adaskip.core.model_plan",
@@ -56,25 +57,6 @@ _HOMES = {
     "SelectionProfile": "adaskip.profiles.selection",
     "select": "adaskip.calibration.select",
     "lossless": "adaskip.speculative",
-    **dict.fromkeys(
-        (
-            "POP",
-            "AdaSkip",
-            "BlockInfluence",
-            "BlockPruner",
-            "CalibratedSkip",
-            "CosineWindow",
-            "EarlyExit",
-            "EvoPress",
-            "FixedPlan",
-            "LeastSkip",
-            "MostSkip",
-            "SkipDecode",
-            "UnifiedSkipping",
-            "register_strategy",
-        ),
-        "adaskip.strategies",
-    ),
 }
 
 __all__ = [
@@ -117,6 +99,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'adaskip' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "adaskip.strategies")), name)
