@@ -19,7 +19,7 @@ from adaskip.calibration.search import Choice, MeasureDivergence, Set
 from adaskip.calibration.streams import KeptStream, kept_interval
 from adaskip.core.blocks import execution_device
 from adaskip.core.patching import patches_of
-from adaskip.core.plan import KINDS, SkipPlan, Sublayer
+from adaskip.core.plan import SkipPlan, Sublayer, every_sublayer
 from adaskip.core.wrappers import unwrapped
 
 ROWS_PER_CHUNK = 512
@@ -69,7 +69,7 @@ def prune(
     attention always stays. In a tie, the sublayer that is computed first is removed. Raises ValueError if every set of
     a size makes the loss overflow.
     """
-    every = [Sublayer(kind, layer) for layer in range(num_layers) for kind in KINDS]
+    every = [*every_sublayer(num_layers)]
     prompts, removed, choices = range(len(lengths)), frozenset[Sublayer](), {}
 
     def loss(chosen: Set) -> float:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from adaskip.common.choices import check_choice
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.patching import patches_of
-from adaskip.core.plan import KINDS, Affine, Compensation, SkipPlan, Sublayer
+from adaskip.core.plan import Affine, Compensation, SkipPlan, Sublayer
 from adaskip.core.wrappers import unwrapped
 
 
@@ -113,9 +113,8 @@ class FittedCompensation:
 
     def __call__(self, plan: SkipPlan) -> SkipPlan:
         """The plan with the same sublayers and other scales."""
-        sublayers = [Sublayer(kind, layer) for kind in KINDS for layer in sorted(getattr(plan, kind))]
         fit = COMPENSATIONS[self.kind]
-        return replace(plan, scales={s: fit(self.moments[s], plan.scale(s.kind, s.layer)) for s in sublayers})
+        return replace(plan, scales={s: fit(self.moments[s], plan.scale(s.kind, s.layer)) for s in plan.sublayers})
 
 
 def fit_compensation(model: PreTrainedModel, kind: str, prompts: Iterable[Tensor]) -> FittedCompensation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ __all__ = [
     "Sublayer",
     "SublayerKind",
     "check_phase",
+    "every_sublayer",
 ]
 
 SublayerKind = Literal["attention", "ffn"]
@@ -49,6 +50,11 @@ class Sublayer(NamedTuple):
 
     kind: SublayerKind
     layer: int
+
+
+def every_sublayer(num_layers: int) -> Iterator[Sublayer]:
+    """All 2M sublayers in the order of computation."""
+    return (Sublayer(kind, layer) for layer in range(num_layers) for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ class SkipPlan:
             ffn=frozenset(s.layer for s in scales if s.kind == "ffn"),
             scales=scales,
         )
+
+    @property
+    def sublayers(self) -> list[Sublayer]:
+        """The skipped sublayers: attentions before FFNs, each in the order of layers."""
+        return [Sublayer(kind, layer) for kind in KINDS for layer in sorted(getattr(self, kind))]
 
     def __contains__(self, sublayer: Sublayer) -> bool:
         return sublayer.layer in (self.attention if sublayer.kind == "attention" else self.ffn)

@@ -8,10 +8,10 @@ that is left. The norms' epsilon does see it, which changes results by about 1e-
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adaskip.core.plan import Affine, SkipPlan, Sublayer
+from adaskip.core.plan import Affine, SkipPlan, Sublayer, every_sublayer
 from adaskip.core.strategy import Strategy
 from adaskip.engines.errors import ExportError
 
@@ -69,7 +69,7 @@ def fold_plan(plan: SkipPlan, num_layers: int) -> Folded:
     plan.check_fits(num_layers)
     divisors: dict[Sublayer, float] = {}
     product = 1.0
-    for sublayer in sublayers(num_layers):
+    for sublayer in every_sublayer(num_layers):
         if sublayer in plan:
             product *= _factor(plan, sublayer)
         else:
@@ -77,13 +77,6 @@ def fold_plan(plan: SkipPlan, num_layers: int) -> Folded:
     if not all(math.isfinite(1 / divisor) for divisor in divisors.values()):
         raise ExportError(f"the scales of the plan multiply to {product:g}, by which no weight can be divided")
     return Folded(num_layers, divisors)
-
-
-def sublayers(num_layers: int) -> Iterator[Sublayer]:
-    """All sublayers in the order of computation."""
-    for layer in range(num_layers):
-        yield Sublayer("attention", layer)
-        yield Sublayer("ffn", layer)
 
 
 def _factor(plan: SkipPlan, sublayer: Sublayer) -> float:

@@ -20,9 +20,9 @@ from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import quant_shape_to_byte_shape
 
-from adaskip.core.plan import Sublayer, SublayerKind
+from adaskip.core.plan import Sublayer, SublayerKind, every_sublayer
 from adaskip.engines.errors import ExportError
-from adaskip.engines.fold import Folded, sublayers
+from adaskip.engines.fold import Folded
 from adaskip.engines.gguf_blocks import Kind
 
 LLAMA, DECI = "llama", "deci"
@@ -183,7 +183,7 @@ def _fields(model: GGUFModel, folded: Folded, layers: list[Layer]) -> tuple[str,
     }
     own = {"block_count": _whole_number(len(layers)), **({} if whole else dict(_per_layer(model, layers)))}
     fields |= {f"{architecture}.{key}": value for key, value in own.items()}
-    skipped = [sublayer for sublayer in sublayers(folded.num_layers) if sublayer not in folded.divisors]
+    skipped = [sublayer for sublayer in every_sublayer(folded.num_layers) if sublayer not in folded.divisors]
     record = {kind: [layer for of, layer in skipped if of == kind] for kind in PARTS}
     told = json.dumps({"num_layers": folded.num_layers, **record})
     return architecture, fields | {"adaskip.skipped": GGUFValue(told, GGUFValueType.STRING)}

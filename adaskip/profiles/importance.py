@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from adaskip.core.plan import Sublayer
+from adaskip.core.plan import Sublayer, every_sublayer
 from adaskip.profiles.fields import Profile, ProfileError, built, check_record, finite, number, whole
 
 __all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
@@ -102,9 +102,7 @@ class ImportanceProfile(Profile):
 
     def sublayers(self) -> Iterator[Sublayer]:
         """All 2M sublayers in the order of computation."""
-        for layer in range(self.num_layers):
-            yield Sublayer("attention", layer)
-            yield Sublayer("ffn", layer)
+        return every_sublayer(self.num_layers)
 
     def ranking(self) -> list[Sublayer]:
         """All 2M sublayers, the most similar first; ties are in the order of computation."""

@@ -73,9 +73,7 @@ class AdaSkip(Strategy):
         """
         if self.beta_quantile is not None and self.skipped:
             return float(np.quantile(self.profile.ffn.similarity, self.beta_quantile))
-        sublayers = [Sublayer("attention", i) for i in self.skipped.attention]
-        sublayers += [Sublayer("ffn", i) for i in self.skipped.ffn]
-        return min((self.profile.similarity_of(s) for s in sublayers), default=float("inf"))
+        return min((self.profile.similarity_of(s) for s in self.skipped.sublayers), default=float("inf"))
 
     @property
     def window_tokens(self) -> int:
