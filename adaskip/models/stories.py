@@ -72,3 +72,9 @@ def tell(loaded: LoadedModel, count: int, length: int, seed: int) -> list[Tensor
             kept += list(told[whole]) if told.shape[1] == length else []
     order = torch.randperm(len(kept)).tolist()  # so that calibration and test stories have the same beginnings
     return [kept[i] for i in order[:count]]
+
+
+def tell_split(loaded: LoadedModel, count: int, length: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The stories of `tell` that calibrate, and `count` others."""
+    told = tell(loaded, CALIBRATION_STORIES + count, length, seed)
+    return told[:CALIBRATION_STORIES], told[CALIBRATION_STORIES:]

@@ -26,7 +26,7 @@ from adaskip.common.locks import exclusive
 from adaskip.common.options import option
 from adaskip.core.plan import Budget, Phase
 from adaskip.models.loading import LoadedModel
-from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
+from adaskip.models.stories import NOT_AT_HAND, STORIES, load_stories, stories_dir, tell_split
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.job import resolve
 from adaskip.runs.manifest import describe_model
@@ -119,9 +119,9 @@ def _of_tasks(config: CompensationConfig, name: str) -> Subject:
 
 def _of_stories(held_out: int) -> Subject:
     loaded = load_stories()
-    told = tell(loaded, CALIBRATION_STORIES + held_out, STORY_TOKENS, STORIES_SEED)
-    others = [story[:PROMPT_TOKENS] for story in told[CALIBRATION_STORIES:]]
-    return Subject(loaded, told[:CALIBRATION_STORIES], dict.fromkeys(PHASES, others), STORIES_BUDGETS, stops=[])
+    calibration, others = tell_split(loaded, held_out, STORY_TOKENS, STORIES_SEED)
+    others = [story[:PROMPT_TOKENS] for story in others]
+    return Subject(loaded, calibration, dict.fromkeys(PHASES, others), STORIES_BUDGETS, stops=[])
 
 
 def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:

@@ -26,7 +26,7 @@ from adaskip.common.options import option
 from adaskip.core.plan import Budget
 from adaskip.models.loading import LoadedModel
 from adaskip.models.source import find_source
-from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
+from adaskip.models.stories import NOT_AT_HAND, STORIES, load_stories, stories_dir, tell_split
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import RunFolder
@@ -245,8 +245,8 @@ def _stories_folder(config: AblationConfig, variant: Variant) -> RunFolder:
 def _prepared(count: int, seed: int) -> tuple[LoadedModel, ImportanceProfile, list[Tensor]]:
     """The model, its profile measured on its own stories, and `count` other stories to measure on."""
     loaded = load_stories()
-    told = tell(loaded, CALIBRATION_STORIES + count, STORY_TOKENS, seed)
-    return loaded, calibrate(loaded.model, told[:CALIBRATION_STORIES]), told[CALIBRATION_STORIES:]
+    calibration, told = tell_split(loaded, count, STORY_TOKENS, seed)
+    return loaded, calibrate(loaded.model, calibration), told
 
 
 def read_stories(config: AblationConfig) -> Results:

@@ -29,7 +29,7 @@ from adaskip.common.paths import given_or_default
 from adaskip.core.context import skipping
 from adaskip.core.hf import CACHE
 from adaskip.core.plan import PHASES, Budget, Phase
-from adaskip.models.stories import CALIBRATION_STORIES, STORIES, load_stories, tell
+from adaskip.models.stories import CALIBRATION_STORIES, STORIES, load_stories, tell_split
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.manifest import describe_model
 from adaskip.strategies import CalibratedSkip, Strategy, build
@@ -87,8 +87,8 @@ def measure(config: StoriesConfig) -> None:
         missing: list[Phase] = [phase for phase in PHASES if phase not in result["phases"]]
         if not missing:
             return
-        stories = tell(loaded, CALIBRATION_STORIES + config.stories, PROMPT_TOKENS + ANSWER_TOKENS, config.seed)
-        prompts, test = stories[:CALIBRATION_STORIES], torch.stack(stories[CALIBRATION_STORIES:])
+        prompts, others = tell_split(loaded, config.stories, PROMPT_TOKENS + ANSWER_TOKENS, config.seed)
+        test = torch.stack(others)
         importance = calibrate(loaded.model, prompts)
         result["full"] = losses(loaded.model, None, test)
         for phase in tqdm(missing, desc=STORIES, unit="phase", disable=None):

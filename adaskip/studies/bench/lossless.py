@@ -30,7 +30,7 @@ from adaskip.core.blocks import decoder_layers
 from adaskip.core.plan import Budget, SkipPlan
 from adaskip.models.loading import LoadedModel
 from adaskip.models.source import find_source
-from adaskip.models.stories import CALIBRATION_STORIES, NOT_AT_HAND, STORIES, load_stories, stories_dir, tell
+from adaskip.models.stories import NOT_AT_HAND, STORIES, load_stories, stories_dir, tell_split
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.job import resolve
@@ -211,12 +211,12 @@ def _of_tasks(config: LosslessConfig, name: str) -> Subject:
 def _of_stories(config: LosslessConfig) -> Subject:
     """stories260K, which goes on with the beginnings of stories it told; other stories calibrate."""
     loaded = load_stories()
-    told = tell(loaded, CALIBRATION_STORIES + config.prompts, STORY_TOKENS, STORIES_SEED)
+    calibration, told = tell_split(loaded, config.prompts, STORY_TOKENS, STORIES_SEED)
     shortest, longest = STORY_PROMPT_TOKENS
     spread = longest - shortest + 1
-    begun = [story[: shortest + i % spread] for i, story in enumerate(told[CALIBRATION_STORIES:])]
+    begun = [story[: shortest + i % spread] for i, story in enumerate(told)]
     batches = _batches("stories", [str(i) for i in range(len(begun))], begun, config.rows)
-    return Subject(loaded, batches, told[:CALIBRATION_STORIES], told[:CALIBRATION_STORIES])
+    return Subject(loaded, batches, calibration, calibration)
 
 
 def _batches(task: str, ids: Sequence[str], prompts: Sequence[Tensor], rows: int) -> list[Batch]:
