@@ -26,7 +26,7 @@ from adaskip.core.generate import Generation, generate
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.cells import Cell, run_name
 from adaskip.runs.checks import build_strategies, check
-from adaskip.runs.config import RunConfig
+from adaskip.runs.config import DataConfig, RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done, without_growth
@@ -36,7 +36,7 @@ from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
 from adaskip.strategies.recompensated import Recompensated
 
-__all__ = ["Outcome", "Progress", "check", "make_records", "run", "stop_token_ids"]
+__all__ = ["Outcome", "Progress", "check", "make_records", "prepare_torch", "run", "stop_token_ids"]
 
 Record = dict[str, Any]
 
@@ -115,6 +115,11 @@ def _prepare(config: RunConfig, processes: Processes) -> None:
         )
     if not processes.is_main:
         logging.getLogger("adaskip").setLevel(logging.ERROR)  # only the main process logs warnings
+    prepare_torch(config)
+
+
+def prepare_torch(config: DataConfig) -> None:
+    """Set the threads, if they are given, and the seed."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from pandas import DataFrame
 from torch import Tensor
 
@@ -177,6 +178,8 @@ class Study(Generic[Config, Saved]):
 
     def run(self, config: Config) -> int:
         if not config.draw_only:
+            if config.threads is not None:
+                torch.set_num_threads(config.threads)
             self.measure(config)
         found, written = self.write(config)
         for findings in found:

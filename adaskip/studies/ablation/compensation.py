@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,8 +85,6 @@ def measure(config: CompensationConfig) -> None:
 
     Raises ValueError if saved results of a model are of other weights or prompts.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     names = list(config.models)
     if stories_dir() is None:
         print(NOT_AT_HAND, file=sys.stderr)

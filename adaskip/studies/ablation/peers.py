@@ -16,7 +16,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -140,8 +139,6 @@ def measure(config: PeersConfig) -> None:
 
     Raises ValueError if saved results of a model are of other weights or prompts, or a strategy has no set of a budget.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     selections = read_selections(config)
     with exclusive(config.results_path.with_suffix(".lock")):
         for name in config.models:

@@ -75,7 +75,6 @@ def measure(config: StoriesConfig) -> None:
 
     Raises ValueError if stories260K is missing, or saved results are of other weights or stories.
     """
-    torch.set_num_threads(config.threads)
     path = config.results_path
     with exclusive(path.with_suffix(".lock")):
         loaded = load_stories()

@@ -17,7 +17,6 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -174,8 +173,6 @@ class Subject:
 
 def measure(config: LosslessConfig) -> None:
     """Answer the prompts of every model."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     for name in config.models:
         if name == STORIES and stories_dir() is None:
             print(NOT_AT_HAND)

@@ -12,13 +12,12 @@ import torch
 from tqdm import tqdm
 
 from adaskip.calibration.measure import UNITS, Measurement, measure
-from adaskip.common.errors import RunError
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import Job, resolve
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.records import fingerprint, prompt_ids
-from adaskip.runs.runner import stop_token_ids
+from adaskip.runs.runner import failure_as_run_error, prepare_torch, stop_token_ids
 from adaskip.studies.observations.saved import MEASUREMENTS
 from adaskip.studies.observations.settings import ObserveConfig, Target
 
@@ -34,9 +33,7 @@ def measure_targets(config: ObserveConfig, targets: Iterable[Target]) -> None:
         ValueError: the configuration is invalid, or a folder contains other measurements or is in use.
         RunError: measuring failed half-way.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+    prepare_torch(config)
     for model in config.models:
         for target in dict.fromkeys(targets):
             _measure_target(config, model, target)
@@ -83,14 +80,11 @@ def _fill(folder: RunFolder, job: Job, loaded: LoadedModel, described: dict[str,
     with tqdm(total=len(part.samples), initial=done, desc=label, unit="sample", disable=None) as bar:
         for start in missing:
             end = min(start + size, len(part.samples))
-            try:
+            with failure_as_run_error(
+                f"{label} stopped at samples {start} to {end - 1}",
+                "earlier samples are kept; run the same command again to continue",
+            ):
                 folder.append(part.name, _measure_batch(job, start, end, loaded, described))
-            except (RuntimeError, MemoryError, OSError) as error:
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
-                raise RunError(
-                    f"{label} stopped at samples {start} to {end - 1}: {reason}; "
-                    "earlier samples are kept; run the same command again to continue"
-                ) from error
             bar.update(end - start)
     folder.merge(part.name, part.ids, size)
 
