@@ -4,6 +4,8 @@ A step tries only the most promising candidates: those that cost least when last
 few prompts, and the finalists are measured on all. The sets of other strategies (`starts`)
 compete in each step; if one diverges less, the search continues from it. One of these strategies is the `default`: its
 set is chosen unless the best set diverges significantly less, judged by the paired differences over the prompts.
+
+With `faster`, the fastest of the sets that do not diverge significantly more than the best one is chosen instead.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ def search(
     up_to: int,
     starts: Mapping[str, Mapping[int, Set]],
     default: str | None = None,
+    faster: Callable[[Set], float] | None = None,
     show_progress: bool = False,
 ) -> dict[int, Choice]:
     """The set chosen for each number of sublayers, 1..up_to.
@@ -55,6 +58,11 @@ def search(
     starts: the sets of other strategies, by name and number of sublayers. default: the one of them whose sets are kept
     unless the search finds significantly better ones. A contender is dropped as soon as the sum of its divergences,
     which are never negative, exceeds the best total. Raises ValueError if there are too few candidates.
+
+    faster: predicted speedup of a set, by which ties are decided: the fastest contender whose divergence is not
+    significantly above the least one is chosen, and the search continues from it. The default's set is kept if it is
+    one of these and as fast. No contender is dropped, since all are compared in pairs; that takes more measurements,
+    but no more than `most_measured`.
     """
     candidates = list(candidates)
     prompts = range(num_prompts)
@@ -79,19 +87,24 @@ def search(
         for name, sets in starts.items():
             if count in sets:
                 contenders.setdefault(sets[count], (name, []))
-        best, least = None, float("inf")
+        totals: dict[Set, float] = {}
         for contender, (_, known) in contenders.items():
-            total = _total(measure, contender, known, prompts[len(known) :], least)
-            if total < least:
-                best, least = contender, total
-        if best is None:
+            least = min(totals.values(), default=float("inf")) if faster is None else float("inf")
+            totals[contender] = _total(measure, contender, known, prompts[len(known) :], least)
+        best = min(totals, key=totals.__getitem__)
+        if not isfinite(totals[best]):
             raise ValueError(f"no set of {count} sublayers leaves the output finite on every calibration prompt")
         current = best
-        choices[count] = Choice(current, least / num_prompts, contenders[current][0])
-        if default is not None and count in starts[default] and starts[default][count] != current:
-            usual = measure(starts[default][count], prompts)
-            if not _significantly_less(measure(current, prompts), usual):
-                choices[count] = Choice(starts[default][count], fmean(usual), default)
+        if faster is not None:
+            values = measure(best, prompts)
+            tied = [c for c in totals if not _significantly_less(values, measure(c, prompts))]
+            current = max(tied, key=lambda c: (faster(c), -totals[c]))
+        choices[count] = Choice(current, totals[current] / num_prompts, contenders[current][0])
+        if default is not None and count in starts[default] and (own := starts[default][count]) != current:
+            usual = measure(own, prompts)
+            is_slower = faster is not None and faster(own) < faster(current)
+            if not is_slower and not _significantly_less(measure(best, prompts), usual):
+                choices[count] = Choice(own, fmean(usual), default)
     return choices
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from adaskip.calibration.search import Choice, Set, most_measured, search
 from adaskip.core.fingerprint import weights_fingerprint as fingerprint_of
 from adaskip.core.plan import KINDS, Budget, Phase, SkipPlan, Sublayer, check_phase
 from adaskip.core.wrappers import unwrapped
+from adaskip.profiles.fields import finite
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SEARCH, SearchCost, Selected, SelectionProfile, check_keeps_kv
 from adaskip.strategies import POP, AdaSkip, EarlyExit, SkipDecode, UnifiedSkipping
@@ -49,6 +51,7 @@ def select(
     method: str = SEARCH,
     budgets: Sequence[int] | None = None,
     settings: Mapping[str, float] | None = None,
+    faster: Callable[[SkipPlan], float] | None = None,
     model_name: str | None = None,
     dataset: str = "",
     data_ids: Iterable[str] = (),
@@ -66,6 +69,10 @@ def select(
     or "evopress", which use no scales. budgets: numbers of sublayers to make sets for, with the other papers' methods;
     None for every number up to `up_to` that the method can make. settings: for "evopress", `effort` (share of the
     published number of generations, default 0.1) and `seed` (default 0).
+    faster: with method "search", the predicted speedup of a plan, by which ties are decided: of the sets that a step
+    compares, the fastest one is chosen whose divergence is not significantly above the least one. AdaSkip's set is kept
+    if it is one of these and none of them is faster. Every set that a step compares is then measured on all prompts:
+    more forwards, but at most `most_forwards`. `settings` are then any numbers, which record the prediction.
     importance: AdaSkip's profile, which gives a search candidates, scales and AdaSkip's own sets; None to measure it on
     the same prompts. AdaSkip's set, with keep_kv POP's, is kept for every budget for which the search finds no
     significantly better one.
@@ -78,10 +85,15 @@ def select(
     Raises:
         LockedError: another process uses the file at `progress_path`.
         ProfileError: `importance` was measured on another model.
-        ValueError: the method cannot make these sets, or has no such settings.
+        ValueError: the method cannot make these sets, has no such settings, or does not decide ties by `faster`.
     """
     check_phase(phase)
-    counts, settings = counts_of(method, up_to, budgets), settings_of(method, settings or {})
+    if faster is not None and method != SEARCH:
+        raise ValueError(f"faster decides ties of method {SEARCH}; got method {method}")
+    counts = counts_of(method, up_to, budgets)
+    settings = settings_of(method, settings or {}) if faster is None else dict(settings or {})
+    for name, value in settings.items():
+        finite(f"setting {name}", value)
     if keep_kv:
         check_keeps_kv(phase, method)
     if weights_fingerprint is None:
@@ -100,7 +112,7 @@ def select(
         ends = (eos_token_ids, pad_token_id)
         asked = Asked(model, prompts, phase, counts, settings, *ends, identity, progress_path, show_progress)
         searched = method == SEARCH
-        found = _search(asked, importance, own, keep_kv) if searched else PEERS[method].choose(asked)
+        found = _search(asked, importance, own, keep_kv, faster) if searched else PEERS[method].choose(asked)
     scale_of = importance.scale_of if searched else lambda sublayer: 1.0
     return SelectionProfile(
         selected={count: _selected(choice, scale_of) for count, choice in found.choices.items()},
@@ -116,7 +128,13 @@ def select(
     )
 
 
-def _search(asked: Asked, importance: ImportanceProfile, own: Found, keep_kv: bool) -> Found:
+def _search(
+    asked: Asked,
+    importance: ImportanceProfile,
+    own: Found,
+    keep_kv: bool,
+    faster: Callable[[SkipPlan], float] | None,
+) -> Found:
     """The sets of strategy calibrated. own: the cost of AdaSkip's calibration, which is part of the search's."""
     prompts, up_to, num_layers = asked.prompts, max(asked.counts), importance.num_layers
     progress = Progress(
@@ -140,6 +158,7 @@ def _search(asked: Asked, importance: ImportanceProfile, own: Found, keep_kv: bo
         up_to=up_to,
         starts=sets_of_others(importance, up_to, keep_kv=keep_kv),
         default=POP.name if keep_kv else AdaSkip.name,
+        faster=None if faster is None else lambda s: faster(replace(_plan(s, importance), keeps_kv=keep_kv)),
         show_progress=asked.show_progress,
     )
     return Found(
