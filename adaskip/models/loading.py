@@ -290,6 +290,12 @@ def positions_limit(config: PreTrainedConfig) -> int | None:
 
     None with dynamic NTK, which extends the positions to any prompt length.
     """
+    positions = positions_of(config)
+    return None if positions is None else _room(positions)
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The number of positions of a checkpoint, including scaled rope; None with dynamic NTK."""
     text_config = config.get_text_config()
     positions = int(text_config.max_position_embeddings)
     rope = getattr(text_config, "rope_parameters", None) or {}
@@ -297,7 +303,14 @@ def positions_limit(config: PreTrainedConfig) -> int | None:
     if kind in ("linear", "yarn"):
         unscaled = rope.get("original_max_position_embeddings") or positions
         positions = max(positions, int(unscaled * (rope.get("factor") or 1.0)))
-    return None if kind == "dynamic" else _room(positions)
+    return None if kind == "dynamic" else positions
+
+
+def check_positions(config: PreTrainedConfig, prompt_tokens: int, new_tokens: int, option: str) -> None:
+    """Raise ValueError, which names `option`, if a request is longer than the model's positions."""
+    needed, positions = prompt_tokens + new_tokens - 1, positions_of(config)  # the last token is not read
+    if positions is not None and needed > positions:
+        raise ValueError(f"{option}, with {new_tokens} new tokens, needs {needed} positions; the model has {positions}")
 
 
 def _room(positions: int) -> int:

@@ -8,6 +8,7 @@ from adaskip.calibration.peers import settings_of
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
 from adaskip.profiles.selection import METHODS, SEARCH
+from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.cells import PHASES
 from adaskip.runs.config import MODEL_HELP, DataConfig, check_model
 
@@ -47,6 +48,16 @@ class CalibrateConfig(DataConfig):
         "runs look for sets of the default effort and seed 0"
     )
 
+    faster_at: int | None = option(
+        "with --select and --method search: among sets whose divergences do not differ significantly, choose the one "
+        "that the roofline model predicts to be fastest for prompts of this many tokens and answers of the phase's cap",
+        least=1,
+    )
+    speedup_on: str | None = option(
+        f"GPU for which --faster-at predicts: {', '.join(known_devices())}; default: this device, whose ceilings are "
+        "measured"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_model(self, self.model)
@@ -61,6 +72,12 @@ class CalibrateConfig(DataConfig):
             )
         if self.method != SEARCH and self.select is None:
             raise ValueError(f"--method {self.method} needs --select")
+        if self.faster_at is not None and (self.select is None or self.method != SEARCH):
+            raise ValueError(f"--faster-at {self.faster_at} needs --select and --method {SEARCH}")
+        if self.speedup_on is not None:
+            if self.faster_at is None:
+                raise ValueError(f"--speedup-on {self.speedup_on} needs --faster-at, which it applies to")
+            known_ceilings(self.speedup_on)
         if not METHODS[self.method].one_by_one and (self.budgets or self.effort is not None):
             raise ValueError(f"--budgets and --effort are for --method evopress, not for {self.method}")
         if METHODS[self.method].one_by_one and self.up_to is not None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from adaskip.core.plan import EMPTY_PLAN, Phase, SkipPlan
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.roofline import Ceilings, ModelShape, predict
+from adaskip.roofline import Ceilings, ModelShape, known_ceilings, measure_ceilings, predict
 from adaskip.roofline.work import AttentionImplementation
 
 
@@ -48,6 +50,31 @@ class Predictor:
             raise ValueError(
                 "phase decode is timed over the tokens after the first, so answers need at least 2 tokens; all have 1"
             )
+
+    @classmethod
+    def on(
+        cls,
+        name: str | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        attn_implementation: str,
+        *,
+        shape: ModelShape,
+        phase: Phase,
+        requests: Sequence[Request],
+        batch_size: int = 1,
+    ) -> Predictor:
+        """For a named device with 16-bit values as in its data sheet; without a name, for `device`, whose ceilings are
+        measured, with values of `dtype`."""
+        return cls(
+            shape=shape,
+            phase=phase,
+            requests=requests,
+            ceilings=measure_ceilings(device, dtype) if name is None else known_ceilings(name),
+            batch_size=batch_size,
+            bytes_per_value=dtype.itemsize if name is None else 2,
+            attention="eager" if attn_implementation == "eager" else "fused",
+        )
 
     def speedup(self, plan: SkipPlan) -> float:
         """Time of all requests with the full model divided by their time under `plan`."""

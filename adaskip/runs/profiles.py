@@ -34,6 +34,7 @@ from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.job import Job, Profile, find_profile
 from adaskip.runs.loading import find_loading
 from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids
+from adaskip.runs.ties import TiesByTime, find_ties
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Wanted:
 
     phase: of a selection; None for an importance profile. counts: numbers of sublayers of its sets. batch_size: number
     of prompts per forward when importance is measured. method, settings, keep_kv: what makes a selection; see `select`.
+    ties: what decides the ties of a search; None if the least divergence does.
     """
 
     loaded: LoadedModel
@@ -54,11 +56,12 @@ class Wanted:
     method: str = SEARCH
     settings: Mapping[str, float] = field(default_factory=dict)
     keep_kv: bool = False
+    ties: TiesByTime | None = None
 
     @property
     def importance(self) -> Wanted:
         """The importance profile from which a selection takes its candidates and scales."""
-        return replace(self, phase=None, method=SEARCH, keep_kv=False)
+        return replace(self, phase=None, method=SEARCH, keep_kv=False, ties=None)
 
     @property
     def samples(self) -> list[tuple[str, Sample]]:
@@ -93,6 +96,8 @@ class Wanted:
             depends_on |= {"method": self.method, "counts": list(self.counts), "settings": dict(self.settings)}
         if self.keep_kv:
             depends_on["keep_kv"] = True
+        if self.ties is not None:
+            depends_on |= self.ties.identity(loaded)
         return depends_on
 
     @property
@@ -100,7 +105,8 @@ class Wanted:
         """`<output_dir>/../profiles/<model>-<first 8 digits of a hash over its identity>.json`.
 
         For a selection: `<model>-selection-<phase>-<digits>.json`, with `-keep-kv` after the phase if it is for
-        `--keep-kv`, or with the method in place of `selection`, and without the phase if its sets do not depend on it.
+        `--keep-kv`, then `-faster-at-<tokens>` if time decides ties, or with the method in place of `selection`, and
+        without the phase if its sets do not depend on it.
         If the profile of that name was made with another configuration or tokenizer of the same weights, the hash also
         covers these.
         """
@@ -127,7 +133,10 @@ class Wanted:
     def stem(self) -> str:
         """The beginning of the file name."""
         name = self.loaded.spec.name
-        return name if self.phase is None else f"{name}-{selection_stem(self.method, self.phase, keep_kv=self.keep_kv)}"
+        if self.phase is None:
+            return name
+        ties = "" if self.ties is None else f"-faster-at-{self.ties.request.prompt_tokens}"
+        return f"{name}-{selection_stem(self.method, self.phase, keep_kv=self.keep_kv)}{ties}"
 
 
 def selection_stem(method: str, phase: str, *, keep_kv: bool = False) -> str:
@@ -282,6 +291,7 @@ def search_selection(
     loaded, calibration, samples = wanted.loaded, wanted.calibration, wanted.samples
     tokenizer: Any = loaded.tokenizer
     benchmark, cut = calibration.records.benchmark, calibration.search_prompt_tokens
+    ties: dict[str, Any] = {} if wanted.ties is None else wanted.ties.options(loaded, phase)
     return select(
         loaded.model,
         [prompt_ids(benchmark, task, [sample], loaded, cut)[0] for task, sample in samples],
@@ -290,7 +300,7 @@ def search_selection(
         keep_kv=wanted.keep_kv,
         method=wanted.method,
         budgets=None if wanted.method == SEARCH else wanted.counts,
-        settings=wanted.settings,
+        **{"settings": wanted.settings, **ties},
         eos_token_ids=loaded.spec.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id,
         model_name=loaded.spec.name,
@@ -320,6 +330,7 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
     if config.output is not None:
         check_writable(Path(config.output))
     phase = None if config.select is None else check_phase(config.select)
+    ties = find_ties(config, loading)
     tasks = () if phase is None else config.tasks or setup.phases[phase].tasks
     budgets = setup.budgets_for(loading.num_layers)
     if METHODS[config.method].one_by_one:
@@ -336,6 +347,7 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
         method=config.method,
         settings=config.settings,
         keep_kv=config.keep_kv,
+        ties=ties,
     )
     profile, path = keep(wanted, show_progress=True)
     return profile, (path, *([] if config.output is None else [profile.save(config.output)]))

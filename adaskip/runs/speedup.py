@@ -22,7 +22,7 @@ from adaskip.core.generate import generate
 from adaskip.core.plan import Budget
 from adaskip.models.loading import LoadedModel
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.roofline import Ceilings, ModelShape, known_ceilings, measure_ceilings
+from adaskip.roofline import Ceilings, ModelShape
 from adaskip.runs.cells import run_name
 from adaskip.runs.choose_by_speedup import Predictor, Request, choose, phase_seconds
 from adaskip.runs.job import Job, Part, SpeedupAsked
@@ -115,7 +115,14 @@ def _choose(job: Job, asked: SpeedupAsked) -> Target:
     profile, _ = profile_for(job, loaded)
     assert isinstance(profile, SelectionProfile)
     requests = {part.name: _typical_request(part, loaded) for part in job.parts}
-    predictor = _predictor(job, asked.on, loaded, list(requests.values()))
+    model = loaded.model
+    predictor = Predictor.on(
+        *(asked.on, model.device, model.dtype, job.loading.attn_implementation),
+        shape=ModelShape.of(model.config),
+        phase=job.phase,
+        requests=list(requests.values()),
+        batch_size=job.batch_size,
+    )
     speedups = {count: predictor.speedup(chosen.plan) for count, chosen in profile.selected.items()}
     sublayers = choose(profile, asked.speedup, speedups, f"in phase {job.phase} on {predictor.ceilings.name}")
     return Target(
@@ -132,20 +139,6 @@ def _choose(job: Job, asked: SpeedupAsked) -> Target:
 def _typical_request(part: Part, loaded: LoadedModel) -> Request:
     lengths = [len(prompt) for prompt in part.prompt_ids(part.samples, loaded)]
     return Request(round(mean(lengths)), part.max_new_tokens, len(lengths))
-
-
-def _predictor(job: Job, on: str | None, loaded: LoadedModel, requests: Sequence[Request]) -> Predictor:
-    """For a named device with 16-bit values as in its data sheet; for this machine with the model's own dtype."""
-    model = loaded.model
-    return Predictor(
-        shape=ModelShape.of(model.config),
-        phase=job.phase,
-        requests=requests,
-        ceilings=known_ceilings(on) if on is not None else measure_ceilings(model.device, model.dtype),
-        batch_size=job.batch_size,
-        bytes_per_value=model.dtype.itemsize if on is None else 2,
-        attention="eager" if job.loading.attn_implementation == "eager" else "fused",
-    )
 
 
 def attain(job: Job, target: Target) -> Target:

@@ -145,6 +145,37 @@ def test_a_profile_of_other_settings_is_not_taken_and_the_run_says_what_differs(
     assert f"beside it was made with other {what}; --profile takes it as it is" in told[0].getMessage()
 
 
+def test_selections_by_time_have_files_of_their_own_which_runs_take_only_if_told_to(
+    given, measured, caplog, tmp_path, capsys
+):
+    plain = ["calibrate", "--model", "llama", *CALIBRATE["calibrated"], "--up-to", "2", *given]
+    by_time = [*plain, "--faster-at", "4096", "--speedup-on"]
+    for argv in ([*by_time, "L20"], plain, [*by_time, "A100"], [*by_time, "L20"]):
+        assert cli.main(argv) == 0
+    assert measured == ["importance", *["selection"] * 3]  # the last one was found
+    found = sorted((tmp_path / "profiles").glob("llama-selection-*.json"))
+    names = sorted(path.name[: -len("-12345678.json")] for path in found)
+    assert names == ["llama-selection-decode", *["llama-selection-decode-faster-at-4096"] * 2]
+    settings = [json.loads(path.read_text())["settings"] for path in found]
+    recorded = {"faster_at": 4096, "new_tokens": 512}
+    expected = [{**recorded, "tflops": 119.5, "gb_s": 864.0}, {**recorded, "tflops": 312.0, "gb_s": 2039.0}]
+    assert sorted(settings, key=str) == sorted([{}, *expected], key=str)
+    (told,) = [record.getMessage() for record in caplog.records if "is made now" in record.getMessage()]
+    assert "faster-at-4096" in told.split(": ")[1]  # the other device's is named, the plain one is something else
+    kept = next(path for path, of in zip(found, settings, strict=True) if of == expected[0])
+    capsys.readouterr()
+    assert cli.main(["show", str(kept)]) == 0
+    assert "faster_at   4096\n" in capsys.readouterr().out
+    manifest = tmp_path / "runs/llama-CAL-DECODE/2-sublayers/manifest.json"
+    run = ["run", *cell("calibrated"), *given, "--limit", "1", "--max-new-tokens", "4"]
+    for more, faster_at in (([], None), (["--profile", str(kept)], 4096)):
+        assert cli.main([*run, *more]) == 0
+        used = json.loads(manifest.read_text())["profile"]
+        shutil.rmtree(manifest.parent)
+        assert json.loads(Path(used).read_text())["settings"].get("faster_at") == faster_at
+    assert measured == ["importance", *["selection"] * 3]
+
+
 def test_a_profile_of_other_weights_is_not_offered(given, caplog, checkpoint, tmp_path):
     changed = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
     model = LlamaForCausalLM.from_pretrained(changed)

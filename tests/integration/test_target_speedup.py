@@ -7,7 +7,7 @@ import pytest
 
 from adaskip import cli
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.runs import loading, speedup
+from adaskip.runs import choose_by_speedup, loading, speedup
 from adaskip.runs.speedup import PAIRS, Target
 from tests.tiny_runs import NUM_SAMPLES, cell, error_of, records
 
@@ -115,7 +115,7 @@ def test_without_a_named_device_the_present_one_is_measured(command, tmp_path, m
         asked.append((device.type, str(dtype)))
         return speedup.Ceilings("CPU", 1e11, 1e10, "measured")
 
-    monkeypatch.setattr(speedup, "measure_ceilings", measured)
+    monkeypatch.setattr(choose_by_speedup, "measure_ceilings", measured)
     argv = command("prefill", 1.2)
     del argv[argv.index("--speedup-on") : argv.index("--speedup-on") + 2]
     assert cli.main(argv) == 0

@@ -13,6 +13,9 @@ from adaskip.calibration.select import select
 from adaskip.core.plan import SkipPlan, Sublayer
 from adaskip.profiles.importance import ProfileError
 from adaskip.profiles.selection import SelectionProfile
+from adaskip.runs.calibrate_config import CalibrateConfig
+from adaskip.runs.loading import find_loading
+from adaskip.runs.ties import find_ties
 from tests.families import random_model, random_prompts
 
 pytestmark = pytest.mark.usefixtures("short_answers")
@@ -157,3 +160,29 @@ def test_impossible_requests_are_refused_before_anything_is_measured(model, monk
         select(model, random_prompts([9]), "e2e", settings={"faster_at": "long"}, **options)
     with pytest.raises(ValueError, match="method search has no setting faster_at"):
         select(model, random_prompts([9]), "e2e", settings={"faster_at": 64}, **options | {"faster": None})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "--faster-at 64 needs --select and --method search"),
+        ({"select": "decode", "method": "evopress"}, "--faster-at 64 needs --select and --method search"),
+        ({"select": "decode", "faster_at": 0}, "--faster-at must be at least 1, not 0"),
+        ({"select": "decode", "speedup_on": "L2"}, "unknown device 'L2'. Did you mean 'L20'"),
+        ({"select": "decode", "faster_at": None, "speedup_on": "L20"}, "--speedup-on L20 needs --faster-at"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrateConfig(model="smollm2", **{"faster_at": 64, **given})
+
+
+@pytest.mark.parametrize(("phase", "answer"), [("prefill", 1), ("decode", 128), ("e2e", 128)])
+def test_the_answers_have_the_cap_of_the_phase_and_fit_the_positions(phase, answer):
+    longest = 8192 - answer + 1
+    config = CalibrateConfig(model="smollm2", select=phase, faster_at=longest)
+    loading = find_loading(config, "smollm2")
+    ties = find_ties(config, loading)
+    assert (ties.request.prompt_tokens, ties.request.new_tokens) == (longest, answer)
+    with pytest.raises(ValueError, match=f"--faster-at {longest + 1}, .* needs 8193 positions; the model has 8192"):
+        find_ties(replace(config, faster_at=longest + 1), loading)
