@@ -18,6 +18,7 @@ from adaskip.runs.cells import parse_run_name, run_name, undefined
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.dry_run import dry_run
 from adaskip.runs.grid import run_grid
+from adaskip.runs.pareto import pareto_lines
 from adaskip.runs.plans import ExportConfig, PlanConfig, ShowConfig, export_plan, plan_to, shown
 from adaskip.runs.profiles import calibrate_to
 from adaskip.runs.runner import run
@@ -120,7 +121,11 @@ def _plan(config: PlanConfig) -> int:
 
 
 def _show(config: ShowConfig) -> int:
-    lines = shown(config.plan)
+    if config.plan is not None and config.prompt_tokens is not None:
+        given = {"new_tokens": config.new_tokens, "on": config.speedup_on, "model": config.model}
+        lines = pareto_lines(config.plan, config.prompt_tokens, **given)
+    else:
+        lines = shown(config.plan)
     if config.plot is not None:
         from adaskip.studies.plots.plan_map import plot_plan  # matplotlib is of an extra
 

@@ -171,6 +171,11 @@ def find_source(
     return ModelSource(name_of(source), listed, source, revision, bool(offline))
 
 
+def named_source(name: str) -> ModelSource:
+    """The model that a saved plan or profile names: a name of `configs/models.yaml`, or any weights."""
+    return find_source(name) if name in registry() else find_source(checkpoint=name)
+
+
 def name_of(source: str) -> str:
     """The name of unlisted weights in run names: the last part of a Hub id, or the name of the folder or file.
 

@@ -14,7 +14,7 @@ from adaskip.common.choices import check_choice
 from adaskip.common.files import check_writable
 from adaskip.common.folders import scratch_folder
 from adaskip.common.named_files import find_file, published, read_format
-from adaskip.common.options import option
+from adaskip.common.options import check_options, option
 from adaskip.core.fingerprint import portable_fingerprint
 from adaskip.core.model_plan import check_plan, check_steady, make_plan
 from adaskip.core.plan import PHASES, PLAN_FILE, Budget, SkipPlan
@@ -28,12 +28,13 @@ from adaskip.engines.registry import ENGINES, WEIGHTS, Export
 from adaskip.models.checkpoints import check_weights
 from adaskip.models.companion_files import TOKENIZER_FILES
 from adaskip.models.loading import load_source, load_tokenizer
-from adaskip.models.registry import registry
-from adaskip.models.source import ModelSource, find_source
+from adaskip.models.source import ModelSource, named_source
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import METHODS, SelectionProfile
+from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.config import RunConfig, StrategyConfig
 from adaskip.runs.job import Job, Profile, resolve
+from adaskip.runs.pareto import NEW_TOKENS
 from adaskip.runs.profiles import find_compensation, profile_for
 from adaskip.runs.speedup import find_target
 from adaskip.strategies import build, strategy_class
@@ -58,13 +59,37 @@ class PlanConfig(StrategyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig:
-    """A saved plan to be shown."""
+    """A saved plan or profile to be shown."""
 
     plan: str | None = option(
         "folder or file of a plan or profile, org/name on the Hub, or a published name (default: list these)",
         positional=True,
     )
     plot: str | None = option("also draw the plan into this file (.png, .svg or .pdf)")
+    prompt_tokens: tuple[int, ...] | None = option(
+        "of a selection: the sets on the Pareto front of divergence and predicted speedup for prompts of these lengths",
+        least=1,
+        distinct=True,
+    )
+    new_tokens: int | None = option(f"with --prompt-tokens: length of the answers; default: {NEW_TOKENS}", least=1)
+    speedup_on: str | None = option(
+        f"GPU for which --prompt-tokens predicts: {', '.join(known_devices())}; default: this device, whose ceilings "
+        "are measured"
+    )
+    model: str | None = option(
+        "with --prompt-tokens: the selection's model, of which only the configuration is read: a name, Hub id, folder "
+        "or .gguf file; default: the one that it names"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        given = [name for name in ("new_tokens", "speedup_on", "model") if getattr(self, name) is not None]
+        if given and self.prompt_tokens is None:
+            raise ValueError(f"--{given[0].replace('_', '-')} needs --prompt-tokens, which it applies to")
+        if self.prompt_tokens is not None and (self.plan is None or self.plot is not None):
+            raise ValueError("--prompt-tokens is for one selection, as adaskip show SELECTION, without --plot")
+        if self.speedup_on is not None:
+            known_ceilings(self.speedup_on)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +249,8 @@ def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
     if config.model is None and plan.origin is None:
         raise ValueError(f"{config.plan} names no model: give --model")
     name = config.model or (None if plan.origin is None else plan.origin.model)
-    return find_source(name) if name in registry() else find_source(checkpoint=name)
+    assert name is not None, "was checked"
+    return named_source(name)
 
 
 def _check(plan: SkipPlan, known: Callable[[], Mapping[str, Any]], num_layers: int, config: ExportConfig) -> None:
