@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adaskip.engines.loading import from_pretrained
     from adaskip.profiles.importance import ImportanceProfile
     from adaskip.profiles.selection import SelectionProfile
-    from adaskip.speculative import lossless
+    from adaskip.speculative import choose_draft, lossless
     from adaskip.strategies import (
         POP,
         AdaSkip,
@@ -56,7 +56,7 @@ _HOMES = {
     **dict.fromkeys(("BlockStructure", "Sublayers", "register_structure"), "adaskip.core.blocks"),
     "SelectionProfile": "adaskip.profiles.selection",
     "select": "adaskip.calibration.select",
-    "lossless": "adaskip.speculative",
+    **dict.fromkeys(("choose_draft", "lossless"), "adaskip.speculative"),
 }
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "__version__",
     "benchmark_option",
     "calibrate",
+    "choose_draft",
     "from_pretrained",
     "lossless",
     "make_plan",

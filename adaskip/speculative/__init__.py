@@ -11,5 +11,6 @@ model writes its own. So the draft needs no prefill, and memory only for the tok
 """
 
 from adaskip.speculative.decoder import LosslessDecoder, lossless
+from adaskip.speculative.draft_choice import DraftCandidate, DraftChoice, choose_draft
 
-__all__ = ["LosslessDecoder", "lossless"]
+__all__ = ["DraftCandidate", "DraftChoice", "LosslessDecoder", "choose_draft", "lossless"]

@@ -89,15 +89,23 @@ def lossless(
     given = strategy if isinstance(strategy, Sequence) else [strategy]
     if not 1 <= len(given) <= MOST_SETS:
         raise ValueError(f"lossless drafts with 1 to {MOST_SETS} strategies or plans; got {len(given)}")
+    strategies = drafting_strategies(model, given)
+    if gamma is not None and (gamma < 1 or len(strategies) > 1):
+        raise ValueError(f"gamma must be at least 1, with one strategy or plan; got {gamma}, with {len(strategies)}")
+    return LosslessDecoder(model, strategies, gamma=gamma, streamer=streamer, stateless=check_stateless(stateless))
+
+
+def drafting_strategies(model: Any, given: Sequence[Strategy | SkipPlan]) -> list[Strategy]:
+    """The strategies and those of plans; ValueError if one skips nothing in an answer or is for another model."""
     strategies = [strategy_of(each, unwrapped(model), allow_other_weights=True) for each in given]
     if idle := [each.name for each in strategies if each.is_prompt_only]:
         raise ValueError(
             f"lossless drafts with the skipped model, but {idle[0]} skips nothing in an answer, as its set keeps the "
             "K/V; allowed: the same set without keeps_kv"
         )
-    if gamma is not None and (gamma < 1 or len(strategies) > 1):
-        raise ValueError(f"gamma must be at least 1, with one strategy or plan; got {gamma}, with {len(strategies)}")
-    return LosslessDecoder(model, strategies, gamma=gamma, streamer=streamer, stateless=check_stateless(stateless))
+    for strategy in strategies:
+        patches_for(unwrapped(model), strategy)
+    return strategies
 
 
 class LosslessDecoder:
@@ -119,8 +127,6 @@ class LosslessDecoder:
     ):
         self.model: PreTrainedModel = unwrapped(model)
         self.strategies, self.gamma, self.streamer, self.stateless = strategies, gamma, streamer, stateless
-        for strategy in strategies:
-            patches_for(self.model, strategy)
         self.costs: defaultdict[int, StepCosts] = defaultdict(StepCosts)  # by number of rows
         self.statistics = DraftStatistics()
         self.last_request = DraftStatistics()

@@ -56,6 +56,20 @@ class NextDraft:
 NO_DRAFT = NextDraft()
 
 
+def best_length(survival: Sequence[float], draft_s: float, curve: Sequence[float]) -> tuple[float, int]:
+    """Expected tokens per second of the best draft, and its number of tokens; (0.0, 0) if `survival` is empty.
+
+    survival: probabilities that the first 1, 2, ... tokens are all accepted. curve: seconds of a forward of the full
+    model by its number of tokens.
+    """
+    rate, best = 0.0, 0
+    for drafted, accepted in enumerate(accumulate(survival), start=1):
+        each = (1.0 + accepted) / (drafted * draft_s + curve[drafted + 1])
+        if each > rate:
+            rate, best = each, drafted
+    return rate, best
+
+
 class Drafting:
     """The sources of one request, and the forwards that they pay for.
 
@@ -88,11 +102,8 @@ class Drafting:
 
     def _best(self, source: DraftSource, survival: list[float], curve: list[float]) -> tuple[float, NextDraft]:
         """The best length of a draft whose tokens survive so, and its tokens per second."""
-        draft_s, rate, best = source.draft_s(curve[1]), 0.0, 0
-        for drafted, accepted in enumerate(accumulate(survival), start=1):
-            each = (1.0 + accepted) / (drafted * draft_s + curve[drafted + 1])
-            if each > rate:
-                rate, best = each, drafted
+        draft_s = source.draft_s(curve[1])
+        rate, best = best_length(survival, draft_s, curve)
         if not best:
             return 0.0, NO_DRAFT
         added_s = best * draft_s + curve[best + 1] - curve[1]
