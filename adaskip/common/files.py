@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-"""Suffix of temporary files while they are being written."""
+"""Suffix of temporary files and folders while they are being written."""
+RANDOM_PART = "[a-z0-9_]{8}"
+"""What `tempfile` puts between prefix and suffix."""
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
@@ -52,8 +54,14 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
 def remove_torn(path: str | Path) -> None:
     """Delete temporary files that killed writers of `path` left behind; call it only as the single writer of `path`."""
     path = Path(path)
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+    for temporary in left_behind(path.parent, f".{path.name}."):
         temporary.unlink(missing_ok=True)
+
+
+def left_behind(folder: Path, prefix: str) -> list[Path]:
+    """The temporary files and folders of exactly this prefix, and not those of a longer name, as `out.v2` for `out`."""
+    name = re.compile(re.escape(prefix) + RANDOM_PART + re.escape(TEMPORARY))
+    return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def sync_folder(folder: Path) -> None:

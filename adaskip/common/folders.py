@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaskip.common.files import TEMPORARY, check_writable, sync_folder
+from adaskip.common.files import TEMPORARY, check_writable, left_behind, sync_folder
 from adaskip.common.locks import exclusive
 
 
@@ -40,12 +39,12 @@ def scratch_folder(output: Path, purpose: str = "") -> Iterator[Path]:
 
     What a killed process left of one for the same purpose is deleted first.
     """
-    pattern = f".{output.name}{purpose}."
+    prefix = f".{output.name}{purpose}."
     output.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(output.parent / f"{pattern}lock", of=output):
-        for torn in output.parent.glob(f"{glob.escape(pattern)}*{TEMPORARY}"):
+    with exclusive(output.parent / f"{prefix}lock", of=output):
+        for torn in left_behind(output.parent, prefix):
             shutil.rmtree(torn)
-        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=pattern, suffix=TEMPORARY))
+        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=prefix, suffix=TEMPORARY))
         try:
             yield folder
         finally:

@@ -244,11 +244,18 @@ def test_a_signal_leaves_nothing_and_what_a_killed_export_left_is_removed(tmp_pa
         with pytest.raises(KeyboardInterrupt):
             export_to("hf", export, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
-    (tmp_path / ".out.abc123.tmp").mkdir()
-    (tmp_path / ".out.abc123.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".out.abc_1234.tmp").mkdir()
+    (tmp_path / ".out.abc_1234.tmp" / "model.safetensors").write_bytes(b"half")
     export_to("hf", export, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "s"]
     assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(("short", "long"), [("m", "m.gguf"), ("out", "out.v2")])
+def test_an_export_leaves_a_running_one_of_a_longer_name_alone(short, long, tmp_path):
+    with scratch_folder(tmp_path / long) as running, scratch_folder(tmp_path / short) as folder:
+        assert running.is_dir()
+        assert folder.is_dir()
 
 
 @pytest.mark.parametrize("model_type", FAMILY_DATA)

@@ -146,7 +146,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_what_killed_writers_left_is_removed_for_that_file_only(tmp_path):
-    for name in (".a.json.x1.tmp", ".a.json.x2.tmp", ".b.json.x1.tmp", "a.json", ".a.json.lock"):
+    kept = [".a.json.b.x1234567.tmp", ".a.json.lock", ".b.json.x1234567.tmp", "a.json"]
+    for name in (".a.json.x1234567.tmp", ".a.json._234567x.tmp", *kept):
         (tmp_path / name).write_text("")
     remove_torn(tmp_path / "a.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.json.lock", ".b.json.x1.tmp", "a.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
