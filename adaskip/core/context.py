@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from adaskip.core.compiled import MAX_STEP_GRAPHS
 from adaskip.core.hf import NEXT_STEP, has_unguarded_graphs
 from adaskip.core.model_plan import strategy_of
-from adaskip.core.patching import ModelPatches, patches_of
+from adaskip.core.patching import ModelPatches, patches_of, refuse_for_good
 from adaskip.core.plan import SkipPlan
 from adaskip.core.session import SkippingSession
 from adaskip.core.strategy import Strategy
@@ -64,6 +64,7 @@ def skipping(
     number of layers or the plan for another model, the model is in training mode, or the context is nested.
     """
     model = unwrapped(model)
+    refuse_for_good(model)
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     patches = patches_for(model, strategy)
     patches.check(strategy.skipped.union(strategy.prefill_plan))

@@ -47,10 +47,20 @@ class Turn:
         self.compiled = False
 
 
+FOR_GOOD = "the model was loaded by adaskip.from_pretrained and skips for good"
+
+
 class StaysInPlace:
-    """Refuses to be copied or pickled: a copy of the model made inside a context would stay skipped for ever."""
+    """Refuses to be copied or pickled: a copy of the model made inside a context would stay skipped for ever.
+
+    for_good: the context is one that the model never leaves.
+    """
+
+    for_good = False
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        if self.for_good:
+            raise ValueError(f"{FOR_GOOD}: it cannot be copied or pickled; load it again, or the stock model instead")
         raise ValueError(
             "the model is inside skipping(...) or a measurement, which is bound to this model object; copy or pickle "
             "the model outside of it (save_pretrained and state_dict also work inside)"

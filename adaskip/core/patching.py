@@ -25,7 +25,7 @@ from adaskip.core.blocks import (
     probe_layers,
 )
 from adaskip.core.kv_cache import held_scales, release_skipped
-from adaskip.core.layer_patch import FORWARDS, LayerPatch, SublayerProbe, Turn, Work
+from adaskip.core.layer_patch import FOR_GOOD, FORWARDS, LayerPatch, SublayerProbe, Turn, Work
 from adaskip.core.plan import EMPTY_PLAN, Affine, SkipPlan, Sublayer
 from adaskip.core.wrappers import unwrapped
 
@@ -36,7 +36,7 @@ class ModelPatches:
     """The layer patches of one model. They outlive a context, so that compiled graphs can be reused.
 
     slots: for each decoder layer, the index of the KV-cache layer it uses (its `layer_idx`). outlived: whether a
-    `generate` of a context that has ended is still running.
+    `generate` of a context that has ended is still running. for_good: whether the model never leaves its context.
     """
 
     def __init__(self, model: nn.Module):
@@ -46,7 +46,7 @@ class ModelPatches:
         self.turn = Turn()
         self.patches = tuple(LayerPatch(layer, i, proved, self.turn) for i, layer in enumerate(self.layers))
         self.made_for = _description(self.layers)
-        self.installed = self.outlived = False
+        self.installed = self.outlived = self.for_good = False
         self._installing = threading.Lock()
         self._plan: SkipPlan | None = EMPTY_PLAN
         self._measured: frozenset[int] | None = NOTHING
@@ -134,6 +134,12 @@ class ModelPatches:
             self.set_probe(None)
             self.installed = False
 
+    def stay(self) -> None:
+        """From now on, the model is said to skip for good; called inside its context, which nothing then leaves."""
+        self.for_good = True
+        for patch in self.patches:
+            patch.for_good = True
+
     def apply(self, plan: SkipPlan, measured_ffns: frozenset[int] = NOTHING, *, passed: int = 0) -> None:
         """From the next forward on, skip `plan` and record input and output of the FFNs in `measured_ffns`.
 
@@ -214,9 +220,11 @@ def _description(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
 def patches_of(model: nn.Module) -> ModelPatches:
     """The patches of a model, made at first use and kept while the model exists; one thread at a time makes them.
 
-    Raises UnsupportedModelError if its layers cannot be skipped, ValueError if it is in training mode.
+    Raises UnsupportedModelError if its layers cannot be skipped, ValueError if it is in training mode or skips for
+    good.
     """
     model = unwrapped(model)
+    refuse_for_good(model)
     if model.training:
         raise ValueError(
             f"{type(model).__name__} is in training mode; skipping needs inference mode: call model.eval()"
@@ -228,6 +236,16 @@ def patches_of(model: nn.Module) -> ModelPatches:
         if known is None or not known.belongs_to(model):
             known = _PATCHES[decoder] = ModelPatches(model)
         return known
+
+
+def refuse_for_good(model: nn.Module) -> None:
+    """Raise ValueError for a model that never leaves its context."""
+    known = _PATCHES.get(find_decoder(model))
+    if known is not None and known.for_good:
+        raise ValueError(
+            f"{FOR_GOOD}: skipping(...), a lossless generation or a measurement need a model that they can change; "
+            "load the stock model instead"
+        )
 
 
 def _refuse_compiled_in_place(model: nn.Module, decoder: nn.Module) -> None:

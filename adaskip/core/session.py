@@ -99,6 +99,11 @@ class SkippingSession(StaysInPlace):
         }
         return {**own, **refusals(self.model, self.strategy), PREFILL: self._marked_prefill()}
 
+    def stay(self) -> None:
+        """Make this a context that the model never leaves."""
+        self.for_good = True
+        self.patches.stay()
+
     def end(self, replaced: list[Place]) -> None:
         """End the context: wait for a running forward, restore what was `replaced`, and refuse every later step."""
         with self._turn:

@@ -81,7 +81,7 @@ def _base_model(name: str) -> dict[str, Any]:
 
 def _skipping_for_good(model: PreTrainedModel, plan: SkipPlan, allow_other_weights: bool = False) -> PreTrainedModel:
     context = skipping(model, plan, allow_other_weights=allow_other_weights)
-    context.__enter__()
+    context.__enter__().stay()
     model.__dict__["adaskip_context"] = context  # kept, and never left
     return model
 

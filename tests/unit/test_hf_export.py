@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 import resource
 import stat
@@ -11,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adaskip.calibration.measure import calibrate
 from adaskip.common.folders import scratch_folder
 from adaskip.core.context import skipping
 from adaskip.core.kv_cache import skipped_layers
@@ -24,6 +27,7 @@ from adaskip.engines.loading import from_pretrained
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
 from adaskip.models.loading import find_source, load_source
+from adaskip.speculative import lossless
 from adaskip.strategies import FixedPlan
 from tests.checkpoints import write_family
 from tests.families import random_model, random_prompts
@@ -139,8 +143,30 @@ def test_skipped_sublayers_are_absent_and_stay_so(tmp_path):
     assert skipped_layers(cache) == {2}
     with pytest.raises(ExportError, match="copy the folder"):
         exported.save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match="do not nest"), skipping(exported, PLANS["both"]):
-        pass
+
+
+@pytest.mark.parametrize("kind", ["plan", "export"])
+def test_a_model_that_skips_for_good_says_so(kind, tmp_path):
+    model = random_model("llama")
+    plan = make_plan(model, FixedPlan(num_layers=4, plan=PLANS["both"]), base_model=str(tmp_path / "source"))
+    export = export_of(model, plan, tmp_path / "source")
+    if kind == "export":
+        export_to("hf", export, tmp_path / "out", verify=False)
+    loaded = from_pretrained(plan.save_pretrained(tmp_path / "plan") if kind == "plan" else tmp_path / "out")
+    prompt = random_prompts([6])[0]
+    expected = tokens(loaded, prompt[None])
+    uses = {
+        "skipping": lambda: skipping(loaded, plan).__enter__(),
+        "lossless": lambda: lossless(loaded, plan),
+        "calibrate": lambda: calibrate(loaded, [prompt]),
+        "copy": lambda: copy.deepcopy(loaded),
+        "pickle": lambda: pickle.dumps(loaded),
+    }
+    for use in uses.values():
+        with pytest.raises(ValueError, match=r"loaded by adaskip\.from_pretrained and skips for good.* stock model") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert tokens(loaded, prompt[None]) == expected
 
 
 def test_a_plan_folder_is_loaded_as_a_model_that_skips(tmp_path):
@@ -185,6 +211,16 @@ def test_refusals_write_nothing(name, tmp_path):
         export_to("hf", export, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_float64_weights_are_refused_before_writing_unless_none_is_divided(tmp_path, monkeypatch):
+    export = export_of(random_model("llama").double(), PLANS["both"], tmp_path / "s")
+    with monkeypatch.context() as patched:
+        patched.setattr("adaskip.engines.hf_export.write", lambda *args: pytest.fail("was written"))
+        with pytest.raises(ExportError, match=r"whose weights are torch\.float64; allowed: torch\.float32") as error:
+            export_to("hf", export, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert export_to("hf", export_of(random_model("llama").double(), PLANS["no scales"], tmp_path / "s"), tmp_path / "o")
 
 
 def test_quantised_checkpoints_and_unknown_engines_are_refused(tmp_path):
