@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adaskip.core.blocks import BlockStructure, known_structures
@@ -20,6 +21,10 @@ from adaskip.engines.fold import Folded
 
 LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 """A tensor of a decoder layer: its index and the name below it."""
+MOST_ERROR = 1e-2
+"""Largest error of a divided tensor, as a fraction of its size: bfloat16 rounds by 0.002, float16 by less unless its
+numbers are so small that they lose digits."""
+SMALLEST = torch.finfo(torch.float64).tiny
 QUANTISED_SCALES = ("scales", "weight_scale", "weight_scale_inv")
 """Tensors beside a quantised weight that multiply it (GPTQ and AWQ; compressed-tensors; fp8)."""
 
@@ -103,12 +108,20 @@ class Edit:
         return owner is None or owner in self.folded.divisors
 
     def tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """The new content of a tensor that is kept, in its own dtype."""
+        """The new content of a tensor that is kept, in its own dtype. Raises ExportError where that cannot hold it."""
         divisor = self.divided.get(name)
         if divisor is None:
             return tensor
         one = 1.0 if self.family.norm_adds_one else 0.0  # such norms are the only tensors of these families to change
-        return ((tensor.double() + one) / divisor - one).to(tensor.dtype)
+        wanted = (tensor.double() + one) / divisor
+        found = (wanted - one).to(tensor.dtype)
+        error = (found.double() + one - wanted).norm() / wanted.norm().clamp(min=SMALLEST)
+        if not error <= MOST_ERROR:  # not a number, where one became infinite
+            raise ExportError(
+                f"{name}, divided by {divisor:g}, errs by {error:.1e} of its size in {tensor.dtype}; allowed: "
+                f"{MOST_ERROR:g}, as of a plan with other scales, or of weights in float32"
+            )
+        return found
 
     def owner(self, name: str) -> Sublayer | None:
         """The sublayer that a tensor belongs to; None outside of the layers."""

@@ -69,7 +69,9 @@ def verify(export: Export, target: Path) -> dict[str, Any]:
 def smaller_model(export: Export) -> GGUFModel:
     """The file's content; no weight is read. Kept until the comparison: a large vocabulary takes seconds to read."""
     if export.gguf_file is None:
-        name = export.weights_type or DTYPES[export.source.dtype]
+        name = export.weights_type or DTYPES.get(dtype := export.source.dtype)
+        if name is None:
+            raise ExportError(f"{export.source.folder} holds weights in {dtype}; allowed: {', '.join(map(str, DTYPES))}")
         return smaller(read_checkpoint(export.source, export.tokenizer, name), export.folded)
     if export.weights_type is not None:
         raise ExportError(f"weights of a GGUF file keep their types; {export.weights_type} takes a checkpoint folder")

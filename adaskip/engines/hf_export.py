@@ -16,16 +16,17 @@ from adaskip.engines.families import LAYER_TENSOR, Edit, family_of
 from adaskip.engines.loading import load_without, marked_config, read_config
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
-from adaskip.engines.verify import LOADED_AS, compare
+from adaskip.engines.verify import LOADED_AS, allowed_distance, compare
 
 
 def check(export: Export) -> None:
-    """Raise ExportError for what cannot be folded, and for quantised checkpoints."""
+    """Raise ExportError for what cannot be folded, and for quantised or float64 checkpoints."""
     edit_of(export)
     if export.source.is_quantised:
         raise ExportError(
             f"{export.source.folder} holds quantised weights; export the checkpoint that they were made of"
         )
+    allowed_distance(export.source, export.folded)
     if export.folded.is_whole_layers:
         shortened(export.source.config, export.folded.live_layers)
 

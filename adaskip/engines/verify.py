@@ -15,7 +15,7 @@ from adaskip.core.context import skipping
 from adaskip.core.strategy import Strategy
 from adaskip.engines.checkpoint import Checkpoint
 from adaskip.engines.errors import ExportError
-from adaskip.engines.fold import fold
+from adaskip.engines.fold import Folded, fold
 
 PROMPT_TOKENS = 64
 UNSCALED, SCALED = 1e-5, {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -28,6 +28,18 @@ LOADED_AS: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eag
 def prompt(vocab_size: int) -> Tensor:
     """The token ids [1, 64] that logits are compared on, the same for every model of that vocabulary."""
     return torch.randint(vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def allowed_distance(source: Checkpoint, folded: Folded) -> float:
+    """The limit of `compare`. Raises ExportError for a dtype in which no weight is divided."""
+    if not folded.is_scaled:
+        return UNSCALED
+    if source.dtype not in SCALED:
+        raise ExportError(
+            f"the scales of the plan cannot be folded into {source.folder}, whose weights are {source.dtype}; allowed: "
+            f"{', '.join(map(str, SCALED))}, or a plan without scales"
+        )
+    return SCALED[source.dtype]
 
 
 def load_source(source: Checkpoint) -> PreTrainedModel:
@@ -71,7 +83,7 @@ def compare(
         raise ExportError(
             f"layers of the exported model are set up otherwise than in the source: {given}, not {wanted}"
         )
-    limit = SCALED[dtype] if fold(strategy).is_scaled else UNSCALED
+    limit = allowed_distance(source, fold(strategy))
     result = {**differences(found, expected), "limit": limit, "tokens": ids.shape[1], "weights": str(dtype)}
     if not result["distance"] <= limit:
         raise ExportError(

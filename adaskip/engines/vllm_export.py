@@ -21,7 +21,7 @@ from adaskip.engines.hf_export import skipped
 from adaskip.engines.loading import load_without, marked_config, read_config
 from adaskip.engines.registry import Export
 from adaskip.engines.shards import read_tensor
-from adaskip.engines.verify import LOADED_AS, compare
+from adaskip.engines.verify import LOADED_AS, allowed_distance, compare
 from adaskip.engines.vllm_plugin import ARCHITECTURES
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ def check(export: Export) -> None:
                 f"the scales of the plan cannot be folded into {name} of dtype {dtype}; allowed: "
                 f"{', '.join(map(str, SCALABLE))}, or a plan without scales"
             )
+    if not export.source.is_quantised:
+        allowed_distance(export.source, export.folded)
     if found := unlike_vllm(export.source.config):
         raise ExportError(f"vLLM computes this {export.source.model_type} otherwise than transformers: {found[0]}")
 

@@ -135,12 +135,34 @@ def test_scales_are_not_folded_into_weights_of_eight_bits(tmp_path):
     exported(checkpoint, tmp_path / "served", SkipPlan(attention=frozenset({1})))
 
 
-def quantise(folder: Path, dtype: torch.dtype) -> None:
-    """Weights of eight bits, with a scale of `dtype` for each output channel, in the place of the layers' matrices."""
+@pytest.mark.parametrize(("smaller", "divisor"), [(0.05, 1e4), (1.0, 1e-7)], ids=["digits lost", "infinite"])
+def test_half_precision_scales_that_cannot_hold_the_quotient_are_refused(smaller, divisor, tmp_path):
+    checkpoint = source("llama", tmp_path / "source")
+    quantise(checkpoint.folder, torch.float16, smaller)
+    plan = SkipPlan.of_sublayers({Sublayer("attention", 0): divisor})
+    with pytest.raises(ExportError, match=r"proj\.weight_scale, divided by .*allowed: 0\.01") as error:
+        exported(checkpoint, tmp_path / "served", plan)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "served").exists()
+    exported(checkpoint, tmp_path / "served", SkipPlan.of_sublayers({Sublayer("attention", 0): 1.2}))
+
+
+def test_float64_weights_are_refused_before_anything_is_written(tmp_path):
+    random_model("llama").double().save_pretrained(tmp_path / "source")
+    checkpoint = Checkpoint(tmp_path / "source", AutoConfig.from_pretrained(tmp_path / "source"))
+    with pytest.raises(ExportError, match=r"dtype torch\.float64; allowed: .*torch\.float32"):
+        exported(checkpoint, tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+
+
+def quantise(folder: Path, dtype: torch.dtype, smaller: float = 1.0) -> None:
+    """Weights of eight bits, with a scale of `dtype` for each output channel, in the place of the layers' matrices.
+
+    smaller: a factor of the scales."""
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         scale = tensors[name].abs().amax(1, keepdim=True) / 127
-        tensors |= {name: (tensors[name] / scale).round().to(torch.int8), f"{name}_scale": scale.to(dtype)}
+        tensors |= {name: (tensors[name] / scale).round().to(torch.int8), f"{name}_scale": (scale * smaller).to(dtype)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "compressed-tensors"}

@@ -169,6 +169,11 @@ def test_internlms_and_vicunas_folders_are_llamas(tmp_path):
     assert torch.allclose(decoder.logits(TOKENS[:14]).float(), wanted, atol=1e-4)
 
 
+def in_float64(source: Checkpoint) -> Checkpoint:
+    LlamaForCausalLM.from_pretrained(source.folder).double().save_pretrained(source.folder)
+    return source
+
+
 REFUSED = {
     "a plan that changes": (
         lambda export: Export(
@@ -180,6 +185,10 @@ REFUSED = {
     "another number of layers": (
         lambda export: Export(FixedPlan(num_layers=3, plan=EMPTY_PLAN), export.source),
         "has 4 layers, the plan is for 3",
+    ),
+    "float64": (
+        lambda export: Export(export.strategy, in_float64(export.source)),
+        r"weights in torch\.float64; allowed: torch\.float32, torch\.float16, torch\.bfloat16",
     ),
     "a GGUF file that is to be requantised": (
         lambda export: Export(export.strategy, export.source, gguf_file=Path("a.gguf"), weights_type="f16"),
