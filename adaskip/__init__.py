@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adaskip.core.model_plan import make_plan
     from adaskip.core.plan import Budget, SkipPlan
     from adaskip.core.strategy import Strategy, strategy_option
-    from adaskip.engines.loading import from_pretrained
+    from adaskip.models.pretrained import from_pretrained
     from adaskip.profiles.importance import ImportanceProfile
     from adaskip.profiles.selection import SelectionProfile
     from adaskip.speculative import choose_draft, lossless
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Modules of the public names that are not in `strategies`. Each is imported at first use, so that `import adaskip` does
 # not import torch.
 _HOMES = {
-    "from_pretrained": "adaskip.engines.loading",
+    "from_pretrained": "adaskip.models.pretrained",
     "make_plan": "adaskip.core.model_plan",
     "calibrate": "adaskip.calibration.measure",
     "ImportanceProfile": "adaskip.profiles.importance",

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from adaskip.common.files import write_text_atomic
 from adaskip.common.paths import PACKAGE
@@ -84,6 +90,16 @@ def write_files(folder: str | Path, files: Mapping[str, str]) -> Path:
     for name, text in files.items():
         write_text_atomic(Path(folder) / name, text)
     return Path(folder)
+
+
+def pushed_file(repo_id: str, file_name: str, *, token: str | None = None, revision: str | None = None) -> Path | None:
+    """A file of a repository on the Hub, downloaded; None where there is no such repository, revision or file."""
+    try:
+        return Path(hf_hub_download(repo_id, file_name, token=token, revision=revision))
+    except LocalEntryNotFoundError:  # the Hub cannot be reached
+        raise
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        return None
 
 
 def push_files(

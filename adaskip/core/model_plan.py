@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -28,7 +29,8 @@ def make_plan(
 ) -> SkipPlan:
     """The set that `strategy` skips in `model`, as a plan with an origin, which `save_pretrained` needs.
 
-    base_model: Hub id or folder of the model; default: where it was loaded from. allow_other_weights: accept a profile
+    base_model: Hub id, folder or GGUF file of the model; default: where it was loaded from. Of what exists here, the
+    plan records the absolute path. allow_other_weights: accept a profile
     of other weights of a model of the same shape.
 
     Raises ValueError if the strategy is for another number of layers, its profile is of another model, or its set
@@ -41,8 +43,9 @@ def make_plan(
     profile: Any = getattr(strategy, "profile", None)
     if profile is not None:
         profile.check_fits(model, allow_other_weights=allow_other_weights)
+    known = identity(model, base_model, portable_fingerprint(model))
     origin = PlanOrigin(
-        **identity(model, base_model, portable_fingerprint(model)),
+        **{**known, "model": _place(known["model"])},
         num_layers=depth,
         phase=strategy.phase,
         strategy=strategy.name,
@@ -52,6 +55,12 @@ def make_plan(
         versions={name: version(name) for name in ("torch", "transformers")},
     )
     return replace(strategy.skipped, origin=origin)
+
+
+def _place(name: str) -> str:
+    """The absolute path of a folder or file, which a relative one is only here; a name that is neither as it is."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else name
 
 
 def check_steady(strategy: Strategy) -> None:

@@ -16,8 +16,8 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from adaskip.common.files import write_text_atomic
-from adaskip.common.named_files import find_file, push_files, read_record, write_files
-from adaskip.core.plan_card import model_card
+from adaskip.common.named_files import find_file, push_files, pushed_file, read_record, write_files
+from adaskip.core.plan_card import CARD_FILE, check_card, model_card
 from adaskip.core.plan_origin import PHASES, Phase, PlanOrigin, check_phase
 
 __all__ = [
@@ -229,9 +229,12 @@ class SkipPlan:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the plan and a model card into a folder, as `from_pretrained` takes it. Returns the folder.
 
-        Raises ValueError for a plan without an origin, which `make_plan(model, strategy)` gives it, or with keeps_kv.
+        Raises ValueError for a plan without an origin, which `make_plan(model, strategy)` gives it, or with keeps_kv,
+        and for a folder with a README.md that adaskip did not write.
         """
-        return write_files(folder, self._files())
+        files = self._files()
+        check_card(Path(folder) / CARD_FILE)
+        return write_files(folder, files)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> SkipPlan:
@@ -245,9 +248,13 @@ class SkipPlan:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes to a model repository of the Hub, made if need be; returns the URL.
 
-        options: those of `push_files`: private, token, revision, commit_message.
+        options: those of `push_files`: private, token, revision, commit_message. Raises ValueError like
+        `save_pretrained`.
         """
-        return push_files(repo_id, self._files(), **options)
+        files = self._files()
+        if card := pushed_file(repo_id, CARD_FILE, token=options.get("token"), revision=options.get("revision")):
+            check_card(card, f"README.md of {repo_id}")
+        return push_files(repo_id, files, **options)
 
     def _files(self) -> dict[str, str]:
         if self.origin is None:
@@ -255,7 +262,7 @@ class SkipPlan:
                 "the plan does not say which model it is for; make_plan(model, strategy) makes one that does, of a "
                 "plan chosen by hand with strategy=FixedPlan(num_layers=..., plan=plan)"
             )
-        return {PLAN_FILE: self._json(), "README.md": model_card(self, self.origin)}
+        return {PLAN_FILE: self._json(), CARD_FILE: model_card(self, self.origin)}
 
 
 def _layer(layer: Any, *, of_text: bool = False) -> int:

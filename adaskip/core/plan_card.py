@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaskip.core.plan_origin import PlanOrigin
@@ -31,19 +34,35 @@ library_name: adaskip
 ```
 
 ```python
-from transformers import AutoModelForCausalLM
 from adaskip import SkipPlan, skipping
+from adaskip.models.loading import load_model
 
-model = AutoModelForCausalLM.from_pretrained("{model}").eval()
-plan = SkipPlan.from_pretrained("this folder or repository")
+loaded = load_model(checkpoint={name})  # a stock model of transformers
+model, tokenizer = loaded.model, loaded.tokenizer
+plan = SkipPlan.from_pretrained(".")  # this folder; or org/name on the Hub
+inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
 with skipping(model, plan):
-    model.generate(...)
+    output = model.generate(**inputs, max_new_tokens=16)
+print(tokenizer.decode(output[0]))
 ```
 
 | | |
 |---|---|
 {rows}
 """
+
+CARD_FILE = "README.md"
+OURS = re.compile(r"---\s*\n(?:(?!---).*\n)*library_name:\s*adaskip\s*\n")
+"""How the cards begin that adaskip writes, also after edits on the Hub."""
+
+
+def check_card(file: Path, name: str | None = None) -> None:
+    """Raise ValueError for a README.md that adaskip did not write. name: what the message calls it."""
+    if file.is_file() and not OURS.match(file.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            f"{name or file} was not written by adaskip and would be replaced by the plan's model card; give another "
+            "folder or repository, or move it away"
+        )
 
 
 def plan_map(plan: SkipPlan, num_layers: int) -> str:
@@ -80,10 +99,10 @@ def summary(plan: SkipPlan, origin: PlanOrigin) -> dict[str, str]:
 def model_card(plan: SkipPlan, origin: PlanOrigin) -> str:
     """The README.md of a saved plan."""
     told = summary(plan, origin)
-    on_hub = origin.model.count("/") == 1 and not origin.model.startswith((".", "/", "~"))
     return CARD.format(
-        base_model=f"base_model: {origin.model.partition('@')[0]}\n" if on_hub else "",
+        base_model=f"base_model: {origin.model.partition('@')[0]}\n" if origin.on_hub else "",
         model=origin.model,
+        name=json.dumps(origin.model),
         skipped=f"Skips {told['skipped']} in phase {origin.phase}",
         plan_map=plan_map(plan, origin.num_layers),
         rows="\n".join(f"| {heading} | {text} |" for heading, text in told.items()),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Phase = Literal["prefill", "decode", "e2e"]
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -21,10 +23,10 @@ def check_phase(phase: str) -> Phase:
 class PlanOrigin:
     """The model that a plan was made for, by the fields of `same_model.identity`, and how the plan was chosen.
 
-    model: Hub id or folder of the base model. weights_fingerprint: its `portable_fingerprint`. phase: in phase decode
-    the full model reads the prompt. strategy, budget, options: the strategy that chose the set, its budget by unit, and
-    its options. profile: the provenance of the strategy's profile, without the measurements; None for a strategy
-    without a profile. versions: of packages.
+    model: Hub id of the base model, file in a package, or absolute path of a folder or GGUF file. weights_fingerprint:
+    its `portable_fingerprint`. phase: in phase decode the full model reads the prompt. strategy, budget, options: the
+    strategy that chose the set, its budget by unit, and its options. profile: the provenance of the strategy's profile,
+    without the measurements; None for a strategy without a profile. versions: of packages.
     """
 
     model: str
@@ -52,6 +54,11 @@ class PlanOrigin:
             value = getattr(self, name)
             if not isinstance(value, Mapping) and not (name == "profile" and value is None):
                 raise ValueError(f"{name} of a plan must be an object; got {value!r}")
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the model is `org/name[@revision]`; what was on a disk is recorded by an absolute path."""
+        return HUB_ID.fullmatch(self.model) is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields, for JSON."""

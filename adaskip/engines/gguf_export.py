@@ -71,7 +71,9 @@ def smaller_model(export: Export) -> GGUFModel:
     if export.gguf_file is None:
         name = export.weights_type or DTYPES.get(dtype := export.source.dtype)
         if name is None:
-            raise ExportError(f"{export.source.folder} holds weights in {dtype}; allowed: {', '.join(map(str, DTYPES))}")
+            raise ExportError(
+                f"{export.source.folder} holds weights in {dtype}; allowed: {', '.join(map(str, DTYPES))}"
+            )
         return smaller(read_checkpoint(export.source, export.tokenizer, name), export.folded)
     if export.weights_type is not None:
         raise ExportError(f"weights of a GGUF file keep their types; {export.weights_type} takes a checkpoint folder")

@@ -1,7 +1,7 @@
-"""Loads what `adaskip export --to hf` and `adaskip plan` wrote, as models that skip for good.
+"""Loads what `adaskip export --to hf` wrote with a plan beside the weights, as a model that skips for good.
 
-Where whole layers were left out that is a stock model. Else the stock model is built, put inside `skipping`, which it
-never leaves, and gives up the parts that its checkpoint does not have.
+The stock model is built, put inside `skipping`, which it never leaves, and gives up the parts that its checkpoint does
+not have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from adaskip.common.named_files import REPOSITORY, download_folder
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.context import skipping
 from adaskip.core.plan import KINDS, SkipPlan
@@ -34,52 +33,8 @@ class Absent(nn.Module):
         raise ExportError("a sublayer that this model was exported without was called outside of adaskip's forward")
 
 
-def from_pretrained(name: str | Path, *, allow_other_weights: bool = False, **options: Any) -> PreTrainedModel:
-    """The model of a folder, or repository of the Hub, that `adaskip export --to hf` or `adaskip plan` wrote.
-
-    It skips what the plan skips, in every call and for good: use `skipping(model, plan)` on the stock model where that
-    should end. Of an export the skipped sublayers are absent; of a plan the base model is loaded whole.
-
-    options: further arguments of transformers' `from_pretrained`, as dtype and device_map. allow_other_weights: of a
-    plan, the base model may have other weights than the one it was made for.
-
-    Raises ValueError for what is neither of these, or damaged.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = download_folder(str(name))
-    if not (folder / "config.json").is_file():
-        plan = SkipPlan.from_pretrained(folder)
-        if plan.origin is None:
-            raise ExportError(f"{folder} holds a plan that names no model; load that and use skipping(model, plan)")
-        named = _base_model(plan.origin.model)
-        model = AutoModelForCausalLM.from_pretrained(**named, **{"trust_remote_code": False, **options})
-        return _skipping_for_good(model.eval(), plan, allow_other_weights)
-    if MARK in _config_record(folder):
-        return load_without(folder, *read_config(folder), **options)
-    return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False, **options}).eval()
-
-
-def _base_model(name: str) -> dict[str, Any]:
-    """The arguments of transformers' `from_pretrained` for a folder, a GGUF file, or `org/name[@revision]`.
-
-    Raises ExportError for anything else, as a folder that was moved.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    if path.exists():
-        return {"pretrained_model_name_or_path": path}
-    repo, _, revision = name.partition("@")
-    if not REPOSITORY.fullmatch(repo):
-        raise ExportError(
-            f"{name}, the model of the plan, is neither a folder nor a file here nor org/name on the Hub; load the "
-            "model from where it is now and use skipping(model, plan)"
-        )
-    return {"pretrained_model_name_or_path": repo, "revision": revision or "main"}
-
-
-def _skipping_for_good(model: PreTrainedModel, plan: SkipPlan, allow_other_weights: bool = False) -> PreTrainedModel:
+def skipping_for_good(model: PreTrainedModel, plan: SkipPlan, allow_other_weights: bool = False) -> PreTrainedModel:
+    """The model itself, put inside a context that it never leaves."""
     context = skipping(model, plan, allow_other_weights=allow_other_weights)
     context.__enter__().stay()
     model.__dict__["adaskip_context"] = context  # kept, and never left
@@ -100,7 +55,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, SkipPlan]:
         ExportError: the folder is none that `adaskip export --to hf` wrote with a plan beside the weights.
     """
     try:
-        record = _config_record(folder)
+        record = config_record(folder)
         mark = record.pop(MARK)
         plan = SkipPlan(frozenset(mark["attention"]), frozenset(mark["ffn"]))
         config = AutoConfig.for_model(**{**record, "model_type": mark["model_type"]})
@@ -113,7 +68,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, SkipPlan]:
     return config, plan
 
 
-def _config_record(folder: Path) -> dict[str, Any]:
+def config_record(folder: Path) -> dict[str, Any]:
     """The fields of `config.json`. Raises ExportError where that is no JSON object."""
     file = folder / "config.json"
     try:
@@ -142,7 +97,7 @@ def load_without(folder: Path, config: PreTrainedConfig, plan: SkipPlan, **optio
     ]
     model = _load(folder, config, {f"model.layers.{layer}.{part}." for layer, part in absent}, options)
     layers = decoder_layers(model)
-    _skipping_for_good(model, plan)
+    skipping_for_good(model, plan)
     model.__dict__["save_pretrained"] = _refuse_saving
     for layer, part in absent:
         setattr(layers[layer], part, Absent())

@@ -169,7 +169,9 @@ def load_source(
     register_packed()
     tokenizer = load_tokenizer(folder)
     chat_template = wrapper(chat or source.chat, tokenizer)
-    model = _load_weights(folder, config, attn_implementation, where)
+    if attn_implementation is not None:
+        where["attn_implementation"] = attn_implementation
+    model = load_weights(folder, config, where)
     spec = ModelSpec(
         name=source.name,
         checkpoint=source.checkpoint,
@@ -214,21 +216,20 @@ def placement(
     return {"dtype": chosen, "device_map": device_map}
 
 
-def _load_weights(
-    folder: Path, config: PreTrainedConfig, attn_implementation: str | None, where: dict[str, Any]
-) -> PreTrainedModel:
+def load_weights(folder: Path, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """The model with all weights from the folder or GGUF file; .bin files are read with
-    `torch.load(weights_only=True)`."""
+    `torch.load(weights_only=True)`.
+
+    options: further arguments of transformers' `from_pretrained`. Raises ModelError for weights missing or damaged.
+    """
     # InternLM's weights have LLaMA's names; the auto class would ask for remote code because of `auto_map`.
     model_class: Any = LlamaForCausalLM if config.model_type == "llama" else AutoModelForCausalLM
     kind = check_weights(folder)
-    options = {**where, **gguf_options(folder), "local_files_only": True}
+    options = {**options, **gguf_options(folder), "local_files_only": True}
     if kind == "gguf":
         options["quantization_config"] = GgufConfig(dequantize=True)  # even if kernels for packed weights are installed
     else:
         options["use_safetensors"] = kind == "safetensors"
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
     with said_in_one_line(f"{folder} cannot be loaded"), hf.quiet_gguf_bar():
         model, info = model_class.from_pretrained(config=config, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):

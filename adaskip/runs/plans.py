@@ -18,7 +18,7 @@ from adaskip.common.options import check_options, option
 from adaskip.core.fingerprint import portable_fingerprint
 from adaskip.core.model_plan import check_plan, check_steady, make_plan
 from adaskip.core.plan import PHASES, PLAN_FILE, Budget, SkipPlan
-from adaskip.core.plan_card import plan_map, summary
+from adaskip.core.plan_card import CARD_FILE, check_card, plan_map, summary
 from adaskip.core.same_model import identity
 from adaskip.core.strategy import FixedPlan, Strategy
 from adaskip.engines.checkpoint import Checkpoint, save_in_memory
@@ -133,6 +133,7 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     source.check()
     folder = Path(config.output).absolute()
     check_writable((folder if folder.is_dir() else folder.parent) / PLAN_FILE)
+    check_card(folder / CARD_FILE)
     if job.speedup is not None:
         job = job.with_sublayers(find_target(job).sublayers)
     if job.calibration is None or job.given_profile is not None:
@@ -246,10 +247,9 @@ def _tokenizer(folder: Path, config: ExportConfig) -> PreTrainedTokenizerBase | 
 
 
 def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:
-    if config.model is None and plan.origin is None:
+    name = config.model or (plan.origin.model if plan.origin is not None else None)
+    if name is None:
         raise ValueError(f"{config.plan} names no model: give --model")
-    name = config.model or (None if plan.origin is None else plan.origin.model)
-    assert name is not None, "was checked"
     return named_source(name)
 
 

@@ -76,6 +76,27 @@ def test_a_plan_that_cannot_be_is_one_line(options, message, away, capsys):
     assert not (away / "plan").exists()
 
 
+def test_a_relative_folder_is_recorded_by_its_absolute_path(away):
+    make_checkpoint(away / "models" / "tiny")
+    command = ["plan", "--model", "models/tiny", "--strategy", "early_exit", "--budget", "2", "--output", "plan"]
+    assert main(command) == 0
+    assert SkipPlan.from_pretrained("plan").origin.model == str(away / "models" / "tiny")
+    assert "base_model" not in (away / "plan" / "README.md").read_text()
+    assert from_pretrained("plan").config.num_hidden_layers == 3
+    (away / "models" / "tiny").rename(away / "moved")
+    with pytest.raises(ValueError, match=f"{away}/models/tiny' does not exist"):
+        from_pretrained("plan")
+
+
+def test_a_readme_of_somebody_else_is_kept_before_anything_is_measured(away, capsys, monkeypatch):
+    (away / "plan").mkdir()
+    (away / "plan" / "README.md").write_text("# Mine")
+    monkeypatch.setattr("adaskip.runs.loading.Loading.load", lambda *args: pytest.fail("was loaded"))
+    assert main([*TESTBED, "--strategy", "adaskip", "--budget", "4", "--output", "plan"]) == 2
+    assert "README.md was not written by adaskip" in capsys.readouterr().err
+    assert [path.name for path in (away / "plan").iterdir()] == ["README.md"]
+
+
 def test_online_learning_that_is_asked_for_is_refused(away, capsys):
     assert main(["calibrate", "--testbed", "--model", "llama", "--samples", "1", "--output", "p.json"]) == 0
     options = ["--strategy", "adaskip", "--budget", "4", "--profile", "p.json", "--learning-window", "5"]

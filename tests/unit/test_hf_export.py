@@ -18,15 +18,15 @@ from adaskip.common.folders import scratch_folder
 from adaskip.core.context import skipping
 from adaskip.core.kv_cache import skipped_layers
 from adaskip.core.model_plan import make_plan
-from adaskip.core.plan import SkipPlan, Sublayer
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.engines.checkpoint import Checkpoint, save_in_memory
 from adaskip.engines.errors import ExportError
 from adaskip.engines.export import export_to
 from adaskip.engines.families import FAMILIES as FAMILY_DATA
-from adaskip.engines.loading import from_pretrained
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
-from adaskip.models.loading import find_source, load_source
+from adaskip.models.loading import find_source, load_source, load_weights
+from adaskip.models.pretrained import from_pretrained
 from adaskip.speculative import lossless
 from adaskip.strategies import FixedPlan
 from tests.checkpoints import write_family
@@ -163,7 +163,9 @@ def test_a_model_that_skips_for_good_says_so(kind, tmp_path):
         "pickle": lambda: pickle.dumps(loaded),
     }
     for use in uses.values():
-        with pytest.raises(ValueError, match=r"loaded by adaskip\.from_pretrained and skips for good.* stock model") as error:
+        with pytest.raises(
+            ValueError, match=r"loaded by adaskip\.from_pretrained and skips for good.* stock model"
+        ) as error:
             use()
         assert "\n" not in str(error.value)
     assert tokens(loaded, prompt[None]) == expected
@@ -177,6 +179,55 @@ def test_a_plan_folder_is_loaded_as_a_model_that_skips(tmp_path):
     with skipping(model, plan):
         expected = tokens(model, prompt)
     assert tokens(from_pretrained(plan.save_pretrained(tmp_path / "plan")), prompt) == expected
+
+
+def test_a_plain_checkpoint_is_refused(tmp_path):
+    random_model("llama").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ExportError, match=r"plain has no adaskip_plan\.json and no adaskip_export\.json") as error:
+        from_pretrained(tmp_path / "plain")
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_beside_the_weights_of_its_model_is_applied(tmp_path):
+    model = random_model("llama")
+    model.save_pretrained(tmp_path)
+    plan = make_plan(model, FixedPlan(num_layers=4, plan=PLANS["both"]), base_model="org/elsewhere")
+    plan.save_pretrained(tmp_path)
+    prompt = random_prompts([14])[0][None]
+    with skipping(model, plan):
+        expected = tokens(model, prompt)
+    assert tokens(from_pretrained(tmp_path), prompt) == expected != tokens(model, prompt)
+    random_model("llama", seed=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this model's weights are"):
+        from_pretrained(tmp_path)
+
+
+def test_a_plan_of_weights_in_a_package_is_loaded(tmp_path, monkeypatch):
+    whole = export_of(random_model("llama", hidden_size=32, intermediate_size=64), EMPTY_PLAN, tmp_path / "source")
+    export_to("gguf", whole, tmp_path / "package" / "weights.gguf")
+    metadata = tmp_path / "package" / "small_weights-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: small-weights\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(tmp_path / "package")
+    name = "package:small-weights/weights.gguf"
+    source = find_source(checkpoint=name)
+    model = load_weights(source.path, source.own_config, {})
+    plan = make_plan(model, FixedPlan(num_layers=4, plan=PLANS["both"]), base_model=name)
+    prompt = random_prompts([14])[0][None]
+    with skipping(model, plan):
+        expected = tokens(model, prompt)
+    assert plan.origin.model == name
+    assert tokens(from_pretrained(plan.save_pretrained(tmp_path / "plan")), prompt) == expected
+
+
+def test_a_plan_of_internlm_is_loaded_without_remote_code(tmp_path):
+    source = find_source(checkpoint=write_family("internlm", tmp_path / "internlm"))
+    model = load_weights(source.path, source.own_config, {"dtype": "float32"})
+    plan = make_plan(model, FixedPlan(num_layers=2, plan=SkipPlan(ffn={1})), base_model=source.checkpoint)
+    loaded = from_pretrained(plan.save_pretrained(tmp_path / "plan"), dtype="float32")
+    prompt = random_prompts([9])[0][None]
+    with skipping(model, plan):
+        assert tokens(loaded, prompt) == tokens(model, prompt)
 
 
 def test_internlm_is_exported_as_llama(tmp_path):
@@ -220,7 +271,9 @@ def test_float64_weights_are_refused_before_writing_unless_none_is_divided(tmp_p
         with pytest.raises(ExportError, match=r"whose weights are torch\.float64; allowed: torch\.float32") as error:
             export_to("hf", export, tmp_path / "out")
     assert "\n" not in str(error.value)
-    assert export_to("hf", export_of(random_model("llama").double(), PLANS["no scales"], tmp_path / "s"), tmp_path / "o")
+    assert export_to(
+        "hf", export_of(random_model("llama").double(), PLANS["no scales"], tmp_path / "s"), tmp_path / "o"
+    )
 
 
 def test_quantised_checkpoints_and_unknown_engines_are_refused(tmp_path):
@@ -358,5 +411,8 @@ def test_a_configuration_that_is_no_record_is_one_line(text, message, tmp_path):
 def test_a_plan_whose_model_was_moved_is_one_line(tmp_path):
     model = random_model("llama")
     plan = make_plan(model, FixedPlan(num_layers=4, plan=PLANS["both"]), base_model=str(tmp_path / "moved"))
-    with pytest.raises(ExportError, match="moved, the model of the plan, is neither a folder nor a file here"):
+    with pytest.raises(
+        ExportError, match=r"the model of the plan in .*plan cannot be loaded: .*moved' does not"
+    ) as error:
         from_pretrained(plan.save_pretrained(tmp_path / "plan"))
+    assert "\n" not in str(error.value)

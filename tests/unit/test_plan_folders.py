@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,10 +19,12 @@ from adaskip.core.model_plan import make_plan
 from adaskip.core.plan import PLAN_FILE, Budget, SkipPlan, Sublayer
 from adaskip.core.plan_card import plan_map
 from adaskip.core.strategy import FixedPlan
+from adaskip.models.loading import find_source, load_source
 from adaskip.profiles.importance import ImportanceProfile, ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.speculative import lossless
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode
+from tests.checkpoints import write_family
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of, selection_of
 
@@ -80,6 +83,59 @@ def test_the_card_names_base_model_map_and_choice(model, tmp_path):
     origin = json.loads((tmp_path / PLAN_FILE).read_text())["origin"]
     assert origin["options"] == {"learning_window": 0, "beta_quantile": None}
     assert origin["profile"]["weights_fingerprint"] == "other"
+
+
+CARDS = {
+    "nothing": "",
+    "a checkpoint's card": "---\nlibrary_name: transformers\n---\n# Mine\n",
+    "a quotation": "---\nlicense: mit\n---\nlibrary_name: adaskip\n",
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_readme_of_somebody_else_is_kept(name, model, tmp_path):
+    (tmp_path / "README.md").write_text(CARDS[name])
+    with pytest.raises(ValueError, match=r"README\.md was not written by adaskip") as error:
+        make_plan(model, fixed()).save_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == CARDS[name]
+
+
+def test_a_card_of_an_earlier_plan_is_replaced_also_where_the_hub_has_changed_it(model, tmp_path):
+    plan = make_plan(model, fixed(), base_model="org/tiny")
+    card = plan.save_pretrained(tmp_path) / "README.md"
+    card.write_text("---\nlicense: mit\n" + card.read_text().removeprefix("---\n"))
+    make_plan(model, fixed("prefill"), base_model="org/tiny").save_pretrained(tmp_path)
+    assert "| phase | prefill |" in card.read_text()
+
+
+def test_a_folder_is_recorded_by_its_absolute_path_and_is_no_hub_id(model, tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(model, fixed(), base_model="models/tiny")
+    assert plan.origin.model == str(tmp_path / "models" / "tiny")
+    card = (plan.save_pretrained("plan") / "README.md").read_text()
+    assert "base_model" not in card
+    assert f'load_model(checkpoint="{tmp_path}/models/tiny")' in card
+
+
+@pytest.mark.parametrize("name", ["package:small-weights/w.gguf", "~/tiny", "../tiny", "LlamaForCausalLM"])
+def test_what_is_not_on_the_hub_is_no_base_model_of_a_card(name, model, tmp_path):
+    assert (
+        "base_model"
+        not in (make_plan(model, fixed(), base_model=name).save_pretrained(tmp_path) / "README.md").read_text()
+    )
+
+
+def test_the_code_of_a_card_runs(tmp_path, monkeypatch, capsys):
+    source = find_source(checkpoint=write_family("llama", tmp_path / "tiny"))
+    small = load_source(source, device="cpu").model
+    plan = make_plan(small, FixedPlan(num_layers=2, plan=SkipPlan(ffn={1})), base_model=str(tmp_path / "tiny"))
+    card = (plan.save_pretrained(tmp_path / "plan") / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "plan")
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    assert "The capital of France is" in capsys.readouterr().out
 
 
 def test_maps_of_deep_models_are_cut_into_lines_of_a_hundred_layers():

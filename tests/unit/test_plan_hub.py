@@ -20,6 +20,17 @@ print(plan.push_to_hub("org/plan", private=True, token="t"))
 assert SkipPlan.from_pretrained("org/plan") == plan
 assert SkipPlan.from_pretrained("org/plan").origin == origin
 """
+PUSH_AGAIN = """
+from adaskip.core.plan import PlanOrigin, SkipPlan
+origin = PlanOrigin("org/base", 4, 16, "prefill", "w", "c", "", "fixed", {"sublayers": 2})
+plan = SkipPlan(frozenset({1}), origin=origin)
+plan.push_to_hub("org/plan", token="t")
+plan.push_to_hub("org/plan", token="t")
+try:
+    plan.push_to_hub("org/model", token="t")
+except ValueError as error:
+    print(error)
+"""
 PULL = """
 from adaskip.profiles.importance import ImportanceProfile
 print(ImportanceProfile.load("org/profile").num_layers)
@@ -53,6 +64,13 @@ def test_a_pushed_plan_is_pulled_as_it_was(run):
     (url,) = run(PUSH)
     assert url.endswith(f"/org/plan/commit/{COMMIT}")
     assert sorted(FakeHub.repositories["org/plan"]) == ["README.md", "adaskip_plan.json"]
+
+
+def test_a_model_card_of_somebody_else_on_the_hub_is_kept(run):
+    FakeHub.repositories["org/model"] = {"README.md": b"# Mine"}
+    (line,) = run(PUSH_AGAIN)
+    assert line.startswith("README.md of org/model was not written by adaskip")
+    assert FakeHub.repositories["org/model"] == {"README.md": b"# Mine"}
 
 
 def test_a_profile_is_pulled_and_what_is_not_there_is_one_line(run, tmp_path):
