@@ -23,6 +23,7 @@ from adaskip.engines.shards import disk_errors, read_tensor, rewrite, tensor_fil
 COMPANIONS = (
     *("generation_config.json", "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    "tekken.json",
     *("preprocessor_config.json", "processor_config.json"),
 )
 """Files that are copied as they are. Code never is."""
@@ -113,7 +114,9 @@ def write_checkpoint(
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation config and licence."""
-    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}):
+    for file in sorted(
+        {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file() and file.suffix != ".py"}
+    ):
         path = target / file.relative_to(source)
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, path)

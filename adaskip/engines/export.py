@@ -9,6 +9,7 @@ from typing import Any
 from adaskip.common.folders import check_new, check_new_file, new_file, new_folder
 from adaskip.core.plan import PLAN_FILE
 from adaskip.engines.registry import Export, engine
+from adaskip.engines.tokenizers import check_tokenizer, verify_tokenizer, write_tokenizer
 
 REPORT = "adaskip_export.json"
 """What an export says of itself in its folder, beside the plan."""
@@ -18,7 +19,8 @@ def export_to(name: str, export: Export, output: str | Path, *, verify: bool = T
     """Export to an engine of `registry.ENGINES`, into the folder `output`, which is new or empty; for an engine that
     takes a single file (`SUFFIX`), into the new file `output`.
 
-    verify: load both models afterwards, one after the other, and compare their logits on a prompt.
+    verify: load both models afterwards, one after the other, and compare their logits on a prompt, and of a folder the
+    tokens of its tokenizer.
 
     Returns what also stands in the folder's report. Raises ValueError for what cannot be exported, before anything is
     written, or differs from the plan, and OSError for a full disk; then nothing is left at `output`.
@@ -29,8 +31,14 @@ def export_to(name: str, export: Export, output: str | Path, *, verify: bool = T
         raise ValueError(f"{output} is no name for an export to {name}, which is one file; allowed: names in {suffix}")
     (check_new_file if one_file else check_new)(Path(output))
     chosen.check(export)
+    if not one_file:
+        check_tokenizer(export)
     with (new_file if one_file else new_folder)(output) as target:
         chosen.write(export, target)
+        if not one_file:
+            write_tokenizer(export, target)
+        if verify and not one_file:
+            verify_tokenizer(export, target)
         report = {
             "engine": name,
             "model_type": export.source.model_type,

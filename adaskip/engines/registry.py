@@ -29,7 +29,8 @@ class Export:
     """What is exported: a model under a strategy that is one plan.
 
     source: its checkpoint. gguf_file: the GGUF file that the checkpoint was made of, if it was. tokenizer: for a GGUF
-    file made of a checkpoint; None leaves it out. weights_type: of `WEIGHTS`; None: the source's own.
+    file made of a checkpoint, where None leaves it out; of a folder it takes the place of the checkpoint's own.
+    weights_type: of `WEIGHTS`; None: the source's own.
     """
 
     strategy: Strategy

@@ -35,6 +35,7 @@ from adaskip.models.checkpoints import check_weights, commit_of, read_config, we
 from adaskip.models.companion_files import tokenizer_fingerprint
 from adaskip.models.errors import ModelError, one_line, said_in_one_line
 from adaskip.models.gguf_file import forget_quantisation, gguf_options, is_gguf
+from adaskip.models.internlm_stock import stock_tokenizer
 from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.rope import fix_dynamic_rope
 from adaskip.models.source import ModelSource, find_source
@@ -250,6 +251,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: it cannot be read.
     """
     return deepcopy(_read_tokenizer(folder, tokenizer_fingerprint(folder)))
+
+
+def exportable_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """InternLM's tokenizer with the same ids in files that name no remote code; None for others. Raises ModelError."""
+    tokenizer = load_tokenizer(folder) if read_config(folder)["model_type"] == internlm.MODEL_TYPE else None
+    return None if not isinstance(tokenizer, internlm.InternLMTokenizer) else stock_tokenizer(tokenizer)
 
 
 @lru_cache(maxsize=2)

@@ -27,7 +27,7 @@ from adaskip.engines.export import export_to
 from adaskip.engines.registry import ENGINES, WEIGHTS, Export
 from adaskip.models.checkpoints import check_weights
 from adaskip.models.companion_files import TOKENIZER_FILES
-from adaskip.models.loading import load_source, load_tokenizer
+from adaskip.models.loading import exportable_tokenizer, load_source, load_tokenizer
 from adaskip.models.source import ModelSource, named_source
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import METHODS, SelectionProfile
@@ -239,11 +239,14 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
 
 
 def _tokenizer(folder: Path, config: ExportConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer to write to a GGUF file; None for other exports and for a folder without a tokenizer."""
+    """The tokenizer to write to a GGUF file, and InternLM's for other exports, where its files name remote code; None
+    for a folder without a tokenizer, and for other folders, whose files are copied."""
     has_one = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
-    if config.to != "gguf" or not config.tokenizer or not has_one:
+    if not config.tokenizer or not has_one:
         return None
-    return load_tokenizer(folder)
+    if config.to == "gguf":
+        return load_tokenizer(folder)
+    return exportable_tokenizer(folder)
 
 
 def _source(plan: SkipPlan, config: ExportConfig) -> ModelSource:

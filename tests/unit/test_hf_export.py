@@ -11,7 +11,7 @@ import stat
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adaskip.calibration.measure import calibrate
 from adaskip.common.folders import scratch_folder
@@ -25,7 +25,7 @@ from adaskip.engines.export import export_to
 from adaskip.engines.families import FAMILIES as FAMILY_DATA
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
-from adaskip.models.loading import find_source, load_source, load_weights
+from adaskip.models.loading import exportable_tokenizer, find_source, load_source, load_tokenizer, load_weights
 from adaskip.models.pretrained import from_pretrained
 from adaskip.speculative import lossless
 from adaskip.strategies import FixedPlan
@@ -237,13 +237,39 @@ def test_internlm_is_exported_as_llama(tmp_path):
     save_file(weights, tmp_path / "internlm" / "model.safetensors", metadata={"format": "pt"})
     plan = SkipPlan.of_sublayers({Sublayer("attention", 0): 1.2, Sublayer("ffn", 0): 0.9})
     strategy = FixedPlan(num_layers=2, plan=plan)
-    assert export_to("hf", Export(strategy, Checkpoint(source.path, source.own_config)), tmp_path / "out")["verified"]
+    checkpoint = Checkpoint(source.path, source.own_config)
+    with pytest.raises(ExportError, match=r"the tokenizer of .*internlm needs remote code"):
+        export_to("hf", Export(strategy, checkpoint), tmp_path / "out")
+    export = Export(strategy, checkpoint, tokenizer=exportable_tokenizer(source.path))
+    assert export_to("hf", export, tmp_path / "out")["verified"]
+    text = "The quick brown fox. <eoh>\n"
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == load_tokenizer(source.path)(text).input_ids
+    )
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
     prompt = random_prompts([9])[0][None]
     with skipping(loaded, strategy):
         expected = tokens(loaded, prompt)
     assert tokens(from_pretrained(tmp_path / "out", dtype="float32"), prompt) == expected
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_stock_tokenizer_goes_along_and_is_loaded_afterwards(engine, tmp_path, monkeypatch):
+    folder = write_family("llama", tmp_path / "s")
+    source = find_source(checkpoint=folder)
+    (folder / "tekken.json").write_text("{}")
+    (folder / "tokenizer_code.py").write_text("")
+    export = Export(FixedPlan(num_layers=2, plan=SkipPlan(ffn={1})), Checkpoint(folder, source.own_config))
+    export_to(engine, export, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids == load_tokenizer(folder)("a").input_ids
+    assert (tmp_path / "out" / "tekken.json").is_file()
+    assert not list((tmp_path / "out").glob("*.py"))
+    monkeypatch.setattr("adaskip.engines.checkpoint.COMPANIONS", ("tokenizer_config.json",))
+    with pytest.raises(ExportError, match="the tokenizer of the exported folder"):
+        export_to(engine, export, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 REFUSED = {
