@@ -263,7 +263,8 @@ def test_a_stock_tokenizer_goes_along_and_is_loaded_afterwards(engine, tmp_path,
     (folder / "tokenizer_code.py").write_text("")
     export = Export(FixedPlan(num_layers=2, plan=SkipPlan(ffn={1})), Checkpoint(folder, source.own_config))
     export_to(engine, export, tmp_path / "out")
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids == load_tokenizer(folder)("a").input_ids
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out", config=source.own_config)
+    assert loaded("a").input_ids == load_tokenizer(folder)("a").input_ids
     assert (tmp_path / "out" / "tekken.json").is_file()
     assert not list((tmp_path / "out").glob("*.py"))
     monkeypatch.setattr("adaskip.engines.checkpoint.COMPANIONS", ("tokenizer_config.json",))
