@@ -15,7 +15,7 @@ class SampleScore:
     is_empty: bool = False
     """Nothing but white space was scored."""
     error: str | None = None
-    """Why the metric failed and counted 0; None if it did not."""
+    """Why the metric failed, if the score is 0 and it did; else None."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:

@@ -67,7 +67,7 @@ def sample_score(
             best = max(best, compute(scored, reference, all_classes))
         except ScoredZero as failure:
             error = str(failure)
-    return SampleScore(best, not scored.strip(), error)
+    return SampleScore(best, not scored.strip(), error if best == 0 else None)
 
 
 def scored_text(task: str, prediction: str) -> str:

@@ -122,9 +122,16 @@ def test_a_real_overflow_scores_zero_and_is_counted():
     assert "RecursionError" in next(iter(result.errors))
 
 
-def test_an_error_on_one_reference_keeps_the_other_references_score():
-    result = score_samples("gov_report", [sample("a b", "", "a b")])
+@pytest.mark.parametrize("references", [("", "a b"), ("a b", "")])
+def test_an_error_on_one_reference_keeps_the_other_references_score_and_is_no_zero(references):
+    result = score_samples("gov_report", [sample("a b", *references)])
     assert result.per_sample[0] == pytest.approx(1.0)
+    assert result.errors == {}
+
+
+def test_an_error_on_one_reference_is_counted_where_no_other_scores():
+    result = score_samples("gov_report", [sample("a b", "", "c d")])
+    assert result.per_sample == (0.0,)
     assert sum(result.errors.values()) == 1
 
 
