@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from adaskip.common.intervals import mean_of_means_estimate
+from adaskip.common.intervals import Estimate, mean_of_means_estimate
 from adaskip.runs.cells import Cell
+from adaskip.studies.tables import selection
 from adaskip.studies.tables.report import write_tables
 from adaskip.studies.tables.results import load_results
 from adaskip.studies.tables.selection import matches, sentence, to_text
@@ -71,3 +72,12 @@ def test_groups_weigh_alike_whatever_their_size():
     assert estimate.high is not None
     assert 0.4 < estimate.low < 0.5 < estimate.high < 0.6
     assert mean_of_means_estimate([[1.0], [0.0, 1.0]]).low is None
+
+
+@pytest.mark.parametrize("rounding_error", [-8.9e-16, 8.9e-16])
+def test_a_tie_stays_a_tie_when_its_differences_do_not_add_up_to_zero(tmp_path, monkeypatch, rounding_error):
+    write_all(tmp_path, "llama", 0.6)
+    monkeypatch.setattr(selection, "mean_of_means_estimate", lambda groups: Estimate(rounding_error, -1.0, 1.0))
+    found = matches(load_results(tmp_path))
+    assert [*found["verdict"]] == ["equal to"]
+    assert "| +0.0 [-1.0, +1.0] | equal to AdaSkip |" in to_text(found)

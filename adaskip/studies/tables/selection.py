@@ -40,7 +40,8 @@ def matches(results: Results) -> pd.DataFrame:
                 gap = mean_of_means_estimate(gaps)
                 if sum(map(len, gaps)) < FEWEST_PAIRS:
                     gap = Estimate(gap.value)
-                rows.append((phase, fraction, model, *means.values(), best, gap.value, gap.low, gap.high))
+                difference = round(gap.value, 6) + 0.0  # + 0.0: no minus before a zero
+                rows.append((phase, fraction, model, *means.values(), best, difference, gap.low, gap.high))
     columns = ["phase", "fraction", "model", *STRATEGIES, "best_other", "difference", "low", "high"]
     found = pd.DataFrame(rows, columns=columns).astype({"difference": float, "low": float, "high": float})
     found["verdict"] = found["difference"].map(lambda gap: BETTER if gap > 0 else EQUAL if gap == 0 else WORSE)
