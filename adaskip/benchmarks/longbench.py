@@ -168,9 +168,9 @@ class LongBenchTasks(Benchmark):
         return scoring.sample_score(task, prediction, references, kept.get("all_classes"))
 
     def fidelity(self, task: str, prediction: str, full_answer: str, **kept: Any) -> float:
-        """Of the texts that the metric uses, for some tasks the first line. If answers are classes: the classes that
-        both name / the classes that either names. 0 for a different answer of the full model that cannot be a
-        reference."""
+        """Of the texts that the metric reads: for some tasks the first line, for code the first line of code. If
+        answers are classes: the classes that both name / the classes that either names. 0 for a different answer of
+        the full model that cannot be a reference."""
         ours, full = (scoring.scored_text(task, text).strip() for text in (prediction, full_answer))
         if (classes := kept.get("all_classes")) and ours and full and ours != full:
             return scoring.same_classes(task, ours, full, tuple(classes))

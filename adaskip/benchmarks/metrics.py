@@ -191,13 +191,18 @@ def _share_of_numbers(prediction: str, wanted: str) -> float:
 
 def code_sim(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:
     """Similarity of the first line that looks like code, as fuzzywuzzy 0.18 computes it without python-Levenshtein."""
-    lines = prediction.lstrip("\n").split("\n")
-    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    line = code_line(prediction)
     if line == reference:
         return 1.0
     if not line or not reference:
         return 0.0
     return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
+
+
+def code_line(text: str) -> str:
+    """The line of a prediction that `code_sim` reads: the first one that looks like code; empty if there is none."""
+    lines = text.lstrip("\n").split("\n")
+    return next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
 
 
 METRICS: dict[str, Metric] = {

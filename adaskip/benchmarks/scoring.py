@@ -18,7 +18,7 @@ import numpy as np
 
 from adaskip.benchmarks import metrics, scores
 from adaskip.benchmarks.longbench_tasks import get_task
-from adaskip.benchmarks.metrics import METRICS, STANDARD_ROUGE, Metric, MetricError, ScoredZero
+from adaskip.benchmarks.metrics import METRICS, STANDARD_ROUGE, Metric, MetricError, ScoredZero, code_line
 from adaskip.benchmarks.scores import BucketScore, SampleScore, TaskScore
 
 __all__ = [
@@ -60,7 +60,7 @@ def sample_score(
     compute = _metric(metric or spec.metric)
     if not references:
         raise MetricError(f"a sample of {task} has no references")
-    scored = scored_text(task, prediction)
+    scored = scored_text(task, prediction, metric)
     best, error = 0.0, None
     for reference in references:
         try:
@@ -70,9 +70,11 @@ def sample_score(
     return SampleScore(best, not scored.strip(), error if best == 0 else None)
 
 
-def scored_text(task: str, prediction: str) -> str:
-    """What a task's metric reads of a prediction: all, or the first line."""
-    return prediction.lstrip("\n").split("\n")[0] if get_task(task).first_line_only else prediction
+def scored_text(task: str, prediction: str, metric: str | None = None) -> str:
+    """What a metric, by default the task's, reads of a prediction: all, the first line, or the first line of code."""
+    spec = get_task(task)
+    text = prediction.lstrip("\n").split("\n")[0] if spec.first_line_only else prediction
+    return code_line(text) if (metric or spec.metric) == "code_sim" else text
 
 
 def score_sample(

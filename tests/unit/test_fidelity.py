@@ -53,6 +53,24 @@ def test_only_the_line_that_the_metric_reads_counts_in_both_answers():
     assert of("multifieldqa_en", "Oslo\none", "Oslo\nanother") == 0.5
 
 
+@pytest.mark.parametrize("task", ["lcc", "repobench-p"])
+@pytest.mark.parametrize(
+    ("ours", "full", "expected"),
+    [
+        ("return x\nfoo = 1", "return x\nbar = 2", 1.0),
+        ("\n\nreturn x\nfoo = 1", "# the result\nreturn x", 1.0),
+        ("```python\nreturn x\n```", "return x", 1.0),
+        ("return x", "return y\nreturn x", 0.88),
+        ("# a comment", "// another", 1.0),  # no code in either
+        ("# a comment", "return x", 0.0),
+        (" \nfoo = 1", "\t\nbar = 2", 1.0),  # a line of white space is the line that the metric reads
+        (" \nreturn x", "return x", 0.0),
+    ],
+)
+def test_of_code_the_line_that_the_metric_reads_counts_in_both_answers(task, ours, full, expected):
+    assert of(task, ours, full) == of(task, full, ours) == expected
+
+
 @pytest.mark.parametrize(
     ("ours", "full", "expected"),
     [

@@ -13,6 +13,7 @@ from adaskip.benchmarks.scoring import (
     STANDARD_ROUGE,
     BucketScore,
     MetricError,
+    SampleScore,
     sample_score,
     score_buckets,
     score_sample,
@@ -120,6 +121,11 @@ def test_a_real_overflow_scores_zero_and_is_counted():
     assert result.per_sample[0] == 0.0
     assert sum(result.errors.values()) == 1
     assert "RecursionError" in next(iter(result.errors))
+
+
+def test_an_answer_of_code_without_a_line_of_code_is_empty_for_the_tasks_metric_alone():
+    assert sample_score("lcc", "# only this", ["x = 1"]) == SampleScore(0.0, is_empty=True)
+    assert not sample_score("lcc", "# only this", ["x = 1"], metric="qa_f1").is_empty
 
 
 @pytest.mark.parametrize("references", [("", "a b"), ("a b", "")])
