@@ -6,10 +6,12 @@ with LongBench's columns and types.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,7 +195,14 @@ class LongBenchTasks(Benchmark):
         )
 
     def score_version(self) -> str:
-        return scoring.fingerprint()
+        return f"{_scoring_code(type(self))}, {scoring.fingerprint()}"
+
+
+@cache
+def _scoring_code(cls: type[LongBenchTasks]) -> str:
+    """Digest of the methods of a class and its bases that score answers."""
+    held = [vars(each).get(name) for each in cls.__mro__ for name in ("score", "fidelity", "evaluate")]
+    return hashlib.sha256("".join(map(inspect.getsource, filter(None, held))).encode()).hexdigest()
 
 
 def set_of(task: str, manifest: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,14 @@ def _metric(name: str) -> Metric:
 
 @cache
 def fingerprint() -> str:
-    """What these scores depend on: the code here and the packages of Rouge-L."""
+    """What these scores depend on: the code here, the packages of Rouge-L, and jieba."""
     code = "".join(inspect.getsource(module) for module in (sys.modules[__name__], metrics, scores))
-    versions = [f"{package} {version(package)}" for package in ("rouge", "rouge_score")]
+    versions = [f"{package} {_version(package)}" for package in ("rouge", "rouge_score", "jieba")]
     return f"{hashlib.sha256(code.encode()).hexdigest()}, {', '.join(versions)}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # jieba is only needed for Chinese tasks
+        return "none"

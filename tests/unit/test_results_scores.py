@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from adaskip.benchmarks import scoring
+from adaskip.benchmarks import longbench, scoring
+from adaskip.benchmarks.longbench import LongBench, LongBenchTasks
+from adaskip.benchmarks.protocol import Benchmark
 from adaskip.runs.cells import Cell
 from adaskip.studies.tables import scores
 from adaskip.studies.tables.runs import load_run
@@ -100,6 +103,29 @@ def test_changed_metrics_score_again(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "score_task", None)
     with pytest.raises(TypeError):
         score_run(load_run(folder))
+
+
+@pytest.mark.parametrize("cls", [LongBenchTasks, Benchmark])
+@pytest.mark.parametrize("name", ["fidelity", "evaluate"])
+def test_a_changed_fidelity_or_evaluation_is_another_version_of_the_scores(cls, name, monkeypatch):
+    longbench._scoring_code.cache_clear()
+    before = LongBench().score_version()
+    monkeypatch.setattr(cls, name, lambda self, *given, **kept: 0.5)
+    longbench._scoring_code.cache_clear()
+    assert LongBench().score_version() != before
+    longbench._scoring_code.cache_clear()
+
+
+def test_another_jieba_or_none_is_another_version_of_the_scores(monkeypatch):
+    def without(package):
+        if package == "jieba":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    before = scoring.fingerprint()
+    assert f"jieba {version('jieba')}" in before
+    monkeypatch.setattr(scoring, "version", without)
+    assert scoring.fingerprint.__wrapped__() == before.replace(f"jieba {version('jieba')}", "jieba none")
 
 
 def test_torn_scores_are_made_again(tmp_path):
