@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from datetime import date
+
 from transformers import PreTrainedTokenizerBase
 
 from adaskip.models.errors import ModelError, said_in_one_line
+
+DATE = date(2024, 7, 26)
+"""The date for chat templates that print today's, so that a prompt is the same every day: the one that Llama-3's
+templates print without a clock."""
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def check_chat(chat: str) -> None:
@@ -41,4 +49,7 @@ def wrapper(chat: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _one_turn(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     messages = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    template = CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), tokenizer.get_chat_template())
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    )

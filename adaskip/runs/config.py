@@ -68,7 +68,10 @@ class SharedConfig:
     )
     attn_implementation: str = option("attention backend, e.g. sdpa, sdpa_packed, eager, flash_attention_2", "sdpa")
     device_map: str | None = option("accelerate's device map, e.g. auto, to spread a model over several devices")
-    chat: str | None = option("chat wrapper: none, template, or a text with {prompt}; default: that of the model")
+    chat: str | None = option(
+        "chat wrapper: none, template (today's date in it is always 26 July 2024), or a text with {prompt}; default: "
+        "that of the model"
+    )
     seed: int = option("seed of torch's generators and of --subset", 0)
     threads: int | None = option("CPU threads of torch; default: torch's choice", least=1)
 

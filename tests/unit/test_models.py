@@ -18,7 +18,16 @@ from adaskip.benchmarks.prompts import build_prompt_ids
 from adaskip.core.blocks import UnsupportedModelError, decoder_layers
 from adaskip.models import checkpoints
 from adaskip.models import registry as registry_file
-from adaskip.models.loading import ModelError, architecture, load_model, placement, prompt_limit, registry
+from adaskip.models.chat import wrapper
+from adaskip.models.loading import (
+    ModelError,
+    architecture,
+    load_model,
+    load_tokenizer,
+    placement,
+    prompt_limit,
+    registry,
+)
 from adaskip.models.rope import DynamicNTKRope
 from tests.checkpoints import CHAT_TEMPLATE, SMALL, write_family, write_hub_cache
 
@@ -251,6 +260,11 @@ def test_wrapping_equals_the_tokenizers_own_whatever_white_space_is_around_a_pro
         ids = build_prompt_ids(prompt, tokenizer, 5000, spec.chat_template)
         messages = [{"role": "user", "content": prompt}]
         assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def test_a_chat_template_that_prints_todays_date_prints_the_same_one_every_day(damaged):
+    (damaged / "chat_template.jinja").write_text("Today: {{ strftime_now('%d %b %Y') }}\n{{ messages[0].content }}:")
+    assert wrapper("template", load_tokenizer(damaged)) == "Today: 26 Jul 2024\n{prompt}:"
 
 
 def test_a_chat_template_that_drops_white_space_on_one_side_only_is_refused(damaged):
