@@ -39,8 +39,7 @@ def _build(job: Job, part: Part, profile: Profile | None) -> Strategy | None:
         budget=Budget(sublayers=job.cell.sublayers),
         num_layers=job.loading.num_layers,
         profile=profile,
-        max_decode_steps=part.max_new_tokens,
-        **job.strategy_options,
+        **{"max_decode_steps": part.max_new_tokens, **job.strategy_options},
     )
 
 

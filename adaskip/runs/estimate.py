@@ -189,8 +189,7 @@ def assumed_plans(job: Job, sublayers: int, num_layers: int, new_tokens: int) ->
         phase=job.phase,
         budget=Budget(sublayers=sublayers),
         num_layers=num_layers,
-        max_decode_steps=new_tokens,
-        keep_kv=job.keeps_kv,
+        **{"max_decode_steps": new_tokens, **job.strategy_options},
     )
     assert strategy is not None, "only the full model has no strategy"
     return strategy.prefill_plan, strategy.decode_plan

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from adaskip.core.look import PURPLE, Look
 from adaskip.core.plan import SkipPlan
-from adaskip.core.strategy import Strategy
+from adaskip.core.strategy import Strategy, strategy_option
 
 MAX_DECODE_STEPS = 512  # the paper's output cap
 
@@ -30,7 +30,10 @@ class SkipDecode(Strategy):
     in_paper = True
     in_grid = True
 
-    max_decode_steps: int = MAX_DECODE_STEPS
+    max_decode_steps: int = strategy_option(
+        "step from which on all layers of the budget are skipped; default: the task's maximum number of tokens",
+        MAX_DECODE_STEPS,
+    )
 
     def __post_init__(self) -> None:
         if self.max_decode_steps < 1:

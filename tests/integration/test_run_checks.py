@@ -13,8 +13,9 @@ import pytest
 from adaskip import cli
 from adaskip.benchmarks import longbench_tasks
 from adaskip.runs import loading
-from adaskip.runs.checks import check
+from adaskip.runs.checks import build_strategies, check
 from adaskip.runs.config import RunConfig
+from adaskip.runs.estimate import assumed_plans
 from adaskip.runs.job import resolve
 from tests.tiny_runs import NUM_SAMPLES, NUM_SHORT, ROOT, cell, error_of, records, write_samples
 
@@ -151,6 +152,18 @@ def test_check_alone_says_nothing_of_a_run_that_can_be(own, no_model):
     break_weights(checkpoint, data)
     with pytest.raises(ValueError, match="truncated"):
         check(resolve(config))
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), 8), (("max_decode_steps=3",), 3)])
+def test_skipdecodes_last_step_is_the_cap_of_a_task_unless_it_is_given(checkpoint, data_dir, given, expected):
+    config = RunConfig(
+        **{"model": "llama", "phase": "decode", "strategy": "skipdecode", "budget": 4, "device": "cpu"},
+        **{"checkpoint": str(checkpoint), "data_dir": str(data_dir), "max_new_tokens": 8, "strategy_option": given},
+    )
+    job = resolve(config)
+    assert {strategy.max_decode_steps for strategy in build_strategies(job, None)} == {expected}
+    _, plan_of_step = assumed_plans(job, 8, num_layers=8, new_tokens=8)
+    assert len(plan_of_step(3).attention) == (4 if given else 3)
 
 
 # What is finished
