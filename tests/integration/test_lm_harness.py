@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adaskip import AdaSkip, Budget, FixedPlan, SkipPlan, calibrate, make_plan
+from adaskip import AdaSkip, Budget, FixedPlan, SkipPlan, calibrate, make_plan, skipping
 from adaskip.cli import main
+from adaskip.models.loading import load_model
+from adaskip.models.rope import DynamicNTKRope
 from tests.checkpoints import write_family
 from tests.zeroed import zeroed
 
@@ -23,6 +25,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.utils import simple_parse_args_string  # noqa: E402
 
+from adaskip.benchmarks import lm_harness  # noqa: E402
 from adaskip.benchmarks.lm_harness import AdaSkipLM  # noqa: E402
 
 PLAN = SkipPlan(attention={1}, ffn={0})
@@ -153,6 +156,48 @@ def test_log_likelihoods_of_a_strategy_that_skips_only_in_prompts_are_refused(fo
             score([])
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, (7, 4)), ({"max_decode_steps": 5}, (5, 5))])
+def test_skipdecodes_last_step_is_the_end_of_the_answer_unless_it_is_given(folder, model, given, expected, monkeypatch):
+    used = []
+
+    def watched(model, strategy):
+        used.append(strategy.max_decode_steps)
+        return skipping(model, strategy)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    lm = AdaSkipLM(pretrained=model, tokenizer=tokenizer, strategy="skipdecode", budget=2, phase="decode", **given)
+    monkeypatch.setattr(lm_harness, "skipping", watched)
+    tasks = [{"until": ["dog"], "max_gen_toks": 7}, {"until": ["dog"], "max_new_tokens": 4}]
+    requests = [Instance("generate_until", {}, ("The quick", each), 0) for each in tasks]
+    assert len(lm.generate_until(requests, disable_tqdm=True)) == 2
+    assert sorted(used) == sorted(expected)
+
+
+def test_internlm_is_loaded_as_runs_load_it(tmp_path, monkeypatch):
+    path = write_family("internlm", tmp_path / "internlm")
+    monkeypatch.setattr(lm_harness, "find_source", lambda name: SimpleNamespace(path=path))
+    given = {"strategy": "early_exit", "budget": 2, "dtype": "float32", "device": "cpu", "batch_size": 2}
+    lm = AdaSkipLM(pretrained="internlm", **given)
+    loaded = load_model("internlm", path, device="cpu")
+    assert (type(lm.model), type(lm.tokenizer)) == (type(loaded.model), type(loaded.tokenizer))
+    assert isinstance(lm.model.model.rotary_emb, DynamicNTKRope)
+    ids = torch.arange(3, 43)[None]
+    assert torch.equal(lm.model(ids).logits, loaded.model(ids).logits)
+    (answer,) = lm.generate_until([Instance("generate_until", {}, ("The quick", {"until": [], "max_gen_toks": 3}), 0)])
+    assert isinstance(answer, str)
+
+
+def test_an_argument_that_a_loaded_model_cannot_take_is_refused(model):
+    with pytest.raises(ValueError, match="model type adaskip has no argument max_steps; allowed: those of model type"):
+        AdaSkipLM(pretrained=model, strategy="early_exit", budget=2, max_steps=3)
+
+
+@pytest.mark.parametrize("name", ["gguf_file", "subfolder", "revision"])
+def test_a_named_model_says_where_its_weights_are(name):
+    with pytest.raises(ValueError, match=f"pretrained=llama says by itself where its weights are: leave out {name}"):
+        AdaSkipLM(pretrained="llama", strategy="early_exit", budget=2, **{name: "other"})
+
+
 def test_a_model_that_was_passed_is_the_stock_model_between_requests(folder, model):
     lm = AdaSkipLM(
         pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder / "model"), plan=str(folder / "plan")
@@ -178,6 +223,10 @@ def test_a_model_that_was_passed_is_the_stock_model_between_requests(folder, mod
         ("strategy=early_exit,budget=2,phase=never", "never"),
         ("strategy=early_exit,budget=2,profile=p.json", "strategy early_exit needs no profile; got p.json"),
         ("strategy=early_exit,budget=2,learning_window=3", "early_exit has no option learning_window"),
+        ("strategy=early_exit,budget=2,max_decode_steps=64", "early_exit has no option max_decode_steps"),
+        ("strategy=skipdecode,budget=2,max_decode_steps=few", "--model_args max_decode_steps must be int, not 'few'"),
+        ("strategy=skipdecode,budget=2,max_decode_steps=0", "max_decode_steps must be at least 1; got 0"),
+        ("strategy=early_exit,budget=2,max_steps=64", "model type adaskip has no argument max_steps"),
         ("strategy=adaskip,budget=2", "strategy adaskip needs profile=FILE (ImportanceProfile)"),
         ("strategy=adaskp,budget=2", "adaskp"),
         ("plan=PLAN,budget=2", "a plan says by itself what is skipped and when: leave out budget, or plan"),
