@@ -105,8 +105,12 @@ def _calibrate(config: CalibrateConfig) -> int:
             value = METHODS[profile.method].criterion.format(chosen.divergence)
             print(f"{count:3} sublayers  {value}  {chosen.plan.to_dict()}  {chosen.found_by}")
         cost = profile.cost
-        print(f"{cost.num_forwards} forwards over {cost.num_tokens} tokens in {cost.seconds:.1f} s", end=", ")
-        print(f"{cost.multiple:.{0 if cost.multiple >= 10 else 1}f} times AdaSkip's calibration; in {where}")
+        multiples = (cost.num_forwards / cost.adaskip_forwards, cost.num_tokens / cost.adaskip_tokens, cost.multiple)
+        forwards, tokens, seconds = (f"{times:.{0 if times >= 10 else 1}f}" for times in multiples)
+        print(
+            f"{cost.num_forwards} forwards over {cost.num_tokens} tokens in {cost.seconds:.1f} s: {forwards}, {tokens} "
+            f"and {seconds} times AdaSkip's calibration; in {where}"
+        )
         return 0
     print(f"profile of {config.model} over {profile.tokens} tokens in {where}")
     return 0

@@ -64,7 +64,8 @@ def skipping(
     number of layers or the plan for another model, the model is in training mode, or the context is nested.
     """
     model = unwrapped(model)
-    refuse_for_good(model)
+    _check_head(model)
+    refuse_for_good(model)  # before a plan is compared with its weights, some of which are absent
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     patches = patches_for(model, strategy)
     patches.check(strategy.skipped.union(strategy.prefill_plan))
@@ -89,8 +90,7 @@ def skipping(
 
 def patches_for(model: PreTrainedModel, strategy: Strategy) -> ModelPatches:
     """The patches of a model; ValueError if it cannot generate or the strategy is for another number of layers."""
-    if not hasattr(model, NEXT_STEP):
-        raise ValueError(f"{type(model).__name__} cannot generate; pass the model with its language-model head")
+    _check_head(model)
     patches = patches_of(model)
     if strategy.num_layers != len(patches.patches):
         raise ValueError(
@@ -98,3 +98,8 @@ def patches_for(model: PreTrainedModel, strategy: Strategy) -> ModelPatches:
             f"{type(model).__name__} has {len(patches.patches)}"
         )
     return patches
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    if not hasattr(model, NEXT_STEP):
+        raise ValueError(f"{type(model).__name__} cannot generate; pass the model with its language-model head")

@@ -42,6 +42,10 @@ def kept(tmp_path: Path) -> dict[str, SelectionProfile]:
 def test_a_run_uses_the_selection_searched_for_kept_kv_and_makes_it_if_missing(given, tmp_path, monkeypatch, capsys):
     assert cli.main([*CALIBRATE, "--keep-kv", "--up-to", "3", *given]) == 0
     (name, selection), *others = kept(tmp_path).items()
+    cost = selection.cost
+    assert f"{cost.num_forwards} forwards over {cost.num_tokens} tokens in " in (out := capsys.readouterr().out)
+    assert f" s: {cost.num_forwards / cost.adaskip_forwards:.0f}, " in out
+    assert " times AdaSkip's calibration; in " in out
     assert (name, selection.keep_kv, others) == ("llama-selection-prefill-keep-kv", True, [])
     assert selection.selected[2].plan.attention == selection.selected[2].plan.ffn == {2}  # the last layer is free
     assert selection.selected[2].divergence == 0.0
