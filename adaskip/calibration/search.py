@@ -61,8 +61,8 @@ def search(
 
     faster: predicted speedup of a set, by which ties are decided: the fastest contender whose divergence is not
     significantly above the least one is chosen, and the search continues from it. The default's set is kept if it is
-    one of these and as fast. No contender is dropped, since all are compared in pairs; that takes more measurements,
-    but no more than `most_measured`.
+    one of these and none of them is faster. No contender is dropped, since all are compared in pairs; that takes more
+    measurements, but no more than `most_measured`.
     """
     candidates = list(candidates)
     prompts = range(num_prompts)

@@ -96,8 +96,9 @@ def pushed_file(repo_id: str, file_name: str, *, token: str | None = None, revis
     """A file of a repository on the Hub, downloaded; None where there is no such repository, revision or file."""
     try:
         return Path(hf_hub_download(repo_id, file_name, token=token, revision=revision))
-    except LocalEntryNotFoundError:  # the Hub cannot be reached
-        raise
+    except (LocalEntryNotFoundError, GatedRepoError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file_name} of {repo_id!r} cannot be read from the Hub: {told}") from error
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
 

@@ -30,8 +30,7 @@ def make_plan(
     """The set that `strategy` skips in `model`, as a plan with an origin, which `save_pretrained` needs.
 
     base_model: Hub id, folder or GGUF file of the model; default: where it was loaded from. Of what exists here, the
-    plan records the absolute path. allow_other_weights: accept a profile
-    of other weights of a model of the same shape.
+    plan records the absolute path. allow_other_weights: accept a profile of other weights of a model of the same shape.
 
     Raises ValueError if the strategy is for another number of layers, its profile is of another model, or its set
     changes during an answer.

@@ -34,7 +34,10 @@ def needs_code(folder: Path) -> bool:
     file = folder / CONFIG
     if not file.is_file():
         return False
-    named = json.loads(file.read_text(encoding="utf-8")).get("auto_map") or {}
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("auto_map") or {}
+    except (ValueError, AttributeError):
+        raise ExportError(f"{file} is not a JSON object") from None
     return bool(named.get("AutoTokenizer") if isinstance(named, dict) else named) and _loaded(folder) is None
 
 

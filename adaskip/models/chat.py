@@ -50,6 +50,10 @@ def wrapper(chat: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _one_turn(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     messages = [{"role": "user", "content": content}]
     template = CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), tokenizer.get_chat_template())
+    if "strftime_now(" in template:
+        raise ModelError(
+            "it prints the date in a way that cannot be replaced by a fixed one: give a text with {prompt} instead"
+        )
     return str(
         tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     )

@@ -6,7 +6,7 @@ from adaskip.core.plan import Budget, Phase
 from adaskip.profiles.assumed import assumed_profile
 from adaskip.profiles.selection import METHODS, SearchCost, Selected, SelectionProfile
 from adaskip.runs.job import Job, Part, Profile
-from adaskip.runs.manifest import is_done
+from adaskip.runs.manifest import compensation_samples, is_done
 from adaskip.strategies import Strategy, build
 
 
@@ -22,6 +22,7 @@ def check(job: Job) -> None:
     if job.speedup is None and is_done(job):
         return
     assert job.parts, "reads the data"
+    compensation_samples(job)
     job.loading.source.check()
     profile = _profile_without_model(job)
     build_strategies(job if job.speedup is None else job.with_sublayers(0), profile)

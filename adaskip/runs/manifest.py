@@ -54,6 +54,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "strategy": job.strategy,
         "strategy_options": {**job.strategy_options, **_compensation(job)} or None,
         **({"selection": "searched with keep_kv"} if job.searches_kept_kv else {}),
+        **({} if (digest := compensation_samples(job)) is None else {"compensation_samples": digest}),
         "phase": job.phase,
         "tasks": {part.name: len(part.samples) for part in job.parts},
         "max_new_tokens": {part.name: part.max_new_tokens for part in job.parts},
@@ -76,6 +77,14 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 def _compensation(job: Job) -> dict[str, str]:
     return {} if job.compensation == SCALE else {"compensation": job.compensation}
+
+
+def compensation_samples(job: Job) -> str | None:
+    """Digest of the samples that the compensation is fitted on; None for the scales of the profile."""
+    if job.compensation == SCALE:
+        return None
+    assert job.calibration is not None, "only strategies with a profile have this option"
+    return fingerprint(job.calibration.samples)
 
 
 def describe_run(

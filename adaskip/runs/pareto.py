@@ -48,6 +48,8 @@ def pareto_lines(
         ValueError: it is not a selection, its model is not found, or a request is longer than the model's positions.
     """
     profile = SelectionProfile.load(find_profile(name, SelectionProfile, "the selection"))
+    if profile.phase == "prefill" and new_tokens is not None:
+        raise ValueError(f"--new-tokens is for selections of phases decode and e2e; {name} is for phase prefill")
     new_tokens = 1 if profile.phase == "prefill" else new_tokens or NEW_TOKENS
     config = _source(profile, model).config
     for length in lengths:

@@ -34,6 +34,7 @@ from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.config import RunConfig, StrategyConfig
 from adaskip.runs.job import Job, Profile, resolve
+from adaskip.runs.manifest import compensation_samples
 from adaskip.runs.pareto import NEW_TOKENS
 from adaskip.runs.profiles import find_compensation, profile_for
 from adaskip.runs.speedup import find_target
@@ -136,6 +137,7 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     check_card(folder / CARD_FILE)
     if job.speedup is not None:
         job = job.with_sublayers(find_target(job).sublayers)
+    compensation_samples(job)  # reads them before the model is loaded
     if job.calibration is None or job.given_profile is not None:
         _strategy(job, job.given_profile)  # which is refused, if at all, before the model is loaded
     loaded = job.loading.load()
@@ -148,7 +150,8 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     )
     if (compensate := find_compensation(job, loaded)) is not None:
         assert plan.origin is not None, "make_plan gives one"
-        options = {**plan.origin.options, "compensation": compensate.kind}
+        fitted = {"compensation": compensate.kind, "compensation_samples": compensation_samples(job)}
+        options = {**plan.origin.options, **fitted}
         plan = replace(compensate(plan), origin=replace(plan.origin, options=options))
     return plan, plan.save_pretrained(config.output)
 
@@ -239,8 +242,8 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
 
 
 def _tokenizer(folder: Path, config: ExportConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer to write to a GGUF file, and InternLM's for other exports, where its files name remote code; None
-    for a folder without a tokenizer, and for other folders, whose files are copied."""
+    """The tokenizer to write: of any model to a GGUF file, else InternLM's as a stock one; None to write none, or where
+    the files of the folder are copied."""
     has_one = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
     if not config.tokenizer or not has_one:
         return None

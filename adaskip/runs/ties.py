@@ -44,8 +44,9 @@ class TiesByTime:
 
 def find_ties(config: CalibrateConfig, loading: Loading) -> TiesByTime | None:
     """What `--faster-at` asks for; None without it. ValueError if the model has too few positions."""
-    if config.faster_at is None or config.select is None:
+    if config.faster_at is None:
         return None
+    assert config.select is not None, "was checked"
     new_tokens = 1 if config.select == "prefill" else config.setup.phases[config.select].max_new_tokens
     check_positions(loading.source.config, config.faster_at, new_tokens, f"--faster-at {config.faster_at}")
     return TiesByTime(Request(config.faster_at, new_tokens), config.speedup_on)

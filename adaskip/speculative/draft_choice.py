@@ -56,11 +56,12 @@ class DraftCandidate:
 
 @dataclass(frozen=True)
 class DraftChoice:
-    """The set to draft with, for `lossless(model, choice.strategy)`. Printed, it shows everything measured.
+    """The set to draft with, for `lossless(model, choice.strategy)`. Printed, it shows what was measured.
 
     strategy: as it was given; the empty plan, with which only n-grams draft, if no set pays. gamma, speedup: those of
     its `DraftCandidate`; None and 1.0 if no set pays. candidates: in the order given. verify_ratios: time of a forward
-    of the full model over 1, 2, ..., 16 tokens / time of a step.
+    of the full model over 1, 2, ..., 16 tokens / time of a step; numbers of tokens that did not occur lie on lines
+    through those that did.
     """
 
     strategy: Strategy | SkipPlan

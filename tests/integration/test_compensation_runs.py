@@ -33,6 +33,7 @@ def test_each_kind_of_run_has_its_own_outputs_and_says_which_it_is(given, tmp_pa
         assert cli.main([*RUN, "--compensation", kind, *given, "--output-dir", str(out / "runs")]) == 0
         manifest = json.loads((out / FOLDER / "manifest.json").read_text())
         assert manifest["strategy_options"] == (None if kind == "scale" else {"compensation": kind})
+        assert ("compensation_samples" in manifest) == (kind != "scale")
         seen[kind] = losses(out / FOLDER)
     assert len({tuple(values) for values in seen.values()}) == 3
 

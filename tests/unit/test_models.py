@@ -267,6 +267,11 @@ def test_a_chat_template_that_prints_todays_date_prints_the_same_one_every_day(d
     assert wrapper("template", load_tokenizer(damaged)) == "Today: 26 Jul 2024\n{prompt}:"
 
 
+def test_a_chat_template_whose_date_cannot_be_fixed_is_refused(damaged):
+    (damaged / "chat_template.jinja").write_text("{% set f = '%d' %}{{ strftime_now(f) }} {{ messages[0].content }}:")
+    assert "prints the date in a way that cannot be replaced" in refused("llama", damaged, chat="template")
+
+
 def test_a_chat_template_that_drops_white_space_on_one_side_only_is_refused(damaged):
     with_chat_template(damaged, "message['content'].rstrip()")
     assert "strips only some of the white space around a prompt" in refused("llama", damaged, chat="template")

@@ -142,6 +142,7 @@ def test_a_published_selection_needs_neither_weights_nor_a_model(capsys, monkeyp
         (["--prompt-tokens", "64", "--new-tokens", "0"], "--new-tokens must be at least 1, not 0"),
         (["--prompt-tokens", "64", "--speedup-on", "L2"], "unknown device 'L2'. Did you mean 'L20'"),
         (["--speedup-on", "L20"], "--speedup-on needs --prompt-tokens"),
+        (["--prompt-tokens", "64", "--new-tokens", "5"], "--new-tokens is for selections of phases decode and e2e"),
         (["--new-tokens", "5"], "--new-tokens needs --prompt-tokens"),
         (["--prompt-tokens", "64", "--plot", "x.png"], "without --plot"),
         (["--prompt-tokens", "64", "--model", "nothing-here"], "the shape of nothing-here is unknown"),

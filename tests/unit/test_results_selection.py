@@ -35,9 +35,8 @@ def test_the_difference_is_from_the_best_of_the_others(tmp_path, calibrated, ver
     assert ("**worse than** AdaSkip" in row) == (verdict == "worse than")
 
 
-@pytest.mark.parametrize(("num_samples", "significant"), [(3, False), (4, True)])
-def test_a_lead_on_less_than_eight_pairs_is_not_called_significant(tmp_path, num_samples, significant):
-    """There are two tasks."""
+@pytest.mark.parametrize(("num_samples", "significant"), [(7, False), (8, True)])
+def test_a_lead_on_less_than_eight_pairs_a_task_is_not_called_significant(tmp_path, num_samples, significant):
     for strategy, quality in {**dict.fromkeys(OTHERS, 0.0), "calibrated": 1.0}.items():
         write_run(tmp_path, Cell("llama", "e2e", strategy, 4), quality, num_samples=num_samples)
     (match,) = matches(load_results(tmp_path)).itertuples()

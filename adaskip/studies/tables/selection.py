@@ -19,7 +19,8 @@ def matches(results: Results) -> pd.DataFrame:
     """A row for each phase, fraction and model in which all tasks of all five strategies are finished.
 
     Columns: the mean score of each strategy over the tasks, per cent; `best_other`; and `difference`, `low`, `high`:
-    calibrated minus the best other, the mean over tasks of the mean over common samples.
+    calibrated minus the best other, the mean over tasks of the mean over common samples; no interval if a task has
+    fewer than `FEWEST_PAIRS`.
     """
     cells = results.cells[results.cells["strategy"].isin(STRATEGIES)]
     whole = cells.groupby(["phase", "fraction", "model"])["final"].all()
@@ -38,7 +39,7 @@ def matches(results: Results) -> pd.DataFrame:
                 pairs = zip(found[CALIBRATED], found[best], strict=True)
                 gaps = [[*(100 * (a - b.reindex(a.index))).dropna()] for a, b in pairs]
                 gap = mean_of_means_estimate(gaps)
-                if sum(map(len, gaps)) < FEWEST_PAIRS:
+                if min(map(len, gaps)) < FEWEST_PAIRS:
                     gap = Estimate(gap.value)
                 difference = round(gap.value, 6) + 0.0  # + 0.0: no minus before a zero
                 rows.append((phase, fraction, model, *means.values(), best, difference, gap.low, gap.high))
