@@ -59,8 +59,9 @@ def test_a_folder_names_an_architecture_of_the_plugin_and_lacks_the_skipped_weig
 
 
 def test_transformers_does_not_load_the_folder_as_a_full_model(tmp_path):
+    """It knows the type only if an earlier test of this process has registered the plugin's configurations."""
     exported(source("llama", tmp_path / "source"), tmp_path / "served")
-    with pytest.raises(ValueError, match="adaskip-llama"):
+    with pytest.raises(ValueError, match=r"adaskip-llama|AdaSkipLlamaConfig"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "served")
 
 
