@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ OBJECTIVE_VERSION = 2
 searched again."""
 ANSWER_TOKENS = 128
 """Maximum length of a greedy answer."""
+BATCH_TOKENS = 8192
+"""Maximum number of tokens, of prompts and answers, in a batch of greedy answers; a longer prompt is alone."""
 PROMPT_POSITIONS = 64
 """In prefill, the number of evenly spaced positions of each prompt that are compared."""
 RESIDENT = 4
@@ -68,7 +70,7 @@ class OutputDivergence:
     keep_kv: compare what strategies with keep_kv=True compute, at the positions that their answers use. Every plan then
     keeps the K/V and runs over the prompt without its last token. The full model, too, reads that part first, so that a
     plan without an effect has a divergence of exactly 0.
-    answers: token ids of the full model's greedy answers (`greedy_answer`), if they are known. In decode, prompts
+    answers: token ids of the full model's greedy answers (`greedy_answers`), if they are known. In decode, prompts
     without an answer are left out, as there is nothing to compare. num_forwards, num_tokens, seconds: cost of the calls
     so far, including the full model's answers if these were not given.
     """
@@ -98,7 +100,8 @@ class OutputDivergence:
         with self._counting(), torch.no_grad():
             if answers is None:
                 ends = {"eos_token_ids": eos_token_ids, "pad_token_id": pad_token_id}
-                answers = [greedy_answer(model, prompt, **ends) for prompt in prompts]
+                made = {i: answer for batch in greedy_answers(model, prompts, **ends) for i, answer in batch.items()}
+                answers = [made[i] for i in range(len(prompts))]
                 self.num_forwards += sum(len(answer) + 1 for answer in answers)
                 self.num_tokens += sum(map(len, prompts)) + sum(map(len, answers))
             both = [pair for pair in zip(prompts, answers, strict=True) if phase != "decode" or len(pair[1])]
@@ -212,19 +215,41 @@ class OutputDivergence:
             self.seconds += time.perf_counter() - start
 
 
-def greedy_answer(
-    model: PreTrainedModel, prompt: Tensor, *, eos_token_ids: Sequence[int], pad_token_id: int
-) -> list[int]:
-    """Token ids of the full model's greedy answer to a prompt, [T], without the end token; at most `ANSWER_TOKENS`."""
-    (answer,) = generate(
-        unwrapped(model),
-        None,
-        [prompt],
-        max_new_tokens=ANSWER_TOKENS,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad_token_id,
-    )
-    return answer.token_ids
+def greedy_answers(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    *,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    known: Container[int] = (),
+) -> Iterator[dict[int, list[int]]]:
+    """Token ids of the full model's greedy answers by index of the prompt, without end tokens, batch by batch.
+
+    An answer has at most `ANSWER_TOKENS`. The prompts of a batch have one length, since padding would change rotary
+    angles that depend on the length. known: indices of known answers; a batch of these alone is left out.
+    """
+    for batch in _batches(prompts):
+        if all(i in known for i in batch):
+            continue
+        answers = generate(
+            unwrapped(model),
+            None,
+            [prompts[i] for i in batch],
+            max_new_tokens=ANSWER_TOKENS,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+        )
+        yield {i: answer.token_ids for i, answer in zip(batch, answers, strict=True)}
+
+
+def _batches(prompts: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of prompts of one length, at most `BATCH_TOKENS` with their answers, in each batch."""
+    batches: list[list[int]] = []
+    for length in sorted({len(prompt) for prompt in prompts}):
+        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        rows = max(1, BATCH_TOKENS // (length + ANSWER_TOKENS))
+        batches += [alike[start : start + rows] for start in range(0, len(alike), rows)]
+    return batches
 
 
 def _positions(prompt_length: int, length: int, phase: Phase, *, answer_only: bool) -> tuple[Tensor, Tensor]:

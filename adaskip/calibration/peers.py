@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from adaskip.calibration import blockpruner, evopress
 from adaskip.calibration.cosine_window import layer_angles, windows
-from adaskip.calibration.divergence import OutputDivergence, greedy_answer
+from adaskip.calibration.divergence import OutputDivergence, greedy_answers
 from adaskip.calibration.progress import Progress
 from adaskip.calibration.search import Choice, Set
 from adaskip.common.choices import check_choice
@@ -49,6 +49,16 @@ class Asked:
     @property
     def num_layers(self) -> int:
         return len(decoder_layers(unwrapped(self.model)))
+
+    @property
+    def stops(self) -> dict[str, Any]:
+        return {"eos_token_ids": self.eos_token_ids, "pad_token_id": self.pad_token_id}
+
+    def answers(self, progress: Progress) -> list[list[int]]:
+        """Token ids of the full model's greedy answers; `progress` keeps them."""
+        return progress.answers(
+            len(self.prompts), lambda known: greedy_answers(self.model, self.prompts, **self.stops, known=known)
+        )
 
     def progress(self, measure: Callable[[SkipPlan, int], float], method: str) -> Progress:
         """Measures sets without scales. measure: of a plan on one prompt."""
@@ -133,10 +143,10 @@ def _blockpruner(asked: Asked) -> Found:
 
 
 def _evopress(asked: Asked) -> Found:
-    prompts, stops = asked.prompts, {"eos_token_ids": asked.eos_token_ids, "pad_token_id": asked.pad_token_id}
+    prompts = asked.prompts
     progress = asked.progress(lambda plan, i: divergence(plan, [i])[0], "evopress")
-    answers = progress.answers(len(prompts), lambda i: greedy_answer(asked.model, prompts[i], **stops))
-    divergence = OutputDivergence(asked.model, prompts, asked.phase, answers=answers, **stops)
+    answers = asked.answers(progress)
+    divergence = OutputDivergence(asked.model, prompts, asked.phase, answers=answers, **asked.stops)
     setup = divergence.num_forwards, divergence.num_tokens, divergence.seconds
     pairs = zip(prompts, answers, strict=True)
     lengths = [len(prompt) + len(answer) for prompt, answer in pairs if len(answer) or asked.phase != "decode"]

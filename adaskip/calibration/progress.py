@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,15 +70,22 @@ class Progress:
         """Divergence of `chosen` on each of the prompts `which`."""
         return [self._measured(chosen, prompt).divergence for prompt in which]
 
-    def answers(self, number: int, generate: Callable[[int], list[int]]) -> list[list[int]]:
-        """The full model's answers to prompts 0 to `number` - 1; generate: makes the answer to a prompt."""
-        for prompt in range(number):
-            if prompt not in self.known_answers:
-                began = time.perf_counter()
-                token_ids = generate(prompt)
-                answer = self.known_answers[prompt] = Answer(token_ids, time.perf_counter() - began)
+    def answers(
+        self, number: int, generate: Callable[[Container[int]], Iterator[Mapping[int, list[int]]]]
+    ) -> list[list[int]]:
+        """The full model's answers to prompts 0 to `number` - 1.
+
+        generate: makes the answers batch by batch, by prompt, without batches whose prompts are all among the given.
+        The prompts of a batch share its time.
+        """
+        began = time.perf_counter()
+        for batch in generate(self.known_answers):
+            seconds = (time.perf_counter() - began) / len(batch)
+            for prompt, token_ids in batch.items():
+                self.known_answers[prompt] = Answer(token_ids, seconds)
                 if self.path is not None:
-                    _append(self.path, json.dumps({"answer": token_ids, "prompt": prompt, "seconds": answer.seconds}))
+                    _append(self.path, json.dumps({"answer": token_ids, "prompt": prompt, "seconds": seconds}))
+            began = time.perf_counter()
         return [self.known_answers[prompt].token_ids for prompt in range(number)]
 
     def _measured(self, chosen: Set, prompt: int) -> Measured:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip.calibration.divergence import OBJECTIVE_VERSION, OutputDivergence, greedy_answer
+from adaskip.calibration.divergence import OBJECTIVE_VERSION, OutputDivergence
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.peers import PEERS, Asked, Found, counts_of, settings_of
 from adaskip.calibration.progress import Progress, held
@@ -143,9 +143,8 @@ def _search(
         asked.identity,
         num_prompts=len(prompts),
     )
-    stops = {"eos_token_ids": asked.eos_token_ids, "pad_token_id": asked.pad_token_id}
-    answers = progress.answers(len(prompts), lambda i: greedy_answer(asked.model, prompts[i], **stops))
-    divergence = OutputDivergence(asked.model, prompts, asked.phase, answers=answers, keep_kv=keep_kv, **stops)
+    answers = asked.answers(progress)
+    divergence = OutputDivergence(asked.model, prompts, asked.phase, answers=answers, keep_kv=keep_kv, **asked.stops)
     lengths = [passage.ids.numel() for passage in divergence.passages]  # tokens that one measurement reads
     answered = sum(map(len, answers))
     setup_forwards, setup_tokens = divergence.num_forwards + len(prompts) + answered, divergence.num_tokens

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from adaskip.calibration import blockpruner
 from adaskip.calibration.blockpruner import TextLoss
 from adaskip.calibration.cosine_window import layer_angles, windows
-from adaskip.calibration.divergence import OutputDivergence, greedy_answer
+from adaskip.calibration.divergence import OutputDivergence, greedy_answers
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.peers import PEERS
 from adaskip.calibration.select import select
@@ -202,7 +202,7 @@ def test_a_selection_says_its_method_and_is_taken_by_its_strategy_alone(made, mo
 @pytest.mark.parametrize("method", PEERS)
 def test_no_more_is_measured_than_foretold(made, model, prompts, method):
     counts = list(made[method].selected)
-    answers = sum(len(greedy_answer(model, prompt, **ENDS)) for prompt in prompts)
+    answers = sum(len(answer) for batch in greedy_answers(model, prompts, **ENDS) for answer in batch.values())
     setup = 2 * len(prompts) + answers if method == "evopress" else 0  # the full model's answers and distributions
     assert setup < made[method].cost.num_forwards
     assert made[method].cost.num_forwards - setup <= PEERS[method].most_forwards(LAYERS, len(prompts), counts)

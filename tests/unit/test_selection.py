@@ -61,6 +61,23 @@ def test_divergence_is_that_of_a_decoder_without_the_sublayers(family, phase):
     assert divergence(EMPTY_PLAN, range(2)) == pytest.approx([0, 0], abs=1e-6)
 
 
+def test_prompts_of_one_length_are_answered_together(monkeypatch):
+    model, prompts = random_model("llama"), random_prompts([9, 14, 9, 9])
+    alone = [generate(model, None, [prompt], max_new_tokens=12, **ENDS)[0].token_ids for prompt in prompts]
+    batches = []
+
+    def counted(model, strategy, batch, **options):
+        batches.append(len(batch))
+        return generate(model, strategy, batch, **options)
+
+    monkeypatch.setattr(divergence_module, "generate", counted)
+    monkeypatch.setattr(divergence_module, "BATCH_TOKENS", 2 * (9 + 12))
+    made = list(divergence_module.greedy_answers(model, prompts, **ENDS))
+    assert made == [{0: alone[0], 2: alone[2]}, {3: alone[3]}, {1: alone[1]}]
+    assert batches == [2, 1, 1]
+    assert list(divergence_module.greedy_answers(model, prompts, **ENDS, known={0, 1, 3})) == made[:1]  # as a whole
+
+
 def test_the_cost_counts_every_forward_of_what_was_asked():
     model = random_model("llama")
     divergence = OutputDivergence(model, random_prompts([9, 14]), "prefill", **ENDS)
@@ -307,9 +324,9 @@ def test_in_decode_prompts_without_an_answer_are_left_out(model, prompts, monkey
     answered = answers_of(model, prompts)
     silent = [replace(answer, token_ids=[] if i % 2 else answer.token_ids) for i, answer in enumerate(answered)]
     coming = iter(silent)
-    monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [next(coming)])
+    monkeypatch.setattr(divergence_module, "generate", lambda model, plan, batch, **ends: [next(coming) for _ in batch])
     assert len(OutputDivergence(model, prompts, "decode", **ENDS)) == 3
-    monkeypatch.setattr(divergence_module, "generate", lambda *args, **kwargs: [silent[1]])
+    monkeypatch.setattr(divergence_module, "generate", lambda model, plan, batch, **ends: [silent[1]] * len(batch))
     with pytest.raises(ValueError, match="gives none to any of the 5 prompts"):
         OutputDivergence(model, prompts, "decode", **ENDS)
     assert len(OutputDivergence(model, prompts, "e2e", **ENDS)) == 5
