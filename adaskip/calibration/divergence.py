@@ -15,6 +15,7 @@ import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ BATCH_TOKENS = 8192
 """Maximum number of tokens, of prompts and answers, in a batch of greedy answers; a longer prompt is alone."""
 PROMPT_POSITIONS = 64
 """In prefill, the number of evenly spaced positions of each prompt that are compared."""
+ROWS_AT_ONCE = 16
+"""Distributions that are compared at once: so few stay in a CPU's cache."""
 RESIDENT = 4
 """The K/V of this many prompts, which a search uses most, stay on the model's device; the K/V of the others are kept on
 the CPU. For 20 prompts of 7000 tokens and a model of Vicuna-7B's shape they take 73 GB."""
@@ -138,18 +141,17 @@ class OutputDivergence:
     def _divergence(self, plan: SkipPlan, number: int) -> Tensor:
         passage = self.passages[number]
         if plan.keeps_kv or self.keep_kv:
-            log_q = self._log_probs_over_kept(plan, number)
+            logits = self._logits_over_kept(plan, number)
         else:
             (stream,) = self._streams[number]
             with stream.running(plan):
-                log_q = self._log_probs(passage.ids, _view(passage.dense), passage.positions)
-        kl = torch.nn.functional.kl_div(log_q, passage.reference, reduction="none", log_target=True).sum(dim=-1)
-        divergence = kl @ passage.weights
+                logits = self._logits(passage.ids, _view(passage.dense), passage.positions)
+        divergence = _kl(passage.reference, logits) @ passage.weights
         divergence = torch.nan_to_num(divergence, nan=torch.inf, posinf=torch.inf)  # overflow counts as infinite
         return divergence.clamp(min=0.0)  # rounding may make the sum slightly negative
 
-    def _log_probs_over_kept(self, plan: SkipPlan, number: int) -> Tensor:
-        """float32 [N, V], of the prompt under the plan, then of the full model over the K/V that it kept."""
+    def _logits_over_kept(self, plan: SkipPlan, number: int) -> Tensor:
+        """[N, V], of the prompt under the plan, then of the full model over the K/V that it kept."""
         passage, patches, parts = self.passages[number], self._patches, []
         ids, read, early = passage.ids, passage.read, passage.positions < passage.read
         last = len(patches.layers) - 1
@@ -166,9 +168,9 @@ class OutputDivergence:
                 if self.keep_kv:
                     self._read(ids[:, :read], cache)
                 else:
-                    parts.append(self._log_probs(ids[:, :read], cache, passage.positions[early]))
+                    parts.append(self._logits(ids[:, :read], cache, passage.positions[early]))
         with answer.running(plan, start, applied=EMPTY_PLAN):
-            parts.append(self._log_probs(ids[:, read:], cache, passage.positions[~early] - read))
+            parts.append(self._logits(ids[:, read:], cache, passage.positions[~early] - read))
         return torch.cat(parts)
 
     def _passage(self, prompt: Tensor, answer: Sequence[int], *, resident: bool) -> Passage:
@@ -182,7 +184,8 @@ class OutputDivergence:
         cache = DynamicCache(config=self.model.config) if first else None
         if cache is not None:
             self._read(ids[:, :first], cache)
-        reference = self._log_probs(ids[:, first:], _view(cache), positions + start - first)
+        logits = self._logits(ids[:, first:], _view(cache), positions + start - first)
+        reference = logits.float().log_softmax(dim=-1)
         dense = cache if start else None
         if dense is not None and not resident:
             layers: list[Any] = dense.layers
@@ -195,12 +198,12 @@ class OutputDivergence:
         self._count(ids)
         find_decoder(self.model)(input_ids=ids, **{CACHE: cache}, use_cache=True)
 
-    def _log_probs(self, ids: Tensor, cache: DynamicCache | None, positions: Tensor) -> Tensor:
-        """float32 [N, V]. cache: K/V of the tokens before `ids`, which grow."""
+    def _logits(self, ids: Tensor, cache: DynamicCache | None, positions: Tensor) -> Tensor:
+        """[N, V]. cache: K/V of the tokens before `ids`, which grow."""
         self._count(ids)
         model: Any = self.model
         output = model(input_ids=ids, **{CACHE: cache}, use_cache=cache is not None, logits_to_keep=positions)
-        return output.logits[0].float().log_softmax(dim=-1)
+        return output.logits[0]
 
     def _count(self, ids: Tensor) -> None:
         self.num_forwards += 1
@@ -213,6 +216,13 @@ class OutputDivergence:
             yield
         finally:
             self.seconds += time.perf_counter() - start
+
+
+def _kl(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || softmax(logits)) in nats for each row, float32 [N]; both [N, V]."""
+    parts = zip(log_p.split(ROWS_AT_ONCE), logits.split(ROWS_AT_ONCE), strict=True)
+    kl_div = partial(torch.nn.functional.kl_div, reduction="none", log_target=True)
+    return torch.cat([kl_div(rows.float().log_softmax(dim=-1), p).sum(dim=-1) for p, rows in parts])
 
 
 def greedy_answers(
