@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adaskip.calibration.measure import UNITS
+from adaskip.profiles.importance import UNITS
 from adaskip.studies.observations.saved import MEASUREMENTS, PROVENANCE
 from adaskip.studies.observations.settings import Target
 

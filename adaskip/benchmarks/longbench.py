@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaskip.benchmarks import scoring
-from adaskip.benchmarks.longbench_files import HUB, JsonlFile, LongBenchError, list_sets
+from adaskip.benchmarks.longbench_files import JsonlFile, LongBenchError, list_sets
 from adaskip.benchmarks.longbench_tasks import EXTENDED_SUFFIX, EXTENDED_TASKS, TASKS, TaskSpec, get_task, set_meant
-from adaskip.benchmarks.protocol import Benchmark, Record, register_benchmark
+from adaskip.benchmarks.protocol import HUB, Benchmark, Record, register_benchmark
 from adaskip.benchmarks.scores import Evaluation, SampleScore
 from adaskip.common.choices import check_choice
 from adaskip.common.configs import load_yaml

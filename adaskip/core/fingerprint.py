@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.core import hf
-from adaskip.core.config_identity import config_fingerprint
 from adaskip.core.quantised import bitsandbytes_tensors, further_tensors, is_bitsandbytes, plain_tensors
 from adaskip.core.wrappers import unwrapped
-
-__all__ = ["config_fingerprint", "fingerprint_of", "portable_fingerprint", "weights_fingerprint"]
 
 SAMPLES = 1024  # about the maximum number of elements read from each tensor
 ALGORITHM, PORTABLE = "v1", "portable-v1"  # part of the hash; change it when the sampling changes

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from adaskip.core.adapters import active_adapters
-from adaskip.core.fingerprint import config_fingerprint, weights_fingerprint
+from adaskip.core.config_identity import config_fingerprint
+from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.core.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from adaskip.models.errors import ModelError, one_line, said_in_one_line
+from adaskip.models.errors import ModelError, one_line
 from adaskip.models.gguf_file import check_gguf, is_gguf
 from adaskip.models.packaged import is_packaged, packaged_file
-
-__all__ = ["ModelError", "one_line", "said_in_one_line"]
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from adaskip.core.fingerprint import config_fingerprint
+from adaskip.core.config_identity import config_fingerprint
 from adaskip.models.errors import ModelError, one_line
 from adaskip.models.gguf_file import is_gguf
 

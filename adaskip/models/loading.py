@@ -36,25 +36,9 @@ from adaskip.models.companion_files import tokenizer_fingerprint
 from adaskip.models.errors import ModelError, one_line, said_in_one_line
 from adaskip.models.gguf_file import forget_quantisation, gguf_options, is_gguf
 from adaskip.models.internlm_stock import stock_tokenizer
-from adaskip.models.registry import ModelEntry, registry
+from adaskip.models.registry import ModelEntry
 from adaskip.models.rope import fix_dynamic_rope
 from adaskip.models.source import ModelSource, find_source
-
-__all__ = [
-    "LoadedModel",
-    "ModelError",
-    "ModelSource",
-    "ModelSpec",
-    "architecture",
-    "find_source",
-    "load_model",
-    "load_source",
-    "placement",
-    "positions_limit",
-    "prompt_limit",
-    "registry",
-    "weights_fingerprint",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +76,12 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: ModelSpec
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that pads batches; 0 if the tokenizer has none, as masked tokens may be any."""
+        pad: Any = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
 
     @cached_property
     def weights_fingerprint(self) -> str:

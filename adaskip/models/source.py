@@ -19,15 +19,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from adaskip.models import internlm
 from adaskip.models.checkpoints import (
     HUB_ID,
-    ModelError,
     check_weights,
     find_folder,
     has_weights,
     read_config,
-    said_in_one_line,
     weight_files_fingerprint,
 )
 from adaskip.models.companion_files import model_files
+from adaskip.models.errors import ModelError, said_in_one_line
 from adaskip.models.gguf_file import is_gguf, read_gguf_config
 from adaskip.models.packaged import is_packaged
 from adaskip.models.registry import ModelEntry, registry, unknown_model

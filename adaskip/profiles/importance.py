@@ -14,8 +14,6 @@ from typing import Any, Literal
 from adaskip.core.plan import Sublayer, every_sublayer
 from adaskip.profiles.fields import Profile, ProfileError, built, check_record, finite, number, whole
 
-__all__ = ["ImportanceProfile", "ProfileError", "SublayerMeans"]
-
 UNITS = ("attention", "ffn", "layer")
 ROUNDING = 1e-6  # a mean of cosines may be outside of [-1, 1] by this much
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from adaskip.calibration.peers import settings_of
 from adaskip.common.choices import check_choice
 from adaskip.common.options import option
+from adaskip.core.plan import PHASES
 from adaskip.profiles.selection import METHODS, SEARCH
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import PHASES
 from adaskip.runs.config import MODEL_HELP, DataConfig, check_model
 
 

@@ -12,11 +12,11 @@ from adaskip.common.choices import check_choice
 from adaskip.common.options import check_options, option
 from adaskip.common.own_options import options_help, parse_options
 from adaskip.common.paths import given_or_default
-from adaskip.core.plan import Budget
+from adaskip.core.plan import PHASES, Budget
 from adaskip.models.registry import ModelEntry, registry
 from adaskip.models.source import find_source
 from adaskip.roofline import known_ceilings, known_devices
-from adaskip.runs.cells import MODELS, PHASES, Setup, find_setup, protocols, undefined
+from adaskip.runs.cells import MODELS, Setup, find_setup, protocols, undefined
 from adaskip.strategies import (
     GRID_STRATEGIES,
     NAMES,

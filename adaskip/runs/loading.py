@@ -10,15 +10,8 @@ from typing import Any
 import torch
 
 from adaskip.benchmarks.protocol import BENCHMARKS
-from adaskip.models.loading import (
-    LoadedModel,
-    ModelSource,
-    find_source,
-    load_source,
-    placement,
-    positions_limit,
-    prompt_limit,
-)
+from adaskip.models.loading import LoadedModel, load_source, placement, positions_limit, prompt_limit
+from adaskip.models.source import ModelSource, find_source
 from adaskip.roofline import ModelShape
 from adaskip.runs.config import SharedConfig
 

@@ -23,11 +23,12 @@ from adaskip.calibration.peers import counts_of, settings_of
 from adaskip.calibration.select import select
 from adaskip.common.files import check_writable, remove_torn
 from adaskip.common.locks import exclusive
-from adaskip.core.fingerprint import config_fingerprint
+from adaskip.core.config_identity import config_fingerprint
 from adaskip.core.hf import attn_implementation
 from adaskip.core.plan import Phase, check_phase
 from adaskip.models.loading import LoadedModel
-from adaskip.profiles.importance import ImportanceProfile, ProfileError
+from adaskip.profiles.fields import ProfileError
+from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
 from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.calibration import Calibration, find_calibration
@@ -289,7 +290,6 @@ def search_selection(
 ) -> SelectionProfile:
     """Choose the sets of strategy calibrated, or those of another paper's method, for which `importance` is None."""
     loaded, calibration, samples = wanted.loaded, wanted.calibration, wanted.samples
-    tokenizer: Any = loaded.tokenizer
     benchmark, cut = calibration.records.benchmark, calibration.search_prompt_tokens
     ties: dict[str, Any] = {} if wanted.ties is None else wanted.ties.options(loaded, phase)
     return select(
@@ -302,7 +302,7 @@ def search_selection(
         budgets=None if wanted.method == SEARCH else wanted.counts,
         **{"settings": wanted.settings, **ties},
         eos_token_ids=loaded.spec.stop_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=loaded.pad_token_id,
         model_name=loaded.spec.name,
         dataset=_dataset(samples),
         data_ids=[sample["_id"] for _, sample in samples],

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from adaskip.benchmarks.prompts import build_prompt_ids, build_reference_ids, count_tokens
 from adaskip.benchmarks.protocol import Benchmark, BenchmarkError
-from adaskip.models.loading import LoadedModel, ModelSource, load_tokenizer
+from adaskip.models.loading import LoadedModel, load_tokenizer
+from adaskip.models.source import ModelSource
 from adaskip.runs.config import SharedConfig
 from adaskip.runs.loading import Loading
 

@@ -36,8 +36,6 @@ from adaskip.runs.speedup import Target, attain, find_target
 from adaskip.strategies import Strategy
 from adaskip.strategies.recompensated import Recompensated
 
-__all__ = ["Outcome", "Progress", "check", "make_records", "prepare_torch", "run", "stop_token_ids"]
-
 Record = dict[str, Any]
 
 
@@ -251,7 +249,6 @@ def make_records(
     part: Part, batch: Sequence[Sample], start: int, loaded: LoadedModel, strategy: Strategy | None
 ) -> list[Record]:
     """Generate answers for a batch of samples; `start` is the index of the first one in its task."""
-    tokenizer: Any = loaded.tokenizer
     prompts = part.prompt_ids(batch, loaded)
     references = reference_ids(part.benchmark, part.name, batch, prompts, part.max_new_tokens, loaded)
     generations = generate(
@@ -260,7 +257,7 @@ def make_records(
         prompts,
         max_new_tokens=part.max_new_tokens,
         eos_token_ids=stop_token_ids(part.task, loaded),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=loaded.pad_token_id,
         min_new_tokens=part.task.min_new_tokens,
         references=references,
     )

@@ -180,7 +180,6 @@ def _first_batches(job: Job) -> list[tuple[Part, Sequence[Sample]]]:
 
 
 def _seconds(job: Job, part: Part, batch: Sequence[Sample], loaded: LoadedModel, strategy: Strategy | None) -> float:
-    tokenizer: Any = loaded.tokenizer
     generation, *_ = generate(
         loaded.model,
         strategy,
@@ -188,7 +187,7 @@ def _seconds(job: Job, part: Part, batch: Sequence[Sample], loaded: LoadedModel,
         max_new_tokens=part.max_new_tokens,
         min_new_tokens=part.max_new_tokens,
         eos_token_ids=loaded.spec.stop_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=loaded.pad_token_id,
     )
     tpot_s = None if generation.tpot_ms is None else generation.tpot_ms / 1000
     return phase_seconds(job.phase, generation.ttft_s, tpot_s, part.max_new_tokens)

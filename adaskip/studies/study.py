@@ -6,7 +6,7 @@ A study measures and saves what is missing; findings, tables and figures are mad
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -79,6 +79,12 @@ def read_saved(path: Path) -> dict[str, Any]:
     if not (saved := read_json(path)):
         raise ValueError(f"{path} does not exist; leave out --draw-only")
     return saved
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], fields: Iterable[str], where: object) -> None:
+    """Raise ValueError if the results in `where` were measured on what differs in one of the `fields`."""
+    if other := [name for name in fields if saved.get(name) != now[name]]:
+        raise ValueError(f"{where} was measured with other {', '.join(other)}; give another --output-dir")
 
 
 def prompts_of(calibration: Calibration, samples: Sequence[tuple[str, Sample]], loaded: LoadedModel) -> list[Tensor]:

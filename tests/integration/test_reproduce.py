@@ -12,9 +12,10 @@ from dataclasses import replace
 import pytest
 from tqdm import tqdm
 
+from adaskip.core.plan import PHASES
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
-from adaskip.runs.cells import MODELS, PHASES
+from adaskip.runs.cells import MODELS
 from adaskip.runs.job import resolve
 from adaskip.runs.loading import find_loading
 from adaskip.runs.profiles import kept_path

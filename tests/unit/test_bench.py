@@ -18,7 +18,8 @@ from adaskip.common.locks import LockedError, exclusive
 from adaskip.common.options import resolve
 from adaskip.core import context, patching
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
-from adaskip.models.loading import architecture, registry
+from adaskip.models.loading import architecture
+from adaskip.models.registry import registry
 from adaskip.profiles.assumed import assumed_profile, assumed_ranking
 from adaskip.roofline import Ceilings
 from adaskip.strategies import FULL, AdaSkip, FixedPlan, SkipDecode, build

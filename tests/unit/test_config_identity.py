@@ -12,10 +12,11 @@ from transformers import LlamaConfig, MistralConfig
 
 from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import select
-from adaskip.core.fingerprint import config_fingerprint
+from adaskip.core.config_identity import config_fingerprint
 from adaskip.models.companion_files import model_files, tokenizer_fingerprint
 from adaskip.models.errors import ModelError
-from adaskip.profiles.importance import ImportanceProfile, ProfileError
+from adaskip.profiles.fields import ProfileError
+from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from tests.families import FAMILIES, random_model, random_prompts
 

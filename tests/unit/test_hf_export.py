@@ -25,8 +25,9 @@ from adaskip.engines.export import export_to
 from adaskip.engines.families import FAMILIES as FAMILY_DATA
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
-from adaskip.models.loading import exportable_tokenizer, find_source, load_source, load_tokenizer, load_weights
+from adaskip.models.loading import exportable_tokenizer, load_source, load_tokenizer, load_weights
 from adaskip.models.pretrained import from_pretrained
+from adaskip.models.source import find_source
 from adaskip.speculative import lossless
 from adaskip.strategies import FixedPlan
 from tests.checkpoints import write_family

@@ -12,7 +12,8 @@ from adaskip.calibration import measure
 from adaskip.core import similarity
 from adaskip.core.plan import Sublayer
 from adaskip.core.similarity import cosine_and_ratio
-from adaskip.profiles.importance import ImportanceProfile, ProfileError
+from adaskip.profiles.fields import ProfileError
+from adaskip.profiles.importance import ImportanceProfile
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of
 

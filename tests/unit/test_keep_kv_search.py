@@ -16,7 +16,7 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.select import most_forwards, num_candidates, select, sets_of_others
 from adaskip.calibration.streams import KeptStream
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
-from adaskip.profiles.importance import ProfileError
+from adaskip.profiles.fields import ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.strategies import FixedPlan, build
 from tests.families import FAMILIES, random_model, random_prompts

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, mo
 from transformers.utils import logging as hf_logging
 
 from adaskip.models import gguf_file
-from adaskip.models.loading import ModelError, find_source, load_model, registry
+from adaskip.models.errors import ModelError
+from adaskip.models.loading import load_model
+from adaskip.models.registry import registry
+from adaskip.models.source import find_source
 from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.cells import Cell, parse_run_name
 from adaskip.runs.config import GridConfig, RunConfig

@@ -19,15 +19,9 @@ from adaskip.core.blocks import UnsupportedModelError, decoder_layers
 from adaskip.models import checkpoints
 from adaskip.models import registry as registry_file
 from adaskip.models.chat import wrapper
-from adaskip.models.loading import (
-    ModelError,
-    architecture,
-    load_model,
-    load_tokenizer,
-    placement,
-    prompt_limit,
-    registry,
-)
+from adaskip.models.errors import ModelError
+from adaskip.models.loading import architecture, load_model, load_tokenizer, placement, prompt_limit
+from adaskip.models.registry import registry
 from adaskip.models.rope import DynamicNTKRope
 from tests.checkpoints import CHAT_TEMPLATE, SMALL, write_family, write_hub_cache
 

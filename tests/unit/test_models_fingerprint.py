@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from adaskip.models.loading import weights_fingerprint
+from adaskip.core.fingerprint import weights_fingerprint
 from tests.families import random_model
 
 

@@ -9,7 +9,7 @@ import pytest
 from adaskip import testbed
 from adaskip.core.plan import PHASES
 from adaskip.models.loading import LoadedModel, load_model
-from adaskip.profiles.importance import ProfileError
+from adaskip.profiles.fields import ProfileError
 from adaskip.runs.config import RunConfig
 from adaskip.runs.job import resolve
 from adaskip.runs.profiles import profile_for

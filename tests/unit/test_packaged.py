@@ -10,8 +10,9 @@ import pytest
 
 from adaskip.models import packaged
 from adaskip.models.errors import ModelError
-from adaskip.models.loading import architecture, find_source
+from adaskip.models.loading import architecture
 from adaskip.models.registry import registry
+from adaskip.models.source import find_source
 from adaskip.roofline import ModelShape
 from tests.smollm2 import ONE_PROCESS
 

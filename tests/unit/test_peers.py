@@ -19,7 +19,7 @@ from adaskip.calibration.measure import calibrate
 from adaskip.calibration.peers import PEERS
 from adaskip.calibration.select import select
 from adaskip.core.plan import Budget, SkipPlan, Sublayer
-from adaskip.profiles.importance import ProfileError
+from adaskip.profiles.fields import ProfileError
 from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.strategies import build, selection_method
 from tests.families import random_model, random_prompts

@@ -19,8 +19,10 @@ from adaskip.core.model_plan import make_plan
 from adaskip.core.plan import PLAN_FILE, Budget, SkipPlan, Sublayer
 from adaskip.core.plan_card import plan_map
 from adaskip.core.strategy import FixedPlan
-from adaskip.models.loading import find_source, load_source
-from adaskip.profiles.importance import ImportanceProfile, ProfileError
+from adaskip.models.loading import load_source
+from adaskip.models.source import find_source
+from adaskip.profiles.fields import ProfileError
+from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.speculative import lossless
 from adaskip.strategies import AdaSkip, EarlyExit, SkipDecode

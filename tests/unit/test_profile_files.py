@@ -15,7 +15,8 @@ from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.measure import calibrate
 from adaskip.core.adapters import active_adapters
 from adaskip.core.plan import SkipPlan
-from adaskip.profiles.importance import ImportanceProfile, ProfileError, SublayerMeans
+from adaskip.profiles.fields import ProfileError
+from adaskip.profiles.importance import ImportanceProfile, SublayerMeans
 from adaskip.profiles.selection import Selected, SelectionProfile
 from tests.families import random_model, random_prompts
 from tests.profiles import profile_of, selection_of

@@ -18,7 +18,8 @@ from adaskip.benchmarks import prompts
 from adaskip.benchmarks.longbench import TASKS, LongBench
 from adaskip.benchmarks.prompts import build_reference_ids
 from adaskip.models.internlm import InternLMTokenizer
-from adaskip.models.loading import find_source, load_tokenizer
+from adaskip.models.loading import load_tokenizer
+from adaskip.models.source import find_source
 from adaskip.runs.records import prompt_ids
 from tests.internlm_reference import clean_up, train_tokenizer
 from tests.smollm2 import ONE_PROCESS

@@ -17,7 +17,8 @@ from adaskip.calibration.select import select
 from adaskip.core.fingerprint import weights_fingerprint
 from adaskip.core.generate import generate
 from adaskip.core.plan import SkipPlan, Sublayer
-from adaskip.profiles.importance import ImportanceProfile, ProfileError
+from adaskip.profiles.fields import ProfileError
+from adaskip.profiles.importance import ImportanceProfile
 from tests.families import random_model, random_prompts
 
 pytestmark = pytest.mark.usefixtures("short_answers")

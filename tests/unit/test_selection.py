@@ -19,7 +19,8 @@ from adaskip.calibration.search import SEARCH, most_measured, search
 from adaskip.calibration.select import most_forwards, select, sets_of_others
 from adaskip.core.generate import generate
 from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
-from adaskip.profiles.importance import ImportanceProfile, ProfileError
+from adaskip.profiles.fields import ProfileError
+from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.strategies import CalibratedSkip, build
 from tests.families import random_model, random_prompts

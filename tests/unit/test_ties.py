@@ -11,7 +11,7 @@ from adaskip.calibration.divergence import OutputDivergence
 from adaskip.calibration.search import SEARCH, most_measured, search
 from adaskip.calibration.select import select
 from adaskip.core.plan import SkipPlan, Sublayer
-from adaskip.profiles.importance import ProfileError
+from adaskip.profiles.fields import ProfileError
 from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.loading import find_loading

@@ -33,7 +33,7 @@ from adaskip.strategies import AdaSkip
 from adaskip.studies.ablation.compensation_findings import find
 from adaskip.studies.ablation.online import STORY_TOKENS
 from adaskip.studies.ablation.stories import PROMPT_TOKENS
-from adaskip.studies.study import Study, StudyConfig, prompts_of, read_json, read_saved
+from adaskip.studies.study import Study, StudyConfig, check_same, prompts_of, read_json, read_saved
 
 RESULTS_FILE = "compensation_divergences.json"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -125,8 +125,7 @@ def measure_subject(path: Path, name: str, subject: Subject, bar: tqdm) -> None:
     """Measure the phases of a model that are missing in the file at `path`, and add them."""
     results, sources = read_json(path), subject.sources
     held = results.setdefault(name, {"sources": sources, "cells": []})
-    if other := [key for key in SAME if held["sources"][key] != sources[key]]:
-        raise ValueError(f"{path} holds {name} measured with other {', '.join(other)}; give another --output-dir")
+    check_same(held["sources"], sources, SAME, f"{name} in {path}")
     done = {(cell["phase"], cell["sublayers"]) for cell in held["cells"]}
     missing: list[Phase] = [phase for phase in PHASES if not {(phase, count) for count in subject.budgets} <= done]
     bar.update(len(PHASES) - len(missing))
@@ -146,10 +145,9 @@ def _cells(
     subject: Subject, phase: Phase, importance: ImportanceProfile, fitted: Sequence[FittedCompensation]
 ) -> list[dict[str, Any]]:
     """For each budget and compensation the divergence on every held-out prompt."""
-    tokenizer: Any = subject.loaded.tokenizer
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model, stops = subject.loaded.model, subject.stops
-    divergence = OutputDivergence(model, subject.held_out[phase], phase, eos_token_ids=stops, pad_token_id=pad)
+    loaded = subject.loaded
+    ends = {"eos_token_ids": subject.stops, "pad_token_id": loaded.pad_token_id}
+    divergence = OutputDivergence(loaded.model, subject.held_out[phase], phase, **ends)
     cells = []
     for count in subject.budgets:
         budget = Budget(sublayers=count)

@@ -42,7 +42,7 @@ from adaskip.strategies import (
     selection_method,
 )
 from adaskip.studies.ablation.peers_findings import find
-from adaskip.studies.study import Study, StudyConfig, prompts_of, read_json, read_saved
+from adaskip.studies.study import Study, StudyConfig, check_same, prompts_of, read_json, read_saved
 
 RESULTS_FILE = "peer_divergences.json"
 COMPARED = (*PAPER_STRATEGIES[1:], *(cls.name for cls in PEERS), CalibratedSkip.name)
@@ -161,8 +161,7 @@ def measure_model(config: PeersConfig, name: str, selections: Sequence[tuple[str
     held = results.setdefault(loaded.spec.name, {"sources": sources, "prompts": {}, "costs": [], "cells": []})
     if any(each["sources"].get("keep_kv", False) != config.keep_kv for each in results.values()):
         raise ValueError(f"{path} was measured with{'out' * config.keep_kv} --keep-kv; give another --output-dir")
-    if other := [key for key in SAME if held["sources"][key] != sources[key]]:
-        raise ValueError(f"{path} holds {name} measured with other {', '.join(other)}; give another --output-dir")
+    check_same(held["sources"], sources, SAME, f"{name} in {path}")
     held["costs"] = _costs(rows, held["costs"])
     for each in compared:
         prompts = _prompts(config, name, each.phase, loaded, seen)
@@ -262,8 +261,7 @@ def _cells(
     missing = [(cell, row.plan) for cell, row in zip(cells, rows, strict=True) if cell not in done]
     if not missing:
         return
-    tokenizer: Any = loaded.tokenizer
-    ends = {"eos_token_ids": loaded.spec.stop_token_ids, "pad_token_id": tokenizer.pad_token_id or 0}
+    ends = {"eos_token_ids": loaded.spec.stop_token_ids, "pad_token_id": loaded.pad_token_id}
     phase = rows[0].phase
     divergence = OutputDivergence(loaded.model, prompts, phase, keep_kv=keep_kv, **ends)
     for cell, plan in tqdm(missing, desc=f"{loaded.spec.name}, {phase}", unit="set", disable=None):

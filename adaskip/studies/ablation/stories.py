@@ -33,7 +33,7 @@ from adaskip.models.stories import CALIBRATION_STORIES, STORIES, load_stories, t
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.runs.manifest import describe_model
 from adaskip.strategies import CalibratedSkip, Strategy, build
-from adaskip.studies.study import Findings, Study, read_json, read_saved
+from adaskip.studies.study import Findings, Study, check_same, read_json, read_saved
 from adaskip.studies.tables import labels
 
 OUTPUT_DIR = "results/stories"
@@ -81,8 +81,7 @@ def measure(config: StoriesConfig) -> None:
         described = {name: value for name, value in describe_model(loaded).items() if name != "checkpoint"}
         manifest = {**described, "stories": config.stories, "seed": config.seed}
         result = read_json(path) or {"manifest": manifest, "full": [], "phases": {}}
-        if other := [name for name in SAME if result["manifest"].get(name) != manifest[name]]:
-            raise ValueError(f"{path} was measured with other {', '.join(other)}; give another --output-dir")
+        check_same(result["manifest"], manifest, SAME, path)
         missing: list[Phase] = [phase for phase in PHASES if phase not in result["phases"]]
         if not missing:
             return

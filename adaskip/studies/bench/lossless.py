@@ -43,7 +43,7 @@ from adaskip.studies.bench.lossless_answers import answer, differences, read_pro
 from adaskip.studies.bench.lossless_table import FULL_MODEL, find, read_saved
 from adaskip.studies.bench.measuring import folder_name
 from adaskip.studies.bench.settings import CLOCKS, RESULTS_DIR
-from adaskip.studies.study import Study, StudyConfig, prompts_of
+from adaskip.studies.study import Study, StudyConfig, check_same, prompts_of, read_json
 
 STORIES_SEED = 2
 """Other stories than those of the studies of quality."""
@@ -166,9 +166,8 @@ class Subject:
     @property
     def ends(self) -> dict[str, Any]:
         """The tokens that end an answer, and the one that pads."""
-        tokenizer: Any = self.loaded.tokenizer
-        pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return {"eos_token_id": list(self.loaded.spec.stop_token_ids) or None, "pad_token_id": pad}
+        ends = list(self.loaded.spec.stop_token_ids)
+        return {"eos_token_id": ends or None, "pad_token_id": self.loaded.pad_token_id}
 
 
 def measure(config: LosslessConfig) -> None:
@@ -243,9 +242,9 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
         "drafting_version": VERSION,
         "clock": config.clock,
     }
-    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if saved and (other := [key for key in SAME if saved["manifest"].get(key) != manifest[key]]):
-        raise ValueError(f"{path} was measured with other {', '.join(other)}; give another --output-dir")
+    saved = read_json(path)
+    if saved:
+        check_same(saved["manifest"], manifest, SAME, path)
     records: list[dict[str, Any]] = saved.get("records", [])
     if len(records) == len(subject.batches):
         return
@@ -318,7 +317,7 @@ def _selection(subject: Subject, importance: ImportanceProfile, up_to: int, path
         "decode",
         up_to=up_to,
         eos_token_ids=subject.loaded.spec.stop_token_ids,
-        pad_token_id=subject.ends["pad_token_id"],
+        pad_token_id=subject.loaded.pad_token_id,
         importance=importance,
         progress_path=progress_path,
         show_progress=True,

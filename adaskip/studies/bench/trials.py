@@ -13,9 +13,8 @@ from torch import Tensor
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.hf import CACHE
-from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer, check_phase
+from adaskip.core.plan import EMPTY_PLAN, KINDS, Budget, SkipPlan, Sublayer, check_phase
 from adaskip.engines.fold import fold
-from adaskip.profiles.assumed import KINDS
 from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
 from adaskip.studies.bench.settings import (
     ADASKIP,
@@ -28,11 +27,11 @@ from adaskip.studies.bench.settings import (
     PLAIN_PREFILL,
     WINDOWLESS,
     Cell,
+    Clock,
     Workload,
 )
 from adaskip.studies.bench.subject import Subject
 from adaskip.studies.bench.timing import (
-    Clock,
     StaticCaches,
     Stopwatch,
     check_kv,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adaskip.calibration.measure import UNITS, Measurement, measure
+from adaskip.calibration.measure import Measurement, measure
 from adaskip.models.loading import LoadedModel
+from adaskip.profiles.importance import UNITS
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import Job, resolve
 from adaskip.runs.manifest import describe_model

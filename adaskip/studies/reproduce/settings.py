@@ -9,7 +9,8 @@ from pathlib import Path
 from adaskip.common.configs import load_yaml
 from adaskip.common.options import check_options, option
 from adaskip.common.paths import default_path, given_or_default
-from adaskip.runs.cells import MODELS, PHASES
+from adaskip.core.plan import PHASES
+from adaskip.runs.cells import MODELS
 from adaskip.runs.config import GridConfig, RunConfig
 from adaskip.runs.job import find_cells
 from adaskip.strategies.names import GRID_STRATEGIES
