@@ -11,6 +11,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from adaskip.benchmarks.protocol import Benchmark, Task, benchmark_option, register_benchmark
     from adaskip.calibration.measure import calibrate
+    from adaskip.calibration.refine import refine_scales
     from adaskip.calibration.select import select
     from adaskip.core.blocks import BlockStructure, Sublayers, register_structure
     from adaskip.core.context import skipping
@@ -55,6 +56,7 @@ _HOMES = {
     **dict.fromkeys(("Benchmark", "Task", "benchmark_option", "register_benchmark"), "adaskip.benchmarks.protocol"),
     **dict.fromkeys(("BlockStructure", "Sublayers", "register_structure"), "adaskip.core.blocks"),
     "SelectionProfile": "adaskip.profiles.selection",
+    "refine_scales": "adaskip.calibration.refine",
     "select": "adaskip.calibration.select",
     **dict.fromkeys(("choose_draft", "lossless"), "adaskip.speculative"),
 }
@@ -90,6 +92,7 @@ __all__ = [
     "from_pretrained",
     "lossless",
     "make_plan",
+    "refine_scales",
     "register_benchmark",
     "register_strategy",
     "register_structure",

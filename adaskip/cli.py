@@ -21,6 +21,7 @@ from adaskip.runs.grid import run_grid
 from adaskip.runs.pareto import pareto_lines
 from adaskip.runs.plans import ExportConfig, PlanConfig, ShowConfig, export_plan, plan_to, shown
 from adaskip.runs.profiles import calibrate_to
+from adaskip.runs.refine import refine_to
 from adaskip.runs.runner import run
 from adaskip.studies.bench.measuring import ReportConfig, bench, bench_report
 from adaskip.studies.bench.settings import BenchConfig, figure_settings
@@ -98,7 +99,7 @@ def _run(config: RunConfig) -> int:
 
 
 def _calibrate(config: CalibrateConfig) -> int:
-    profile, paths = calibrate_to(config)
+    profile, paths = calibrate_to(config) if config.refine is None else refine_to(config)
     where = " and ".join(map(str, paths))
     if isinstance(profile, SelectionProfile):
         for count, chosen in profile.selected.items():

@@ -97,18 +97,18 @@ def search(
         current = best
         if faster is not None:
             values = measure(best, prompts)
-            tied = [c for c in totals if not _significantly_less(values, measure(c, prompts))]
+            tied = [c for c in totals if not significantly_less(values, measure(c, prompts))]
             current = max(tied, key=lambda c: (faster(c), -totals[c]))
         choices[count] = Choice(current, totals[current] / num_prompts, contenders[current][0])
         if default is not None and count in starts[default] and (own := starts[default][count]) != current:
             usual = measure(own, prompts)
             is_slower = faster is not None and faster(own) < faster(current)
-            if not is_slower and not _significantly_less(measure(best, prompts), usual):
+            if not is_slower and not significantly_less(measure(best, prompts), usual):
                 choices[count] = Choice(own, fmean(usual), default)
     return choices
 
 
-def _significantly_less(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+def significantly_less(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """Whether `ours` are significantly less than `theirs` in paired comparison; a single pair is simply compared."""
     if not all(map(isfinite, (*ours, *theirs))):  # an overflow is worse than any finite divergence
         return sum(map(isfinite, ours)) > sum(map(isfinite, theirs))

@@ -39,7 +39,8 @@ class CalibrateConfig(DataConfig):
         "with --select: size of the largest set; default: the largest budget of the protocol", least=1
     )
     budgets: tuple[int, ...] | None = option(
-        "with --method evopress, which searches for each set: sizes of the sets; default: the budgets of the protocol",
+        "with --method evopress, which searches for each set, and with --refine: sizes of the sets; default: the "
+        "budgets of the protocol",
         least=2,
         distinct=True,
     )
@@ -48,6 +49,10 @@ class CalibrateConfig(DataConfig):
         "runs look for sets of the default effort and seed 0"
     )
 
+    refine: str | None = option(
+        "name or file of a selection made with --method search: adjust the scales of its sets to one another, by the "
+        "output's divergence, and write the selection to --output"
+    )
     faster_at: int | None = option(
         "with --select and --method search: among sets whose divergences do not differ significantly, choose the one "
         "that the roofline model predicts to be fastest for prompts of this many tokens and answers of the phase's cap",
@@ -78,16 +83,25 @@ class CalibrateConfig(DataConfig):
             if self.faster_at is None:
                 raise ValueError(f"--speedup-on {self.speedup_on} needs --faster-at, which it applies to")
             known_ceilings(self.speedup_on)
-        if not METHODS[self.method].one_by_one and (self.budgets or self.effort is not None):
+        if self.refine is not None:
+            self._check_refine()
+        elif not METHODS[self.method].one_by_one and (self.budgets or self.effort is not None):
             raise ValueError(f"--budgets and --effort are for --method evopress, not for {self.method}")
         if METHODS[self.method].one_by_one and self.up_to is not None:
             raise ValueError(f"--method {self.method} searches for each set: give --budgets instead of --up-to")
         settings_of(self.method, self._given)  # raises ValueError for an impossible effort
-        if self.tasks is not None and self.select is None:
+        if self.tasks is not None and self.select is None and self.refine is None:
             raise ValueError(
                 f"--tasks are the tasks for --select; importance is measured on {self.setup.calibration_task}: "
                 f"give --select, too, or leave --tasks out; given: {' '.join(self.tasks)}"
             )
+
+    def _check_refine(self) -> None:
+        """The sets, their phase and what they keep are those of the selection."""
+        if self.select is not None or self.effort is not None:
+            raise ValueError(f"--refine {self.refine} takes sets that are made: leave out --select and --effort")
+        if self.output is None:
+            raise ValueError(f"--refine {self.refine} needs --output, the file for the refined selection")
 
     @property
     def _given(self) -> dict[str, float]:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.config import DataConfig, SharedConfig
 from adaskip.runs.records import Records, Sample, find_records, prompt_ids
@@ -49,6 +51,11 @@ class Calibration:
             "dataset": benchmark.task(self.task).name,
             "data_ids": [sample["_id"] for sample in self.samples],
         }
+
+    def prompts(self, samples: Sequence[tuple[str, Sample]], loaded: LoadedModel) -> list[Tensor]:
+        """The prompts of (task, sample) pairs as 1-D token ids, truncated as in the search of a selection."""
+        benchmark, most = self.records.benchmark, self.search_prompt_tokens
+        return [prompt_ids(benchmark, task, [sample], loaded, most)[0] for task, sample in samples]
 
 
 def find_calibration(

@@ -34,7 +34,7 @@ from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.job import Job, Profile, find_profile
 from adaskip.runs.loading import find_loading
-from adaskip.runs.records import Sample, find_records, fingerprint, prompt_ids
+from adaskip.runs.records import Sample, find_records, fingerprint
 from adaskip.runs.ties import TiesByTime, find_ties
 
 logger = logging.getLogger(__name__)
@@ -290,11 +290,10 @@ def search_selection(
 ) -> SelectionProfile:
     """Choose the sets of strategy calibrated, or those of another paper's method, for which `importance` is None."""
     loaded, calibration, samples = wanted.loaded, wanted.calibration, wanted.samples
-    benchmark, cut = calibration.records.benchmark, calibration.search_prompt_tokens
     ties: dict[str, Any] = {} if wanted.ties is None else wanted.ties.options(loaded, phase)
     return select(
         loaded.model,
-        [prompt_ids(benchmark, task, [sample], loaded, cut)[0] for task, sample in samples],
+        calibration.prompts(samples, loaded),
         phase,
         up_to=max(wanted.counts),
         keep_kv=wanted.keep_kv,

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from pandas import DataFrame
-from torch import Tensor
 
 from adaskip.benchmarks.protocol import BENCHMARKS
 from adaskip.common.commands import study
@@ -21,11 +20,8 @@ from adaskip.common.files import write_text_atomic
 from adaskip.common.options import option
 from adaskip.common.paths import given_or_default
 from adaskip.common.pipe_table import pipe_table
-from adaskip.models.loading import LoadedModel
-from adaskip.runs.calibration import Calibration
 from adaskip.runs.cells import MODELS
 from adaskip.runs.config import MODEL_HELP, DataConfig, RunConfig, check_model
-from adaskip.runs.records import Sample, prompt_ids
 from adaskip.strategies import FULL
 
 ALL = "all"
@@ -85,12 +81,6 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], fields: Iterabl
     """Raise ValueError if the results in `where` were measured on what differs in one of the `fields`."""
     if other := [name for name in fields if saved.get(name) != now[name]]:
         raise ValueError(f"{where} was measured with other {', '.join(other)}; give another --output-dir")
-
-
-def prompts_of(calibration: Calibration, samples: Sequence[tuple[str, Sample]], loaded: LoadedModel) -> list[Tensor]:
-    """The prompts of (task, sample) pairs as 1-D token ids, truncated as in the search of a selection."""
-    benchmark, most = calibration.records.benchmark, calibration.search_prompt_tokens
-    return [prompt_ids(benchmark, task, [sample], loaded, most)[0] for task, sample in samples]
 
 
 @dataclass(frozen=True)

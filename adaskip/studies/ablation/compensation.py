@@ -33,7 +33,7 @@ from adaskip.strategies import AdaSkip
 from adaskip.studies.ablation.compensation_findings import find
 from adaskip.studies.ablation.online import STORY_TOKENS
 from adaskip.studies.ablation.stories import PROMPT_TOKENS
-from adaskip.studies.study import Study, StudyConfig, check_same, prompts_of, read_json, read_saved
+from adaskip.studies.study import Study, StudyConfig, check_same, read_json, read_saved
 
 RESULTS_FILE = "compensation_divergences.json"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -109,7 +109,7 @@ def _of_tasks(config: CompensationConfig, name: str) -> Subject:
     for phase in PHASES:
         tasks, first = resolve(config.run_config(name, phase=phase)).answer_caps, calibration.num_searched
         samples = job.records.unscored([*tasks], first + config.held_out)[first:]
-        held_out[phase] = prompts_of(calibration, samples, loaded)
+        held_out[phase] = calibration.prompts(samples, loaded)
     budgets = config.setup_of(job.loading.source.entry).budgets_for(job.loading.num_layers)
     return Subject(loaded, calibration.data(loaded)["prompts"], held_out, budgets, loaded.spec.stop_token_ids)
 

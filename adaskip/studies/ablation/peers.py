@@ -42,7 +42,7 @@ from adaskip.strategies import (
     selection_method,
 )
 from adaskip.studies.ablation.peers_findings import find
-from adaskip.studies.study import Study, StudyConfig, check_same, prompts_of, read_json, read_saved
+from adaskip.studies.study import Study, StudyConfig, check_same, read_json, read_saved
 
 RESULTS_FILE = "peer_divergences.json"
 COMPARED = (*PAPER_STRATEGIES[1:], *(cls.name for cls in PEERS), CalibratedSkip.name)
@@ -241,7 +241,7 @@ def _prompts(config: PeersConfig, model: str, phase: Phase, loaded: LoadedModel,
     pairs = [pair for row in zip_longest(*columns) for pair in row if pair is not None][: config.limit]
     if len(pairs) < 2:
         raise ValueError(f"phase {phase} has {len(pairs)} records that no search has seen; at least 2 are needed")
-    return prompts_of(job.calibration, pairs, loaded)
+    return job.calibration.prompts(pairs, loaded)
 
 
 def _cells(

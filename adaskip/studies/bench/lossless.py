@@ -43,7 +43,7 @@ from adaskip.studies.bench.lossless_answers import answer, differences, read_pro
 from adaskip.studies.bench.lossless_table import FULL_MODEL, find, read_saved
 from adaskip.studies.bench.measuring import folder_name
 from adaskip.studies.bench.settings import CLOCKS, RESULTS_DIR
-from adaskip.studies.study import Study, StudyConfig, check_same, prompts_of, read_json
+from adaskip.studies.study import Study, StudyConfig, check_same, read_json
 
 STORIES_SEED = 2
 """Other stories than those of the studies of quality."""
@@ -197,7 +197,7 @@ def _of_tasks(config: LosslessConfig, name: str) -> Subject:
         columns.append(_batches(task, [sample["_id"] for sample in samples], prompts, config.rows))
     batches = [batch for turn in zip_longest(*columns) for batch in turn if batch][: -(-config.prompts // config.rows)]
     searches = any(needs_selection(draft.strategy) for draft in config.drafts)
-    searched = prompts_of(calibration, calibration.searched, loaded) if searches else []
+    searched = calibration.prompts(calibration.searched, loaded) if searches else []
     if config.profile is None:
         return Subject(loaded, batches, calibration.data(loaded)["prompts"], searched)
     importance = ImportanceProfile.load(config.profile, loaded.model, allow_other_weights=True)
