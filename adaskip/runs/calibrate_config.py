@@ -86,7 +86,9 @@ class CalibrateConfig(DataConfig):
         if self.refine is not None:
             self._check_refine()
         elif not METHODS[self.method].one_by_one and (self.budgets or self.effort is not None):
-            raise ValueError(f"--budgets and --effort are for --method evopress, not for {self.method}")
+            raise ValueError(
+                f"--budgets are for --method evopress and --refine, --effort for evopress, not for {self.method}"
+            )
         if METHODS[self.method].one_by_one and self.up_to is not None:
             raise ValueError(f"--method {self.method} searches for each set: give --budgets instead of --up-to")
         settings_of(self.method, self._given)  # raises ValueError for an impossible effort

@@ -101,8 +101,11 @@ def test_evopress_searches_for_an_unusual_budget_alone_and_a_run_finds_it(given,
     [
         (["--method", "evopress"], "--method evopress needs --select"),
         (["--select", "decode", "--method", "greedy"], "unknown --method 'greedy'"),
-        (["--select", "decode", "--effort", "1"], "--budgets and --effort are for --method evopress, not for search"),
-        ([*CALIBRATE["blockpruner"], "--budgets", "2"], "are for --method evopress, not for blockpruner"),
+        (["--select", "decode", "--effort", "1"], "--effort for evopress, not for search"),
+        (
+            [*CALIBRATE["blockpruner"], "--budgets", "2"],
+            "--budgets are for --method evopress and --refine, --effort for evopress, not for blockpruner",
+        ),
         ([*CALIBRATE["evopress"], "--up-to", "2"], "give --budgets instead of --up-to"),
         ([*CALIBRATE["evopress"], "--budgets", "3"], "makes sets of multiples of 2 sublayers"),
         ([*CALIBRATE["evopress"], "--effort", "-1"], "effort must be above 0 and at most 10; got -1"),
