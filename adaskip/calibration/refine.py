@@ -56,9 +56,10 @@ def refine_scales(
 
     Raises:
         ProfileError: the selection was made for another model.
-        ValueError: it is not of method search or has no set of these sizes, or the file at `path` is another selection.
+        ValueError: it is not of method search, has no set of these sizes or a refined one, or the file at `path` is
+            another selection.
     """
-    wanted = list(dict.fromkeys(counts))
+    wanted = [*dict.fromkeys(counts)]
     check_refinable(selection, wanted)
     known = {"allow_other_weights": allow_other_weights, "weights_fingerprint": weights_fingerprint}
     selection.check_fits(model, **known)
@@ -95,12 +96,14 @@ def refine_scales(
 
 
 def check_refinable(selection: SelectionProfile, counts: Iterable[int]) -> None:
-    """Raise ValueError for a selection that is not of method search or lacks a set of one of these sizes."""
+    """Raise ValueError for a selection of another method, or without an unrefined set of each of these sizes."""
     if selection.method != SEARCH:
         raise ValueError(f"scales are refined in sets of method {SEARCH}; got a selection of method {selection.method}")
     if missing := [count for count in counts if count not in selection.selected]:
         has = ", ".join(map(str, selection.selected))
         raise ValueError(f"the selection has no set of {missing[0]} sublayers; it has {has}")
+    if done := [count for count in counts if _setting(count) in selection.settings]:
+        raise ValueError(f"the scales of the selection's set of {done[0]} sublayers are refined already; leave it out")
 
 
 def refined_scales(measure: MeasureScales, scales: Scales, num_prompts: int) -> tuple[Scales, float]:

@@ -104,6 +104,14 @@ def test_the_sets_stay_and_diverge_less_as_recorded(model, selection):
     assert refined.cost.adaskip_seconds == selection.cost.adaskip_seconds
 
 
+def test_sets_that_keep_the_kv_are_refined_for_that(model):
+    kept = select(model, PROMPTS, "prefill", up_to=2, keep_kv=True, **ENDS)
+    refined = refine_scales(model, kept, PROMPTS, [2], **ENDS)
+    divergence = OutputDivergence(model, PROMPTS, "prefill", keep_kv=True, **ENDS)
+    assert refined.keep_kv
+    assert refined.selected[2].divergence == pytest.approx(fmean(divergence(refined.selected[2].plan)), rel=1e-4)
+
+
 def test_a_stopped_refinement_goes_on_after_its_last_set(model, selection, tmp_path, monkeypatch):
     path, sizes = tmp_path / "refined.json", []
     whole = refine_scales(model, selection, PROMPTS, [2, 3], **ENDS)
@@ -130,6 +138,8 @@ def test_impossible_requests_are_refused_before_anything_is_measured(model, sele
     monkeypatch.setattr(refine, "OutputDivergence", None)
     with pytest.raises(ValueError, match="the selection has no set of 5 sublayers; it has 1, 2, 3"):
         refine_scales(model, selection, PROMPTS, [2, 5], **ENDS)
+    with pytest.raises(ValueError, match="set of 2 sublayers are refined already; leave it out"):
+        refine_scales(model, replace(selection, settings={"refined_2": 1.0}), PROMPTS, [3, 2], **ENDS)
     with pytest.raises(ValueError, match="in sets of method search; got a selection of method evopress"):
         refine_scales(model, replace(selection, method="evopress"), PROMPTS, [2], **ENDS)
     with pytest.raises(ProfileError, match="weights"):
