@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from adaskip.calibration.search import Choice, MeasureDivergence, Set
-from adaskip.calibration.streams import KeptStream, kept_interval
+from adaskip.calibration.streams import Kept, KeptStreams
 from adaskip.core.blocks import execution_device
 from adaskip.core.patching import patches_of
 from adaskip.core.plan import SkipPlan, Sublayer, every_sublayer
@@ -29,7 +29,7 @@ ROWS_PER_CHUNK = 512
 class TextLoss:
     """Mean negative log-likelihood of a prompt's own tokens, in nats per token, under a plan.
 
-    A measurement runs only the layers from which its plan differs from the one measured last on the same prompt.
+    A measurement runs only the layers from which its plan differs from one of those measured last on the same prompt.
     prompts: token ids, 1-D, each of at least two tokens.
     """
 
@@ -39,8 +39,8 @@ class TextLoss:
         self.model = unwrapped(model)
         self.ids = [prompt[None].to(execution_device(self.model)) for prompt in prompts]
         self._patches = patches_of(self.model)
-        interval = kept_interval(self._patches, sum(map(len, prompts)))
-        self._streams = [KeptStream(self._patches, interval) for _ in prompts]
+        kept = Kept.of(self._patches, sum(map(len, prompts)))
+        self._streams = [KeptStreams(self._patches, kept) for _ in prompts]
 
     @torch.no_grad()
     def __call__(self, plan: SkipPlan, number: int) -> float:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from adaskip.calibration.streams import KeptStream, kept_interval
+from adaskip.calibration.streams import Kept, KeptStreams
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.generate import generate
 from adaskip.core.hf import CACHE
@@ -67,7 +67,7 @@ class Passage:
 class OutputDivergence:
     """Mean KL(full || skipped) of the next-token distributions, in nats, for each prompt.
 
-    A measurement runs only the layers from which its plan differs from the one measured last on the same prompt
+    A measurement runs only the layers from which its plan differs from one of those measured last on the same prompt
     (`calibration.streams`).
 
     keep_kv: compare what strategies with keep_kv=True compute, at the positions that their answers use. Every plan then
@@ -114,9 +114,9 @@ class OutputDivergence:
                 f"phase decode compares answers, but the full model gives none to any of the {len(prompts)} prompts; "
                 "use prompts that it answers"
             )
-        interval = kept_interval(self._patches, sum(passage.ids.numel() for passage in self.passages))
+        kept = Kept.of(self._patches, sum(passage.ids.numel() for passage in self.passages))
         parts = 2 if keep_kv else 1  # the prompt and the answer, or both in one forward
-        self._streams = [tuple(KeptStream(self._patches, interval) for _ in range(parts)) for _ in self.passages]
+        self._streams = [tuple(KeptStreams(self._patches, kept) for _ in range(parts)) for _ in self.passages]
 
     def __len__(self) -> int:
         """Number of prompts compared."""
@@ -159,7 +159,8 @@ class OutputDivergence:
             prompt, answer = self._streams[number]
             plan = plan.union(SkipPlan.of_layers([last], keeps_kv=True))
         else:  # one plan among others that lose the K/V: nothing to continue from
-            prompt, answer = KeptStream(patches, last + 1), KeptStream(patches, last + 1)
+            nothing = Kept(interval=last + 1, forwards=1)
+            prompt, answer = KeptStreams(patches, nothing), KeptStreams(patches, nothing)
         start, cache = min(prompt.start(plan), answer.start(plan)), DynamicCache(config=self.model.config)
         if start:  # the layers below write no K/V, and no layer reads them
             patches.release(cache, SkipPlan.of_layers(range(start)))

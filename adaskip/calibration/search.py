@@ -1,9 +1,10 @@
 """Greedy search for the sublayers whose skipping changes the output least, one more sublayer in each step.
 
-A step tries only the most promising candidates: those that cost least when last tried. They are screened on a
-few prompts, and the finalists are measured on all. The sets of other strategies (`starts`)
-compete in each step; if one diverges less, the search continues from it. One of these strategies is the `default`: its
-set is chosen unless the best set diverges significantly less, judged by the paired differences over the prompts.
+The first step tries every candidate on a few prompts. Each step then tries only the most promising candidates: those
+that cost least when last tried. They are screened on more prompts, and the finalists are measured on all. The sets of
+other strategies (`starts`) compete in each step; if one diverges less, the search continues from it. One of these
+strategies is the `default`: its set is chosen unless the best set diverges significantly less, judged by the paired
+differences over the prompts. A comparison ends early where it is clear.
 
 With `faster`, the fastest of the sets that do not diverge significantly more than the best one is chosen instead.
 """
@@ -21,15 +22,20 @@ from adaskip.core.plan import Sublayer
 
 Set = frozenset[Sublayer]
 MeasureDivergence = Callable[[Set, Sequence[int]], list[float]]
-"""Returns the divergence of a set on each of the prompts with the given indices."""
+"""Returns the divergence of a set on each of the prompts with the given indices. It must keep what it measured: a search
+asks for some divergences several times."""
 
+FIRST_LOOK = 2
+"""Number of prompts on which the first step tries every candidate."""
 SCREENING_PROMPTS = 4
-CONSIDERED = 8
-"""Number of candidates that each step after the first screens."""
+CONSIDERED = 6
+"""Number of candidates that a step screens."""
 FINALISTS = 3
 SEARCH = "search"
 STANDARD_ERRORS = 2.0
 """The mean paired difference must be below zero by this many standard errors."""
+EARLY_ERRORS = 3.0
+"""The same before all prompts are measured, from `SCREENING_PROMPTS` prompts on."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ def search(
     """The set chosen for each number of sublayers, 1..up_to.
 
     starts: the sets of other strategies, by name and number of sublayers. default: the one of them whose sets are kept
-    unless the search finds significantly better ones. A contender is dropped as soon as the sum of its divergences,
-    which are never negative, exceeds the best total. Raises ValueError if there are too few candidates.
+    unless the search finds significantly better ones. A contender is dropped as soon as it is clearly not the best: the
+    sum of its divergences, which are never negative, exceeds the best total, or it diverges significantly more
+    (`EARLY_ERRORS`). Raises ValueError if there are too few candidates.
 
     faster: predicted speedup of a set, by which ties are decided: the fastest contender whose divergence is not
     significantly above the least one is chosen, and the search continues from it. The default's set is kept if it is
@@ -70,51 +77,54 @@ def search(
     cost: dict[Sublayer, float] = {}  # divergence that each candidate added when last tried
     current: Set = frozenset()
     choices: dict[int, Choice] = {}
-    if default is not None:  # one after the other, since each shares its lower layers with the one before
-        for usual in starts[default].values():
-            measure(usual, prompts)
+
+    def screen(tried: Iterable[Sublayer], which: Sequence[int]) -> None:
+        base = fmean(measure(current, which)) if current else 0.0
+        for candidate in sorted(tried, key=lambda c: -c.layer):  # each shares the layers below it with the one before
+            cost[candidate] = fmean(measure(current | {candidate}, which)) - base
+
     for count in tqdm(range(1, up_to + 1), desc="search", unit="set", disable=None if show_progress else True):
         free = [c for c in candidates if c not in current and _leaves_attention(current, c, num_layers)]
-        considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
-        if not considered:
+        if not free:
             raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
-        base = measure(current, screening) if current else [0.0] * len(screening)
-        downwards = sorted(considered, key=lambda c: -c.layer)  # each shares the layers below it with the one before
-        tried = {c: measure(current | {c}, screening) for c in downwards}
-        cost |= {c: fmean(values) - fmean(base) for c, values in tried.items()}
-        finalists = sorted(considered, key=cost.__getitem__)[:FINALISTS]
-        contenders = {current | {c}: (SEARCH, tried[c]) for c in finalists}
+        if not cost:
+            screen(free, prompts[:FIRST_LOOK])
+        considered = sorted(free, key=cost.__getitem__)[:CONSIDERED]
+        screen(considered, screening)
+        contenders = {current | {c}: SEARCH for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
         for name, sets in starts.items():
             if count in sets:
-                contenders.setdefault(sets[count], (name, []))
-        totals: dict[Set, float] = {}
-        for contender, (_, known) in contenders.items():
-            least = min(totals.values(), default=float("inf")) if faster is None else float("inf")
-            totals[contender] = _total(measure, contender, known, prompts[len(known) :], least)
-        best = min(totals, key=totals.__getitem__)
-        if not isfinite(totals[best]):
+                contenders.setdefault(sets[count], name)
+        complete: dict[Set, list[float]] = {}  # divergences on all prompts, of the contenders that are not dropped
+        for contender in contenders:
+            least = min(complete.values(), key=sum) if complete and faster is None else None
+            values = _compared(measure, contender, least, prompts)
+            if len(values) == num_prompts:
+                complete[contender] = values
+        current = best = min(complete, key=lambda c: sum(complete[c]))
+        if not isfinite(sum(complete[best])):
             raise ValueError(f"no set of {count} sublayers leaves the output finite on every calibration prompt")
-        current = best
         if faster is not None:
-            values = measure(best, prompts)
-            tied = [c for c in totals if not significantly_less(values, measure(c, prompts))]
-            current = max(tied, key=lambda c: (faster(c), -totals[c]))
-        choices[count] = Choice(current, totals[current] / num_prompts, contenders[current][0])
+            tied = [c for c in complete if not significantly_less(complete[best], complete[c])]
+            current = max(tied, key=lambda c: (faster(c), -sum(complete[c])))
+        choices[count] = Choice(current, fmean(complete[current]), contenders[current])
         if default is not None and count in starts[default] and (own := starts[default][count]) != current:
-            usual = measure(own, prompts)
             is_slower = faster is not None and faster(own) < faster(current)
-            if not is_slower and not significantly_less(measure(best, prompts), usual):
-                choices[count] = Choice(own, fmean(usual), default)
+            if not is_slower and not _is_beaten(measure, own, complete[best], prompts):
+                choices[count] = Choice(own, fmean(measure(own, prompts)), default)
     return choices
 
 
-def significantly_less(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether `ours` are significantly less than `theirs` in paired comparison; a single pair is simply compared."""
+def significantly_less(ours: Sequence[float], theirs: Sequence[float], errors: float = STANDARD_ERRORS) -> bool:
+    """Whether `ours` are significantly less than `theirs` in paired comparison; a single pair is simply compared.
+
+    errors: standard errors of the mean difference by which it must be below zero.
+    """
     if not all(map(isfinite, (*ours, *theirs))):  # an overflow is worse than any finite divergence
         return sum(map(isfinite, ours)) > sum(map(isfinite, theirs))
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-    return fmean(gaps) < -STANDARD_ERRORS * error
+    return fmean(gaps) < -errors * error
 
 
 def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) -> int:
@@ -122,19 +132,41 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
 
     starts: for each number of sublayers, how many sets of other strategies compete.
     """
-    screening = min(SCREENING_PROMPTS, num_prompts)
-    tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates)
-    return screening * tried + (num_prompts - screening) * FINALISTS * len(starts) + num_prompts * sum(starts)
+    first_look, screening = min(FIRST_LOOK, num_prompts), min(SCREENING_PROMPTS, num_prompts)
+    considered = min(CONSIDERED, num_candidates) * screening * len(starts)
+    looked = first_look * max(num_candidates - CONSIDERED, 0)  # the considered ones are measured there again
+    confirmed = (num_prompts - screening) * FINALISTS * len(starts)
+    return looked + considered + confirmed + num_prompts * sum(starts)
 
 
-def _total(measure: MeasureDivergence, chosen: Set, screened: list[float], rest: Sequence[int], least: float) -> float:
-    """Sum of the divergences over all prompts; infinite as soon as it exceeds `least`."""
-    total = sum(screened)
-    for prompt in rest:
-        if total >= least:
-            return float("inf")
-        total += measure(chosen, [prompt])[0]
-    return total
+def _compared(
+    measure: MeasureDivergence, chosen: Set, least: Sequence[float] | None, prompts: Sequence[int]
+) -> list[float]:
+    """The divergences of `chosen` prompt by prompt, up to where they are clearly not the least.
+
+    least: those of the best set so far, on all prompts; None for none.
+    """
+    values: list[float] = []
+    for prompt in prompts:
+        if least is not None and (sum(values) >= sum(least) or _is_clear(least[: len(values)], values)):
+            break
+        values += measure(chosen, [prompt])
+    return values
+
+
+def _is_beaten(measure: MeasureDivergence, own: Set, best: Sequence[float], prompts: Sequence[int]) -> bool:
+    """Whether `own` diverges significantly more than another set, whose divergences on all prompts are `best`."""
+    values: list[float] = []
+    for prompt in prompts:
+        if _is_clear(best[: len(values)], values):
+            return True
+        values += measure(own, [prompt])
+    return significantly_less(best, values)
+
+
+def _is_clear(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether the first prompts show already that `ours` are less."""
+    return len(ours) >= SCREENING_PROMPTS and significantly_less(ours, theirs, EARLY_ERRORS)
 
 
 def _leaves_attention(current: Set, candidate: Sublayer, num_layers: int) -> bool:

@@ -29,9 +29,6 @@ from adaskip.strategies import POP, AdaSkip, EarlyExit, SkipDecode, UnifiedSkipp
 WHOLE_LAYER_STRATEGIES = (EarlyExit, SkipDecode, UnifiedSkipping)
 PROMPT_STRATEGIES = (POP, SkipDecode, UnifiedSkipping)
 """The whole-layer strategies in a search with keep_kv; POP has the sets of Early Exit."""
-CANDIDATES_PER_PLACE = 3
-"""The search considers the most similar sublayers, this many for each sublayer of the largest set. With keep_kv it
-considers all: the last layers change the prompt's states much, but their changes hardly reach the answer."""
 SAME_AS_CALIBRATION = (
     *("model", "weights_fingerprint", "dtype", "attn_implementation", "hidden_size", "adapter", "config_fingerprint"),
     *("prompts_begin_with_bos", "dataset", "data_ids", "versions"),
@@ -151,7 +148,7 @@ def _search(
     setup_seconds = divergence.seconds
     choices = search(
         progress,
-        importance.ranking()[: num_candidates(up_to, num_layers, keep_kv=keep_kv)],
+        importance.ranking(),
         num_layers=num_layers,
         num_prompts=len(divergence),
         up_to=up_to,
@@ -168,16 +165,11 @@ def _search(
     )
 
 
-def num_candidates(up_to: int, num_layers: int, *, keep_kv: bool = False) -> int:
-    """Number of candidates, the most similar sublayers, in a search for sets of `up_to` sublayers."""
-    return 2 * num_layers if keep_kv else min(max(CANDIDATES_PER_PLACE * up_to, num_layers), 2 * num_layers)
-
-
-def most_forwards(num_layers: int, num_prompts: int, up_to: int, *, keep_kv: bool = False) -> int:
+def most_forwards(num_layers: int, num_prompts: int, up_to: int) -> int:
     """Maximum number of forwards on calibration prompts in a search for sets of `up_to` sublayers."""
     whole_layers = len(WHOLE_LAYER_STRATEGIES)
     starts = [1 + (whole_layers if count % 2 == 0 else 0) for count in range(1, up_to + 1)]
-    return most_measured(num_candidates(up_to, num_layers, keep_kv=keep_kv), num_prompts, starts)
+    return most_measured(2 * num_layers, num_prompts, starts)
 
 
 def _identity(

@@ -1,4 +1,4 @@
-"""Keeps the hidden states that entered the layers in the last forward over a prompt, so that the next one starts later.
+"""Keeps the hidden states that entered the layers in the latest forwards over a prompt, so that the next starts later.
 
 Two plans that differ only from layer L upwards compute the same hidden states below L. So a forward under the second
 plan passes over the layers below L and enters layer L with the hidden states of the first. Its result has the same
@@ -7,8 +7,11 @@ bits as that of a whole forward.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
 from threading import get_ident
 from typing import Any
 
@@ -18,22 +21,35 @@ from adaskip.core.patching import ModelPatches
 from adaskip.core.plan import SkipPlan
 
 KEPT_BYTES = 4 * 2**30
-"""Upper bound of the hidden states kept for all prompts of a search; above it, only every k-th layer's are kept."""
+"""Upper bound of the hidden states kept for all prompts of a search."""
+KEPT_FORWARDS = 16
+"""Upper bound of the forwards over one prompt whose hidden states are kept."""
 
 
-def kept_interval(patches: ModelPatches, num_tokens: int) -> int:
-    """The least k such that the inputs of every k-th layer, of `num_tokens` tokens, take at most `KEPT_BYTES`."""
-    layer = patches.patches[0]
-    return max(1, -(-num_tokens * layer.width * layer.dtype.itemsize * len(patches.patches) // KEPT_BYTES))
+@dataclass(frozen=True)
+class Kept:
+    """What is kept: the inputs of every `interval`-th layer, of the latest `forwards` over each prompt."""
+
+    interval: int
+    forwards: int
+
+    @classmethod
+    def of(cls, patches: ModelPatches, num_tokens: int) -> Kept:
+        """As many forwards as possible, then as many layers, so that `num_tokens` tokens take at most `KEPT_BYTES`."""
+        layer = patches.patches[0]
+        whole = num_tokens * layer.width * layer.dtype.itemsize * len(patches.patches)  # bytes of one forward
+        return cls(max(1, -(-whole // KEPT_BYTES)), min(max(1, KEPT_BYTES // whole), KEPT_FORWARDS))
 
 
-class KeptStream:
-    """The hidden states, [1, T, D], that entered every k-th layer in the last forward over one prompt."""
+class KeptStreams:
+    """The hidden states, [1, T, D], that entered layers in the latest forwards over one prompt.
 
-    def __init__(self, patches: ModelPatches, interval: int = 1):
-        self.patches, self.interval = patches, interval
-        self.plan: SkipPlan | None = None
-        self.entered: dict[int, Tensor] = {}  # by layer
+    Forwards that share their lower layers share these states.
+    """
+
+    def __init__(self, patches: ModelPatches, kept: Kept):
+        self.patches, self.interval = patches, kept.interval
+        self.latest: deque[tuple[SkipPlan, dict[int, Tensor]]] = deque(maxlen=kept.forwards)  # states by layer
 
     @contextmanager
     def running(self, plan: SkipPlan, start: int | None = None, *, applied: SkipPlan | None = None) -> Iterator[None]:
@@ -42,9 +58,9 @@ class KeptStream:
         start: the layer that it enters, if not `self.start(plan)`: a lower one whose input is kept, or 0. applied: what
         the layers skip, if that is another plan and `plan` only decides, through the K/V, what they compute.
         """
-        start = self.start(plan) if start is None else start
-        kept = {layer: states for layer, states in self.entered.items() if layer <= start}
-        self.plan, self.entered = None, {}  # a forward that fails leaves nothing to continue from
+        highest, states = self._continued(plan)
+        start = highest if start is None else start
+        kept = {layer: entered for layer, entered in states.items() if layer <= start}
         entered = dict(kept)
         self.patches.apply(plan if applied is None else applied, passed=start)
         with ExitStack() as hooks:
@@ -52,15 +68,20 @@ class KeptStream:
                 hook = _Entry(i, kept.get(i), entered)
                 hooks.callback(self.patches.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
-        self.plan, self.entered = plan, entered
+        self.latest.append((plan, entered))  # not of a forward that fails
 
     def start(self, plan: SkipPlan) -> int:
-        """The highest layer with a kept input below which `plan` is that of the last forward; 0 without one."""
-        if self.plan is None:
-            return 0
+        """The highest layer with a kept input below which `plan` is that of a kept forward; 0 without one."""
+        return self._continued(plan)[0]
+
+    def _continued(self, plan: SkipPlan) -> tuple[int, dict[int, Tensor]]:
+        """That layer, and the states kept of that forward."""
         layers = range(len(self.patches.layers))
-        lowest = next((i for i in layers if _differs(i, plan, self.plan)), len(layers))
-        return max((layer for layer in self.entered if layer <= lowest), default=0)
+        best: tuple[int, dict[int, Tensor]] = 0, {}
+        for other, states in self.latest:
+            lowest = next((i for i in layers if _differs(i, plan, other)), len(layers))
+            best = max(best, (max(layer for layer in states if layer <= lowest), states), key=itemgetter(0))
+        return best
 
 
 class _Entry:

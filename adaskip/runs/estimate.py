@@ -164,8 +164,7 @@ def search_seconds(job: Job, ceilings: Ceilings) -> float:
     forward = predict(shape, prompt_tokens=searched, new_tokens=1, **full)
     reading = count * (answered.ttft_s + (answer - 1) * (answered.tpot_s or 0.0))
     if method == SEARCH:
-        most = most_forwards(shape.num_layers, count, job.up_to, keep_kv=job.searches_kept_kv)
-        return reading + most * forward.ttft_s
+        return reading + most_forwards(shape.num_layers, count, job.up_to) * forward.ttft_s
     return reading + PEERS[method].most_forwards(shape.num_layers, count, job.counts) * forward.ttft_s
 
 

@@ -1,4 +1,4 @@
-"""Forwards that continue from the hidden states of the forward before them."""
+"""Forwards that continue from the hidden states of forwards before them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from adaskip.calibration import streams
 from adaskip.calibration.divergence import OutputDivergence
-from adaskip.calibration.streams import KeptStream, kept_interval
+from adaskip.calibration.streams import Kept, KeptStreams
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.patching import patches_of
 from adaskip.core.plan import EMPTY_PLAN, SkipPlan, Sublayer
@@ -27,34 +27,53 @@ def random_plans(number: int) -> list[SkipPlan]:
     return [SkipPlan.of_sublayers({s: scale() for s in draw.sample(ALL, draw.randint(0, 5))}) for _ in range(number)]
 
 
+def fresh(divergence: OutputDivergence) -> list[tuple[KeptStreams, ...]]:
+    return [(KeptStreams(divergence._patches, Kept(interval=1, forwards=1)),) for _ in range(2)]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 @pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
 def test_a_continued_measurement_has_the_bits_of_a_whole_one(family, phase):
     model = random_model(family, 4)
     divergence = OutputDivergence(model, random_prompts([9, 14]), phase, **ENDS)
-    for plan in [EMPTY_PLAN, *random_plans(12), EMPTY_PLAN]:
+    for plan in [EMPTY_PLAN, *random_plans(24), EMPTY_PLAN]:
         continued = divergence(plan)
-        divergence._streams = [(KeptStream(divergence._patches),) for _ in range(2)]
+        used, divergence._streams = divergence._streams, fresh(divergence)
         assert continued == divergence(plan)
+        divergence._streams = used
+
+
+def layers_run(monkeypatch, kept: Kept, *plans: SkipPlan) -> list[int]:
+    """The layers that run under the last of these plans, one forward each."""
+    model = random_model("llama", LAYERS)
+    patches, (prompt,) = patches_of(model), random_prompts([9])
+    stream, calls = KeptStreams(patches, kept), []
+    for i, layer in enumerate(model.model.layers):
+        monkeypatch.setattr(layer.mlp, "forward", lambda x, i=i, mlp=layer.mlp.forward: (calls.append(i), mlp(x))[1])
+    with patches.install(), torch.no_grad():
+        for plan in plans:
+            calls.clear()
+            with stream.running(plan):
+                model(input_ids=prompt[None], use_cache=False)
+    return calls
 
 
 @pytest.mark.parametrize(("interval", "first"), [(1, 4), (2, 4), (3, 3), (5, 0)])
 def test_only_the_layers_from_the_lowest_difference_are_run(interval, first, monkeypatch):
-    model = random_model("llama", LAYERS)
-    patches, (prompt,) = patches_of(model), random_prompts([9])
-    stream, calls = KeptStream(patches, interval), []
-    for i, layer in enumerate(model.model.layers):
-        monkeypatch.setattr(layer.mlp, "forward", lambda x, i=i, mlp=layer.mlp.forward: (calls.append(i), mlp(x))[1])
     base = SkipPlan(attention=frozenset({1}))
-    with patches.install(), torch.no_grad():
-        for plan in (base, base.union(SkipPlan(attention=frozenset({4})))):
-            calls.clear()
-            with stream.running(plan):
-                model(input_ids=prompt[None], use_cache=False)
-    assert calls == list(range(first, LAYERS))
+    plans = base, base.union(SkipPlan(attention=frozenset({4})))
+    assert layers_run(monkeypatch, Kept(interval, forwards=1), *plans) == list(range(first, LAYERS))
 
 
-def test_a_forward_that_fails_leaves_nothing_to_continue_from():
+@pytest.mark.parametrize(("forwards", "first"), [(1, 1), (2, 3), (3, 4)])
+def test_the_most_alike_of_the_latest_forwards_is_continued(forwards, first, monkeypatch):
+    base = SkipPlan(attention=frozenset({1}))
+    others = base.union(SkipPlan(ffn=frozenset({3}))), SkipPlan(ffn=frozenset({1}))
+    last = base.union(SkipPlan(attention=frozenset({4})))
+    assert layers_run(monkeypatch, Kept(1, forwards), base, *others, last) == list(range(first, LAYERS))
+
+
+def test_a_forward_that_fails_is_not_continued():
     model = random_model("llama", LAYERS)
     divergence = OutputDivergence(model, random_prompts([9]), "prefill", **ENDS)
     plan, hooks = SkipPlan(ffn=frozenset({4})), [layer._forward_pre_hooks for layer in decoder_layers(model)]
@@ -70,6 +89,9 @@ def test_a_forward_that_fails_leaves_nothing_to_continue_from():
 def test_kept_states_are_bounded(monkeypatch):
     patches = patches_of(random_model("llama", LAYERS))
     layer = 100 * patches.patches[0].width * patches.patches[0].dtype.itemsize
-    for kept, interval in ((LAYERS, 1), (LAYERS - 1, 2), (3, 2), (2, 3), (1, LAYERS)):
-        monkeypatch.setattr(streams, "KEPT_BYTES", kept * layer)
-        assert kept_interval(patches, 100) == interval
+    for layers, interval in ((LAYERS, 1), (LAYERS - 1, 2), (3, 2), (2, 3), (1, LAYERS)):
+        monkeypatch.setattr(streams, "KEPT_BYTES", layers * layer)
+        assert Kept.of(patches, 100) == Kept(interval, forwards=1)
+    for forwards in (1, 2, streams.KEPT_FORWARDS, streams.KEPT_FORWARDS + 1):
+        monkeypatch.setattr(streams, "KEPT_BYTES", forwards * LAYERS * layer)
+        assert Kept.of(patches, 100) == Kept(1, min(forwards, streams.KEPT_FORWARDS))
