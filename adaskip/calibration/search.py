@@ -1,10 +1,10 @@
 """Greedy search for the sublayers whose skipping changes the output least, one more sublayer in each step.
 
-The first step tries every candidate on a few prompts. Each step then tries only the most promising candidates: those
-that cost least when last tried. They are screened on more prompts, and the finalists are measured on all. The sets of
-other strategies (`starts`) compete in each step; if one diverges less, the search continues from it. One of these
-strategies is the `default`: its set is chosen unless the best set diverges significantly less, judged by the paired
-differences over the prompts. A comparison ends early where it is clear.
+The first step tries every candidate, the others only the most promising ones: those that cost least when last tried.
+They are screened on a few prompts, and the finalists are measured on all. The sets of other strategies (`starts`)
+compete in each step; if one diverges less, the search continues from it. One of these strategies is the `default`: its
+set is chosen unless the best set diverges significantly less, judged by the paired differences over the prompts. A
+comparison ends early where it is clear.
 
 With `faster`, the fastest of the sets that do not diverge significantly more than the best one is chosen instead.
 """
@@ -22,14 +22,12 @@ from adaskip.core.plan import Sublayer
 
 Set = frozenset[Sublayer]
 MeasureDivergence = Callable[[Set, Sequence[int]], list[float]]
-"""Returns the divergence of a set on each of the prompts with the given indices. It must keep what it measured: a search
-asks for some divergences several times."""
+"""Returns the divergence of a set on each of the prompts with the given indices. It should keep what it measured: a
+search asks for some divergences several times."""
 
-FIRST_LOOK = 2
-"""Number of prompts on which the first step tries every candidate."""
 SCREENING_PROMPTS = 4
 CONSIDERED = 6
-"""Number of candidates that a step screens."""
+"""Number of candidates that each step after the first screens."""
 FINALISTS = 3
 SEARCH = "search"
 STANDARD_ERRORS = 2.0
@@ -77,20 +75,14 @@ def search(
     cost: dict[Sublayer, float] = {}  # divergence that each candidate added when last tried
     current: Set = frozenset()
     choices: dict[int, Choice] = {}
-
-    def screen(tried: Iterable[Sublayer], which: Sequence[int]) -> None:
-        base = fmean(measure(current, which)) if current else 0.0
-        for candidate in sorted(tried, key=lambda c: -c.layer):  # each shares the layers below it with the one before
-            cost[candidate] = fmean(measure(current | {candidate}, which)) - base
-
     for count in tqdm(range(1, up_to + 1), desc="search", unit="set", disable=None if show_progress else True):
         free = [c for c in candidates if c not in current and _leaves_attention(current, c, num_layers)]
         if not free:
             raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
-        if not cost:
-            screen(free, prompts[:FIRST_LOOK])
-        considered = sorted(free, key=cost.__getitem__)[:CONSIDERED]
-        screen(considered, screening)
+        considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
+        base = fmean(measure(current, screening)) if current else 0.0
+        for candidate in sorted(considered, key=lambda c: -c.layer):  # each shares the layers below with those before
+            cost[candidate] = fmean(measure(current | {candidate}, screening)) - base
         contenders = {current | {c}: SEARCH for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
         for name, sets in starts.items():
             if count in sets:
@@ -132,11 +124,9 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
 
     starts: for each number of sublayers, how many sets of other strategies compete.
     """
-    first_look, screening = min(FIRST_LOOK, num_prompts), min(SCREENING_PROMPTS, num_prompts)
-    considered = min(CONSIDERED, num_candidates) * screening * len(starts)
-    looked = first_look * max(num_candidates - CONSIDERED, 0)  # the considered ones are measured there again
-    confirmed = (num_prompts - screening) * FINALISTS * len(starts)
-    return looked + considered + confirmed + num_prompts * sum(starts)
+    screening = min(SCREENING_PROMPTS, num_prompts)
+    tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates)
+    return screening * tried + (num_prompts - screening) * FINALISTS * len(starts) + num_prompts * sum(starts)
 
 
 def _compared(
