@@ -159,7 +159,7 @@ class OutputDivergence:
             prompt, answer = self._streams[number]
             plan = plan.union(SkipPlan.of_layers([last], keeps_kv=True))
         else:  # one plan among others that lose the K/V: nothing to continue from
-            nothing = Kept(interval=last + 1, forwards=1)
+            nothing = Kept(interval=last + 1, states=1)
             prompt, answer = KeptStreams(patches, nothing), KeptStreams(patches, nothing)
         start, cache = min(prompt.start(plan), answer.start(plan)), DynamicCache(config=self.model.config)
         if start:  # the layers below write no K/V, and no layer reads them

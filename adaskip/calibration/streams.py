@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adaskip.core.patching import ModelPatches
 from adaskip.core.plan import SkipPlan
 
-KEPT_BYTES = 4 * 2**30
+KEPT_BYTES = 2 * 2**30
 """Upper bound of the hidden states kept for all prompts of a search."""
 KEPT_FORWARDS = 16
 """Upper bound of the forwards over one prompt whose hidden states are kept."""
@@ -28,17 +28,17 @@ KEPT_FORWARDS = 16
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept: the inputs of every `interval`-th layer, of the latest `forwards` over each prompt."""
+    """What is kept of each prompt: the inputs of every `interval`-th layer, at most `states` of them in all."""
 
     interval: int
-    forwards: int
+    states: int
 
     @classmethod
     def of(cls, patches: ModelPatches, num_tokens: int) -> Kept:
-        """As many forwards as possible, then as many layers, so that `num_tokens` tokens take at most `KEPT_BYTES`."""
+        """As many states as take at most `KEPT_BYTES` for `num_tokens` tokens, and the least interval for these."""
         layer = patches.patches[0]
-        whole = num_tokens * layer.width * layer.dtype.itemsize * len(patches.patches)  # bytes of one forward
-        return cls(max(1, -(-whole // KEPT_BYTES)), min(max(1, KEPT_BYTES // whole), KEPT_FORWARDS))
+        states = max(1, KEPT_BYTES // (num_tokens * layer.width * layer.dtype.itemsize))
+        return cls(-(-len(patches.patches) // states), states)
 
 
 class KeptStreams:
@@ -48,8 +48,8 @@ class KeptStreams:
     """
 
     def __init__(self, patches: ModelPatches, kept: Kept):
-        self.patches, self.interval = patches, kept.interval
-        self.latest: deque[tuple[SkipPlan, dict[int, Tensor]]] = deque(maxlen=kept.forwards)  # states by layer
+        self.patches, self.kept = patches, kept
+        self.latest: deque[tuple[SkipPlan, dict[int, Tensor]]] = deque()  # states by layer
 
     @contextmanager
     def running(self, plan: SkipPlan, start: int | None = None, *, applied: SkipPlan | None = None) -> Iterator[None]:
@@ -61,10 +61,12 @@ class KeptStreams:
         highest, states = self._continued(plan)
         start = highest if start is None else start
         kept = {layer: entered for layer, entered in states.items() if layer <= start}
+        run = range(start, len(self.patches.layers), self.kept.interval)
+        self._make_room(kept, len(run) - (start in kept))
         entered = dict(kept)
         self.patches.apply(plan if applied is None else applied, passed=start)
         with ExitStack() as hooks:
-            for i in range(start, len(self.patches.layers), self.interval):
+            for i in run:
                 hook = _Entry(i, kept.get(i), entered)
                 hooks.callback(self.patches.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
@@ -82,6 +84,14 @@ class KeptStreams:
             lowest = next((i for i in layers if _differs(i, plan, other)), len(layers))
             best = max(best, (max(layer for layer in states if layer <= lowest), states), key=itemgetter(0))
         return best
+
+    def _make_room(self, kept: dict[int, Tensor], new: int) -> None:
+        """Forget the oldest forwards until `new` states fit beside the others and those `kept`."""
+        while self.latest:
+            held = {id(state) for states in (kept, *(states for _, states in self.latest)) for state in states.values()}
+            if len(held) + new <= self.kept.states and len(self.latest) < KEPT_FORWARDS:
+                return
+            self.latest.popleft()
 
 
 class _Entry:

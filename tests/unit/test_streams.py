@@ -28,7 +28,7 @@ def random_plans(number: int) -> list[SkipPlan]:
 
 
 def fresh(divergence: OutputDivergence) -> list[tuple[KeptStreams, ...]]:
-    return [(KeptStreams(divergence._patches, Kept(interval=1, forwards=1)),) for _ in range(2)]
+    return [(KeptStreams(divergence._patches, Kept(interval=1, states=4)),) for _ in range(2)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
@@ -62,15 +62,31 @@ def layers_run(monkeypatch, kept: Kept, *plans: SkipPlan) -> list[int]:
 def test_only_the_layers_from_the_lowest_difference_are_run(interval, first, monkeypatch):
     base = SkipPlan(attention=frozenset({1}))
     plans = base, base.union(SkipPlan(attention=frozenset({4})))
-    assert layers_run(monkeypatch, Kept(interval, forwards=1), *plans) == list(range(first, LAYERS))
+    assert layers_run(monkeypatch, Kept(interval, LAYERS), *plans) == list(range(first, LAYERS))
 
 
-@pytest.mark.parametrize(("forwards", "first"), [(1, 1), (2, 3), (3, 4)])
-def test_the_most_alike_of_the_latest_forwards_is_continued(forwards, first, monkeypatch):
+@pytest.mark.parametrize(("states", "first"), [(6, 1), (9, 1), (10, 3), (11, 3), (12, 4)])
+def test_the_most_alike_of_the_latest_forwards_is_continued(states, first, monkeypatch):
+    """The first forward has 6 states; the second shares 4 and adds 2, the third shares 2 and adds 4."""
     base = SkipPlan(attention=frozenset({1}))
     others = base.union(SkipPlan(ffn=frozenset({3}))), SkipPlan(ffn=frozenset({1}))
     last = base.union(SkipPlan(attention=frozenset({4})))
-    assert layers_run(monkeypatch, Kept(1, forwards), base, *others, last) == list(range(first, LAYERS))
+    assert layers_run(monkeypatch, Kept(1, states), base, *others, last) == list(range(first, LAYERS))
+
+
+def test_no_more_states_are_kept_than_allowed():
+    model, (prompt,), states = random_model("llama", LAYERS), random_prompts([9]), 15
+    patches = patches_of(model)
+    stream = KeptStreams(patches, Kept(1, states))
+    most = 0
+    with patches.install(), torch.no_grad():
+        for plan in random_plans(40):
+            with stream.running(plan):
+                model(input_ids=prompt[None], use_cache=False)
+            held = {id(state) for _, kept in stream.latest for state in kept.values()}
+            most = max(most, len(held))
+            assert len(held) <= states
+    assert most == states
 
 
 def test_a_forward_that_fails_is_not_continued():
@@ -86,12 +102,9 @@ def test_a_forward_that_fails_is_not_continued():
     assert not any(hooks)
 
 
-def test_kept_states_are_bounded(monkeypatch):
+def test_kept_bytes_are_bounded(monkeypatch):
     patches = patches_of(random_model("llama", LAYERS))
     layer = 100 * patches.patches[0].width * patches.patches[0].dtype.itemsize
-    for layers, interval in ((LAYERS, 1), (LAYERS - 1, 2), (3, 2), (2, 3), (1, LAYERS)):
-        monkeypatch.setattr(streams, "KEPT_BYTES", layers * layer)
-        assert Kept.of(patches, 100) == Kept(interval, forwards=1)
-    for forwards in (1, 2, streams.KEPT_FORWARDS, streams.KEPT_FORWARDS + 1):
-        monkeypatch.setattr(streams, "KEPT_BYTES", forwards * LAYERS * layer)
-        assert Kept.of(patches, 100) == Kept(1, min(forwards, streams.KEPT_FORWARDS))
+    for states, interval in ((50, 1), (LAYERS, 1), (LAYERS - 1, 2), (3, 2), (2, 3), (1, LAYERS)):
+        monkeypatch.setattr(streams, "KEPT_BYTES", states * layer + 1)
+        assert Kept.of(patches, 100) == Kept(interval, states)
