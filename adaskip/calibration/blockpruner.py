@@ -79,7 +79,7 @@ def prune(
     for count in tqdm(range(1, up_to + 1), desc=found_by, unit="set", disable=None if show_progress else True):
         live = num_layers - sum(sublayer.kind == "attention" for sublayer in removed)
         free = [s for s in every if s not in removed and (s.kind == "ffn" or live > 1)]
-        downwards = sorted(free, key=lambda s: -s.layer)  # each shares the layers below it with the one before
+        downwards = sorted(free, key=lambda s: -s.layer)  # each shares the layers below with those before
         losses = {s: loss(removed | {s}) for s in downwards}
         best = min(free, key=losses.__getitem__)
         if not isfinite(losses[best]):

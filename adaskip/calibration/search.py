@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from statistics import fmean, stdev
 
 from tqdm import tqdm
@@ -33,7 +33,7 @@ SEARCH = "search"
 STANDARD_ERRORS = 2.0
 """The mean paired difference must be below zero by this many standard errors."""
 EARLY_ERRORS = 3.0
-"""The same before all prompts are measured, from `SCREENING_PROMPTS` prompts on."""
+"""The number of standard errors that ends a comparison after `SCREENING_PROMPTS` or more prompts, before it has all."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def search(
                 contenders.setdefault(sets[count], name)
         complete: dict[Set, list[float]] = {}  # divergences on all prompts, of the contenders that are not dropped
         for contender in contenders:
-            least = min(complete.values(), key=sum) if complete and faster is None else None
-            values = _compared(measure, contender, least, prompts)
+            least = min(complete.values(), key=sum) if complete and faster is None else [inf]
+            values = _until_clear(measure, contender, least, prompts, by_total=True)
             if len(values) == num_prompts:
                 complete[contender] = values
         current = best = min(complete, key=lambda c: sum(complete[c]))
@@ -102,8 +102,9 @@ def search(
         choices[count] = Choice(current, fmean(complete[current]), contenders[current])
         if default is not None and count in starts[default] and (own := starts[default][count]) != current:
             is_slower = faster is not None and faster(own) < faster(current)
-            if not is_slower and not _is_beaten(measure, own, complete[best], prompts):
-                choices[count] = Choice(own, fmean(measure(own, prompts)), default)
+            usual = complete.get(own) or _until_clear(measure, own, complete[best], prompts, by_total=False)
+            if not is_slower and len(usual) == num_prompts and not significantly_less(complete[best], usual):
+                choices[count] = Choice(own, fmean(usual), default)
     return choices
 
 
@@ -129,34 +130,23 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
     return screening * tried + (num_prompts - screening) * FINALISTS * len(starts) + num_prompts * sum(starts)
 
 
-def _compared(
-    measure: MeasureDivergence, chosen: Set, least: Sequence[float] | None, prompts: Sequence[int]
+def _until_clear(
+    measure: MeasureDivergence, chosen: Set, best: Sequence[float], prompts: Sequence[int], *, by_total: bool
 ) -> list[float]:
-    """The divergences of `chosen` prompt by prompt, up to where they are clearly not the least.
+    """The divergences of `chosen` prompt by prompt, up to where those of another set, `best`, are clearly less.
 
-    least: those of the best set so far, on all prompts; None for none.
+    best: on all prompts; while one is infinite, nothing is clear. by_total: a total above theirs is clear, too.
     """
     values: list[float] = []
     for prompt in prompts:
-        if least is not None and (sum(values) >= sum(least) or _is_clear(least[: len(values)], values)):
+        screened = len(values) >= SCREENING_PROMPTS
+        if isfinite(sum(best)) and (
+            (by_total and sum(values) >= sum(best))
+            or (screened and significantly_less(best[: len(values)], values, EARLY_ERRORS))
+        ):
             break
         values += measure(chosen, [prompt])
     return values
-
-
-def _is_beaten(measure: MeasureDivergence, own: Set, best: Sequence[float], prompts: Sequence[int]) -> bool:
-    """Whether `own` diverges significantly more than another set, whose divergences on all prompts are `best`."""
-    values: list[float] = []
-    for prompt in prompts:
-        if _is_clear(best[: len(values)], values):
-            return True
-        values += measure(own, [prompt])
-    return significantly_less(best, values)
-
-
-def _is_clear(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether the first prompts show already that `ours` are less."""
-    return len(ours) >= SCREENING_PROMPTS and significantly_less(ours, theirs, EARLY_ERRORS)
 
 
 def _leaves_attention(current: Set, candidate: Sublayer, num_layers: int) -> bool:

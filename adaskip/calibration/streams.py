@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from adaskip.core.patching import ModelPatches
 from adaskip.core.plan import SkipPlan
 
-KEPT_BYTES = 2 * 2**30
-"""Upper bound of the hidden states kept for all prompts of a search."""
+KEPT_BYTES, KEPT_BYTES_CPU = 4 * 2**30, 2 * 2**30
+"""Upper bounds of the hidden states kept for all prompts of a search, on an accelerator and on the CPU."""
 KEPT_FORWARDS = 16
 """Upper bound of the forwards over one prompt whose hidden states are kept."""
 
@@ -35,9 +35,10 @@ class Kept:
 
     @classmethod
     def of(cls, patches: ModelPatches, num_tokens: int) -> Kept:
-        """As many states as take at most `KEPT_BYTES` for `num_tokens` tokens, and the least interval for these."""
+        """As many states of all prompts, `num_tokens` tokens, as the bytes allow, and the least interval for these."""
         layer = patches.patches[0]
-        states = max(1, KEPT_BYTES // (num_tokens * layer.width * layer.dtype.itemsize))
+        kept_bytes = KEPT_BYTES_CPU if layer.device.type == "cpu" else KEPT_BYTES
+        states = max(1, kept_bytes // (num_tokens * layer.width * layer.dtype.itemsize))
         return cls(-(-len(patches.patches) // states), states)
 
 
@@ -58,9 +59,8 @@ class KeptStreams:
         start: the layer that it enters, if not `self.start(plan)`: a lower one whose input is kept, or 0. applied: what
         the layers skip, if that is another plan and `plan` only decides, through the K/V, what they compute.
         """
-        highest, states = self._continued(plan)
-        start = highest if start is None else start
-        kept = {layer: entered for layer, entered in states.items() if layer <= start}
+        start = self.start(plan) if start is None else start
+        kept = {layer: entered for layer, entered in self._most_alike(plan)[1].items() if layer <= start}
         run = range(start, len(self.patches.layers), self.kept.interval)
         self._make_room(kept, len(run) - (start in kept))
         entered = dict(kept)
@@ -74,12 +74,12 @@ class KeptStreams:
 
     def start(self, plan: SkipPlan) -> int:
         """The highest layer with a kept input below which `plan` is that of a kept forward; 0 without one."""
-        return self._continued(plan)[0]
+        return max(self._most_alike(plan)[0], 0)
 
-    def _continued(self, plan: SkipPlan) -> tuple[int, dict[int, Tensor]]:
-        """That layer, and the states kept of that forward."""
+    def _most_alike(self, plan: SkipPlan) -> tuple[int, dict[int, Tensor]]:
+        """That layer of the forward for which it is highest, and the forward's states; -1 without any."""
         layers = range(len(self.patches.layers))
-        best: tuple[int, dict[int, Tensor]] = 0, {}
+        best: tuple[int, dict[int, Tensor]] = -1, {}
         for other, states in self.latest:
             lowest = next((i for i in layers if _differs(i, plan, other)), len(layers))
             best = max(best, (max(layer for layer in states if layer <= lowest), states), key=itemgetter(0))

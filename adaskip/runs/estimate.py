@@ -145,9 +145,10 @@ def calibration_seconds(job: Job, ceilings: Ceilings) -> float:
 
 
 def search_seconds(job: Job, ceilings: Ceilings) -> float:
-    """Minimum time of a job's search if no contender is dropped early; 0 if no search is needed.
+    """Time of a job's search at the device's limits, 0 if no search is needed.
 
-    Every forward is estimated as one of the full model on the longest prompt that no run is scored on.
+    It is estimated as if no contender were dropped early, and every forward ran all layers of the full model on the
+    longest prompt that no run is scored on.
     """
     if job.calibration is None or (method := job.selection_method) is None or job.profile_name is not None:
         return 0.0

@@ -65,8 +65,9 @@ def test_a_continued_measurement_has_the_bits_of_a_whole_one(family):
     for plan in [EMPTY_PLAN, *random_plans(12), EMPTY_PLAN]:
         continued = divergence(plan)
         streams = lambda: KeptStreams(divergence._patches, Kept(1, LAYERS))  # noqa: E731
-        divergence._streams = [(streams(), streams()) for _ in range(2)]
+        used, divergence._streams = divergence._streams, [(streams(), streams()) for _ in range(2)]
         assert continued == divergence(plan)
+        divergence._streams = used
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -148,6 +148,29 @@ def test_what_is_clear_after_the_screening_is_not_measured_further():
     assert [sum(chosen == frozenset({sublayer}) for chosen, _ in asked) for sublayer in ALL] == [9, *[4] * 7]
 
 
+def test_a_set_that_overflows_on_a_late_prompt_drops_no_other():
+    def measure(chosen, which):
+        late = float("inf") if ALL[0] in chosen else 3.0
+        return [1.0 + 0.1 * (ALL[0] not in chosen) + 0.01 * prompt if prompt < 8 else late for prompt in which]
+
+    found = search(measure, ALL, num_layers=LAYERS, num_prompts=9, up_to=1, starts={})
+    assert found[1].sublayers == frozenset(ALL[1:2])
+
+
+@pytest.mark.parametrize(("late", "found_by"), [(0.0, "adaskip"), (0.1, SEARCH)])
+def test_a_default_that_is_measured_on_all_prompts_is_judged_by_all(late, found_by):
+    """Its first four prompts alone are clearly worse, but its total was below the best one's until the last."""
+    gaps = [0.1, 0.101, 0.1, 0.101, 0.9, -0.9, 0.9, -0.9, late]
+    default = frozenset(ALL[7:])
+
+    def measure(chosen, which):
+        return [2.0 + (gaps[prompt] if chosen == default else 0.0 if ALL[0] in chosen else 9.0) for prompt in which]
+
+    options = {"num_layers": LAYERS, "num_prompts": 9, "up_to": 1, "starts": {"adaskip": {1: default}}}
+    speeds = {"faster": lambda chosen: 1.0} if found_by == "adaskip" else {}
+    assert search(measure, ALL, **options, default="adaskip", **speeds)[1].found_by == found_by
+
+
 @pytest.mark.parametrize(("spread", "chosen"), [(0.01, SEARCH), (0.8, "adaskip")])
 def test_the_default_is_left_only_for_what_is_better_beyond_chance(spread, chosen):
     """The search's set is better by 0.1 on average, whatever the spread over the prompts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from weakref import ref
 
 import pytest
 import torch
@@ -27,18 +28,20 @@ def random_plans(number: int) -> list[SkipPlan]:
     return [SkipPlan.of_sublayers({s: scale() for s in draw.sample(ALL, draw.randint(0, 5))}) for _ in range(number)]
 
 
-def fresh(divergence: OutputDivergence) -> list[tuple[KeptStreams, ...]]:
-    return [(KeptStreams(divergence._patches, Kept(interval=1, states=4)),) for _ in range(2)]
+def fresh(divergence: OutputDivergence, kept: Kept) -> list[tuple[KeptStreams, ...]]:
+    return [(KeptStreams(divergence._patches, kept),) for _ in range(2)]
 
 
+@pytest.mark.parametrize("kept", [Kept(1, 100), Kept(1, 9), Kept(2, 7), Kept(3, 2)])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 @pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
-def test_a_continued_measurement_has_the_bits_of_a_whole_one(family, phase):
+def test_a_continued_measurement_has_the_bits_of_a_whole_one(family, phase, kept):
     model = random_model(family, 4)
     divergence = OutputDivergence(model, random_prompts([9, 14]), phase, **ENDS)
+    divergence._streams = fresh(divergence, kept)
     for plan in [EMPTY_PLAN, *random_plans(24), EMPTY_PLAN]:
         continued = divergence(plan)
-        used, divergence._streams = divergence._streams, fresh(divergence)
+        used, divergence._streams = divergence._streams, fresh(divergence, Kept(1, 4))
         assert continued == divergence(plan)
         divergence._streams = used
 
@@ -74,19 +77,18 @@ def test_the_most_alike_of_the_latest_forwards_is_continued(states, first, monke
     assert layers_run(monkeypatch, Kept(1, states), base, *others, last) == list(range(first, LAYERS))
 
 
-def test_no_more_states_are_kept_than_allowed():
+def test_no_more_states_live_than_allowed():
     model, (prompt,), states = random_model("llama", LAYERS), random_prompts([9]), 15
     patches = patches_of(model)
-    stream = KeptStreams(patches, Kept(1, states))
-    most = 0
+    stream, entered, live = KeptStreams(patches, Kept(1, states)), [], []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: entered.append(ref(args[0])))
     with patches.install(), torch.no_grad():
         for plan in random_plans(40):
             with stream.running(plan):
                 model(input_ids=prompt[None], use_cache=False)
-            held = {id(state) for _, kept in stream.latest for state in kept.values()}
-            most = max(most, len(held))
-            assert len(held) <= states
-    assert most == states
+                live.append(len({id(state) for each in entered if (state := each()) is not None}))
+    assert max(live) == states
 
 
 def test_a_forward_that_fails_is_not_continued():
@@ -98,6 +100,8 @@ def test_a_forward_that_fails_is_not_continued():
     with pytest.raises(ZeroDivisionError):
         divergence(SkipPlan(ffn=frozenset({3})))
     broken.remove()
+    ((stream,),) = divergence._streams
+    assert [kept for kept, _ in stream.latest] == [plan]
     assert divergence(plan) == expected
     assert not any(hooks)
 
@@ -106,5 +110,5 @@ def test_kept_bytes_are_bounded(monkeypatch):
     patches = patches_of(random_model("llama", LAYERS))
     layer = 100 * patches.patches[0].width * patches.patches[0].dtype.itemsize
     for states, interval in ((50, 1), (LAYERS, 1), (LAYERS - 1, 2), (3, 2), (2, 3), (1, LAYERS)):
-        monkeypatch.setattr(streams, "KEPT_BYTES", states * layer + 1)
+        monkeypatch.setattr(streams, "KEPT_BYTES_CPU", states * layer + 1)
         assert Kept.of(patches, 100) == Kept(interval, states)
