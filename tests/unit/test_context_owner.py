@@ -233,8 +233,9 @@ def test_a_thread_gets_the_stock_model_while_another_selects(monkeypatch):
     """Neither does it get hidden states that were kept, nor are its own kept."""
     model, (prompt, ids), got = random_model("llama"), random_prompts([9, 9]), []
     stock, plans = model(ids[None]).logits, [SkipPlan(ffn={3}), SkipPlan(attention={2}), SkipPlan(ffn={2})]
-    divergence = OutputDivergence(model, [prompt], "prefill", eos_token_ids=[2], pad_token_id=0, answers=[[5, 6]])
-    alone = [divergence(plan) for plan in plans]
+    options = {"eos_token_ids": [2], "pad_token_id": 0, "answers": [[5, 6]]}
+    first, divergence = (OutputDivergence(model, [prompt], "prefill", **options) for _ in range(2))
+    alone = [first(plan) for plan in plans]
     run_first(monkeypatch, model.model.layers[2].input_layernorm, lambda: got.append(model(ids[None]).logits))
     assert [divergence(plan) for plan in plans] == alone
     assert got
