@@ -21,7 +21,8 @@ from adaskip.core.patching import ModelPatches
 from adaskip.core.plan import SkipPlan
 
 KEPT_BYTES, KEPT_BYTES_CPU = 4 * 2**30, 2 * 2**30
-"""Upper bounds of the hidden states kept for all prompts of a search, on an accelerator and on the CPU."""
+"""Upper bounds of the hidden states kept for all prompts of a search, on an accelerator and on the CPU. Where those of
+one forward take more, only every k-th layer's are kept."""
 KEPT_FORWARDS = 16
 """Upper bound of the forwards over one prompt whose hidden states are kept."""
 
@@ -35,7 +36,10 @@ class Kept:
 
     @classmethod
     def of(cls, patches: ModelPatches, num_tokens: int) -> Kept:
-        """As many states of all prompts, `num_tokens` tokens, as the bytes allow, and the least interval for these."""
+        """As many states as the bytes allow, and the least interval at which those of one forward fit.
+
+        num_tokens: of all prompts together.
+        """
         layer = patches.patches[0]
         kept_bytes = KEPT_BYTES_CPU if layer.device.type == "cpu" else KEPT_BYTES
         states = max(1, kept_bytes // (num_tokens * layer.width * layer.dtype.itemsize))
@@ -59,8 +63,10 @@ class KeptStreams:
         start: the layer that it enters, if not `self.start(plan)`: a lower one whose input is kept, or 0. applied: what
         the layers skip, if that is another plan and `plan` only decides, through the K/V, what they compute.
         """
-        start = self.start(plan) if start is None else start
-        kept = {layer: entered for layer, entered in self._most_alike(plan)[1].items() if layer <= start}
+        highest, states = self._most_alike(plan)
+        start = max(highest, 0) if start is None else start
+        kept = {layer: entered for layer, entered in states.items() if layer <= start}
+        del states  # those above `start` may be forgotten now
         run = range(start, len(self.patches.layers), self.kept.interval)
         self._make_room(kept, len(run) - (start in kept))
         entered = dict(kept)
