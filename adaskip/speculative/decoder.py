@@ -194,7 +194,7 @@ class LosslessDecoder:
             ]
             rounds = Rounds(
                 forwards=forwards,
-                drafting=self._drafting(skipped, input_ids),
+                drafting=self.drafting(skipped, input_ids),
                 accept=accept,
                 max_length=config.max_length,
                 statistics=request,
@@ -252,7 +252,8 @@ class LosslessDecoder:
         self.statistics += request
         return sequences
 
-    def _drafting(self, skipped: Sequence[SkippedModel], input_ids: Tensor) -> Drafting | FixedLength:
+    def drafting(self, skipped: Sequence[SkippedModel], input_ids: Tensor) -> Drafting | FixedLength:
+        """What decides on the drafts of a request. input_ids: its prompt, [1, S]."""
         if self.gamma is not None:
             return FixedLength(skipped[0], self.gamma)
         self.costs[1].new_request()

@@ -30,6 +30,7 @@ from adaskip.studies.bench.settings import (
     MEASURING_PREFILL,
     PATCHED,
     PLAIN_PREFILL,
+    PLAIN_STEPS,
     Cell,
     Workload,
 )
@@ -106,6 +107,13 @@ def _saving(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
                 yield Finding(f"{phase}, {100 * share:g} %", saved, _of_ratio(bar, f"at least {bound:.2f}", bound))
 
 
+def _plain_steps(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
+    dtype = result.identity["subject"]["dtype"]
+    for cell in result.cells(workload):
+        for phase in PHASES if cell.name == PLAIN_STEPS else ():
+            yield Finding(f"{phase}, {dtype}", ratio(result, workload, cell, Cell(FULL), phase), bar)
+
+
 def _window(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     for cell in result.cells(workload):
         if cell.name == ADASKIP:
@@ -169,6 +177,7 @@ def _is_8b_on_gpu(result: Result, workload: Workload) -> bool:
 
 FIND: dict[str, Callable[[Bar, Result, Workload], Iterator[Finding]]] = {
     "overhead": _overhead,
+    "plain_steps": _plain_steps,
     "saving": _saving,
     "window": _window,
     "calibration": _calibration,

@@ -29,11 +29,13 @@ from adaskip.studies.bench.settings import (
     BREAKDOWN,
     COMPARISONS,
     RESULTS_DIR,
+    TURNS,
     BenchConfig,
     Cell,
     Workload,
     cells_of,
     rotated,
+    turn_groups,
     with_references,
 )
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
@@ -168,11 +170,7 @@ class _Runner:
                         "--time-limit-s 0 runs none" if self.config.time_limit_s == 0 else "the same command continues"
                     )
                     return f"{workload}: {told} so far; {more}"
-                start, records = time.monotonic(), []
-                order = rotated(self.cells, number)
-                for cell in with_references(order) if self.config.study in COMPARISONS else order:
-                    self.running = {"workload": vars(workload), "cell": vars(cell), "round": number}
-                    records.append({**self.running, **_rounded(self.trials.run(cell, workload))})
+                start, records = time.monotonic(), self._round(workload, number)
                 self.round_s = time.monotonic() - start
                 if number != WARM_UP:
                     self._save(records)
@@ -190,6 +188,22 @@ class _Runner:
         device, cell = self.trials.subject.model.device, Cell(**self.running["cell"])
         told = f"{self.result.rounds_of(workload)} of {rounds} rounds"
         return f"{workload}: not enough memory on {device} for {cell.label}; {told}"
+
+    def _round(self, workload: Workload, number: int) -> list[Record]:
+        """Run every cell, and return the records in the order in which they ran, or took turns."""
+        order, turns, records = rotated(self.cells, number), self.config.clock == TURNS, []
+        if self.config.study in COMPARISONS and not turns:
+            order = with_references(order)
+        groups = turn_groups(order) if turns else [[cell] for cell in order]
+        if turns and number == WARM_UP:
+            groups = groups[:1]  # each copy of the model runs once
+        for group in groups:
+            self.running = {"workload": vars(workload), "cell": vars(group[0]), "round": number}
+            trials = self.trials
+            measured = trials.run_in_turns(group, workload) if turns else [trials.run(group[0], workload)]
+            for cell, one in zip(group, measured, strict=True):
+                records.append({**self.running, "cell": vars(cell), **_rounded(one)})
+        return records
 
     def _too_late(self) -> bool:
         """Whether another round would end after the time limit.

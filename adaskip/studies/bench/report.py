@@ -78,7 +78,11 @@ def result_markdown(result: Result) -> str:
 def _about(result: Result) -> list[str]:
     identity = result.identity
     subject, versions = identity["subject"], identity["versions"]
-    clock = {"wall": "wall clock", "process": "the process's own clock"}[identity["clock"]]
+    clock = {
+        "wall": "wall clock",
+        "process": "the process's own clock",
+        "turns": "CPU time of each cell's thread, up to eight cells in turns of a layer or a step",
+    }[identity["clock"]]
     selections = "; ".join(f"{phase}, {what}" for phase, what in subject["selections"].items())
     chosen = f"Calibrated's: {selections}. " if selections else ""
     ceilings = result.manifest.get("ceilings")

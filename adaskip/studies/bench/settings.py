@@ -28,14 +28,18 @@ from adaskip.testbed.benchmark import Testbed
 PATCHED, BREAKDOWN = "patched", "breakdown"
 ADASKIP, WINDOWLESS = "adaskip", "adaskip without window"
 PLAIN_PREFILL, MEASURING_PREFILL = "plain prefill", "measuring prefill"
+PLAIN_STEPS = "lossless, nothing drafted"
 KV_CHECK, COUNTS = "kv check", "counts"
 EXACT = (KV_CHECK, COUNTS)
 """Cells that count and do not time."""
 
-Clock = Literal["wall", "process"]
+Clock = Literal["wall", "process", "turns"]
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 """On the CPU: wall-clock time, or the CPU time of the process, which other processes hardly affect; with one thread on
 an idle machine the two agree."""
+TURNS = "turns"
+"""On the CPU: up to `REFERENCE_EVERY` cells run at once with the full model at both ends, each in a thread of its own,
+whose CPU time counts. They take turns: of one layer of the prompt, and one step of the answer."""
 
 EAGER, COMPILED = "eager", "compiled"
 MODES = {
@@ -51,10 +55,12 @@ STUDIES = {
     "window": "AdaSkip with and without its online learning window",
     "calibration": "a prefill that measures IO similarity, against a plain one",
     "engines": "the full model and every strategy at every budget, exported to engines and beside transformers",
+    "plain_steps": "lossless mode where nothing pays: it decides as usual, but drafts nothing; against the stock model",
     "kv": "the bytes of the KV cache, and whether they are freed before the first decode step (nothing is timed)",
 }
 COMPARISONS = ("strategies", "engines")
 """Studies whose cells are compared with the full model in the same mode."""
+WITH_TURNS = ("strategies", "plain_steps")
 REFERENCE_EVERY = 6
 """Number of cells after which a round of a comparison runs the full model again."""
 
@@ -105,6 +111,8 @@ def cells_of(
         return [Cell(name, "decode", n, mode) for mode in modes for n in budgets for name in (WINDOWLESS, ADASKIP)]
     if study == "calibration":
         return [Cell(PLAIN_PREFILL), Cell(MEASURING_PREFILL)]
+    if study == "plain_steps":
+        return [Cell(FULL), *(Cell(PLAIN_STEPS, phase, n) for phase in phases for n in budgets)]
     assert study == "kv", study
     return [Cell(KV_CHECK, phase, n) for phase in phases for n in budgets]
 
@@ -131,6 +139,13 @@ def with_references(cells: Sequence[Cell]) -> list[Cell]:
             order += [full, *others[start : start + REFERENCE_EVERY]]
         order.append(full)
     return order
+
+
+def turn_groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells in groups that run in turns, each with runs of the full model of its own as first and last."""
+    others = [cell for cell in cells if cell.name != FULL]
+    starts = range(0, len(others), REFERENCE_EVERY)
+    return [[Cell(FULL), *others[start : start + REFERENCE_EVERY], Cell(FULL)] for start in starts]
 
 
 SMALL_MODEL = "llama-100m"
@@ -198,7 +213,12 @@ class BenchConfig:
         "limits of the device to the saved result",
         least=0,
     )
-    clock: str = option(f"clock on the CPU: {', '.join(CLOCKS)}; on CUDA, events are timed", "wall", choices=[*CLOCKS])
+    clock: str = option(
+        f"clock on the CPU: {', '.join(CLOCKS)}; {TURNS}: cells compute in turns of a layer or a step, for machines "
+        "whose speed changes; on CUDA, events are timed",
+        "wall",
+        choices=[*CLOCKS, TURNS],
+    )
     device: str | None = option("torch device; default: cuda if available, else cpu")
     dtype: str | None = option(
         f"dtype of the weights: {', '.join(DTYPES)}; default: bfloat16 on cuda, else float32", choices=DTYPES
@@ -239,6 +259,12 @@ class BenchConfig:
             raise ValueError(f"--modes {engines[0]} needs --study engines and --device cpu")
         if self.clock == "process" and self.threads != 1:
             raise ValueError("--clock process adds up the time of all threads, so it needs --threads 1")
+        turns = (self.study in WITH_TURNS, self.device == "cpu", self.threads == 1, self.modes == (EAGER,))
+        if self.clock == TURNS and not all(turns):
+            raise ValueError(
+                f"--clock {TURNS} needs --study {' or '.join(WITH_TURNS)}, --device cpu, --threads 1 and --modes "
+                f"{EAGER}"
+            )
 
     @property
     def out_dir(self) -> Path:

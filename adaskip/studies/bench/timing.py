@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from adaskip.core.plan import SkipPlan
 from adaskip.core.request import RequestTrace
 from adaskip.roofline import ModelShape, kv_bytes_per_token
 from adaskip.strategies import Strategy
-from adaskip.studies.bench.settings import CLOCKS, Cell, Clock, Workload
+from adaskip.studies.bench.settings import CLOCKS, TURNS, Cell, Clock, Workload
 
 MANY = 64
 """Number of step graphs: enough for every set of a benchmark, so that later sets are not slower."""
@@ -41,7 +42,7 @@ class Stopwatch:
     """Marks moments by CUDA events or a system clock without waiting for the device; only `laps` waits, once."""
 
     def __init__(self, device: torch.device, clock: Clock):
-        self.device, self.now = device, CLOCKS[clock]
+        self.device, self.now = device, time.thread_time if clock == TURNS else CLOCKS[clock]
         self.moments: list[Any] = []
 
     def mark(self) -> None:

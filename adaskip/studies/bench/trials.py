@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
@@ -16,6 +18,7 @@ from adaskip.core.hf import CACHE
 from adaskip.core.plan import EMPTY_PLAN, KINDS, Budget, SkipPlan, Sublayer, check_phase
 from adaskip.engines.fold import fold
 from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
+from adaskip.studies.bench.plain_steps import NeverDrafting
 from adaskip.studies.bench.settings import (
     ADASKIP,
     BREAKDOWN,
@@ -25,6 +28,7 @@ from adaskip.studies.bench.settings import (
     MEASURING_PREFILL,
     PATCHED,
     PLAIN_PREFILL,
+    PLAIN_STEPS,
     WINDOWLESS,
     Cell,
     Clock,
@@ -41,21 +45,28 @@ from adaskip.studies.bench.timing import (
     timed_generation,
     undisturbed,
 )
+from adaskip.studies.bench.turns import in_turns, shared_copy, taking_turns
 from adaskip.studies.engines.engines import ENGINE_MODES
 from adaskip.studies.engines.processes import EngineProcesses
 
 SEED = 0
+WITHOUT_WINDOW = (WINDOWLESS, KV_CHECK, PLAIN_STEPS)
+"""Cells that skip, or draft with, AdaSkip's sets without its learning window."""
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs the cells of one subject with one clock. keep_kv: every strategy skips only while the prompt is read."""
+    """Runs the cells of one subject with one clock.
+
+    keep_kv: every strategy skips only while the prompt is read. copies: of the model, for cells that run in turns.
+    """
 
     subject: Subject
     clock: Clock
     static_caches: StaticCaches = field(default_factory=StaticCaches)
     engines: EngineProcesses | None = None
     keep_kv: bool = False
+    copies: list[PreTrainedModel] = field(default_factory=list)
 
     def run(self, cell: Cell, workload: Workload) -> dict[str, Any]:
         """Run `cell` on `workload` and return what it measured. Raises torch's error if memory is insufficient."""
@@ -76,7 +87,25 @@ class Trials:
             return check_kv(model, strategy, ids, workload.new_tokens)
         if cell.name in (PLAIN_PREFILL, MEASURING_PREFILL):
             return self._prefill(cell, ids)
+        if cell.name == PLAIN_STEPS:
+            strategy = self.strategy(cell, workload)
+            assert strategy is not None, "it drafts"
+            decoder = NeverDrafting.with_strategy(model, strategy)
+            timed = timed_generation(model, None, ids, workload.new_tokens, self.clock, custom_generate=decoder)
+            return timed.to_dict()
         return self._generation(cell, ids, workload)
+
+    def run_in_turns(self, cells: Sequence[Cell], workload: Workload) -> list[dict[str, Any]]:
+        """Run `cells` at once on `workload`, in turns, and return what each measured, in order."""
+
+        def work(cell: Cell, model: PreTrainedModel, pass_on: Callable[[], None]) -> dict[str, Any]:
+            own = replace(self, subject=replace(self.subject, model=model))
+            with taking_turns(model, pass_on):
+                return own.run(cell, workload)
+
+        while len(self.copies) < len(cells):
+            self.copies.append(shared_copy(self.subject.model))
+        return in_turns([partial(work, cell, model) for cell, model in zip(cells, self.copies, strict=False)])
 
     def strategy(self, cell: Cell, workload: Workload) -> Strategy | None:
         """The strategy of a cell; None for the stock model. Raises ValueError for an impossible budget.
@@ -91,9 +120,9 @@ class Trials:
         if cell.name == PATCHED:
             return FixedPlan(num_layers=num_layers, plan=EMPTY_PLAN)
         phase = check_phase(cell.phase)
-        searched = cell.name not in (WINDOWLESS, KV_CHECK) and needs_selection(cell.name)
+        searched = cell.name not in WITHOUT_WINDOW and needs_selection(cell.name)
         selection = self.subject.selections.get((cell.name, phase)) if searched else None
-        windowless = cell.name in (WINDOWLESS, KV_CHECK) or (searched and selection is None)
+        windowless = cell.name in WITHOUT_WINDOW or (searched and selection is None)
         strategy = build(
             ADASKIP if windowless else cell.name,
             phase=phase,
