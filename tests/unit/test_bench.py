@@ -376,6 +376,13 @@ def test_random_weights_are_usable_numbers():
         ({"random_weights": True, "testbed": True}, "--random-weights, --testbed all choose the weights"),
         ({"model": "llama-100m"}, "llama-100m has no checkpoint: give --random-weights"),
         ({"clock": "process"}, "so it needs --threads 1"),
+        (
+            {"clock": "turns", "device": "cpu"},
+            "--clock turns needs --study strategies or plain_steps, --device cpu",
+        ),
+        ({"clock": "turns", "threads": 1}, "--threads 1 and --modes eager"),
+        ({"clock": "turns", "device": "cpu", "threads": 1, "study": "overhead"}, "--clock turns needs --study"),
+        ({"clock": "turns", "device": "cpu", "threads": 1, "modes": ("compiled",)}, "--clock turns needs --study"),
         ({"new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"prompt_tokens": (8, 8)}, "--prompt-tokens names something twice: 8 8"),
         ({"budgets": (0,)}, "--budgets must be at least 1, not 0"),
@@ -389,7 +396,7 @@ def test_wrong_options_are_one_clear_line(options, message):
         BenchConfig(**options)
 
 
-@pytest.mark.parametrize("block", ["cpu", "testbed", "cuda", "engines"])
+@pytest.mark.parametrize("block", ["cpu", "testbed", "real", "cuda", "engines"])
 def test_the_makefile_runs_every_figure_and_each_is_a_valid_measurement(block):
     names = tuple(load_yaml("bench")[block])
     variables = {

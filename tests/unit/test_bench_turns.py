@@ -1,0 +1,227 @@
+"""Cells that compute in turns: who runs when, what each measures, and what lossless mode takes without drafts."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from adaskip.core.context import skipping
+from adaskip.core.plan import SkipPlan
+from adaskip.profiles.assumed import assumed_profile
+from adaskip.roofline import Ceilings
+from adaskip.strategies import FULL, FixedPlan
+from adaskip.studies.bench import measuring, turns
+from adaskip.studies.bench.bars import rows_of
+from adaskip.studies.bench.measuring import run_bench
+from adaskip.studies.bench.plain_steps import NeverDrafting
+from adaskip.studies.bench.report import result_markdown
+from adaskip.studies.bench.settings import (
+    BREAKDOWN,
+    PLAIN_STEPS,
+    REFERENCE_EVERY,
+    BenchConfig,
+    Cell,
+    Workload,
+    cells_of,
+    turn_groups,
+)
+from adaskip.studies.bench.subject import Subject
+from adaskip.studies.bench.trials import Trials
+from adaskip.studies.bench.turns import in_turns, shared_copy, taking_turns
+from tests.families import random_model
+
+LAYERS = 4
+IDS = torch.arange(8)[None]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("llama", LAYERS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(monkeypatch, tmp_path, model):
+    """Makes configurations that are measured on a tiny model and saved in a temporary folder."""
+    subject = Subject(model, assumed_profile(LAYERS), "random")
+    monkeypatch.setattr(measuring, "load_subject", lambda config: subject)
+    monkeypatch.setattr(measuring, "measure_ceilings", lambda device, dtype: Ceilings("CPU", 1e10, 1e9, "of a test"))
+
+    def make(**options) -> BenchConfig:
+        small = {"device": "cpu", "random_weights": True, "prompt_tokens": (8,), "new_tokens": 4, "budgets": (2,)}
+        turns = {"clock": "turns", "threads": 1, "rounds": 2, "output_dir": str(tmp_path), "name": "tiny"}
+        return BenchConfig(**{**small, **turns, **options})
+
+    return make
+
+
+def test_one_thread_runs_at_a_time_and_each_in_its_turn():
+    seen, running = [], []
+
+    def work(name: str, steps: int):
+        def run(pass_on) -> str:
+            for step in range(steps):
+                assert not running
+                running.append(name)
+                time.sleep(0.001)
+                seen.append((name, step))
+                running.remove(name)
+                pass_on()
+            return name.upper()
+
+        return run
+
+    assert in_turns([work("a", 3), work("b", 1), work("c", 2)]) == ["A", "B", "C"]
+    assert seen == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_the_first_error_ends_all_and_is_raised(failing):
+    ended = []
+
+    def work(number: int):
+        def run(pass_on) -> None:
+            try:
+                pass_on()
+                if number == failing:
+                    raise MemoryError(f"of {number}")
+                while True:
+                    pass_on()
+            finally:
+                ended.append(number)
+
+        return run
+
+    with pytest.raises(MemoryError, match=f"of {failing}"):
+        in_turns([work(number) for number in range(3)])
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_an_interrupt_of_the_main_thread_ends_all(monkeypatch):
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(turns, "wait", interrupted)
+
+    def work(pass_on) -> None:
+        while True:
+            time.sleep(0.001)
+            pass_on()
+
+    with pytest.raises(KeyboardInterrupt):
+        in_turns([work] * 3)
+
+
+def test_time_that_is_spent_in_other_threads_is_no_measurement():
+    def spin(pass_on) -> None:
+        other = threading.Thread(target=lambda: [None for _ in range(6_000_000)])
+        other.start()
+        other.join()
+
+    with pytest.raises(RuntimeError, match="torch must compute in one thread: set OMP_NUM_THREADS=1"):
+        in_turns([spin])
+
+
+def test_a_copy_shares_the_weights_and_is_patched_by_itself(model):
+    copied = shared_copy(model)
+    pairs = list(zip(model.parameters(), copied.parameters(), strict=True))
+    assert pairs
+    assert all(one is other for one, other in pairs)
+    stock = model(IDS).logits
+    with skipping(copied, FixedPlan(num_layers=LAYERS, plan=SkipPlan.of_layers([1]))):
+        assert torch.equal(model(IDS).logits, stock)
+        assert not torch.equal(copied(IDS).logits, stock)
+    assert torch.equal(copied(IDS).logits, stock)
+
+
+def test_a_turn_is_a_layer_of_the_prompt_or_a_step_of_the_answer(model):
+    passed = []
+    with taking_turns(model, lambda: passed.append(None)):
+        model.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert len(passed) == LAYERS + 4
+    model.generate(IDS, max_new_tokens=2, do_sample=False)
+    assert len(passed) == LAYERS + 4
+
+
+def test_every_group_has_the_full_model_at_both_ends():
+    cells = cells_of("strategies", ("prefill", "decode"), ("adaskip", "unified"), (2, 3, 4), ("eager",))
+    groups = turn_groups(cells)
+    assert [len(group) for group in groups] == [REFERENCE_EVERY + 2, REFERENCE_EVERY + 2, 3]
+    assert all(group[0] == group[-1] == Cell(FULL) for group in groups)
+    assert [cell for group in groups for cell in group[1:-1]] == [cell for cell in cells if cell.name != FULL]
+
+
+def test_cells_in_turns_do_the_work_that_they_do_alone(model):
+    subject = Subject(model, assumed_profile(LAYERS), "random")
+    cells = [Cell(FULL), Cell(BREAKDOWN), Cell("adaskip", "decode", 2), Cell("unified", "e2e", 2), Cell(FULL)]
+    workload, times = Workload(8, 24), ("ttft_s", "steps_s", "prefill_sublayers_s", "decode_sublayers_s")
+
+    def exact(measured):
+        return [{name: value for name, value in each.items() if name not in times} for each in measured]
+
+    trials = Trials(subject, "turns")
+    together = trials.run_in_turns(cells, workload)
+    assert exact(together) == exact([Trials(subject, "process").run(cell, workload) for cell in cells])
+    assert all(min(each["ttft_s"], *each["steps_s"]) > 0 for each in together)
+    assert len(trials.copies) == len(cells)
+    again = trials.run_in_turns(cells[:2], workload)
+    assert exact(again) == exact(together[:2])
+    assert len(trials.copies) == len(cells)
+
+
+def test_rounds_in_turns_are_saved_reported_and_continued(config):
+    run_bench(config(strategies=("adaskip", "unified"), rounds=1))
+    outcome = run_bench(config(strategies=("adaskip", "unified"), rounds=2))
+    result, (workload,) = outcome.result, outcome.result.workloads
+    assert outcome.complete
+    assert result.rounds_of(workload) == 2
+    assert len(result.of(workload, Cell(FULL))) == 2 * 2  # the cells are one group
+    assert {entry["strategy"] for entry in result.entries} == {FULL, "adaskip", "unified"}
+    assert "eight cells in turns of a layer or a step" in result_markdown(result)
+    with pytest.raises(ValueError, match="holds a measurement with another clock"):
+        run_bench(config(strategies=("adaskip", "unified"), clock="process"))
+
+
+def test_the_warm_up_runs_each_copy_once(config, monkeypatch):
+    groups = []
+    stock = Trials.run_in_turns
+    monkeypatch.setattr(
+        Trials, "run_in_turns", lambda self, cells, work: groups.append(len(cells)) or stock(self, cells, work)
+    )
+    run_bench(config(strategies=("adaskip", "unified"), budgets=(2, 4), phases=("prefill", "decode"), rounds=1))
+    assert groups == [8, 8, 5]
+
+
+def test_plain_steps_decide_draft_nothing_and_are_reported(config, model, monkeypatch):
+    made = []
+    stock = NeverDrafting.with_strategy
+    monkeypatch.setattr(NeverDrafting, "with_strategy", lambda *args: made.append(stock(*args)) or made[-1])
+    outcome = run_bench(config(study="plain_steps", new_tokens=12, phases=("decode",)))
+    result, (workload,) = outcome.result, outcome.result.workloads
+    plain = Cell(PLAIN_STEPS, "decode", 2)
+    assert [record["cell"]["name"] for record in result.of(workload)] == [FULL, PLAIN_STEPS, FULL] * 2
+    assert len(result.of(workload, plain)[0]["steps_s"]) == 11
+    for request in (decoder.last_request for decoder in made):
+        assert (request.verify_forwards, request.draft_forwards, request.copied) == (11, 0, 0)
+    rows = [row for row in rows_of([result]) if row.figure.startswith("lossless mode, nothing drafted")]
+    assert [row.figure.split(": ")[1] for row in rows] == ["prefill, float32", "decode, float32"]
+
+
+def test_plain_steps_give_the_full_models_tokens_and_ask_every_source(model, monkeypatch):
+    strategy = FixedPlan(num_layers=LAYERS, plan=SkipPlan.of_layers([1]))
+    decoder = NeverDrafting.with_strategy(model, strategy)
+    asked = []
+    monkeypatch.setattr("adaskip.speculative.ngrams.NGrams.survival", lambda self, most: asked.append(most) or [0.99])
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(IDS, custom_generate=decoder, **options), model.generate(IDS, **options))
+    assert asked == [3, 2, 1]
