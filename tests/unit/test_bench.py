@@ -378,10 +378,10 @@ def test_random_weights_are_usable_numbers():
         ({"clock": "process"}, "so it needs --threads 1"),
         (
             {"clock": "turns", "device": "cpu"},
-            "--clock turns needs --study strategies or plain_steps, --device cpu",
+            "--clock turns needs --study strategies or overhead or plain_steps, --device cpu",
         ),
         ({"clock": "turns", "threads": 1}, "--threads 1 and --modes eager"),
-        ({"clock": "turns", "device": "cpu", "threads": 1, "study": "overhead"}, "--clock turns needs --study"),
+        ({"clock": "turns", "device": "cpu", "threads": 1, "study": "window"}, "--clock turns needs --study"),
         ({"clock": "turns", "device": "cpu", "threads": 1, "modes": ("compiled",)}, "--clock turns needs --study"),
         ({"new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"prompt_tokens": (8, 8)}, "--prompt-tokens names something twice: 8 8"),

@@ -20,13 +20,15 @@ from adaskip.studies.bench.plain_steps import NeverDrafting
 from adaskip.studies.bench.report import result_markdown
 from adaskip.studies.bench.settings import (
     BREAKDOWN,
+    COUNTS,
+    PATCHED,
     PLAIN_STEPS,
     REFERENCE_EVERY,
     BenchConfig,
     Cell,
     Workload,
     cells_of,
-    turn_groups,
+    groups_of,
 )
 from adaskip.studies.bench.subject import Subject
 from adaskip.studies.bench.trials import Trials
@@ -123,13 +125,17 @@ def test_an_interrupt_of_the_main_thread_ends_all(monkeypatch):
 
 
 def test_time_that_is_spent_in_other_threads_is_no_measurement():
-    def spin(pass_on) -> None:
-        other = threading.Thread(target=lambda: [None for _ in range(6_000_000)])
+    def spin() -> None:
+        while time.thread_time() < 2 * turns.OTHERS_S:
+            pass
+
+    def work(pass_on) -> None:
+        other = threading.Thread(target=spin)
         other.start()
         other.join()
 
     with pytest.raises(RuntimeError, match="torch must compute in one thread: set OMP_NUM_THREADS=1"):
-        in_turns([spin])
+        in_turns([work])
 
 
 def test_a_copy_shares_the_weights_and_is_patched_by_itself(model):
@@ -155,10 +161,19 @@ def test_a_turn_is_a_layer_of_the_prompt_or_a_step_of_the_answer(model):
 
 def test_every_group_has_the_full_model_at_both_ends():
     cells = cells_of("strategies", ("prefill", "decode"), ("adaskip", "unified"), (2, 3, 4), ("eager",))
-    groups = turn_groups(cells)
+    groups = groups_of(cells, "strategies", "turns")
     assert [len(group) for group in groups] == [REFERENCE_EVERY + 2, REFERENCE_EVERY + 2, 3]
     assert all(group[0] == group[-1] == Cell(FULL) for group in groups)
     assert [cell for group in groups for cell in group[1:-1]] == [cell for cell in cells if cell.name != FULL]
+
+
+def test_what_is_counted_runs_alone(config):
+    cells = cells_of("overhead", (), (), (), ("eager",))
+    assert groups_of(cells, "overhead", "turns") == [[Cell(FULL), Cell(PATCHED), Cell(FULL)], [Cell(COUNTS)]]
+    result = run_bench(config(study="overhead")).result
+    assert [record["cell"]["name"] for record in result.records] == [FULL, PATCHED, FULL, COUNTS, FULL, PATCHED, FULL]
+    rows = [row for row in rows_of([result]) if row.figure.startswith("nothing skipped")]
+    assert all("the same torch operations" in row.measured for row in rows)
 
 
 def test_cells_in_turns_do_the_work_that_they_do_alone(model):

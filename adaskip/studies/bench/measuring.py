@@ -27,16 +27,14 @@ from adaskip.roofline import ModelShape, measure_ceilings, predict
 from adaskip.studies.bench.results import Record, Result, open_result
 from adaskip.studies.bench.settings import (
     BREAKDOWN,
-    COMPARISONS,
     RESULTS_DIR,
     TURNS,
     BenchConfig,
     Cell,
     Workload,
     cells_of,
+    groups_of,
     rotated,
-    turn_groups,
-    with_references,
 )
 from adaskip.studies.bench.subject import Subject, chosen_device, load_subject
 from adaskip.studies.bench.trials import Trials, decode_plans
@@ -191,16 +189,13 @@ class _Runner:
 
     def _round(self, workload: Workload, number: int) -> list[Record]:
         """Run every cell, and return the records in the order in which they ran, or took turns."""
-        order, turns, records = rotated(self.cells, number), self.config.clock == TURNS, []
-        if self.config.study in COMPARISONS and not turns:
-            order = with_references(order)
-        groups = turn_groups(order) if turns else [[cell] for cell in order]
-        if turns and number == WARM_UP:
+        groups, records = groups_of(rotated(self.cells, number), self.config.study, self.config.clock), []
+        if self.config.clock == TURNS and number == WARM_UP:
             groups = groups[:1]  # each copy of the model runs once
         for group in groups:
             self.running = {"workload": vars(workload), "cell": vars(group[0]), "round": number}
-            trials = self.trials
-            measured = trials.run_in_turns(group, workload) if turns else [trials.run(group[0], workload)]
+            alone, trials = len(group) == 1, self.trials
+            measured = [trials.run(group[0], workload)] if alone else trials.run_in_turns(group, workload)
             for cell, one in zip(group, measured, strict=True):
                 records.append({**self.running, "cell": vars(cell), **_rounded(one)})
         return records

@@ -60,7 +60,8 @@ STUDIES = {
 }
 COMPARISONS = ("strategies", "engines")
 """Studies whose cells are compared with the full model in the same mode."""
-WITH_TURNS = ("strategies", "plain_steps")
+WITH_TURNS = ("strategies", "overhead", "plain_steps")
+"""Studies that can be timed in turns: their cells generate, and are compared with the full model."""
 REFERENCE_EVERY = 6
 """Number of cells after which a round of a comparison runs the full model again."""
 
@@ -141,11 +142,17 @@ def with_references(cells: Sequence[Cell]) -> list[Cell]:
     return order
 
 
-def turn_groups(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells in groups that run in turns, each with runs of the full model of its own as first and last."""
-    others = [cell for cell in cells if cell.name != FULL]
-    starts = range(0, len(others), REFERENCE_EVERY)
-    return [[Cell(FULL), *others[start : start + REFERENCE_EVERY], Cell(FULL)] for start in starts]
+def groups_of(cells: Sequence[Cell], study: str, clock: str) -> list[list[Cell]]:
+    """The cells of a round in the order in which they run; those of a group run in turns.
+
+    A group of several has runs of the full model of its own as first and last. What is counted runs alone.
+    """
+    if clock != TURNS:
+        return [[cell] for cell in (with_references(cells) if study in COMPARISONS else cells)]
+    timed = [cell for cell in cells if cell.name not in (FULL, *EXACT)]
+    starts = range(0, len(timed), REFERENCE_EVERY)
+    groups = [[Cell(FULL), *timed[start : start + REFERENCE_EVERY], Cell(FULL)] for start in starts]
+    return [*groups, *([cell] for cell in cells if cell.name in EXACT)]
 
 
 SMALL_MODEL = "llama-100m"
