@@ -12,7 +12,7 @@ from adaskip.strategies.selected_sets import SelectedSets
 class CalibratedSkip(SelectedSets):
     """Skip the set that a search on calibration prompts chose for this phase and budget.
 
-    Each sublayer is compensated by its offline scale, as in AdaSkip. There is no online window: its threshold, the
+    Each sublayer is compensated by its offline scale, as in AdaSkip. There is no learning window: its threshold, the
     lowest similarity in the set, is meaningless for a set that was not chosen by similarity. So at the same budget,
     inference costs the same as with AdaSkip without its window.
 

@@ -68,7 +68,7 @@ def _mean_retention(results: Results) -> list[dict[str, Any]]:
 
 
 def _online_learning(results: Results) -> dict[str, Any]:
-    """How often AdaSkip's online window added FFNs, and how many, over its decode and end-to-end runs."""
+    """How often AdaSkip's learning window added FFNs, and how many, over its decode and end-to-end runs."""
     samples = results.samples[(results.samples["strategy"] == OURS) & results.samples["phase"].isin(ONLINE_PHASES)]
     added = {place: [*group] for place, group in samples.groupby(["phase", "model", "fraction"])["added_online"]}
     lines = [
@@ -123,7 +123,7 @@ def headline(summary: dict[str, Any]) -> list[str]:
         lines.append(f"In the paper's own tables AdaSkip {claim(summary['paper'])}")
     if online["requests"]:
         lines.append(
-            f"The online window added FFN sublayers in {online['fired']} of {online['requests']} requests "
+            f"The learning window added FFN sublayers in {online['fired']} of {online['requests']} requests "
             f"({_share(online)}), {online['mean_added']:.2f} per request on average and {online['most_added']} at most."
         )
     return lines
