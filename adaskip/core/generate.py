@@ -140,20 +140,19 @@ def generate(
         trace = None if session is None else session.last_request
     assert clock.first_token_s is not None
     further = output.sequences.shape[1] - ids.shape[1] - 1
-    held_bytes = kv_bytes(getattr(output, CACHE)) // len(ids)
+    cache = getattr(output, CACHE)
+    held_bytes = kv_bytes(cache) // len(ids)
     read = None
     unchanged = len(ids) == 1 and not min_new_tokens  # min_new_tokens masks the end tokens' logits
-    if references and unchanged and rewound(getattr(output, CACHE), ids.shape[1], strategy, further):
+    if references and unchanged and rewound(cache, ids.shape[1], strategy, further):
         assert first.logits is not None
-        read = ReadPrompt(getattr(output, CACHE), first.logits[0])
+        read = ReadPrompt(cache, first.logits[0])
     losses = [
         None if answer is None else reference_loss(model, strategy, prompt, answer, eos_token_ids=ends, read=read)
         for prompt, answer in zip(input_ids, references or [None] * len(ids), strict=True)
     ]
-    empty = EMPTY_PLAN.to_dict()
-    plan = {"prefill": empty, "decode": empty}
-    if trace is not None:
-        plan = {"prefill": trace.prefill_plan.to_dict(), "decode": trace.decode_plan.to_dict()}
+    ran = (EMPTY_PLAN, EMPTY_PLAN) if trace is None else (trace.prefill_plan, trace.decode_plan)
+    plan = {name: each.to_dict() for name, each in zip(("prefill", "decode"), ran, strict=True)}
     return [
         Generation(
             token_ids=list(takewhile(lambda token: token not in ends, row[ids.shape[1] :].tolist())),
