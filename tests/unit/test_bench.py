@@ -380,6 +380,7 @@ def test_random_weights_are_usable_numbers():
             {"clock": "turns", "device": "cpu"},
             "--clock turns needs --study strategies or overhead or plain_steps, --device cpu",
         ),
+        ({"study": "plain_steps", "batch_sizes": (2,)}, "--study plain_steps needs --modes eager and --batch-sizes 1"),
         ({"clock": "turns", "threads": 1}, "--threads 1 and --modes eager"),
         ({"clock": "turns", "device": "cpu", "threads": 1, "study": "window"}, "--clock turns needs --study"),
         ({"clock": "turns", "device": "cpu", "threads": 1, "modes": ("compiled",)}, "--clock turns needs --study"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from adaskip.common.errors import RunError
 from adaskip.core.context import skipping
+from adaskip.core.patching import patches_of
 from adaskip.core.plan import SkipPlan
 from adaskip.profiles.assumed import assumed_profile
 from adaskip.roofline import Ceilings
@@ -18,6 +21,7 @@ from adaskip.studies.bench.bars import rows_of
 from adaskip.studies.bench.measuring import run_bench
 from adaskip.studies.bench.plain_steps import NeverDrafting
 from adaskip.studies.bench.report import result_markdown
+from adaskip.studies.bench.results import Result, slowdown
 from adaskip.studies.bench.settings import (
     BREAKDOWN,
     COUNTS,
@@ -31,6 +35,7 @@ from adaskip.studies.bench.settings import (
     groups_of,
 )
 from adaskip.studies.bench.subject import Subject
+from adaskip.studies.bench.timing import Stopwatch
 from adaskip.studies.bench.trials import Trials
 from adaskip.studies.bench.turns import in_turns, shared_copy, taking_turns
 from tests.families import random_model
@@ -65,6 +70,18 @@ def config(monkeypatch, tmp_path, model):
         return BenchConfig(**{**small, **turns, **options})
 
     return make
+
+
+def spin_elsewhere(seconds: float) -> None:
+    """Compute in another thread."""
+
+    def spin() -> None:
+        while time.thread_time() < seconds:
+            pass
+
+    other = threading.Thread(target=spin)
+    other.start()
+    other.join()
 
 
 def test_one_thread_runs_at_a_time_and_each_in_its_turn():
@@ -125,17 +142,16 @@ def test_an_interrupt_of_the_main_thread_ends_all(monkeypatch):
 
 
 def test_time_that_is_spent_in_other_threads_is_no_measurement():
-    def spin() -> None:
-        while time.thread_time() < 2 * turns.OTHERS_S:
-            pass
+    with pytest.raises(RunError, match="torch must compute in one thread: set OMP_NUM_THREADS=1"):
+        in_turns([lambda pass_on: spin_elsewhere(2 * turns.OTHERS_S)])
 
-    def work(pass_on) -> None:
-        other = threading.Thread(target=spin)
-        other.start()
-        other.join()
 
-    with pytest.raises(RuntimeError, match="torch must compute in one thread: set OMP_NUM_THREADS=1"):
-        in_turns([work])
+def test_a_lap_is_the_time_of_its_own_thread():
+    stopwatch = Stopwatch(torch.device("cpu"), "turns")
+    stopwatch.mark()
+    spin_elsewhere(0.1)
+    stopwatch.mark()
+    assert stopwatch.laps()[0] < 0.05
 
 
 def test_a_copy_shares_the_weights_and_is_patched_by_itself(model):
@@ -150,13 +166,50 @@ def test_a_copy_shares_the_weights_and_is_patched_by_itself(model):
     assert torch.equal(copied(IDS).logits, stock)
 
 
-def test_a_turn_is_a_layer_of_the_prompt_or_a_step_of_the_answer(model):
-    passed = []
+@pytest.mark.parametrize(
+    ("cell", "keep_kv"),
+    [
+        (Cell(FULL), False),
+        (Cell(BREAKDOWN), False),
+        (Cell(PATCHED), False),
+        (Cell("adaskip", "e2e", 4), False),
+        (Cell("adaskip", "prefill", 4), True),
+        (Cell("pop", "prefill", 4), False),
+        (Cell(PLAIN_STEPS, "decode", 4), False),
+    ],
+    ids=lambda each: each.label if isinstance(each, Cell) else "kept" * each,
+)
+def test_whatever_a_cell_does_its_turns_are_layers_of_the_prompt_and_steps_of_the_answer(model, cell, keep_kv):
+    patches_of(model)  # their proof runs the layers
+    passed, trials = [], Trials(Subject(model, assumed_profile(LAYERS), "random"), "turns", keep_kv=keep_kv)
     with taking_turns(model, lambda: passed.append(None)):
-        model.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        trials.run(cell, Workload(8, 5))
     assert len(passed) == LAYERS + 4
-    model.generate(IDS, max_new_tokens=2, do_sample=False)
+    trials.run(cell, Workload(8, 5))
     assert len(passed) == LAYERS + 4
+
+
+def test_a_lack_of_memory_names_the_cells_that_were_together(config, monkeypatch):
+    def lacking(self, cells, workload):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trials, "run_in_turns", lacking)
+    outcome = run_bench(config(strategies=("adaskip", "unified")))
+    assert outcome.notes == ("1 x 8 + 4 tokens: not enough memory on cpu for 5 cells in turns; 0 of 2 rounds",)
+    assert "Not enough memory for 5 cells in turns in the warm-up." in result_markdown(outcome.result)
+
+
+def test_a_cell_is_compared_with_the_full_model_of_its_own_group():
+    """The machine is twice as slow while the second group runs."""
+    cells = cells_of("plain_steps", ("prefill", "decode", "e2e"), (), (2, 4, 6), ("eager",))
+    workload = Workload(8, 2)
+    records = [
+        {"workload": vars(workload), "cell": vars(cell), "round": 1, "ttft_s": time, "steps_s": [time]}
+        for group, time in zip(groups_of(cells, "plain_steps", "turns"), (1.0, 2.0), strict=True)
+        for cell in group
+    ]
+    result = Result(Path("result.json"), {}, records)
+    assert {slowdown(result, workload, cell, "decode").value for cell in cells} == {1.0}
 
 
 def test_every_group_has_the_full_model_at_both_ends():
@@ -202,7 +255,7 @@ def test_rounds_in_turns_are_saved_reported_and_continued(config):
     assert result.rounds_of(workload) == 2
     assert len(result.of(workload, Cell(FULL))) == 2 * 2  # the cells are one group
     assert {entry["strategy"] for entry in result.entries} == {FULL, "adaskip", "unified"}
-    assert "eight cells in turns of a layer or a step" in result_markdown(result)
+    assert "up to 8 cells in turns of a layer or a step" in result_markdown(result)
     with pytest.raises(ValueError, match="holds a measurement with another clock"):
         run_bench(config(strategies=("adaskip", "unified"), clock="process"))
 
@@ -226,10 +279,13 @@ def test_plain_steps_decide_draft_nothing_and_are_reported(config, model, monkey
     plain = Cell(PLAIN_STEPS, "decode", 2)
     assert [record["cell"]["name"] for record in result.of(workload)] == [FULL, PLAIN_STEPS, FULL] * 2
     assert len(result.of(workload, plain)[0]["steps_s"]) == 11
+    assert len(made) == 3
     for request in (decoder.last_request for decoder in made):
         assert (request.verify_forwards, request.draft_forwards, request.copied) == (11, 0, 0)
     rows = [row for row in rows_of([result]) if row.figure.startswith("lossless mode, nothing drafted")]
-    assert [row.figure.split(": ")[1] for row in rows] == ["prefill, float32", "decode, float32"]
+    assert [row.figure.split(": ")[1] for row in rows] == [
+        f"{phase}, float32, AdaSkip's 2 in decode as drafts" for phase in ("prefill", "decode")
+    ]
 
 
 def test_plain_steps_give_the_full_models_tokens_and_ask_every_source(model, monkeypatch):

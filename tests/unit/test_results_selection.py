@@ -59,6 +59,19 @@ def test_only_what_is_complete_is_compared_and_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("gov_report", "compared"), [(0.9, True), (0.0, False)])
+def test_tasks_at_their_floor_are_left_out(tmp_path, gov_report, compared):
+    for strategy, quality in {**OTHERS, "calibrated": 0.5, "full": 0.9}.items():
+        cell = Cell("llama", "e2e", strategy, 0 if strategy == "full" else 4)
+        for_task = {"gov_report": gov_report if strategy == "full" else 0.0, "multi_news": quality}
+        write_run(tmp_path, cell, for_task, num_samples=40)
+    results = load_results(tmp_path)
+    (match,) = matches(results).itertuples()
+    cells = results.cells.query("phase == 'e2e' and strategy == 'calibrated' and score > 0")
+    assert [*cells["task"]] == ["multi_news"]
+    assert match.calibrated == pytest.approx((50 if compared else 100) * cells["score"].item())
+
+
 def test_without_calibrated_there_is_no_document(tmp_path):
     write_run(tmp_path, Cell("llama", "e2e", "adaskip", 4), 0.6)
     assert "selection.md" not in [path.name for path in write_tables(load_results(tmp_path), tmp_path / "out")]

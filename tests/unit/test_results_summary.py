@@ -1,4 +1,4 @@
-"""The counted claim: the paper's tables as printed, ours with ties, losses and chance apart, and the learning window."""
+"""The counted claim: the paper's tables as printed, ours with ties, losses and chance apart, the window."""
 
 from __future__ import annotations
 

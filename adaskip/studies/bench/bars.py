@@ -19,6 +19,7 @@ from adaskip.studies.bench.results import (
     median_of_rounds,
     ratio,
     realised,
+    slowdown,
     time_of,
     window_cost,
 )
@@ -92,7 +93,7 @@ def _overhead(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]
             same = stock["torch_operations"][step] == patched["torch_operations"][step]
             calls = patched["python_calls"][step] / stock["python_calls"][step]
             note = f"{'the same' if same else 'other'} torch operations, {calls:.3f}x the Python calls"
-        yield Finding(phase, ratio(result, workload, Cell(PATCHED), Cell(FULL), phase), bar, note)
+        yield Finding(phase, slowdown(result, workload, Cell(PATCHED), phase), bar, note)
 
 
 def _saving(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
@@ -111,7 +112,8 @@ def _plain_steps(bar: Bar, result: Result, workload: Workload) -> Iterator[Findi
     dtype = result.identity["subject"]["dtype"]
     for cell in result.cells(workload):
         for phase in PHASES if cell.name == PLAIN_STEPS else ():
-            yield Finding(f"{phase}, {dtype}", ratio(result, workload, cell, Cell(FULL), phase), bar)
+            about = f"{phase}, {dtype}, AdaSkip's {cell.sublayers} in {cell.phase} as drafts"
+            yield Finding(about, slowdown(result, workload, cell, phase), bar)
 
 
 def _window(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:

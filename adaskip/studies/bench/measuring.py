@@ -24,7 +24,7 @@ from adaskip.common.paths import given_or_default
 from adaskip.common.provenance import device_name, git_commit, versions
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.roofline import ModelShape, measure_ceilings, predict
-from adaskip.studies.bench.results import Record, Result, open_result
+from adaskip.studies.bench.results import Record, Result, open_result, what_failed
 from adaskip.studies.bench.settings import (
     BREAKDOWN,
     RESULTS_DIR,
@@ -170,6 +170,8 @@ class _Runner:
                     return f"{workload}: {told} so far; {more}"
                 start, records = time.monotonic(), self._round(workload, number)
                 self.round_s = time.monotonic() - start
+                if number == WARM_UP and self.config.clock == TURNS:
+                    self.round_s *= len(groups_of(self.cells, self.config.study, TURNS))  # it ran the first of them
                 if number != WARM_UP:
                     self._save(records)
                     logger.info("%s: round %d of %d, %.1f s", workload, number, rounds, self.round_s)
@@ -183,9 +185,8 @@ class _Runner:
         self.trials.static_caches.caches.clear()
         torch.cuda.empty_cache()
         self._save([{**self.running, "error": "out of memory"}])
-        device, cell = self.trials.subject.model.device, Cell(**self.running["cell"])
-        told = f"{self.result.rounds_of(workload)} of {rounds} rounds"
-        return f"{workload}: not enough memory on {device} for {cell.label}; {told}"
+        device, told = self.trials.subject.model.device, f"{self.result.rounds_of(workload)} of {rounds} rounds"
+        return f"{workload}: not enough memory on {device} for {what_failed(self.running)}; {told}"
 
     def _round(self, workload: Workload, number: int) -> list[Record]:
         """Run every cell, and return the records in the order in which they ran, or took turns."""
@@ -193,11 +194,11 @@ class _Runner:
         if self.config.clock == TURNS and number == WARM_UP:
             groups = groups[:1]  # each copy of the model runs once
         for group in groups:
-            self.running = {"workload": vars(workload), "cell": vars(group[0]), "round": number}
-            alone, trials = len(group) == 1, self.trials
+            alone, trials, about = len(group) == 1, self.trials, {"workload": vars(workload), "round": number}
+            self.running = {**about, "cell": vars(group[0]), **({} if alone else {"in_turns": len(group)})}
             measured = [trials.run(group[0], workload)] if alone else trials.run_in_turns(group, workload)
             for cell, one in zip(group, measured, strict=True):
-                records.append({**self.running, "cell": vars(cell), **_rounded(one)})
+                records.append({**about, "cell": vars(cell), **_rounded(one)})
         return records
 
     def _too_late(self) -> bool:

@@ -12,8 +12,8 @@ from adaskip.common.files import write_text_atomic
 from adaskip.common.pipe_table import pipe_table
 from adaskip.strategies import FULL
 from adaskip.studies.bench.bars import bars_markdown
-from adaskip.studies.bench.results import NAMES, Record, Result, load_results
-from adaskip.studies.bench.settings import BREAKDOWN, COMPARISONS, EAGER, Cell, Workload
+from adaskip.studies.bench.results import NAMES, Record, Result, load_results, what_failed
+from adaskip.studies.bench.settings import BREAKDOWN, COMPARISONS, EAGER, REFERENCE_EVERY, TURNS, Cell, Workload
 from adaskip.studies.engines.report import draw_engines, engine_lines
 from adaskip.studies.plots.style import LOOKS, Look, save, styled
 from adaskip.studies.tables.labels import MISSING, STRATEGIES
@@ -35,6 +35,10 @@ METHOD = (
     "Speedups are over the full model in the same mode, medians over rounds with 95 % bootstrap intervals. Ideal "
     "is the full model's time less the measured time of the skipped sublayers. Limit is the time at the device's "
     "measured ceilings."
+)
+IN_TURNS = (
+    "Other cells run between two turns of a cell, so its times are with caches that they have used: compare them "
+    "within this result."
 )
 KEPT = (
     "Every strategy skips only while the prompt is read, up to its last token (`--keep-kv`): skipped attentions write "
@@ -69,7 +73,7 @@ def result_markdown(result: Result) -> str:
         parts.append(f"## {workload}, {result.rounds_of(workload)} rounds")
         if (failure := result.failure(workload)) is not None:
             when = f"round {failure['round']}" if failure["round"] else "the warm-up"
-            parts.append(f"Not enough memory for {Cell(**failure['cell']).label} in {when}.")
+            parts.append(f"Not enough memory for {what_failed(failure)} in {when}.")
         if lines := [_line(entry) for entry in result.entries if vars(workload).items() <= entry.items()]:
             parts += [pipe_table(COLUMNS, lines), *_sublayer_lines(result, workload), *engine_lines(result, workload)]
     return "\n\n".join(parts) + "\n"
@@ -81,7 +85,7 @@ def _about(result: Result) -> list[str]:
     clock = {
         "wall": "wall clock",
         "process": "the process's own clock",
-        "turns": "CPU time of each cell's thread, up to eight cells in turns of a layer or a step",
+        "turns": f"CPU time of each cell's thread, up to {REFERENCE_EVERY + 2} cells in turns of a layer or a step",
     }[identity["clock"]]
     selections = "; ".join(f"{phase}, {what}" for phase, what in subject["selections"].items())
     chosen = f"Calibrated's: {selections}. " if selections else ""
@@ -94,6 +98,7 @@ def _about(result: Result) -> list[str]:
         f"AdaSkip's sets: {subject['profile']}. {chosen}SkipDecode's schedule spans the new tokens.",
         *([KEPT] if result.keep_kv else []),
         METHOD,
+        *([IN_TURNS] if identity["clock"] == TURNS else []),
         *(
             [
                 f"Ceilings, measured: {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s of matrix multiplication, "

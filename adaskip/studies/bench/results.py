@@ -144,6 +144,11 @@ def _says_part_of(found: Any, asked: Any) -> bool:
     return found == asked
 
 
+def what_failed(record: Record) -> str:
+    """The cell, or number of cells at once, for which the memory was not enough."""
+    return f"{record['in_turns']} cells in turns" if "in_turns" in record else Cell(**record["cell"]).label
+
+
 def load_result(path: Path) -> Result:
     """Read a result; ValueError if the file is not one."""
     try:
@@ -172,6 +177,12 @@ def time_of(record: Record, phase: str) -> float:
 def ratio(result: Result, workload: Workload, one: Cell, other: Cell, phase: str = "prefill") -> Estimate:
     """The median over the rounds of the time of `one` / that of `other`."""
     return median_of_rounds((number, a / b) for number, a, b in _times(result, workload, one, other, phase))
+
+
+def slowdown(result: Result, workload: Workload, cell: Cell, phase: str) -> Estimate:
+    """The median over the rounds of the time of `cell` / that of the full model beside it."""
+    times = _times(result, workload, full_of(cell), cell, phase)
+    return median_of_rounds((number, ours / full) for number, full, ours in times)
 
 
 def _times(

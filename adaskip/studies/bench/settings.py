@@ -266,6 +266,8 @@ class BenchConfig:
             raise ValueError(f"--modes {engines[0]} needs --study engines and --device cpu")
         if self.clock == "process" and self.threads != 1:
             raise ValueError("--clock process adds up the time of all threads, so it needs --threads 1")
+        if self.study == "plain_steps" and (self.modes, self.batch_sizes) != ((EAGER,), (1,)):
+            raise ValueError(f"--study plain_steps needs --modes {EAGER} and --batch-sizes 1")
         turns = (self.study in WITH_TURNS, self.device == "cpu", self.threads == 1, self.modes == (EAGER,))
         if self.clock == TURNS and not all(turns):
             raise ValueError(
@@ -298,7 +300,8 @@ class BenchConfig:
     def identity(self) -> dict[str, Any]:
         """What must be equal to continue a saved result; older ones have no keep_kv."""
         left_out = (*MAY_CHANGE, *(() if self.keep_kv else ("keep_kv",)))
-        compared = {"reference_every": REFERENCE_EVERY} if self.study in COMPARISONS else {}
+        grouped = self.study in COMPARISONS or self.clock == TURNS
+        compared = {"reference_every": REFERENCE_EVERY} if grouped else {}
         return {**{name: value for name, value in asdict(self).items() if name not in left_out}, **compared}
 
 

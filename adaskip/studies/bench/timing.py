@@ -64,8 +64,9 @@ class Stopwatch:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """An idle device, and no garbage collection, as in the standard library's timeit."""
+    """An idle device, and no garbage collection, as in the standard library's timeit. Contexts may nest."""
     gc.collect()
+    collecting = gc.isenabled()
     gc.disable()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -73,7 +74,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 @cache

@@ -92,6 +92,7 @@ class Trials:
             assert strategy is not None, "it drafts"
             decoder = NeverDrafting.with_strategy(model, strategy)
             timed = timed_generation(model, None, ids, workload.new_tokens, self.clock, custom_generate=decoder)
+            assert len(timed.steps_s) == workload.decode_steps, "no draft, so every token has a step"
             return timed.to_dict()
         return self._generation(cell, ids, workload)
 
@@ -105,7 +106,8 @@ class Trials:
 
         while len(self.copies) < len(cells):
             self.copies.append(shared_copy(self.subject.model))
-        return in_turns([partial(work, cell, model) for cell, model in zip(cells, self.copies, strict=False)])
+        with undisturbed(self.subject.model.device):
+            return in_turns([partial(work, cell, model) for cell, model in zip(cells, self.copies, strict=False)])
 
     def strategy(self, cell: Cell, workload: Workload) -> Strategy | None:
         """The strategy of a cell; None for the stock model. Raises ValueError for an impossible budget.

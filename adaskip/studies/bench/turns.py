@@ -7,21 +7,25 @@ by that much, however alike their work. In turns all are equally far at any mome
 from __future__ import annotations
 
 import copy
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from threading import Semaphore
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaskip.common.errors import RunError
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.patching import patches_of
 
 T = TypeVar("T")
-OTHERS_SHARE, OTHERS_S = 0.1, 0.2
+Work = Callable[[Callable[[], None]], T]
+"""Is called with a function that gives the turn to the next work, and returns when it is this work's turn again."""
+OTHERS_SHARE, OTHERS_S = 0.02, 0.1
 """Share of the process's CPU time, and seconds, that other threads may take; more would be missing in the times."""
 
 
@@ -29,75 +33,75 @@ class _OtherFailed(Exception):
     """Ends a thread because the work of another one failed or was interrupted."""
 
 
-class _Turns:
-    """Whose turn it is among numbered threads; only the one whose turn it is runs."""
+class _Relay:
+    """Passes the turn among threads, each with a gate of its own: the thread of the first gate runs, others wait."""
 
     def __init__(self, number: int):
-        self.gates = [threading.Semaphore(0) for _ in range(number)]
-        self.present = list(range(number))
+        self.gates = deque(Semaphore(0) for _ in range(number))
+        self.all = tuple(self.gates)
         self.failed = False
 
     def begin(self) -> None:
         self.gates[0].release()
 
-    def wait(self, mine: int) -> None:
-        """Wait for the turn of thread `mine`. Raises `_OtherFailed`."""
-        self.gates[mine].acquire()
+    def wait(self, gate: Semaphore) -> None:
+        gate.acquire()
         if self.failed:
             raise _OtherFailed
 
-    def pass_on(self, mine: int) -> None:
-        """Give the turn to the next thread, and wait for the next turn of thread `mine`."""
-        self._next(mine)
-        self.wait(mine)
+    def pass_on(self, gate: Semaphore) -> None:
+        self.gates.rotate(-1)
+        self.gates[0].release()
+        self.wait(gate)
 
-    def leave(self, mine: int) -> None:
-        """Give the turn to the next thread for good."""
-        self._next(mine)
-        self.present.remove(mine)
+    def leave(self) -> None:
+        """The running thread has finished."""
+        self.gates.popleft()
+        if self.gates:
+            self.gates[0].release()
 
-    def _next(self, mine: int) -> None:
-        place = (self.present.index(mine) + 1) % len(self.present)
-        self.gates[self.present[place]].release()
+    def fail(self) -> None:
+        """End all threads."""
+        self.failed = True
+        for gate in self.all:
+            gate.release()
 
 
-def in_turns(works: Sequence[Callable[[Callable[[], None]], T]]) -> list[T]:
+def in_turns(works: Sequence[Work[T]]) -> list[T]:
     """Run each of `works` in a thread of its own, one at a time, and return their results in order.
 
-    Each is called with a function that gives the turn to the next. An exception ends all and is raised again.
+    An exception in one ends all, and is raised again.
 
     Raises:
-        RuntimeError: torch computed in other threads, too, so that the CPU time of these threads is not that of the
-            works.
+        RunError: torch computed in other threads, too, so that the CPU time of the works' threads is not all.
     """
-    turns, seconds = _Turns(len(works)), [0.0] * len(works)
+    relay, seconds = _Relay(len(works)), [0.0] * len(works)
 
-    def run(mine: int, work: Callable[[Callable[[], None]], T]) -> T:
+    def run(mine: int, work: Work[T]) -> T:
         try:
-            turns.wait(mine)
+            relay.wait(relay.all[mine])
             start = time.thread_time()
-            result = work(lambda: turns.pass_on(mine))
+            result = work(lambda: relay.pass_on(relay.all[mine]))
             seconds[mine] = time.thread_time() - start
-            return result
         except BaseException:
-            turns.failed = True
+            relay.fail()
             raise
-        finally:
-            turns.leave(mine)
+        relay.leave()
+        return result
 
     start = time.process_time()
     with ThreadPoolExecutor(len(works)) as pool:
-        futures = [pool.submit(run, mine, work) for mine, work in enumerate(works)]
-        turns.begin()
         try:
+            futures = [pool.submit(run, mine, work) for mine, work in enumerate(works)]
+            relay.begin()
             wait(futures)
-        except BaseException:  # an interrupt of the main thread
-            turns.failed = True
+        except BaseException:
+            relay.fail()
             raise
     results = _results(futures)
     spent = time.process_time() - start
     if spent - sum(seconds) > max(OTHERS_SHARE * spent, OTHERS_S):
-        raise RuntimeError(
+        raise RunError(
             f"in turns, cells are timed by the CPU time of their own threads, but these took {sum(seconds):.1f} of the "
             f"process's {spent:.1f} s; torch must compute in one thread: set OMP_NUM_THREADS=1"
         )
@@ -121,15 +125,20 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def taking_turns(model: nn.Module, pass_on: Callable[[], None]) -> Iterator[None]:
-    """A context in which `pass_on` is called before each layer of a prompt and before each step of an answer."""
-    layers = decoder_layers(model)
+    """A context in which `pass_on` is called before each forward of `model`, and before each further layer of a prompt.
 
-    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    A prompt's last token that is read by itself, as with kept K/V, is no turn of its own.
+    """
+
+    def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if layer is layers[0] or hidden.shape[1] > 1:
+        if hidden.shape[1] > 1:
             pass_on()
 
-    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    hooks = [model.register_forward_pre_hook(lambda *_: pass_on())]
+    hooks += [
+        layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in list(decoder_layers(model))[1:]
+    ]
     try:
         yield
     finally:

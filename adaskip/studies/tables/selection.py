@@ -18,20 +18,24 @@ VERDICTS = BETTER, EQUAL, WORSE = "better than", "equal to", "worse than"
 def matches(results: Results) -> pd.DataFrame:
     """A row for each phase, fraction and model in which all tasks of all five strategies are finished.
 
+    Tasks at their floor are left out, and rows without any other.
+
     Columns: the mean score of each strategy over the tasks, per cent; `best_other`; and `difference`, `low`, `high`:
     calibrated minus the best other, the mean over tasks of the mean over common samples; no interval if a task has
     fewer than `FEWEST_PAIRS`.
     """
     cells = results.cells[results.cells["strategy"].isin(STRATEGIES)]
+    telling = cells[~cells["at_floor"]].groupby(["phase", "model"])["task"].unique()
     whole = cells.groupby(["phase", "fraction", "model"])["final"].all()
     rows = []
     for phase in results.paper.tables:
         for fraction in results.fractions():
             for model in results.models:
-                if not whole.get((phase, fraction, model), False):
+                tasks = telling.get((phase, model), ())
+                if not whole.get((phase, fraction, model), False) or not len(tasks):
                     continue
                 found = {
-                    name: [results.samples_of[phase, model, name, fraction, t]["score"] for t in results.tasks(phase)]
+                    name: [results.samples_of[phase, model, name, fraction, task]["score"] for task in tasks]
                     for name in STRATEGIES
                 }
                 means = {name: 100 * mean([mean([*each]) for each in of]) for name, of in found.items()}
@@ -60,9 +64,9 @@ def to_text(found: pd.DataFrame) -> str:
     parts = [
         "# Calibrated against the best of the other four",
         sentence(found),
-        "Mean score over the phase's tasks, per cent. Difference: calibrated minus the best of the other four, the "
-        "mean over tasks of paired differences, with its 95 % bootstrap interval over samples, not corrected for the "
-        "number of rows. Significant: the interval excludes zero.",
+        "Mean score over the phase's tasks, without those at their floor, per cent. Difference: calibrated minus the "
+        "best of the other four, the mean over tasks of paired differences, with its 95 % bootstrap interval over "
+        "samples, not corrected for the number of rows. Significant: the interval excludes zero.",
         pipe_table(header, [_row(match) for match in found.to_dict("records")]),
     ]
     return "\n\n".join(parts) + "\n"
