@@ -63,7 +63,7 @@ def lossless(
 
     The output is identical in exact arithmetic. Verifying several tokens at once sums in a different order than one at
     a time, so if two tokens are equally likely up to rounding, either may be chosen, as with another batch size or
-    kernel. Such ties are very rare in float32 and rare in bfloat16.
+    kernel. Such ties are very rare in float32; in bfloat16 many long answers meet one.
 
     model: may be a wrapper whose `generate` runs the model's own: PEFT, `torch.compile`.
     strategy: its `decode_plan` drafts. Online learning is off, since verification corrects a wrong draft.
