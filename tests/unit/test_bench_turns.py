@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from adaskip.strategies import FULL, FixedPlan
 from adaskip.studies.bench import measuring, turns
 from adaskip.studies.bench.bars import rows_of
 from adaskip.studies.bench.measuring import run_bench
+from adaskip.studies.bench.memory import keep_freed_memory
 from adaskip.studies.bench.plain_steps import NeverDrafting
 from adaskip.studies.bench.report import result_markdown
 from adaskip.studies.bench.results import Result, slowdown
@@ -101,7 +103,22 @@ def test_one_thread_runs_at_a_time_and_each_in_its_turn():
         return run
 
     assert in_turns([work("a", 3), work("b", 1), work("c", 2)]) == ["A", "B", "C"]
-    assert seen == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)]
+    assert seen == [("a", 0), ("b", 0), ("c", 0), ("c", 1), ("a", 1), ("a", 2)]
+
+
+def test_each_thread_is_the_first_of_a_round_equally_often():
+    seen = []
+
+    def work(name: str):
+        def run(pass_on) -> None:
+            for _ in range(6):
+                seen.append(name)
+                pass_on()
+
+        return run
+
+    in_turns([work(name) for name in "abc"])
+    assert "".join(seen) == "abcbcacababcbcacab"
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -212,6 +229,10 @@ def test_a_cell_is_compared_with_the_full_model_of_its_own_group():
     assert {slowdown(result, workload, cell, "decode").value for cell in cells} == {1.0}
 
 
+def test_freed_memory_is_kept_where_glibc_is():
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
 def test_every_group_has_the_full_model_at_both_ends():
     cells = cells_of("strategies", ("prefill", "decode"), ("adaskip", "unified"), (2, 3, 4), ("eager",))
     groups = groups_of(cells, "strategies", "turns")
@@ -255,7 +276,9 @@ def test_rounds_in_turns_are_saved_reported_and_continued(config):
     assert result.rounds_of(workload) == 2
     assert len(result.of(workload, Cell(FULL))) == 2 * 2  # the cells are one group
     assert {entry["strategy"] for entry in result.entries} == {FULL, "adaskip", "unified"}
-    assert "up to 8 cells in turns of a layer or a step" in result_markdown(result)
+    page = result_markdown(result)
+    assert "up to 8 cells in turns of a layer or a step" in page
+    assert ("The process keeps the memory that it frees" in page) == (result.identity.get("freed_memory") == "kept")
     with pytest.raises(ValueError, match="holds a measurement with another clock"):
         run_bench(config(strategies=("adaskip", "unified"), clock="process"))
 

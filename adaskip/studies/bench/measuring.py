@@ -24,6 +24,7 @@ from adaskip.common.paths import given_or_default
 from adaskip.common.provenance import device_name, git_commit, versions
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.roofline import ModelShape, measure_ceilings, predict
+from adaskip.studies.bench.memory import keep_freed_memory
 from adaskip.studies.bench.results import Record, Result, open_result, what_failed
 from adaskip.studies.bench.settings import (
     BREAKDOWN,
@@ -76,6 +77,7 @@ def run_bench(config: BenchConfig) -> Outcome:
     identity = {
         **{**config.identity, "device_name": device_name(device), "threads": torch.get_num_threads()},
         **{"versions": versions(), "subject": subject.describe()},
+        **({"freed_memory": "kept"} if config.clock == TURNS and keep_freed_memory() else {}),
     }
     manifest = {"figure": config.figure, "identity": identity, "rounds": config.rounds, "git_commits": [git_commit()]}
     with exclusive(path.with_suffix(".lock"), of=path), _engines(config, subject) as engines:

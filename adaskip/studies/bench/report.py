@@ -40,6 +40,7 @@ IN_TURNS = (
     "Other cells run between two turns of a cell, so its times are with caches that they have used: compare them "
     "within this result."
 )
+FREED = "The process keeps the memory that it frees, so that times contain no page faults of the allocator."
 KEPT = (
     "Every strategy skips only while the prompt is read, up to its last token (`--keep-kv`): skipped attentions write "
     "their K/V, which the ideal saving counts as free, and the full model answers."
@@ -99,6 +100,7 @@ def _about(result: Result) -> list[str]:
         *([KEPT] if result.keep_kv else []),
         METHOD,
         *([IN_TURNS] if identity["clock"] == TURNS else []),
+        *([FREED] if identity.get("freed_memory") else []),
         *(
             [
                 f"Ceilings, measured: {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s of matrix multiplication, "

@@ -34,12 +34,16 @@ class _OtherFailed(Exception):
 
 
 class _Relay:
-    """Passes the turn among threads, each with a gate of its own: the thread of the first gate runs, others wait."""
+    """Passes the turn among threads, each with a gate of its own: the thread of the first gate runs, others wait.
+
+    Each round of turns begins one thread later, since the first to read a layer's weights finds them in no cache.
+    """
 
     def __init__(self, number: int):
         self.gates = deque(Semaphore(0) for _ in range(number))
         self.all = tuple(self.gates)
         self.failed = False
+        self.passed = 0
 
     def begin(self) -> None:
         self.gates[0].release()
@@ -50,7 +54,8 @@ class _Relay:
             raise _OtherFailed
 
     def pass_on(self, gate: Semaphore) -> None:
-        self.gates.rotate(-1)
+        self.passed = (self.passed + 1) % len(self.gates)
+        self.gates.rotate(-1 if self.passed else -2)
         self.gates[0].release()
         self.wait(gate)
 
@@ -58,6 +63,7 @@ class _Relay:
         """The running thread has finished."""
         self.gates.popleft()
         if self.gates:
+            self.passed %= len(self.gates)
             self.gates[0].release()
 
     def fail(self) -> None:
