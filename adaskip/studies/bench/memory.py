@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """Parameters of glibc's `mallopt`."""
@@ -15,8 +16,7 @@ def keep_freed_memory() -> bool:
     Otherwise large tensors are mapped and unmapped again and again, and their pages are zeroed at the first touch.
     Returns whether it does so; False without glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    if platform.libc_ver()[0] != "glibc":
         return False
-    settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _MOST}
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())
+    libc, settings = ctypes.CDLL(None), {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _MOST}
+    return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings.items())
