@@ -271,7 +271,7 @@ class BenchConfig:
         turns = (self.study in WITH_TURNS, self.device == "cpu", self.threads == 1, self.modes == (EAGER,))
         if self.clock == TURNS and not all(turns):
             raise ValueError(
-                f"--clock {TURNS} needs --study {' or '.join(WITH_TURNS)}, --device cpu, --threads 1 and --modes "
+                f"--clock {TURNS} needs one of --study {', '.join(WITH_TURNS)}, and --device cpu --threads 1 --modes "
                 f"{EAGER}"
             )
 
