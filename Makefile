@@ -9,8 +9,8 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 BENCH := kv_100m overhead_testbed overhead_100m window_100m saving_100m calibration_100m compiled_100m batch_100m
 BENCH_TESTBED := testbed_llama testbed_internlm testbed_vicuna
-BENCH_REAL := smollm2 smollm2_long smollm2_plain_steps_float32 smollm2_plain_steps_bfloat16 smollm2_prefill smollm2_keep_kv smollm2_keep_kv_more
-BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_short gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_internlm gpu_vicuna
+BENCH_REAL := smollm2 smollm2_long smollm2_plain_steps_float32 smollm2_plain_steps_bfloat16 smollm2_cache_float32 smollm2_cache_bfloat16 smollm2_prefill smollm2_keep_kv smollm2_keep_kv_more
+BENCH_GPU := gpu_kv gpu_overhead gpu_saving gpu_strategies gpu_compiled gpu_compiled_short gpu_compiled_internlm gpu_window gpu_calibration gpu_lengths gpu_cache gpu_internlm gpu_vicuna
 BENCH_ENGINES := engines engines_batch8 engines_draft
 OBSERVATIONS := ob1 ob2 ob3 tables12 importance_check
 

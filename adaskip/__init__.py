@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adaskip.calibration.select import select
     from adaskip.core.blocks import BlockStructure, Sublayers, register_structure
     from adaskip.core.context import skipping
+    from adaskip.core.in_place_cache import InPlaceCache
     from adaskip.core.look import Look
     from adaskip.core.model_plan import make_plan
     from adaskip.core.plan import Budget, SkipPlan
@@ -50,6 +51,7 @@ _HOMES = {
     "Budget": "adaskip.core.plan",
     "SkipPlan": "adaskip.core.plan",
     "skipping": "adaskip.core.context",
+    "InPlaceCache": "adaskip.core.in_place_cache",
     "Look": "adaskip.core.look",
     "Strategy": "adaskip.core.strategy",
     "strategy_option": "adaskip.core.strategy",
@@ -75,6 +77,7 @@ __all__ = [
     "EvoPress",
     "FixedPlan",
     "ImportanceProfile",
+    "InPlaceCache",
     "LeastSkip",
     "Look",
     "MostSkip",

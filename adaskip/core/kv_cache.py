@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from adaskip.core import hf
+from adaskip.core.in_place_cache import InPlaceLayer
 from adaskip.core.plan import Compensation
 
 
@@ -157,8 +158,15 @@ def restore_emptied(cache: Cache) -> None:
 
 
 def kv_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that `cache` holds (a static cache: has allocated; a quantised one: with its scales)."""
-    return sum(_nbytes(getattr(layer, name, None)) for layer in cache.layers for name in hf.KV)
+    """Bytes of keys and values that `cache` holds (a static or in-place one: has allocated; a quantised one: with its
+    scales)."""
+    return sum(_layer_bytes(layer) for layer in cache.layers)
+
+
+def _layer_bytes(layer: Any) -> int:
+    if isinstance(layer, InPlaceLayer):
+        return layer.allocated_bytes
+    return sum(_nbytes(getattr(layer, name, None)) for name in hf.KV)
 
 
 def _nbytes(held: Any) -> int:

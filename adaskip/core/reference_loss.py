@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from adaskip.core.blocks import execution_device
 from adaskip.core.context import skipping
 from adaskip.core.hf import CACHE
+from adaskip.core.in_place_cache import GROWING_CACHES, UNBOUNDED_LAYERS
 from adaskip.core.kv_cache import SkippedLayer
 from adaskip.core.strategy import Strategy
 from adaskip.core.wrappers import unwrapped
@@ -90,7 +91,9 @@ def rewound(cache: Any, prompt_tokens: int, strategy: Strategy | None, num_token
     Returns False, without changing the cache, if layers drop tokens or have a fixed size, or if the set of skipped
     attentions changed within the answer: the cache then lacks K/V that its first step needs.
     """
-    plain = type(cache) is DynamicCache and all(type(layer) in (DynamicLayer, SkippedLayer) for layer in cache.layers)
+    plain = type(cache) in GROWING_CACHES and all(
+        type(layer) in (*UNBOUNDED_LAYERS, SkippedLayer) for layer in cache.layers
+    )
     if not plain or getattr(cache, "offloading", False):
         return False
     steps = [] if strategy is None else [strategy.decode_plan(step).attention for step in range(1, num_tokens + 1)]

@@ -6,12 +6,13 @@ import sys
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from adaskip.core.blocks import find_decoder
 from adaskip.core.hf import CACHE, SLIDING_MASK, changes_arguments
+from adaskip.core.in_place_cache import GROWING_CACHES, UNBOUNDED_LAYERS
 
 
 def check_request(
@@ -28,12 +29,13 @@ def check_request(
     if cache is None or not model_kwargs.get("use_cache"):
         raise ValueError("lossless needs the KV cache; call generate with use_cache=True")
     kinds = {type(layer) for layer in cache.layers}
-    croppable = type(cache) is DynamicCache and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    croppable = type(cache) in GROWING_CACHES and kinds <= {*UNBOUNDED_LAYERS, DynamicSlidingWindowLayer}
     if not croppable or cache.offloading:
         held = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(
-            "lossless removes rejected tokens from the KV cache, so it needs a DynamicCache on the device, filled by "
-            f"the full model; got {type(cache).__name__}{' with offloading' * cache.offloading} of {held}"
+            "lossless removes rejected tokens from the KV cache, so it needs a DynamicCache or InPlaceCache on the "
+            f"device, filled by the full model; got {type(cache).__name__}{' with offloading' * cache.offloading} of "
+            f"{held}"
         )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise ValueError(

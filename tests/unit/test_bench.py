@@ -378,8 +378,9 @@ def test_random_weights_are_usable_numbers():
         ({"clock": "process"}, "so it needs --threads 1"),
         (
             {"clock": "turns", "device": "cpu"},
-            "--clock turns needs one of --study strategies, overhead, plain_steps",
+            "--clock turns needs one of --study strategies, overhead, plain_steps, cache",
         ),
+        ({"study": "cache", "modes": ("compiled",)}, "--study cache needs --modes eager"),
         ({"study": "plain_steps", "batch_sizes": (2,)}, "--study plain_steps needs --modes eager and --batch-sizes 1"),
         ({"clock": "turns", "threads": 1}, "and --device cpu --threads 1 --modes eager"),
         ({"clock": "turns", "device": "cpu", "threads": 1, "study": "window"}, "--clock turns needs one of"),

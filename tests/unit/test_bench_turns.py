@@ -12,6 +12,7 @@ import torch
 
 from adaskip.common.errors import RunError
 from adaskip.core.context import skipping
+from adaskip.core.in_place_cache import InPlaceCache
 from adaskip.core.patching import patches_of
 from adaskip.core.plan import SkipPlan
 from adaskip.profiles.assumed import assumed_profile
@@ -27,6 +28,7 @@ from adaskip.studies.bench.results import Result, slowdown
 from adaskip.studies.bench.settings import (
     BREAKDOWN,
     COUNTS,
+    IN_PLACE,
     PATCHED,
     PLAIN_STEPS,
     REFERENCE_EVERY,
@@ -321,3 +323,15 @@ def test_plain_steps_give_the_full_models_tokens_and_ask_every_source(model, mon
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(IDS, custom_generate=decoder, **options), model.generate(IDS, **options))
     assert asked == [3, 2, 1]
+
+
+def test_the_in_place_cache_is_used_and_reported(config, model, monkeypatch):
+    made = []
+    stock = InPlaceCache.__init__
+    monkeypatch.setattr(InPlaceCache, "__init__", lambda self, **given: made.append(self) or stock(self, **given))
+    outcome = run_bench(config(study="cache", new_tokens=6))
+    result, (workload,) = outcome.result, outcome.result.workloads
+    assert [record["cell"]["name"] for record in result.of(workload)] == [FULL, IN_PLACE, FULL] * 2
+    assert [cache.get_seq_length() for cache in made] == [workload.prompt_tokens + 5] * 3
+    rows = [row for row in rows_of([result]) if row.figure.startswith("in-place cache / stock cache")]
+    assert [row.figure.split(": ")[1] for row in rows] == ["prefill, float32", "decode, float32"]

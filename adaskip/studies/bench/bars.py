@@ -28,6 +28,7 @@ from adaskip.studies.bench.settings import (
     COMPILED,
     COUNTS,
     EAGER,
+    IN_PLACE,
     MEASURING_PREFILL,
     PATCHED,
     PLAIN_PREFILL,
@@ -116,6 +117,13 @@ def _plain_steps(bar: Bar, result: Result, workload: Workload) -> Iterator[Findi
             yield Finding(about, slowdown(result, workload, cell, phase), bar)
 
 
+def _cache(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
+    dtype = result.identity["subject"]["dtype"]
+    for phase in PHASES:
+        measured = slowdown(result, workload, Cell(IN_PLACE), phase)
+        yield Finding(f"{phase}, {dtype}", measured, {**bar, "at_most": bar["at_most"][phase]})
+
+
 def _window(bar: Bar, result: Result, workload: Workload) -> Iterator[Finding]:
     for cell in result.cells(workload):
         if cell.name == ADASKIP:
@@ -180,6 +188,7 @@ def _is_8b_on_gpu(result: Result, workload: Workload) -> bool:
 FIND: dict[str, Callable[[Bar, Result, Workload], Iterator[Finding]]] = {
     "overhead": _overhead,
     "plain_steps": _plain_steps,
+    "cache": _cache,
     "saving": _saving,
     "window": _window,
     "calibration": _calibration,

@@ -29,6 +29,7 @@ PATCHED, BREAKDOWN = "patched", "breakdown"
 ADASKIP, WINDOWLESS = "adaskip", "adaskip without window"
 PLAIN_PREFILL, MEASURING_PREFILL = "plain prefill", "measuring prefill"
 PLAIN_STEPS = "lossless, nothing drafted"
+IN_PLACE = "in-place cache"
 KV_CHECK, COUNTS = "kv check", "counts"
 EXACT = (KV_CHECK, COUNTS)
 """Cells that count and do not time."""
@@ -56,11 +57,12 @@ STUDIES = {
     "calibration": "a prefill that measures IO similarity, against a plain one",
     "engines": "the full model and every strategy at every budget, exported to engines and beside transformers",
     "plain_steps": "lossless mode where nothing pays: it decides as usual, but drafts nothing; against the stock model",
+    "cache": "the full model with an InPlaceCache, against the stock cache",
     "kv": "the bytes of the KV cache, and whether they are freed before the first decode step (nothing is timed)",
 }
 COMPARISONS = ("strategies", "engines")
 """Studies whose cells are compared with the full model in the same mode."""
-WITH_TURNS = ("strategies", "overhead", "plain_steps")
+WITH_TURNS = ("strategies", "overhead", "plain_steps", "cache")
 """Studies that can be timed in turns: their cells generate, and are compared with the full model."""
 REFERENCE_EVERY = 6
 """Number of cells after which a round of a comparison runs the full model again."""
@@ -114,6 +116,8 @@ def cells_of(
         return [Cell(PLAIN_PREFILL), Cell(MEASURING_PREFILL)]
     if study == "plain_steps":
         return [Cell(FULL), *(Cell(PLAIN_STEPS, phase, n) for phase in phases for n in budgets)]
+    if study == "cache":
+        return [Cell(FULL), Cell(IN_PLACE)]
     assert study == "kv", study
     return [Cell(KV_CHECK, phase, n) for phase in phases for n in budgets]
 
@@ -268,6 +272,8 @@ class BenchConfig:
             raise ValueError("--clock process adds up the time of all threads, so it needs --threads 1")
         if self.study == "plain_steps" and (self.modes, self.batch_sizes) != ((EAGER,), (1,)):
             raise ValueError(f"--study plain_steps needs --modes {EAGER} and --batch-sizes 1")
+        if self.study == "cache" and self.modes != (EAGER,):
+            raise ValueError(f"--study cache needs --modes {EAGER}")
         turns = (self.study in WITH_TURNS, self.device == "cpu", self.threads == 1, self.modes == (EAGER,))
         if self.clock == TURNS and not all(turns):
             raise ValueError(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from adaskip.calibration.measure import measure
 from adaskip.core.blocks import execution_device, find_decoder
 from adaskip.core.hf import CACHE
+from adaskip.core.in_place_cache import InPlaceCache
 from adaskip.core.plan import EMPTY_PLAN, KINDS, Budget, SkipPlan, Sublayer, check_phase
 from adaskip.engines.fold import fold
 from adaskip.strategies import FULL, FixedPlan, Strategy, build, needs_selection
@@ -24,6 +25,7 @@ from adaskip.studies.bench.settings import (
     BREAKDOWN,
     COUNTS,
     EAGER,
+    IN_PLACE,
     KV_CHECK,
     MEASURING_PREFILL,
     PATCHED,
@@ -117,7 +119,7 @@ class Trials:
         take only strategies with a constant plan.
         """
         num_layers = self.subject.num_layers
-        if cell.name in (FULL, BREAKDOWN, COUNTS, PLAIN_PREFILL, MEASURING_PREFILL):
+        if cell.name in (FULL, BREAKDOWN, COUNTS, IN_PLACE, PLAIN_PREFILL, MEASURING_PREFILL):
             return None
         if cell.name == PATCHED:
             return FixedPlan(num_layers=num_layers, plan=EMPTY_PLAN)
@@ -149,6 +151,8 @@ class Trials:
     def _generation(self, cell: Cell, ids: Tensor, workload: Workload) -> dict[str, Any]:
         """Time a generation in the cell's mode, and find the share of forwards in which each sublayer was skipped."""
         strategy, model, options = self.strategy(cell, workload), self.subject.model, {}
+        if cell.name == IN_PLACE:
+            options = {CACHE: InPlaceCache(config=model.config)}
         if cell.mode != EAGER:
             cache = self.static_caches.emptied(cell, workload, model)
             options = {CACHE: cache, "compile_config": compile_config()}
