@@ -1,7 +1,7 @@
 """Every private or undocumented name of torch, accelerate and transformers that the library uses.
 
 Private names change without notice, so each is used only here, as a constant or in a small function, and
-`tests/unit/test_hf_names.py` fails if a release renames one or changes its behaviour. All of them exist in the
+`tests/unit/test_hf_names*.py` fail if a release renames one or changes its behaviour. All of them exist in the
 supported releases, torch 2.11 to 2.13 and transformers 5.17 to 5.24; "since" gives the first release known to have it.
 """
 

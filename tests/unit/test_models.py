@@ -2,70 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import socket
-from pathlib import Path
-
 import pytest
 import torch
 from huggingface_hub import constants
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adaskip.benchmarks.longbench import TASKS
-from adaskip.benchmarks.prompts import build_prompt_ids
 from adaskip.core.blocks import UnsupportedModelError, decoder_layers
 from adaskip.models import checkpoints
 from adaskip.models import registry as registry_file
-from adaskip.models.chat import wrapper
 from adaskip.models.errors import ModelError
-from adaskip.models.loading import architecture, load_model, load_tokenizer, placement, prompt_limit
+from adaskip.models.loading import architecture, load_model, placement, prompt_limit
 from adaskip.models.registry import registry
 from adaskip.models.rope import DynamicNTKRope
-from tests.checkpoints import CHAT_TEMPLATE, SMALL, write_family, write_hub_cache
+from tests import family_snapshots
+from tests.checkpoints import SMALL, write_hub_cache
+from tests.family_snapshots import FAMILIES, edit_config, refused
 
-FAMILIES = ("llama", "internlm", "vicuna")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture(scope="module")
-def snapshots(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("snapshots")
-    return {family: write_family(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture
-def damaged(snapshots, tmp_path) -> Path:
-    """A copy of the LLaMA snapshot to break."""
-    return Path(shutil.copytree(snapshots["llama"], tmp_path / "copy"))
-
-
-def edit_config(folder: Path, **values) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def first_weights(folder: Path) -> Path:
-    return sorted(folder.glob("model-*.safetensors"))[0]
-
-
-def refused(*arguments, **options) -> str:
-    """The message of the one-line ModelError that loading ends in."""
-    with pytest.raises(ModelError) as caught:
-        load_model(*arguments, **{"device": "cpu", **options})
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+no_network = family_snapshots.no_network
+snapshots = family_snapshots.snapshots
+damaged = family_snapshots.damaged
 
 
 def test_registry_holds_the_papers_models_and_one_that_pip_brings():
@@ -133,15 +91,6 @@ def test_a_limit_that_is_given_is_taken_and_not_told(damaged, caplog):
     edit_config(damaged, max_position_embeddings=1024, rope_scaling=None)
     assert load_model("llama", damaged, device="cpu", max_prompt_tokens=700).spec.max_prompt_tokens == 700
     assert not caplog.messages
-
-
-def test_chat_wrappers_are_longbenchs():
-    assert registry()["llama"].chat == "none"
-    assert registry()["internlm"].chat == "<|User|>:{prompt}<eoh>\n<|Bot|>:"
-    assert registry()["vicuna"].chat == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: {prompt} ASSISTANT:"
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,59 +174,6 @@ def test_checkpoints_sampling_settings_are_dropped(snapshots):
         ]
 
 
-def test_tokenizers_own_chat_template(snapshots):
-    loaded = load_model("llama", snapshots["llama"], device="cpu", chat="template")
-    assert loaded.spec.chat_template == (
-        "<|start_header_id|>user<|end_header_id|>\n\n{prompt|trim}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-    prompt = TASKS["multifieldqa_en"].template.format(context="She jumps.", input="who?")
-    ids = build_prompt_ids(prompt, loaded.tokenizer, 500, loaded.spec.chat_template)
-    begin = loaded.tokenizer.bos_token_id
-    assert ids[0] == begin
-    assert begin not in ids[1:]
-
-
-def with_chat_template(folder: Path, content: str) -> None:
-    """The snapshot's chat template with `content` in the place of `message['content'] | trim`."""
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("message['content'] | trim", content))
-
-
-@pytest.mark.parametrize("content", ["message['content'] | trim", "message['content']"])
-@pytest.mark.parametrize("context", ["text", " \n text {prompt} {prompt|trim} {} \t\n"])
-def test_wrapping_equals_the_tokenizers_own_whatever_white_space_is_around_a_prompt(damaged, content, context):
-    with_chat_template(damaged, content)
-    loaded = load_model("llama", damaged, device="cpu", chat="template")
-    tokenizer, spec = loaded.tokenizer, loaded.spec
-    for template in ("{context}", TASKS["passage_count"].template):
-        prompt = template.format(context=context)
-        ids = build_prompt_ids(prompt, tokenizer, 5000, spec.chat_template)
-        messages = [{"role": "user", "content": prompt}]
-        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def test_a_chat_template_that_prints_todays_date_prints_the_same_one_every_day(damaged):
-    (damaged / "chat_template.jinja").write_text("Today: {{ strftime_now('%d %b %Y') }}\n{{ messages[0].content }}:")
-    assert wrapper("template", load_tokenizer(damaged)) == "Today: 26 Jul 2024\n{prompt}:"
-
-
-def test_a_chat_template_whose_date_cannot_be_fixed_is_refused(damaged):
-    (damaged / "chat_template.jinja").write_text("{% set f = '%d' %}{{ strftime_now(f) }} {{ messages[0].content }}:")
-    assert "prints the date in a way that cannot be replaced" in refused("llama", damaged, chat="template")
-
-
-def test_a_chat_template_that_drops_white_space_on_one_side_only_is_refused(damaged):
-    with_chat_template(damaged, "message['content'].rstrip()")
-    assert "strips only some of the white space around a prompt" in refused("llama", damaged, chat="template")
-
-
-def test_chat_choices_are_checked(snapshots):
-    assert load_model("vicuna", snapshots["vicuna"], device="cpu", chat="none").spec.chat_template is None
-    assert load_model("llama", snapshots["llama"], device="cpu", chat="Q: {prompt}").spec.chat_template == "Q: {prompt}"
-    assert "text with one {prompt}" in refused("llama", snapshots["llama"], chat="templates")
-    assert "no usable chat template" in refused("vicuna", snapshots["vicuna"], chat="template")
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_dtype_and_attention_backend_can_be_chosen(snapshots, dtype):
     model = load_model("llama", snapshots["llama"], device="cpu", dtype=dtype, attn_implementation="eager").model
@@ -297,40 +193,6 @@ def test_decoder_layers_are_the_models_own(snapshots):
     for other in (nn.Linear(2, 2), GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=1, vocab_size=5))):
         with pytest.raises(UnsupportedModelError, match="no list of decoder layers"):
             decoder_layers(other)
-
-
-@pytest.mark.parametrize(("name", "hint"), [("lama", "Did you mean 'llama'?"), ("gpt", "Allowed: llama, internlm")])
-def test_unknown_model_name(name, hint):
-    message = refused(name)
-    assert f"unknown model {name!r}" in message
-    assert hint in message
-
-
-def test_nothing_to_load_is_refused():
-    assert (
-        "give a model (llama, internlm, vicuna, smollm2, a Hub id, a folder or a .gguf file) or a checkpoint"
-        in refused()
-    )
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_missing_weights_say_what_to_do(tmp_path, monkeypatch, family):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    message = refused(family)
-    for part in (
-        registry()[family].checkpoint,
-        registry()[family].revision,
-        "--checkpoint DIR",
-        "hf download",
-        "--testbed",
-    ):
-        assert part in message
-
-
-def test_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no\nroute")))
-    assert "download failed (no route)" in refused(None, "org/name")
 
 
 def test_network_is_allowed_only_for_a_hub_id_given_by_name(monkeypatch, snapshots):
@@ -357,124 +219,6 @@ def test_network_is_allowed_only_for_a_hub_id_given_by_name(monkeypatch, snapsho
     ]
 
 
-def test_missing_folder():
-    assert "'./no/such/folder' does not exist" in refused("llama", "./no/such/folder")
-
-
-def test_file_instead_of_folder(snapshots):
-    assert "is a file" in refused("llama", snapshots["llama"] / "config.json")
-
-
-def test_folder_without_config(tmp_path):
-    assert "has no config.json" in refused("llama", tmp_path)
-
-
-def test_broken_config(damaged):
-    (damaged / "config.json").write_text("{")
-    assert "is not valid JSON" in refused("llama", damaged)
-
-
-def test_impossible_config(damaged):
-    edit_config(damaged, num_attention_heads=5)
-    assert "config.json is not usable" in refused("llama", damaged)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
-        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-        {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
-        {"model_type": "made_up", "architectures": ["MadeUpForCausalLM"], "auto_map": {"AutoConfig": "code.Config"}},
-    ],
-)
-def test_wrong_architecture(damaged, config):
-    edit_config(damaged, **config)
-    (damaged / "code.py").write_text("raise SystemExit('remote code was run')")
-    message = refused("llama", damaged)
-    assert config["architectures"][0] in message
-    assert "not a causal language model" in message
-
-
-def test_no_weights(damaged):
-    for path in damaged.glob("model*"):
-        path.unlink()
-    assert "has no weights" in refused("llama", damaged)
-
-
-def test_truncated_safetensors(damaged):
-    path = first_weights(damaged)
-    path.write_bytes(path.read_bytes()[:-100])
-    message = refused("llama", damaged)
-    assert path.name in message
-    assert "truncated" in message
-
-
-def test_git_lfs_pointer_instead_of_weights(damaged):
-    first_weights(damaged).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "truncated or not a safetensors file" in refused("llama", damaged)
-
-
-def test_missing_shard(damaged):
-    path = first_weights(damaged)
-    path.unlink()
-    message = refused("llama", damaged)
-    assert "lacks 1 of" in message
-    assert path.name in message
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', "null", "{"])
-def test_an_index_that_is_none(damaged, content):
-    (damaged / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json is not a weight index: " in refused("llama", damaged)
-
-
-def test_an_index_that_names_no_files(damaged):
-    (damaged / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 1}}')
-    assert "lacks 1 of 1 weight files, first 1" in refused("llama", damaged)
-
-
-def test_weights_missing_from_the_files(damaged):
-    (damaged / "model.safetensors.index.json").unlink()
-    first_weights(damaged).rename(damaged / "model.safetensors")
-    assert "weights of LlamaForCausalLM, first" in refused("llama", damaged)
-
-
-def test_damaged_bin_and_bin_with_code_are_refused(snapshots, tmp_path):
-    folder = Path(shutil.copytree(snapshots["vicuna"], tmp_path / "copy"))
-    path = sorted(folder.glob("pytorch_model-*.bin"))[0]
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    assert f"{path} is truncated ({len(whole) // 2} bytes): download it again" in refused("vicuna", folder)
-    path.write_bytes(b"no torch file")
-    assert "cannot be loaded" in refused("vicuna", folder)
-    torch.save({"model.norm.weight": print}, path)
-    assert "cannot be loaded" in refused("vicuna", folder)
-
-
-def test_missing_tokenizer(snapshots, damaged, tmp_path):
-    for path in damaged.glob("tokenizer*"):
-        path.unlink()
-    assert "the tokenizer in" in refused("llama", damaged)
-    folder = Path(shutil.copytree(snapshots["internlm"], tmp_path / "internlm"))
-    (folder / "tokenizer.model").unlink()
-    assert "has no tokenizer.model" in refused("internlm", folder)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"dtype": "half-ish"}, "unknown dtype 'half-ish'"),
-        ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"device_map": "auto"}, "device and device_map both place the model"),
-        ({"attn_implementation": "no_such_attention"}, "no_such_attention"),
-    ],
-)
-def test_impossible_options(snapshots, options, text):
-    assert text in refused("llama", snapshots["llama"], **options)
-
-
 @pytest.mark.parametrize(
     ("options", "dtype", "device_map"),
     [
@@ -496,11 +240,6 @@ def test_models_go_to_the_gpu_in_bfloat16(snapshots, family):
     model = load_model(family, snapshots[family]).model
     assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("cuda", torch.bfloat16)}
     assert model.generate(torch.ones(1, 40, dtype=torch.long, device="cuda"), max_new_tokens=3).shape[1] > 40
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_that_is_not_there(snapshots):
-    assert "finds no CUDA device" in refused("llama", snapshots["llama"], device="cuda")
 
 
 def test_errors_in_the_registry_name_the_field(monkeypatch):
