@@ -279,7 +279,7 @@ def _positions(prompt_length: int, length: int, phase: Phase, *, answer_only: bo
 def _view(cache: DynamicCache | None) -> DynamicCache | None:
     """A cache with the same K/V, on the layers' original devices, that can grow without changing `cache`.
 
-    This works because dynamic layers concatenate and never write in place.
+    This works because this module's caches are stock's, whose layers concatenate and never write in place.
     """
     if cache is None:
         return None
