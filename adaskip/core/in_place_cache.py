@@ -130,7 +130,8 @@ def _begins(memory: Tensor, held: Tensor) -> bool:
     `crop` replaces the K/V of a layer by such a view, and a caller may assign others.
     """
     writable = torch.is_inference_mode_enabled() or not memory.is_inference()
-    return writable and held.stride() == memory.stride() and held.data_ptr() == memory.data_ptr()
+    same_rows = held.shape[:-2] == memory.shape[:-2] and held.stride() == memory.stride()
+    return writable and same_rows and held.data_ptr() == memory.data_ptr()
 
 
 GROWING_CACHES = (DynamicCache, InPlaceCache)

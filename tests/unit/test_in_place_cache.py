@@ -139,6 +139,10 @@ def test_removed_tokens_are_overwritten_in_place(room):
     assert keys.data_ptr() == place
 
 
+def assign(layer, keys, values):
+    layer.keys, layer.values = keys, values
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",
@@ -147,8 +151,10 @@ def test_removed_tokens_are_overwritten_in_place(room):
         lambda layer: layer.batch_select_indices(torch.tensor([1])),
         lambda layer: layer.batch_repeat_interleave(2),
         lambda layer: layer.crop(-6),
+        lambda layer: assign(layer, layer.keys[:1], layer.values[:1]),
+        lambda layer: assign(layer, layer.keys[:, :, 1:], layer.values[:, :, 1:]),
     ],
-    ids=["reorder", "select", "repeat", "crop all"],
+    ids=["reorder", "select", "repeat", "crop all", "first row", "without the first token"],
 )
 def test_stocks_methods_change_it_as_they_change_a_stock_layer(change):
     layers = (module.InPlaceLayer(), DynamicLayer())
