@@ -135,5 +135,6 @@ def _begins(memory: Tensor, held: Tensor) -> bool:
 
 
 GROWING_CACHES = (DynamicCache, InPlaceCache)
+"""Caches that grow token by token, with layers of different kinds."""
 UNBOUNDED_LAYERS = (DynamicLayer, InPlaceLayer)
-"""Kinds of cache and of layer that hold every token and from which the last ones can be removed."""
+"""Layers that hold every token, of which `crop` removes the last ones."""
