@@ -81,6 +81,13 @@ class Loading:
         return _held[key]
 
 
+def prepare_torch(config: SharedConfig) -> None:
+    """Set the threads, if they are given, and the seed."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+
+
 def _release() -> None:
     _held.clear()
     gc.collect()  # models contain reference cycles

@@ -34,6 +34,7 @@ from adaskip.profiles.selection import METHODS, SelectionProfile
 from adaskip.roofline import known_ceilings, known_devices
 from adaskip.runs.config import RunConfig, StrategyConfig
 from adaskip.runs.job import Job, Profile, resolve
+from adaskip.runs.loading import prepare_torch
 from adaskip.runs.manifest import compensation_samples
 from adaskip.runs.pareto import NEW_TOKENS
 from adaskip.runs.profiles import find_compensation, profile_for
@@ -127,6 +128,7 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
 
     AdaSkip's online learning is off by default; asking for it is refused, since a saved plan is fixed.
     """
+    prepare_torch(config)
     job = resolve(RunConfig(**{field.name: getattr(config, field.name) for field in fields(StrategyConfig)}))
     source = job.loading.source
     if job.strategy == "full":

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adaskip.calibration.compensation import SCALE, FittedCompensation, fit_compensation
 from adaskip.calibration.divergence import OBJECTIVE_VERSION
 from adaskip.calibration.measure import calibrate
@@ -33,7 +31,7 @@ from adaskip.profiles.selection import METHODS, SEARCH, SelectionProfile
 from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.calibration import Calibration, find_calibration
 from adaskip.runs.job import Job, Profile, find_profile
-from adaskip.runs.loading import find_loading
+from adaskip.runs.loading import find_loading, prepare_torch
 from adaskip.runs.records import Sample, find_records, fingerprint
 from adaskip.runs.ties import TiesByTime, find_ties
 
@@ -321,9 +319,7 @@ def calibrate_to(config: CalibrateConfig) -> tuple[Profile, tuple[Path, ...]]:
 
     Returns the profile and its paths.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+    prepare_torch(config)
     loading, setup = find_loading(config, config.model, config.max_prompt_tokens), config.setup
     loading.check_limit()
     if config.output is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from adaskip.calibration.refine import check_refinable, refine_scales
 from adaskip.common.files import check_writable
 from adaskip.common.locks import exclusive
@@ -13,7 +11,7 @@ from adaskip.profiles.selection import SelectionProfile
 from adaskip.runs.calibrate_config import CalibrateConfig
 from adaskip.runs.calibration import find_calibration
 from adaskip.runs.job import find_profile
-from adaskip.runs.loading import find_loading
+from adaskip.runs.loading import find_loading, prepare_torch
 from adaskip.runs.records import find_records
 
 
@@ -21,8 +19,7 @@ def refine_to(config: CalibrateConfig) -> tuple[SelectionProfile, tuple[Path, ..
     """Write the selection `config.refine` with refined scales to `config.output`; returns it and its path."""
     assert config.refine is not None, "asked for"
     assert config.output is not None, "checked by the configuration"
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    prepare_torch(config)
     output = Path(config.output)
     check_writable(output)
     selection = SelectionProfile.load(find_profile(config.refine, SelectionProfile, "--refine"))

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from adaskip.benchmarks.protocol import Task
@@ -26,9 +25,10 @@ from adaskip.core.generate import Generation, generate
 from adaskip.models.loading import LoadedModel
 from adaskip.runs.cells import Cell, run_name
 from adaskip.runs.checks import build_strategies, check
-from adaskip.runs.config import DataConfig, RunConfig
+from adaskip.runs.config import RunConfig
 from adaskip.runs.folder import check_alike
 from adaskip.runs.job import Job, Part, Profile, resolve
+from adaskip.runs.loading import prepare_torch
 from adaskip.runs.manifest import comparable, describe_job, describe_run, is_done, without_growth
 from adaskip.runs.profiles import find_compensation, profile_for
 from adaskip.runs.records import Sample, reference_ids
@@ -114,13 +114,6 @@ def _prepare(config: RunConfig, processes: Processes) -> None:
     if not processes.is_main:
         logging.getLogger("adaskip").setLevel(logging.ERROR)  # only the main process logs warnings
     prepare_torch(config)
-
-
-def prepare_torch(config: DataConfig) -> None:
-    """Set the threads, if they are given, and the seed."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
 
 
 def _find_target(job: Job) -> Target:

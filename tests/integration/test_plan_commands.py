@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from adaskip import from_pretrained, testbed
@@ -42,6 +43,17 @@ def test_a_plan_is_made_shown_and_exported(away, capsys):
     assert report["verified"]["distance"] <= report["verified"]["limit"]
     assert SkipPlan.from_pretrained(away / "out").origin == plan.origin
     assert len(AutoModelForCausalLM.from_pretrained(away / "out").model.layers) == 14
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_plan_is_measured_with_the_given_threads(threads, away):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - threads)
+        plan_of(away, "--strategy", "unified", "--budget", "4", "--threads", str(threads))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_plan_of_a_measured_strategy_folds_its_scales(away):

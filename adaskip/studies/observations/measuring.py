@@ -16,9 +16,10 @@ from adaskip.models.loading import LoadedModel
 from adaskip.profiles.importance import UNITS
 from adaskip.runs.folder import RunFolder
 from adaskip.runs.job import Job, resolve
+from adaskip.runs.loading import prepare_torch
 from adaskip.runs.manifest import describe_model
 from adaskip.runs.records import fingerprint, prompt_ids
-from adaskip.runs.runner import failure_as_run_error, prepare_torch, stop_token_ids
+from adaskip.runs.runner import failure_as_run_error, stop_token_ids
 from adaskip.studies.observations.saved import MEASUREMENTS
 from adaskip.studies.observations.settings import ObserveConfig, Target
 
