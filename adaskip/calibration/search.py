@@ -12,7 +12,7 @@ With `faster`, the fastest of the sets that do not diverge significantly more th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, isfinite
 from statistics import fmean, stdev
 
@@ -69,43 +69,100 @@ def search(
     one of these and none of them is faster. No contender is dropped, since all are compared in pairs; that takes more
     measurements, but no more than `most_measured`.
     """
-    candidates = list(candidates)
-    prompts = range(num_prompts)
-    screening = prompts[:SCREENING_PROMPTS]
-    cost: dict[Sublayer, float] = {}  # divergence that each candidate added when last tried
+    steps = _Steps(measure, list(candidates), num_layers, range(num_prompts), starts, default, faster)
     current: Set = frozenset()
     choices: dict[int, Choice] = {}
     for count in tqdm(range(1, up_to + 1), desc="search", unit="set", disable=None if show_progress else True):
-        free = [c for c in candidates if c not in current and _leaves_attention(current, c, num_layers)]
-        if not free:
-            raise ValueError(f"{len(candidates)} candidates are too few for a set of {count} sublayers")
-        considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
-        base = fmean(measure(current, screening)) if current else 0.0
-        for candidate in sorted(considered, key=lambda c: -c.layer):  # each shares the layers below with those before
-            cost[candidate] = fmean(measure(current | {candidate}, screening)) - base
-        contenders = {current | {c}: SEARCH for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]}
-        for name, sets in starts.items():
+        current, choices[count] = steps.step(current, count)
+    return choices
+
+
+@dataclass
+class _Steps:
+    """The steps of a search, with its arguments. cost: divergence that each candidate added when last tried."""
+
+    measure: MeasureDivergence
+    candidates: Sequence[Sublayer]
+    num_layers: int
+    prompts: Sequence[int]
+    starts: Mapping[str, Mapping[int, Set]]
+    default: str | None
+    faster: Callable[[Set], float] | None
+    cost: dict[Sublayer, float] = field(default_factory=dict)
+
+    def step(self, current: Set, count: int) -> tuple[Set, Choice]:
+        """(the set of `count` sublayers from which the next step continues, the chosen set)."""
+        contenders = dict.fromkeys(self._finalists(current, count), SEARCH)
+        for name, sets in self.starts.items():
             if count in sets:
                 contenders.setdefault(sets[count], name)
-        complete: dict[Set, list[float]] = {}  # divergences on all prompts, of the contenders that are not dropped
-        for contender in contenders:
-            least = min(complete.values(), key=sum) if complete and faster is None else [inf]
-            values = _until_clear(measure, contender, least, prompts, by_total=True)
-            if len(values) == num_prompts:
-                complete[contender] = values
-        current = best = min(complete, key=lambda c: sum(complete[c]))
-        if not isfinite(sum(complete[best])):
+        complete = self._on_all_prompts(contenders)
+        best = min(complete.values(), key=sum)
+        if not isfinite(sum(best)):
             raise ValueError(f"no set of {count} sublayers leaves the output finite on every calibration prompt")
-        if faster is not None:
-            tied = [c for c in complete if not significantly_less(complete[best], complete[c])]
-            current = max(tied, key=lambda c: (faster(c), -sum(complete[c])))
-        choices[count] = Choice(current, fmean(complete[current]), contenders[current])
-        if default is not None and count in starts[default] and (own := starts[default][count]) != current:
-            is_slower = faster is not None and faster(own) < faster(current)
-            usual = complete.get(own) or _until_clear(measure, own, complete[best], prompts, by_total=False)
-            if not is_slower and len(usual) == num_prompts and not significantly_less(complete[best], usual):
-                choices[count] = Choice(own, fmean(usual), default)
-    return choices
+        found = self._fastest(complete, best)
+        own = self._kept_default(complete, best, found, count)
+        choice = Choice(found, fmean(complete[found]), contenders[found])
+        return found, choice if own is None else own
+
+    def _finalists(self, current: Set, count: int) -> list[Set]:
+        """`current` with each of the candidates that add least on the screening prompts."""
+        free = [c for c in self.candidates if c not in current and _leaves_attention(current, c, self.num_layers)]
+        if not free:
+            raise ValueError(f"{len(self.candidates)} candidates are too few for a set of {count} sublayers")
+        cost, screening = self.cost, self.prompts[:SCREENING_PROMPTS]
+        considered = sorted(free, key=lambda c: cost.get(c, -1.0))[: CONSIDERED if cost else None]
+        base = fmean(self.measure(current, screening)) if current else 0.0
+        for candidate in sorted(considered, key=lambda c: -c.layer):  # each shares the layers below with those before
+            cost[candidate] = fmean(self.measure(current | {candidate}, screening)) - base
+        return [current | {c} for c in sorted(considered, key=cost.__getitem__)[:FINALISTS]]
+
+    def _on_all_prompts(self, contenders: Iterable[Set]) -> dict[Set, list[float]]:
+        """The divergences on all prompts of the contenders that are not dropped."""
+        complete: dict[Set, list[float]] = {}
+        for contender in contenders:
+            least = min(complete.values(), key=sum) if complete and self.faster is None else [inf]
+            values = self._until_clear(contender, least, by_total=True)
+            if len(values) == len(self.prompts):
+                complete[contender] = values
+        return complete
+
+    def _fastest(self, complete: Mapping[Set, Sequence[float]], best: Sequence[float]) -> Set:
+        """The set with the least divergence; with `faster`, the fastest that is not significantly above it."""
+        if self.faster is None:
+            return min(complete, key=lambda c: sum(complete[c]))
+        speed = self.faster
+        tied = [c for c in complete if not significantly_less(best, complete[c])]
+        return max(tied, key=lambda c: (speed(c), -sum(complete[c])))
+
+    def _kept_default(
+        self, complete: Mapping[Set, list[float]], best: Sequence[float], found: Set, count: int
+    ) -> Choice | None:
+        """The default's set; None if it is not kept, or if it is the one found."""
+        if self.default is None or (own := self.starts[self.default].get(count)) in (None, found):
+            return None
+        if self.faster is not None and self.faster(own) < self.faster(found):
+            return None
+        values = complete.get(own) or self._until_clear(own, best, by_total=False)
+        if len(values) < len(self.prompts) or significantly_less(best, values):
+            return None
+        return Choice(own, fmean(values), self.default)
+
+    def _until_clear(self, chosen: Set, best: Sequence[float], *, by_total: bool) -> list[float]:
+        """The divergences of `chosen` prompt by prompt, up to where those of another set, `best`, are clearly less.
+
+        best: on all prompts; while one is infinite, nothing is clear. by_total: a total above theirs is clear, too.
+        """
+        values: list[float] = []
+        for prompt in self.prompts:
+            screened = len(values) >= SCREENING_PROMPTS
+            if isfinite(sum(best)) and (
+                (by_total and sum(values) >= sum(best))
+                or (screened and significantly_less(best[: len(values)], values, EARLY_ERRORS))
+            ):
+                break
+            values += self.measure(chosen, [prompt])
+        return values
 
 
 def significantly_less(ours: Sequence[float], theirs: Sequence[float], errors: float = STANDARD_ERRORS) -> bool:
@@ -128,25 +185,6 @@ def most_measured(num_candidates: int, num_prompts: int, starts: Sequence[int]) 
     screening = min(SCREENING_PROMPTS, num_prompts)
     tried = num_candidates + (len(starts) - 1) * min(CONSIDERED, num_candidates)
     return screening * tried + (num_prompts - screening) * FINALISTS * len(starts) + num_prompts * sum(starts)
-
-
-def _until_clear(
-    measure: MeasureDivergence, chosen: Set, best: Sequence[float], prompts: Sequence[int], *, by_total: bool
-) -> list[float]:
-    """The divergences of `chosen` prompt by prompt, up to where those of another set, `best`, are clearly less.
-
-    best: on all prompts; while one is infinite, nothing is clear. by_total: a total above theirs is clear, too.
-    """
-    values: list[float] = []
-    for prompt in prompts:
-        screened = len(values) >= SCREENING_PROMPTS
-        if isfinite(sum(best)) and (
-            (by_total and sum(values) >= sum(best))
-            or (screened and significantly_less(best[: len(values)], values, EARLY_ERRORS))
-        ):
-            break
-        values += measure(chosen, [prompt])
-    return values
 
 
 def _leaves_attention(current: Set, candidate: Sublayer, num_layers: int) -> bool:

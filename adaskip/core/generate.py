@@ -27,6 +27,7 @@ from adaskip.core.hf import CACHE, on_any_device
 from adaskip.core.kv_cache import kv_bytes
 from adaskip.core.plan import EMPTY_PLAN
 from adaskip.core.reference_loss import ReadPrompt, reference_loss, rewound
+from adaskip.core.request import RequestTrace
 from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import end_token_ids, left_padded
 
@@ -117,9 +118,81 @@ def generate(
     if references is not None and len(references) != len(input_ids):
         raise ValueError(f"one reference for each of {len(input_ids)} prompts is needed, not {len(references)}")
     caching = _cache_options(model, cache_implementation, compile)
-    ids, mask = left_padded(input_ids, pad_token_id, execution_device(model))
-    clock, first = _TokenClock(), _FirstLogits()
     ends = list(end_token_ids(model, eos_token_ids))
+    options = {
+        **caching,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens or None,
+        "eos_token_id": ends or None,
+        "pad_token_id": pad_token_id,
+    }
+    answered = _answer(model, strategy, left_padded(input_ids, pad_token_id, execution_device(model)), ends, options)
+    kv_bytes_per_row = kv_bytes(answered.cache) // len(input_ids)
+    losses: list[float | None] = [None] * len(input_ids)
+    if references:
+        # min_new_tokens masks the end tokens' logits; the cache of a batch has all its rows
+        read = answered.read_prompt(strategy) if len(input_ids) == 1 and not min_new_tokens else None
+        losses = [
+            None if answer is None else reference_loss(model, strategy, prompt, answer, eos_token_ids=ends, read=read)
+            for prompt, answer in zip(input_ids, references, strict=True)
+        ]
+    return [
+        Generation(
+            token_ids=list(takewhile(lambda token: token not in ends, row)),
+            ttft_s=answered.ttft_s,
+            tpot_ms=answered.tpot_ms,
+            kv_bytes=kv_bytes_per_row,
+            plan=answered.plan,
+            online_ffns=[] if answered.trace is None else list(answered.trace.online_ffns),
+            reference_loss=loss,
+        )
+        for row, loss in zip(answered.new_tokens.tolist(), losses, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What one timed `generate` has left.
+
+    new_tokens: [B, T]. first_logits: those after the prompt, [B, V]. trace: None for the full model.
+    """
+
+    prompt_tokens: int
+    new_tokens: Tensor
+    first_logits: Tensor
+    cache: Any
+    trace: RequestTrace | None
+    ttft_s: float
+    later_tokens_s: float
+
+    @property
+    def tpot_ms(self) -> float | None:
+        further = self.new_tokens.shape[1] - 1
+        return 1000 * self.later_tokens_s / further if further else None
+
+    @property
+    def plan(self) -> dict[str, dict[str, list[int]]]:
+        """The skipped layers in prefill and in the last decode step."""
+        trace = self.trace
+        ran = (EMPTY_PLAN, EMPTY_PLAN) if trace is None else (trace.prefill_plan, trace.decode_plan)
+        return {name: plan.to_dict() for name, plan in zip(("prefill", "decode"), ran, strict=True)}
+
+    def read_prompt(self, strategy: Strategy | None) -> ReadPrompt | None:
+        """The state after the prompt of one sequence, out of the cache of its answer; None if it cannot be restored."""
+        if not rewound(self.cache, self.prompt_tokens, strategy, self.new_tokens.shape[1] - 1):
+            return None
+        return ReadPrompt(self.cache, self.first_logits[0])
+
+
+def _answer(
+    model: PreTrainedModel,
+    strategy: Strategy | None,
+    prompts: tuple[Tensor, Tensor],
+    ends: list[int],
+    options: dict[str, Any],
+) -> _Answered:
+    """Generate and time the answers to left-padded prompts (ids, mask), [B, S]."""
+    (ids, mask), clock, first = prompts, _TokenClock(), _FirstLogits()
     patched = nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=ends)
     with patched as session:
         start_s = _now(ids.device)
@@ -127,44 +200,24 @@ def generate(
             model,
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens or None,
-            eos_token_id=ends or None,
-            pad_token_id=pad_token_id,
             return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([clock]),
-            logits_processor=LogitsProcessorList([first] if references else []),
-            **caching,
+            logits_processor=LogitsProcessorList([first]),
+            **options,
         )
         end_s = _now(ids.device)
         trace = None if session is None else session.last_request
     assert clock.first_token_s is not None
-    further = output.sequences.shape[1] - ids.shape[1] - 1
-    cache = getattr(output, CACHE)
-    held_bytes = kv_bytes(cache) // len(ids)
-    read = None
-    unchanged = len(ids) == 1 and not min_new_tokens  # min_new_tokens masks the end tokens' logits
-    if references and unchanged and rewound(cache, ids.shape[1], strategy, further):
-        assert first.logits is not None
-        read = ReadPrompt(cache, first.logits[0])
-    losses = [
-        None if answer is None else reference_loss(model, strategy, prompt, answer, eos_token_ids=ends, read=read)
-        for prompt, answer in zip(input_ids, references or [None] * len(ids), strict=True)
-    ]
-    ran = (EMPTY_PLAN, EMPTY_PLAN) if trace is None else (trace.prefill_plan, trace.decode_plan)
-    plan = {name: each.to_dict() for name, each in zip(("prefill", "decode"), ran, strict=True)}
-    return [
-        Generation(
-            token_ids=list(takewhile(lambda token: token not in ends, row[ids.shape[1] :].tolist())),
-            ttft_s=clock.first_token_s - start_s,
-            tpot_ms=1000 * (end_s - clock.first_token_s) / further if further else None,
-            kv_bytes=held_bytes,
-            plan=plan,
-            online_ffns=[] if trace is None else list(trace.online_ffns),
-            reference_loss=loss,
-        )
-        for row, loss in zip(output.sequences, losses, strict=True)
-    ]
+    assert first.logits is not None
+    return _Answered(
+        prompt_tokens=ids.shape[1],
+        new_tokens=output.sequences[:, ids.shape[1] :],
+        first_logits=first.logits,
+        cache=getattr(output, CACHE),
+        trace=trace,
+        ttft_s=clock.first_token_s - start_s,
+        later_tokens_s=end_s - clock.first_token_s,
+    )
 
 
 def _cache_options(

@@ -180,15 +180,10 @@ class LosslessDecoder:
             forwards = ForwardRunner(model, patches, input_ids, config, model_kwargs)
             choose = Sampling(input_ids.device) if config.do_sample else Greedy()
             accept = Acceptance(choose=choose, process=processors, stop=criteria, config=config, streamer=streamer)
-            eos = config.eos_token_id
+            ends = () if config.eos_token_id is None else end_token_ids(model, config.eos_token_id)
+            process = for_draft(processors, self.stateless)
             skipped = [
-                SkippedModel(
-                    forwards,
-                    strategy,
-                    process=for_draft(processors, self.stateless),
-                    choose=choose,
-                    ends=() if eos is None else end_token_ids(model, eos),
-                )
+                SkippedModel(forwards, strategy, process=process, choose=choose, ends=ends)
                 for strategy in self.strategies
                 if strategy.skipped or self.gamma
             ]

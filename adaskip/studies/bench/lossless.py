@@ -226,22 +226,10 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
     Raises ValueError if the file is of other prompts, drafts, plans, weights or another machine.
     """
     model: Any = subject.loaded.model
-    identity = describe_model(subject.loaded)
-    dtype = "" if identity["dtype"] == "float32" else f"-{identity['dtype']}"
+    manifest = _manifest(config, name, subject)
+    dtype = "" if manifest["dtype"] == "float32" else f"-{manifest['dtype']}"
     rows = "" if config.rows == 1 else f"-rows{config.rows}"
     path = config.out_dir / folder_name(model.device) / f"lossless-{name}{dtype}{rows}.json"
-    prompts = chain(*(batch.prompts for batch in subject.batches))
-    told = str([config.new_tokens, *(prompt.tolist() for prompt in prompts)])
-    manifest = {
-        **identity,
-        "checkpoint": Path(subject.loaded.spec.checkpoint).name,  # the folder, wherever it lies
-        "model": name,
-        "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
-        "drafts": [*_names(config), *config.peers],
-        "rows": config.rows,
-        "drafting_version": VERSION,
-        "clock": config.clock,
-    }
     saved = read_json(path)
     if saved:
         check_same(saved["manifest"], manifest, SAME, path)
@@ -271,6 +259,22 @@ def _measure(config: LosslessConfig, name: str, subject: Subject) -> None:
         record = {"task": batch.task, "ids": batch.ids, "prompt_tokens": lengths}
         records.append({**record, "answers": {way: answers[way] for way in names}})
         write_text_atomic(path, json.dumps({"manifest": manifest, "records": records}) + "\n")
+
+
+def _manifest(config: LosslessConfig, name: str, subject: Subject) -> dict[str, Any]:
+    """What the answers of a file depend on, without the plans."""
+    prompts = chain(*(batch.prompts for batch in subject.batches))
+    told = str([config.new_tokens, *(prompt.tolist() for prompt in prompts)])
+    return {
+        **describe_model(subject.loaded),
+        "checkpoint": Path(subject.loaded.spec.checkpoint).name,  # the folder, wherever it lies
+        "model": name,
+        "prompts_fingerprint": hashlib.sha256(told.encode()).hexdigest(),
+        "drafts": [*_names(config), *config.peers],
+        "rows": config.rows,
+        "drafting_version": VERSION,
+        "clock": config.clock,
+    }
 
 
 def _names(config: LosslessConfig) -> list[str]:
