@@ -1,4 +1,4 @@
-"""The benchmark: what it times, that it continues, and that a memory too small ends one prompt length only."""
+"""The benchmark: its rounds, that it continues, and that a memory too small ends one prompt length only."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
-from adaskip.cli import main
-from adaskip.common.configs import load_yaml
 from adaskip.common.locks import LockedError, exclusive
-from adaskip.common.options import resolve
-from adaskip.core import context, patching
-from adaskip.core.plan import EMPTY_PLAN, Budget, SkipPlan, Sublayer
-from adaskip.models.loading import architecture
-from adaskip.models.registry import registry
-from adaskip.profiles.assumed import assumed_profile, assumed_ranking
+from adaskip.profiles.assumed import assumed_profile
 from adaskip.roofline import Ceilings
-from adaskip.strategies import FULL, AdaSkip, FixedPlan, SkipDecode, build
+from adaskip.strategies import FULL
 from adaskip.studies.bench import measuring, settings
 from adaskip.studies.bench.measuring import run_bench
 from adaskip.studies.bench.results import Result, load_result, ratio
@@ -31,36 +23,18 @@ from adaskip.studies.bench.settings import (
     COMPARISONS,
     COMPILED,
     COUNTS,
-    MODES,
     REFERENCE_EVERY,
     STUDIES,
     BenchConfig,
     Cell,
     Workload,
     cells_of,
-    figure_settings,
     rotated,
     with_references,
 )
-from adaskip.studies.bench.subject import Subject, random_model
-from adaskip.studies.bench.timing import StaticCaches, Stopwatch, check_kv, count_work, sublayer_times, timed_generation
-from adaskip.studies.bench.trials import Trials, decode_plans, shares
-
-ROOT = Path(__file__).resolve().parents[2]
-LAYERS = 4
-CPU = torch.device("cpu")
-
-
-def tiny_model(device: torch.device = CPU):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return random_model(config, device, torch.float32, "sdpa")
+from adaskip.studies.bench.subject import Subject
+from adaskip.studies.bench.trials import Trials
+from tests.tiny_bench import LAYERS, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -89,59 +63,6 @@ def tiny(monkeypatch, subject, tmp_path):
         return BenchConfig(**{**defaults, **options})
 
     return make
-
-
-def ids(length: int) -> torch.Tensor:
-    return torch.arange(length)[None] % 64
-
-
-def test_a_generation_has_the_time_of_every_token(subject):
-    timed = timed_generation(subject.model, None, ids(8), 5, "wall")
-    assert timed.ttft_s > 0
-    assert len(timed.steps_s) == 4
-    assert min(timed.steps_s) > 0
-
-
-def test_the_breakdown_times_every_sublayer_of_every_forward_within_the_whole(subject):
-    before = [dict(vars(layer)) for layer in subject.model.model.layers]
-    timed, forwards = sublayer_times(subject.model, ids(8), 3, "wall")
-    assert [len(forward) for forward in forwards] == [2 * LAYERS] * 3
-    assert min(map(min, forwards)) > 0
-    assert sum(map(sum, forwards)) < timed.ttft_s + sum(timed.steps_s)
-    assert [dict(vars(layer)) for layer in subject.model.model.layers] == before
-
-
-def test_counted_operations_are_the_stock_ones_with_nothing_to_skip_and_fewer_with_something(subject):
-    stock = count_work(subject.model, None, ids(8))
-    nothing = count_work(subject.model, FixedPlan(num_layers=LAYERS, plan=EMPTY_PLAN), ids(8))
-    fewer = count_work(subject.model, FixedPlan(num_layers=LAYERS, plan=SkipPlan.of_layers([1])), ids(8))
-    assert nothing["torch_operations"] == stock["torch_operations"]
-    assert nothing["python_calls"]["decode_step"] > stock["python_calls"]["decode_step"]
-    for phase in ("prefill", "decode_step"):
-        assert fewer["torch_operations"][phase] < stock["torch_operations"][phase]
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode", "e2e"])
-def test_kv_bytes_are_exactly_those_of_the_live_layers(subject, phase):
-    strategy = FixedPlan(num_layers=LAYERS, plan=SkipPlan(attention={0, 2}), phase=phase)
-    check = check_kv(subject.model, strategy, ids(8), 3)
-    per_layer = 2 * 2 * 8 * 4  # keys and values, heads, head size, bytes
-    assert check["bytes_before_decode"] == check["expected_before_decode"] == 2 * per_layer * 8
-    assert check["bytes_at_end"] == check["expected_at_end"] == 2 * per_layer * 10
-    assert check["all_layers_at_end"] == 2 * check["expected_at_end"]
-    assert check["kept_alive"] == []
-
-
-def test_kv_that_somebody_keeps_is_seen(subject, monkeypatch):
-    kept, stock = [], patching.release_skipped
-
-    def keep_and_release(cache, *args):
-        kept.extend(layer.keys for layer in cache.layers)
-        stock(cache, *args)
-
-    monkeypatch.setattr(patching, "release_skipped", keep_and_release)
-    strategy = FixedPlan(num_layers=LAYERS, plan=SkipPlan(attention={2}), phase="decode")
-    assert check_kv(subject.model, strategy, ids(8), 3)["kept_alive"] == [2]
 
 
 def test_every_study_measures_and_saves_whole_rounds(tiny):
@@ -328,133 +249,6 @@ def test_two_benchmarks_of_one_result_do_not_run_at_once(tiny):
         run_bench(tiny())
 
 
-def test_assumed_sets_are_mostly_attention_in_late_layers():
-    first = assumed_ranking(32)[:8]
-    assert [s.layer for s in first if s.kind == "attention"] == [31, 30, 29, 28, 27, 26]
-    assert [s.layer for s in first if s.kind == "ffn"] == [31, 30]
-    strategy = AdaSkip(num_layers=32, budget=Budget(sublayers=8), profile=assumed_profile(32))
-    assert {s for s in assumed_ranking(32) if s in strategy.skipped} == set(first)
-    assert sorted(assumed_ranking(5)) == sorted(Sublayer(k, i) for k in ("attention", "ffn") for i in range(5))
-
-
-def test_shares_of_the_steps_follow_the_schedule():
-    strategy = SkipDecode(num_layers=8, budget=Budget(layers=4), max_decode_steps=4, phase="decode")
-    plans = decode_plans(strategy, 4, online_ffns=())
-    for step in (1, 4):
-        skipped = [float(i in strategy.decode_plan(step).ffn) for i in range(8)]
-        assert shares([plans[step - 1]], 8) == {"attention": skipped, "ffn": skipped}
-    assert sum(shares(plans, 8)["ffn"]) == sum(len(strategy.decode_plan(t).ffn) for t in range(1, 5)) / 4
-
-
-def test_online_ffns_count_from_the_end_of_the_window_on():
-    strategy = build(
-        "adaskip", phase="e2e", budget=Budget(sublayers=2), num_layers=4, profile=assumed_profile(4), learning_window=3
-    )
-    assert strategy is not None
-    plans = decode_plans(strategy, 5, online_ffns=(0,))
-    assert [0 in plan.ffn for plan in plans] == [False, False, False, True, True]
-
-
-@pytest.mark.parametrize(("name", "billions"), [("llama", 8.03), ("internlm", 7.32), ("vicuna", 6.74)])
-def test_a_bare_architecture_has_the_published_size(name, billions):
-    model = random_model(architecture(name), torch.device("meta"), torch.bfloat16, "sdpa")
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
-
-def test_random_weights_are_usable_numbers():
-    model = tiny_model()
-    assert model(ids(8)).logits.isfinite().all()
-    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert torch.equal(model.model.norm.weight, torch.ones(32))
-    assert torch.equal(tiny_model().lm_head.weight, model.lm_head.weight)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"random_weights": True, "testbed": True}, "--random-weights, --testbed all choose the weights"),
-        ({"model": "llama-100m"}, "llama-100m has no checkpoint: give --random-weights"),
-        ({"clock": "process"}, "so it needs --threads 1"),
-        (
-            {"clock": "turns", "device": "cpu"},
-            "--clock turns needs one of --study strategies, overhead, plain_steps, cache",
-        ),
-        ({"study": "cache", "modes": ("compiled",)}, "--study cache needs --modes eager"),
-        ({"study": "plain_steps", "batch_sizes": (2,)}, "--study plain_steps needs --modes eager and --batch-sizes 1"),
-        ({"clock": "turns", "threads": 1}, "and --device cpu --threads 1 --modes eager"),
-        ({"clock": "turns", "device": "cpu", "threads": 1, "study": "window"}, "--clock turns needs one of"),
-        (
-            {"clock": "turns", "device": "cpu", "threads": 1, "modes": ("compiled",)},
-            "--clock turns needs one of",
-        ),
-        ({"new_tokens": 1}, "--new-tokens must be at least 2"),
-        ({"prompt_tokens": (8, 8)}, "--prompt-tokens names something twice: 8 8"),
-        ({"budgets": (0,)}, "--budgets must be at least 1, not 0"),
-        ({"strategies": ("adaskipp",)}, "Did you mean 'adaskip'"),
-        ({"modes": ("fast",)}, "unknown --modes 'fast'"),
-        ({"strategies": ("pop",), "phases": ("prefill", "e2e")}, "with --phases: not defined are pop in phase e2e"),
-    ],
-)
-def test_wrong_options_are_one_clear_line(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        BenchConfig(**options)
-
-
-@pytest.mark.parametrize("block", ["cpu", "testbed", "real", "cuda", "engines"])
-def test_the_makefile_runs_every_figure_and_each_is_a_valid_measurement(block):
-    names = tuple(load_yaml("bench")[block])
-    variables = {
-        "cpu": "BENCH",
-        "testbed": "BENCH_TESTBED",
-        "real": "BENCH_REAL",
-        "cuda": "BENCH_GPU",
-        "engines": "BENCH_ENGINES",
-    }
-    variable = variables[block]
-    (line,) = re.findall(rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert tuple(line.split()) == names
-    for name in names:
-        config = resolve(BenchConfig, {"figure": name}, preset=figure_settings)
-        assert config.result_name == name
-        assert config.device == ("cuda" if block == "cuda" else "cpu")
-        if block == "cuda" and config.study != "kv":
-            assert config.time_limit_s is not None
-            assert config.time_limit_s <= 600
-
-
-def test_unknown_figures_are_refused_with_a_suggestion(capsys):
-    assert main(["bench", "--figure", "gpu_savings"]) == 2
-    assert "Did you mean 'gpu_saving'?" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-def test_without_cuda_a_gpu_figure_is_one_line(capsys, tmp_path):
-    assert main(["bench", "--figure", "gpu_kv", "--output-dir", str(tmp_path)]) == 2
-    assert re.fullmatch(r"error: --device cuda: .* finds no CUDA device; use cpu\n", capsys.readouterr().err)
-    assert not list(tmp_path.iterdir())
-
-
-def test_speed_scripts_name_their_model_and_nothing_else():
-    names = {path.name: path.read_text() for path in (ROOT / "speed").glob("run_*_speed.py")}
-    assert names.keys() == {f"run_{model}_speed.py" for model in registry()}
-    for name, text in names.items():
-        assert f'run_speed(model="{name.split("_")[1]}")' in text
-
-
-def test_modes_and_studies_are_described():
-    assert all(MODES.values())
-    assert all(STUDIES.values())
-
-
-def test_laps_lie_between_marks():
-    stopwatch = Stopwatch(CPU, "process")
-    for _ in range(3):
-        stopwatch.mark()
-    assert len(stopwatch.laps()) == 2
-    assert min(stopwatch.laps()) >= 0
-
-
 @pytest.mark.gpu
 def test_a_benchmark_runs_on_cuda(tmp_path, monkeypatch):
     subject = Subject(tiny_model(torch.device("cuda")), assumed_profile(LAYERS), "random")
@@ -465,25 +259,3 @@ def test_a_benchmark_runs_on_cuda(tmp_path, monkeypatch):
     assert all(entry["peak_memory_bytes"] > 0 for entry in outcome.result.entries)
     timed = outcome.result.of(Workload(8, 4), Cell(BREAKDOWN))
     assert all(min(record["prefill_sublayers_s"]["ffn"]) > 0 for record in timed)
-
-
-def test_a_cells_static_cache_is_used_again_as_if_new():
-    """After a generation that skipped attention it holds stand-ins; emptied, it serves the stock model."""
-    model, caches = tiny_model(), StaticCaches()
-    cell, work = Cell("early_exit", "e2e", 2, COMPILED), Workload(6, 4)
-    ids = torch.arange(6)[None]
-    plan = FixedPlan(num_layers=LAYERS, plan=SkipPlan(attention={1}), phase="decode")
-    cache = caches.emptied(cell, work, model)
-    for _ in range(2):
-        with context.skipping(model, plan):
-            skipped = model.generate(
-                ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, disable_compile=True
-            )
-        assert caches.emptied(cell, work, model) is cache
-        assert int(cache.get_seq_length()) == 0
-        stock = model.generate(ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, disable_compile=True)
-        assert torch.equal(stock, model.generate(ids, max_new_tokens=4, min_new_tokens=4))
-        assert caches.emptied(cell, work, model) is cache
-        assert skipped.shape == stock.shape
-    other = caches.emptied(cell, Workload(8, 4), model)
-    assert list(caches.caches.values()) == [other]
