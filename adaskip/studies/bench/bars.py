@@ -80,7 +80,7 @@ def verdict(measured: Estimate, bar: Bar) -> str:
     if measured.low is None or measured.high is None:
         return met
     if measured.low < bound < measured.high:
-        return f"{met} (the interval holds both)"
+        return f"{met} (the interval includes the bar)"
     above = bar.get("ideal") is not None and measured.low > bar["ideal"]
     return f"{met} (the interval lies above the ideal)" if above else met
 
