@@ -21,6 +21,29 @@ def declared_options(cls: type | None) -> dict[str, Field[Any]]:
     return {} if cls is None else {each.name: each for each in fields(cls) if "help" in each.metadata}
 
 
+def check_own_options(name: str, instance: Any) -> None:
+    """Raise ValueError for an option whose value is not of its declared type. name: of the class, for errors.
+
+    A whole number is also a float; True and False are no numbers.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for option in declared_options(type(instance)):
+        value, kinds = getattr(instance, option), _kinds(hints[option])
+        if not any(_is_of(kind, value) for kind in kinds):
+            allowed = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"{option} of {name} must be {allowed}; got {value!r}")
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    if kind in (int, float):
+        return hasattr(value, "__index__" if kind is int else "__float__") and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
 def options_help(classes: Mapping[str, type]) -> str:
     """One line with the options of all classes. classes: by name."""
     lines = [
@@ -55,7 +78,7 @@ def parse_options(name: str, cls: type | None, given: Sequence[str], flag: str) 
 
 
 def _parsed(what: str, value: str, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = _kinds(hint)
     if types.NoneType in kinds and value.lower() == "none":
         return None
     (kind,) = (each for each in kinds if each is not types.NoneType)

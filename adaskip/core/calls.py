@@ -38,10 +38,13 @@ class GenerateCalls:
         """Whether this thread is inside a counted call."""
         return self._depths[threading.get_ident()] > 0
 
-    def counted(self, stock: Callable[..., Any], check: Callable[[], Callable[[], None]]) -> Callable[..., Any]:
+    def counted(
+        self, stock: Callable[..., Any], check: Callable[[], Callable[[], None]], left: Callable[[], None]
+    ) -> Callable[..., Any]:
         """Wrap `generate` so that its calls are counted.
 
-        check: called before each call; the function that it returns is called after the call has succeeded.
+        check: called before each call; the function that it returns is called after the call has succeeded. left:
+        called after each call, also a failed one.
         """
 
         @functools.wraps(stock)
@@ -52,6 +55,7 @@ class GenerateCalls:
                 output = stock(*args, **kwargs)
             finally:
                 self._leave()
+                left()
             after()
             return output
 

@@ -68,7 +68,8 @@ def skipping(
     refuse_for_good(model)  # before a plan is compared with its weights, some of which are absent
     strategy = strategy_of(strategy, model, allow_other_weights=allow_other_weights)
     patches = patches_for(model, strategy)
-    patches.check(strategy.skipped.union(strategy.prefill_plan))
+    for plan in (strategy.skipped, strategy.prefill_plan):
+        patches.check(plan)
     if has_unguarded_graphs():
         logger.warning(
             "Python 3.13.0: a compiled model that was called before skipping(...) does not notice it, and skips "

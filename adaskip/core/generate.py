@@ -25,11 +25,13 @@ from adaskip.core.context import skipping
 from adaskip.core.decoding import plain_generate
 from adaskip.core.hf import CACHE, on_any_device
 from adaskip.core.kv_cache import kv_bytes
-from adaskip.core.plan import EMPTY_PLAN
+from adaskip.core.model_plan import strategy_of
+from adaskip.core.plan import EMPTY_PLAN, SkipPlan
 from adaskip.core.reference_loss import ReadPrompt, reference_loss, rewound
 from adaskip.core.request import RequestTrace
 from adaskip.core.strategy import Strategy
 from adaskip.core.token_ids import end_token_ids, left_padded
+from adaskip.core.wrappers import unwrapped
 
 CacheImplementation = Literal["dynamic", "static"]
 
@@ -90,7 +92,7 @@ def _now(device: torch.device) -> float:
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
-    strategy: Strategy | None,
+    strategy: Strategy | SkipPlan | None,
     input_ids: Sequence[Tensor],
     *,
     max_new_tokens: int,
@@ -106,18 +108,23 @@ def generate(
     The model's generation config is ignored, except for its end tokens if `eos_token_ids` is empty: it affects neither
     sampling, beams, penalties, suppressed or forced tokens and assisted decoding nor the cache and compilation.
 
-    strategy: None for the full, unpatched model. input_ids: one 1-D tensor of token ids per sample. eos_token_ids:
-    tokens that end an answer; if empty, those of the model's generation config. references: per sample, token ids of an
-    answer whose loss after the prompt is also measured; the times exclude it. compile: run compiled decode steps;
-    this needs a static cache, and compiles a graph for each set of skipped sublayers when it first occurs, so time a
-    second generation of the same lengths. True means transformers' default config, CUDA graphs on CUDA.
-    Raises ValueError for a compiled generation on a cache that is not static.
+    strategy: a strategy or plan, None for the full, unpatched model. input_ids: one 1-D tensor of token ids per
+    sample. eos_token_ids: tokens that end an answer; if empty, those of the model's generation config. references:
+    per sample, token ids of an answer whose loss after the prompt is also measured; the times exclude it. compile:
+    run compiled decode steps; this needs a static cache, and compiles a graph for each set of skipped sublayers
+    when it first occurs, so time a second generation of the same lengths. True means transformers' default config,
+    CUDA graphs on CUDA.
+    Raises ValueError for no prompts or an empty one, and a compiled generation on a cache that is not static.
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() before generating")
+    if not len(input_ids) or not all(len(row) for row in input_ids):
+        raise ValueError(f"each prompt needs at least one token; got lengths {[len(row) for row in input_ids]}")
     if references is not None and len(references) != len(input_ids):
         raise ValueError(f"one reference for each of {len(input_ids)} prompts is needed, not {len(references)}")
     caching = _cache_options(model, cache_implementation, compile)
+    if strategy is not None:
+        strategy = strategy_of(strategy, unwrapped(model))
     ends = list(end_token_ids(model, eos_token_ids))
     options = {
         **caching,

@@ -26,7 +26,7 @@ from adaskip.core.blocks import (
 )
 from adaskip.core.kv_cache import held_scales, release_skipped
 from adaskip.core.layer_patch import FOR_GOOD, FORWARDS, LayerPatch, SublayerProbe, Turn, Work
-from adaskip.core.plan import EMPTY_PLAN, Affine, SkipPlan, Sublayer
+from adaskip.core.plan import EMPTY_PLAN, Affine, Compensation, SkipPlan, Sublayer
 from adaskip.core.wrappers import unwrapped
 
 NOTHING: frozenset[int] = frozenset()
@@ -36,7 +36,8 @@ class ModelPatches:
     """The layer patches of one model. They outlive a context, so that compiled graphs can be reused.
 
     slots: for each decoder layer, the index of the KV-cache layer it uses (its `layer_idx`). outlived: whether a
-    `generate` of a context that has ended is still running. for_good: whether the model never leaves its context.
+    `generate` of a context that has ended is still running. drafting: whether the model is inside `with lossless(...)`.
+    for_good: whether the model never leaves its context.
     """
 
     def __init__(self, model: nn.Module):
@@ -46,7 +47,7 @@ class ModelPatches:
         self.turn = Turn()
         self.patches = tuple(LayerPatch(layer, i, proved, self.turn) for i, layer in enumerate(self.layers))
         self.made_for = _description(self.layers)
-        self.installed = self.outlived = self.for_good = False
+        self.installed = self.outlived = self.drafting = self.for_good = False
         self._installing = threading.Lock()
         self._plan: SkipPlan | None = EMPTY_PLAN
         self._measured: frozenset[int] | None = NOTHING
@@ -66,7 +67,11 @@ class ModelPatches:
 
     def release(self, cache: Cache, plan: SkipPlan) -> None:
         """Free the K/V in `cache` of the attentions that `plan` skips; see `release_skipped`."""
-        release_skipped(cache, {self.slots[i]: plan.scale("attention", i) for i in plan.attention}, self.slots)
+        release_skipped(cache, self.scales_by_slot(plan), self.slots)
+
+    def scales_by_slot(self, plan: SkipPlan) -> dict[int, Compensation]:
+        """Compensation of the attentions that `plan` skips, by the cache slot of their layer."""
+        return {self.slots[i]: plan.scale("attention", i) for i in plan.attention}
 
     def held(self, cache: Cache) -> SkipPlan:
         """A plan that skips the attentions without K/V in `cache`, with their compensation."""
@@ -112,13 +117,9 @@ class ModelPatches:
         exclusive: plans and probes apply to every forward of the calling thread; otherwise the caller sets the turn.
         """
         with self._installing:
-            if self.installed:
-                raise ValueError(
-                    "the model is already inside skipping(...), a lossless generation or a measurement, here or in "
-                    "another thread; these do not nest"
-                )
-            if self.outlived:
-                raise ValueError("a generate of a skipping(...) context that ended is still running on this model")
+            self._check_free()
+            if self.drafting and not exclusive:
+                raise ValueError("the model is inside `with lossless(...)`; leave it before skipping(...) begins")
             self.installed = True
         try:
             for patch in self.patches:
@@ -133,6 +134,28 @@ class ModelPatches:
             self.apply(EMPTY_PLAN)
             self.set_probe(None)
             self.installed = False
+
+    def _check_free(self) -> None:
+        if self.installed:
+            raise ValueError(
+                "the model is already inside skipping(...), a lossless generation or a measurement, here or in "
+                "another thread; these do not nest"
+            )
+        if self.outlived:
+            raise ValueError("a generate of a skipping(...) context that ended is still running on this model")
+
+    @contextmanager
+    def drafts(self) -> Iterator[None]:
+        """The context of `with lossless(...)`, in which no other one can begin; ValueError inside another context."""
+        with self._installing:
+            if self.drafting:
+                raise ValueError("the model is already inside `with lossless(...)`; contexts do not nest")
+            self._check_free()
+            self.drafting = True
+        try:
+            yield
+        finally:
+            self.drafting = False
 
     def stay(self) -> None:
         """From now on, the model is said to skip for good; called inside its context, which nothing then leaves."""

@@ -95,11 +95,15 @@ class SkipPlan:
     keeps_kv: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention", frozenset(map(_layer, self.attention)))
-        object.__setattr__(self, "ffn", frozenset(map(_layer, self.ffn)))
+        for kind in KINDS:
+            if isinstance(given := getattr(self, kind), (str, Mapping)) or not isinstance(given, Iterable):
+                raise ValueError(f"{kind} of a plan must be the indices of layers, such as {{3, 5}}; got {given!r}")
+            object.__setattr__(self, kind, frozenset(map(_layer, given)))
+        if not isinstance(self.scales, Mapping):
+            raise ValueError(f"scales of a plan must map sublayers to factors; got {self.scales!r}")
         if unknown := [key for key in self.scales if key[0] not in KINDS]:
             raise ValueError(f"scale given for {unknown[0]!r}; kinds of sublayers are {', '.join(KINDS)}")
-        scales = {Sublayer(*key): _checked(value) for key, value in self.scales.items()}
+        scales = {Sublayer(kind, _layer(layer)): _checked(value) for (kind, layer), value in self.scales.items()}
         object.__setattr__(self, "scales", MappingProxyType(scales))
         if min(self.attention | self.ffn, default=0) < 0:
             raise ValueError(f"layer indices start at 0, got {min(self.attention | self.ffn)}")
@@ -147,11 +151,12 @@ class SkipPlan:
         return self.scales.get(Sublayer(kind, layer), 1.0)
 
     def union(self, other: SkipPlan) -> SkipPlan:
-        """Everything either plan skips; where both give a scale, this plan's. Keeps K/V if either does."""
+        """Everything either plan skips; a sublayer that both skip has the compensation of this plan, which is 1.0 where
+        it gives none. Keeps K/V if either does."""
         return SkipPlan(
             self.attention | other.attention,
             self.ffn | other.ffn,
-            {**other.scales, **self.scales},
+            {**{sublayer: scale for sublayer, scale in other.scales.items() if sublayer not in self}, **self.scales},
             keeps_kv=self.keeps_kv or other.keeps_kv,
         )
 

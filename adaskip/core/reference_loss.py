@@ -22,6 +22,8 @@ from adaskip.core.context import skipping
 from adaskip.core.hf import CACHE
 from adaskip.core.in_place_cache import GROWING_CACHES, UNBOUNDED_LAYERS
 from adaskip.core.kv_cache import SkippedLayer
+from adaskip.core.model_plan import strategy_of
+from adaskip.core.plan import SkipPlan
 from adaskip.core.strategy import Strategy
 from adaskip.core.wrappers import unwrapped
 
@@ -37,7 +39,7 @@ class ReadPrompt:
 @torch.no_grad()
 def reference_loss(
     model: PreTrainedModel,
-    strategy: Strategy | None,
+    strategy: Strategy | SkipPlan | None,
     prompt: Tensor,
     answer: Tensor,
     *,
@@ -47,7 +49,7 @@ def reference_loss(
     """Mean negative log-likelihood of the answer's tokens, in nats per token.
 
     Args:
-        strategy: None for the full model.
+        strategy: a strategy or plan, None for the full model.
         prompt, answer: token ids, 1-D.
         eos_token_ids: tokens that end a row of the learning window.
         read: the state after the prompt under the same strategy, None to run the prompt; its cache grows.
@@ -58,6 +60,8 @@ def reference_loss(
     if not len(prompt) or not len(answer):
         raise ValueError(f"a loss needs a prompt and an answer; they have {len(prompt)} and {len(answer)} tokens")
     stock: Any = unwrapped(model)
+    if strategy is not None:
+        strategy = strategy_of(strategy, stock)
     device = execution_device(stock)
     prompt, answer = prompt.to(device)[None], answer.to(device)[None]
     patched = nullcontext() if strategy is None else skipping(model, strategy, eos_token_id=list(eos_token_ids))

@@ -25,7 +25,7 @@ from adaskip.core.boundary import Split
 from adaskip.core.calls import GenerateCalls, Place
 from adaskip.core.compiled import StepKind, compiled_steps
 from adaskip.core.hf import CACHE, COMPILED_STEPS, NEXT_STEP, PREFILL, with_cache_name
-from adaskip.core.kv_cache import restore_emptied, skipped_layers
+from adaskip.core.kv_cache import held_scales, restore_emptied
 from adaskip.core.layer_patch import StaysInPlace
 from adaskip.core.patching import NOTHING, ModelPatches
 from adaskip.core.plan import EMPTY_PLAN
@@ -93,7 +93,7 @@ class SkippingSession(StaysInPlace):
         """The replacements, by name, for methods of the model while the context lasts."""
         stock_generate: Any = self.model.generate
         own = {
-            "generate": self.calls.counted(stock_generate, self._check_call),
+            "generate": self.calls.counted(stock_generate, self._check_call, self._forget_prepared),
             NEXT_STEP: self._wrapped_prepare(),
             COMPILED_STEPS: self.get_compiled_call,
         }
@@ -123,6 +123,10 @@ class SkippingSession(StaysInPlace):
                 )
 
         return check
+
+    def _forget_prepared(self) -> None:
+        """Called when a `generate` has returned or failed: a step that it prepared and never ran holds its cache."""
+        self._here.prepared = None
 
     def _marked_prefill(self) -> Callable[..., Any]:
         stock = getattr(self.model, PREFILL)
@@ -320,8 +324,7 @@ class SkippingSession(StaysInPlace):
         if cache is not None and request.released is not plan:
             if request.strategy.is_prompt_only:
                 check_holds_all(cache)
-            slots = self.patches.slots_of(plan.attention_only().attention)
-            if not slots <= skipped_layers(cache):
+            if self.patches.scales_by_slot(plan.attention_only()) != held_scales(cache):
                 self.patches.release(cache, plan)
             request.released = plan
         return Step(kind, request, cache, plan, request.window if kind == "decode" else None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-from adaskip.common.own_options import own_option
+from adaskip.common.own_options import check_own_options, own_option
 from adaskip.core.look import Look
 from adaskip.core.plan import EMPTY_PLAN, PHASES, Budget, Phase, SkipPlan, check_phase
 
@@ -72,6 +72,7 @@ class Strategy(ABC):
     keep_kv: bool = False
 
     def __post_init__(self) -> None:
+        self._check_fields()
         if check_phase(self.phase) not in self.phases:
             raise ValueError(
                 f"strategy {self.name} is defined for phase {' and '.join(self.phases)}; got phase {self.phase!r}"
@@ -86,6 +87,23 @@ class Strategy(ABC):
         self.skipped.check_fits(self.num_layers)  # refuse an impossible budget now rather than in the first request
         if self.keep_kv or self.skipped.keeps_kv:
             self._check_full_answer()
+
+    def _check_fields(self) -> None:
+        """Refuse values of other types than the fields have."""
+        if isinstance(self.num_layers, bool) or not isinstance(self.num_layers, int) or self.num_layers < 1:
+            raise ValueError(
+                f"num_layers of strategy {self.name} must be a whole number above 0; got {self.num_layers!r}"
+            )
+        if not isinstance(self.budget, Budget):
+            raise ValueError(
+                f"budget of strategy {self.name} must be a Budget, e.g. Budget(sublayers=4); got {self.budget!r}"
+            )
+        kind, profile = self.profile_type, getattr(self, "profile", None)
+        if kind is not None and not isinstance(profile, kind):
+            raise ValueError(
+                f"profile of strategy {self.name} must be of class {kind.__name__}; got {type(profile).__name__}"
+            )
+        check_own_options(f"strategy {self.name}", self)
 
     def _check_full_answer(self) -> None:
         """Refuse a class with its own `prefill_plan` or learning window that would skip in the full model's answer."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 
-def end_token_ids(model: nn.Module, given: int | Sequence[int] | None = None) -> tuple[int, ...]:
+def end_token_ids(model: nn.Module, given: int | Sequence[int] | Tensor | None = None) -> tuple[int, ...]:
     """The tokens that end an answer: `given`, else (as in `generate`) those of the model's generation config."""
+    if isinstance(given, Tensor):
+        given = given.flatten().tolist()
     if given is None or given == [] or given == ():
         given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if given is None:
         return ()
-    return (given,) if isinstance(given, int) else tuple(given)
+    ids: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if wrong := [each for each in ids if isinstance(each, bool) or not isinstance(each, int)]:
+        raise ValueError(f"end tokens must be token ids; got {wrong[0]!r}")
+    return tuple(ids)
 
 
 def is_end(token_ids: Tensor, ends: Sequence[int]) -> Tensor:

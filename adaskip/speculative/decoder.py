@@ -86,12 +86,14 @@ def lossless(
 
     Raises UnsupportedModelError and ValueError like `skipping`.
     """
-    given = strategy if isinstance(strategy, Sequence) else [strategy]
+    given: Any = strategy if isinstance(strategy, Sequence) and not isinstance(strategy, str) else [strategy]
     if not 1 <= len(given) <= MOST_SETS:
         raise ValueError(f"lossless drafts with 1 to {MOST_SETS} strategies or plans; got {len(given)}")
     strategies = drafting_strategies(model, given)
-    if gamma is not None and (gamma < 1 or len(strategies) > 1):
-        raise ValueError(f"gamma must be at least 1, with one strategy or plan; got {gamma}, with {len(strategies)}")
+    if gamma is not None and (not isinstance(gamma, int) or gamma < 1 or len(strategies) > 1):
+        raise ValueError(
+            f"gamma must be a whole number above 0, with one strategy or plan; got {gamma!r}, with {len(strategies)}"
+        )
     return LosslessDecoder(model, strategies, gamma=gamma, streamer=streamer, stateless=check_stateless(stateless))
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from adaskip.core.blocks import restore_attribute
 from adaskip.core.hf import HEALING, STOPPING
+from adaskip.core.patching import patches_of
 from adaskip.speculative.generate_call import TOKENIZER
 
 
@@ -59,18 +60,17 @@ class _WithTokenizer(_Override):
 def lossless_generate(model: PreTrainedModel, decoder: Callable[..., Any]) -> Iterator[None]:
     """A context in which `model.generate` uses `decoder`; on exit the model is restored exactly.
 
-    Raises ValueError if the model is already inside such a context.
+    Raises ValueError if the model is already inside such a context, or inside `skipping`.
     """
-    if isinstance(model.__dict__.get("generate"), _Generate):
-        raise ValueError("the model is already inside `with lossless(...)`; contexts do not nest")
-    overrides = {
-        "generate": _Generate(model.generate, decoder),
-        **{name: _WithTokenizer(getattr(model, name)) for name in (STOPPING, HEALING)},
-    }
-    own = {name: model.__dict__.get(name) for name in overrides}
-    try:
-        model.__dict__.update(overrides)
-        yield
-    finally:
-        for name, value in own.items():
-            restore_attribute(model, name, value)
+    with patches_of(model).drafts():
+        overrides = {
+            "generate": _Generate(model.generate, decoder),
+            **{name: _WithTokenizer(getattr(model, name)) for name in (STOPPING, HEALING)},
+        }
+        own = {name: model.__dict__.get(name) for name in overrides}
+        try:
+            model.__dict__.update(overrides)
+            yield
+        finally:
+            for name, value in own.items():
+                restore_attribute(model, name, value)

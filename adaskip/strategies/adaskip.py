@@ -43,11 +43,11 @@ class AdaSkip(Strategy):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.learning_window < 0:
             raise ValueError(f"learning_window must be at least 0 tokens; got {self.learning_window}")
         if self.beta_quantile is not None and not 0 <= self.beta_quantile <= 1:
             raise ValueError(f"beta_quantile must be between 0 and 1; got {self.beta_quantile}")
-        super().__post_init__()
 
     @cached_property
     def skipped(self) -> SkipPlan:

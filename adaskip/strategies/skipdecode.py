@@ -36,9 +36,9 @@ class SkipDecode(Strategy):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_decode_steps < 1:
             raise ValueError(f"max_decode_steps must be at least 1; got {self.max_decode_steps}")
-        super().__post_init__()
 
     @cached_property
     def skipped(self) -> SkipPlan:

@@ -45,6 +45,25 @@ def test_union_keeps_the_first_plans_scales():
     assert both.attention_only() == SkipPlan({0}, scales={("attention", 0): 3.0})
 
 
+def test_union_keeps_a_sublayer_of_the_first_plan_that_has_no_scale_without_one():
+    both = SkipPlan({1}, {2}).union(SkipPlan({1}, {2, 3}, {("attention", 1): 0.5, ("ffn", 2): 0.5, ("ffn", 3): 0.5}))
+    assert (both.scale("attention", 1), both.scale("ffn", 2), both.scale("ffn", 3)) == (1.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": 3}, "attention of a plan must be the indices of layers"),
+        ({"ffn": "12"}, "ffn of a plan must be the indices of layers"),
+        ({"scales": None}, "scales of a plan must map sublayers to factors"),
+        ({"attention": {1}, "scales": {("attention", 1.0): 0.5}}, "a layer's index must be a whole number"),
+    ],
+)
+def test_a_plan_of_other_types_is_one_clear_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        SkipPlan(**options)
+
+
 def test_scale_of_a_sublayer_that_is_not_skipped_is_refused():
     with pytest.raises(ValueError, match="not skipped"):
         SkipPlan(attention={1}, scales={Sublayer("ffn", 1): 1.0})

@@ -133,3 +133,14 @@ def test_what_cannot_be_measured_is_refused_in_one_line():
         reference_loss(model, None, prompt, answer[:0])
     with pytest.raises(ValueError, match="one reference for each of 1 prompts is needed, not 2"):
         generate(model, None, [prompt], max_new_tokens=2, eos_token_ids=[], pad_token_id=0, references=[answer, answer])
+
+
+def test_a_plan_answers_like_its_strategy_and_prompts_without_tokens_are_refused():
+    model = random_model("llama")
+    prompt, reference = random_prompts([9, 4])
+    strategy = FixedPlan(num_layers=4, phase="e2e", plan=PLAN)
+    of_plan, of_strategy = (answer_and_loss(model, each, prompt, reference) for each in (PLAN, strategy))
+    assert (of_plan.token_ids, of_plan.reference_loss) == (of_strategy.token_ids, of_strategy.reference_loss)
+    for prompts in ([], [prompt, prompt[:0]]):
+        with pytest.raises(ValueError, match="each prompt needs at least one token; got lengths"):
+            generate(model, None, prompts, max_new_tokens=2, eos_token_ids=[], pad_token_id=0)

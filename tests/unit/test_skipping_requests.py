@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import DynamicCache
 from adaskip.core.context import skipping
 from adaskip.core.kv_cache import SkippedLayer, kv_bytes
 from adaskip.core.plan import Budget, SkipPlan
-from adaskip.strategies import SkipDecode
+from adaskip.strategies import FixedPlan, SkipDecode
 from tests.families import COMMON, FAMILIES, random_model, random_prompts
 from tests.padded_prompts import PLAN, fixed, greedy
 from tests.reference import ReferenceDecoder
@@ -194,3 +196,63 @@ def test_prefill_skipping_without_a_cache_is_the_same_as_with_one():
         without, _ = greedy(model, random_prompts([6]), use_cache=False)
         with_cache, _ = greedy(model, random_prompts([6]))
     assert torch.equal(without.sequences, with_cache.sequences)
+
+
+def logits_after(model, strategy, cache, ids):
+    with skipping(model, strategy), torch.no_grad():
+        return model(ids, past_key_values=cache).logits[:, -1]
+
+
+def test_a_later_context_on_a_cache_keeps_the_latest_scale_of_an_attention_without_kv():
+    """Contexts with scale 0.5, 0.8 and none for attention 1, which the fourth does not name: it still has no scale."""
+    model, (ids,) = random_model("llama"), random_prompts([9])
+    ids = ids[None]
+    plans = [SkipPlan({1}, scales={("attention", 1): scale}) for scale in (0.5, 0.8)] + [SkipPlan({1})]
+    for latest in (1, 2):
+        cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        for plan in plans[: latest + 1]:
+            logits_after(model, fixed("prefill", plan), cache, ids)
+        for plan in plans[: latest + 1]:
+            logits_after(model, fixed("prefill", plan), expected, ids)
+        unnamed = logits_after(model, fixed("prefill", SkipPlan(ffn={2})), cache, ids)
+        named = plans[latest].union(SkipPlan(ffn={2}))
+        assert torch.equal(unnamed, logits_after(model, fixed("prefill", named), expected, ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherInPrompt(FixedPlan):
+    """The prompt skips attention 1 with a scale, the answer without one."""
+
+    prefill_plan = SkipPlan({1}, scales={("attention", 1): 0.5})  # pyright: ignore
+
+
+def test_a_scale_of_the_prompt_does_not_replace_a_missing_one_of_the_answer():
+    model, (ids,) = random_model("llama"), random_prompts([9])
+    ids, plan = ids[None], SkipPlan({1})
+    strategy = OtherInPrompt(num_layers=4, phase="e2e", plan=plan)
+    cache = DynamicCache(config=model.config)
+    with skipping(model, strategy) as session, torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        assert session.trace(cache).prefill_plan.scale("attention", 1) == 0.5
+        assert session.trace(cache).decode_plan.scale("attention", 1) == 1.0
+
+
+def test_a_generate_that_fails_between_two_steps_holds_no_cache(monkeypatch):
+    model, (ids,) = random_model("llama"), random_prompts([9])
+    cache = DynamicCache(config=model.config)
+    held = weakref.ref(cache)
+    with skipping(model, fixed()):
+        prepare = model.prepare_inputs_for_generation
+
+        def failing(*args, **kwargs):
+            prepare(*args, **kwargs)
+            raise RuntimeError("stop")
+
+        monkeypatch.setitem(model.__dict__, "prepare_inputs_for_generation", failing)
+        with pytest.raises(RuntimeError, match="stop"):
+            model.generate(ids[None], past_key_values=cache, max_new_tokens=3)
+        monkeypatch.setitem(model.__dict__, "prepare_inputs_for_generation", prepare)
+        del cache
+        gc.collect()
+        assert held() is None

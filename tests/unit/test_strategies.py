@@ -212,3 +212,21 @@ def test_names_and_classes_agree():
     )
     assert [name for name in NAMES if needs_profile(name)] == [name for name in NAMES[4:] if name != "pop"]
     assert [name for name in NAMES if selection_method(name)] == [NAMES[5], *NAMES[7:10]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("early_exit", {"num_layers": 16.0}, "num_layers of strategy early_exit must be a whole number above 0"),
+        ("early_exit", {"num_layers": -1}, "num_layers of strategy early_exit must be a whole number above 0"),
+        ("early_exit", {"budget": 2}, r"budget of strategy early_exit must be a Budget, e\.g\. Budget\(sublayers=4\)"),
+        ("adaskip", {"profile": None}, "profile of strategy adaskip must be of class ImportanceProfile; got NoneType"),
+        ("adaskip", {"learning_window": 1.5}, r"learning_window of strategy adaskip must be int; got 1\.5"),
+        ("adaskip", {"beta_quantile": "0.5"}, "beta_quantile of strategy adaskip must be float or None; got '0.5'"),
+        ("skipdecode", {"max_decode_steps": 512.0}, r"max_decode_steps of strategy skipdecode must be int; got 512\.0"),
+    ],
+)
+def test_values_of_other_types_are_one_clear_line(name, options, message):
+    given = {"num_layers": M, "budget": Budget(layers=3), **({"profile": PROFILE} if needs_profile(name) else {})}
+    with pytest.raises(ValueError, match=message):
+        STRATEGIES[name](**{**given, **options})
