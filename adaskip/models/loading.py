@@ -243,6 +243,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return deepcopy(_read_tokenizer(folder, tokenizer_fingerprint(folder)))
 
 
+def template_wrapper(folder: Path) -> str | None:
+    """The wrapper text that the chat template of a folder or GGUF file makes (`chat.wrapper`).
+
+    Raises:
+        ModelError: it has no usable chat template.
+    """
+    return _template_wrapper(folder, tokenizer_fingerprint(folder))
+
+
+@lru_cache(maxsize=4)
+def _template_wrapper(folder: Path, fingerprint: str) -> str | None:
+    return wrapper("template", _read_tokenizer(folder, fingerprint))
+
+
 def exportable_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """InternLM's tokenizer with the same ids in files that name no remote code; None for others. Raises ModelError."""
     tokenizer = load_tokenizer(folder) if read_config(folder)["model_type"] == internlm.MODEL_TYPE else None

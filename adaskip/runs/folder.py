@@ -66,8 +66,7 @@ class RunFolder:
     def check(self, wanted: Mapping[str, Any], *, continues: bool = False) -> None:
         """Refuse to mix runs: every field of `wanted` must equal the manifest's, if there is one.
 
-        A finished run may have been made with other versions; an unfinished one, and one that continues with more
-        samples, must be continued with its own.
+        A finished run may have been made with other versions; a run that continues must do so with its own.
         """
         held = self.read_manifest()
         if held is None:
@@ -84,15 +83,15 @@ class RunFolder:
     def start(self, manifest: Mapping[str, Any], size: Mapping[str, Any] | None = None) -> None:
         """Write the manifest, or record in the existing one that the run is continued.
 
-        size: the fields that change if the run continues with more samples; None if it does not.
+        size: the fields that change if the run continues with more samples; None if it does not. A finished run that
+        starts again lacks records.
         """
-        grows = size is not None
-        self.check(manifest, continues=grows)
+        self.check(manifest, continues=True)
         remove_torn(self.path / MANIFEST)
         held = self.read_manifest()
         if held is None:
             self._write_manifest({**manifest, **(size or {}), "started": _now(), "finished": None, "resumed": []})
-        elif grows or not held["finished"]:
+        else:
             resumed = {"at": _now(), **{name: manifest.get(name) for name in RESUMED}}
             changed = {**(size or {}), "finished": None, "resumed": [*held["resumed"], resumed]}
             self._write_manifest({**held, **changed})

@@ -16,11 +16,14 @@ from adaskip.common.paths import as_seen_from_root
 from adaskip.common.provenance import device_name, git_commit, versions
 from adaskip.core.blocks import decoder_layers
 from adaskip.core.hf import attn_implementation
+from adaskip.models.checkpoints import has_weights
 from adaskip.models.companion_files import FIELDS
-from adaskip.models.loading import LoadedModel
+from adaskip.models.loading import LoadedModel, template_wrapper
 from adaskip.profiles.importance import ImportanceProfile
 from adaskip.profiles.selection import SelectionProfile
+from adaskip.runs.folder import ENVIRONMENT, JOURNAL
 from adaskip.runs.job import Job
+from adaskip.runs.loading import Loading
 from adaskip.runs.records import fingerprint
 
 DONE, UNFINISHED, MISSING = "done", "unfinished", "missing"
@@ -36,17 +39,23 @@ NEWER = (
         "stop_strings",
         "templates_fingerprint",
     ),
-    *("weight_files", *FIELDS),
+    *("profile_given", "weight_files", *FIELDS),
 )
 """Fields that older runs may lack."""
 SIZE = ("tasks", "limit", "subset", "data_fingerprint")
 """Fields that change if a run continues with more samples of each task."""
+LOADED = (
+    *JOURNAL,
+    *ENVIRONMENT,
+    *("budget", "num_layers", "revision", "weights_fingerprint", "device", "chat_template", "stop_token_ids"),
+    *("profile_fingerprint", "profile_given", "versions", *FIELDS),
+)
+"""Fields that do not follow from the configuration alone: of the loaded model, the machine, and the times."""
 
 
 def describe_job(job: Job) -> dict[str, Any]:
     """The fields of the manifest that are known before the model is loaded."""
-    loading, records = job.loading, job.records
-    chat, limit = loading.chat, loading.limit
+    loading, records, limit = job.loading, job.records, job.loading.limit
     return {
         "run_name": job.cell.run_name,
         "model": job.cell.model,
@@ -65,14 +74,23 @@ def describe_job(job: Job) -> dict[str, Any]:
         "device_map": loading.device_map,
         "dtype": str(loading.placement["dtype"]).removeprefix("torch."),
         "attn_implementation": loading.attn_implementation,
-        **({} if chat == "template" else {"chat_template": None if chat == "none" else chat}),
+        **_chat_template(loading),
         "max_prompt_tokens": loading.max_prompt_tokens,
         **({} if limit is None or records.benchmark.models else {"given_max_prompt_tokens": limit}),
         "stop_strings": list(loading.source.stop_strings),
         "templates_fingerprint": _digest({part.name: part.template for part in job.parts}),
         **records.describe([part.name for part in job.parts]),
         "data_fingerprint": fingerprint([sample for part in job.parts for sample in part.samples]),
+        **({} if job.calibration is None else {"profile_given": job.profile_name is not None}),
     }
+
+
+def _chat_template(loading: Loading) -> dict[str, str | None]:
+    """The wrapper of prompts; empty if it is in a tokenizer that is not on this machine."""
+    if loading.chat != "template":
+        return {"chat_template": None if loading.chat == "none" else loading.chat}
+    folder = loading.source.here
+    return {} if folder is None or not has_weights(folder) else {"chat_template": template_wrapper(folder)}
 
 
 def _compensation(job: Job) -> dict[str, str]:
@@ -172,8 +190,18 @@ def _goes_on_from(job: Job, held: Mapping[str, Any]) -> bool:
 
 
 def comparable(wanted: Mapping[str, Any], held: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The fields of `wanted` in which the manifest `held` must agree: all except newer ones that `held` lacks."""
-    return {name: value for name, value in wanted.items() if held is None or name in held or name not in NEWER}
+    """The fields in which the manifest `held` must agree with `wanted`: all except newer ones that `held` lacks.
+
+    A field of the configuration that only `held` has must be None. Whether a profile was given counts if none is given
+    now; else its numbers are compared.
+    """
+    if held is None:
+        return dict(wanted)
+    gone = dict.fromkeys(held.keys() - wanted.keys() - {*SIZE, *LOADED})
+    known = {name: value for name, value in wanted.items() if name in held or name not in NEWER}
+    if known.get("profile_given"):
+        del known["profile_given"]
+    return {**gone, **known}
 
 
 def profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:

@@ -195,6 +195,47 @@ def test_a_finished_run_is_no_other_profiles(options, own, tmp_path, capsys):
     assert "profile_fingerprint was" in error_of(capsys)
 
 
+def test_a_run_with_a_given_profile_is_not_the_one_without(options, tmp_path, capsys):
+    made = str(tmp_path / "other.json")
+    calibrate = ["calibrate", "--model", "llama", *options[:-4], "--samples", "3", "--output", made]
+    assert cli.main(calibrate) == 0
+    argv = ["run", *cell("adaskip"), *options]
+    assert cli.main([*argv, "--profile", made]) == 0
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    assert "profile_given was true, is false" in error_of(capsys)
+
+
+def test_a_run_without_the_chat_template_is_not_the_one_with_it(options, own, capsys):
+    checkpoint, _, given = own
+    (checkpoint / "chat_template.jinja").write_text("w1 {{ messages[0]['content'] }} w2")
+    argv = ["run", *cell("full", budget=None), *options, *given]
+    for first, second in (("none", "template"), ("template", "none")):
+        (folder := checkpoint.parent / first).mkdir()
+        chosen = [*argv, "--output-dir", str(folder), "--chat"]
+        assert cli.main([*chosen, first]) == 0
+        assert cli.main([*chosen, first]) == 0
+        capsys.readouterr()
+        assert cli.main([*chosen, second]) == 2
+        assert "chat_template was" in error_of(capsys)
+
+
+def test_records_that_a_finished_run_lacks_are_made_only_with_its_versions(options, tmp_path, capsys):
+    argv = ["run", *cell(), *options]
+    assert cli.main(argv) == 0
+    whole, manifest = records(tmp_path / "runs" / LABEL), manifest_of(tmp_path)
+    edit_manifest(tmp_path, {**manifest, "versions": {**manifest["versions"], "torch": "1.0"}})
+    assert cli.main(argv) == 0  # it is complete
+    (tmp_path / "runs" / LABEL / "gov_report.jsonl").write_text("")
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    assert "versions was" in error_of(capsys)
+    edit_manifest(tmp_path, manifest)
+    assert cli.main(argv) == 0
+    assert records(tmp_path / "runs" / LABEL) == whole
+    assert len(manifest_of(tmp_path)["resumed"]) == 1
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_from_before_the_newer_fields_is_still_that_run(options, tmp_path, capsys, finished):
     argv = ["run", *cell(), *options]
@@ -218,6 +259,7 @@ def test_a_run_from_before_the_newer_fields_is_still_that_run(options, tmp_path,
         ("templates_fingerprint", "x"),
         ("min_length", 0),
         ("sets", {}),
+        ("max_length", 5),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])

@@ -178,11 +178,20 @@ def test_manifest_is_started_once_and_finished_once(folder):
     assert folder.read_manifest()["started"] == started["started"]
     assert [entry["git_commit"] for entry in folder.read_manifest()["resumed"]] == ["abc"]
     folder.finish()
-    finished = folder.read_manifest()
-    assert finished["finished"]
-    folder.start({"seed": 0})
+    assert folder.read_manifest()["finished"]
+
+
+def test_a_finished_run_that_starts_again_lacks_records_and_is_repaired_with_its_own_versions(folder):
+    described = {"seed": 0, "versions": {"torch": "1"}}
+    folder.start(described)
     folder.finish()
-    assert folder.read_manifest() == finished
+    folder.check({**described, "versions": {"torch": "2"}})  # it may be read with other versions
+    with pytest.raises(FolderError, match="versions was"):
+        folder.start({**described, "versions": {"torch": "2"}})
+    assert folder.read_manifest()["finished"]
+    folder.start({**described, "git_commit": "abc"})
+    assert folder.read_manifest()["finished"] is None
+    assert [entry["git_commit"] for entry in folder.read_manifest()["resumed"]] == ["abc"]
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(folder):
