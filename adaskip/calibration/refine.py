@@ -7,12 +7,15 @@ change stays if it lowers the mean divergence. A set keeps its scales unless its
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -22,6 +25,8 @@ from adaskip.calibration.search import SCREENING_PROMPTS, significantly_less
 from adaskip.core.plan import KINDS, SkipPlan, Sublayer
 from adaskip.profiles.selection import SEARCH, Selected, SelectionProfile
 
+REFINED_FROM = "refined_from"
+"""The setting that identifies what was refined, and on which prompts."""
 SPREADS = (0.85, 0.7)
 """Factors of the difference of all scales from 1."""
 STEPS = (0.08, 0.04)
@@ -63,7 +68,11 @@ def refine_scales(
     check_refinable(selection, wanted)
     known = {"allow_other_weights": allow_other_weights, "weights_fingerprint": weights_fingerprint}
     selection.check_fits(model, **known)
-    refined = replace(selection, data_ids=tuple(dict.fromkeys([*selection.data_ids, *data_ids])))
+    refined = replace(
+        selection,
+        data_ids=tuple(dict.fromkeys([*selection.data_ids, *data_ids])),
+        settings={**selection.settings, REFINED_FROM: _digest(selection, prompts)},
+    )
     if path is not None and path.exists():
         refined = _continued(path, refined)
     left = [count for count in wanted if _setting(count) not in refined.settings]
@@ -151,7 +160,15 @@ def _continued(path: Path, selection: SelectionProfile) -> SelectionProfile:
 def _identity(selection: SelectionProfile) -> tuple[Any, ...]:
     """What a refinement does not change."""
     sets = {count: chosen.plan.sublayers for count, chosen in selection.selected.items()}
-    return sets, selection.phase, selection.keep_kv, selection.weights_fingerprint, selection.data_ids
+    given = selection.settings.get(REFINED_FROM)
+    return sets, selection.phase, selection.keep_kv, selection.weights_fingerprint, selection.data_ids, given
+
+
+def _digest(selection: SelectionProfile, prompts: Sequence[Tensor]) -> float:
+    """A number that identifies the original scales and the prompts: 52 bits of a SHA-256, exact in a float."""
+    scales = {count: [dict(chosen.attention), dict(chosen.ffn)] for count, chosen in selection.selected.items()}
+    told = json.dumps([scales, [torch.as_tensor(prompt).tolist() for prompt in prompts]])
+    return float(int(hashlib.sha256(told.encode()).hexdigest()[:13], 16))
 
 
 def _setting(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from adaskip.engines.loading import load_without, marked_config, read_config
 from adaskip.engines.registry import Export
 from adaskip.engines.shorter import shortened
 from adaskip.engines.verify import LOADED_AS, allowed_distance, compare
+
+logger = logging.getLogger(__name__)
 
 
 def check(export: Export) -> None:
@@ -42,6 +45,12 @@ def write(export: Export, target: Path) -> None:
     if folded.is_whole_layers:
         places = {layer: place for place, layer in enumerate(folded.live_layers)}
         config, rename = shortened(source.config, folded.live_layers), lambda name: renumbered(name, places)
+        if (source.config.rope_parameters or {}).get("rope_type") == "dynamic":
+            logger.warning(
+                "stock classes raise the base of dynamic NTK rope with each token above %d; adaskip.from_pretrained "
+                "keeps that of the prompt, as skipping does",
+                source.config.max_position_embeddings,
+            )
     else:
         config, rename = marked_config(source.model_type, skipped(export)), str
     write_checkpoint(source, target, edit_of(export), config=config, rename=rename)

@@ -20,6 +20,7 @@ from adaskip.engines.loading import MARK, config_record, load_without, read_conf
 from adaskip.models.checkpoints import has_weights
 from adaskip.models.errors import ModelError
 from adaskip.models.loading import load_weights
+from adaskip.models.rope import fix_dynamic_rope
 from adaskip.models.source import ModelSource, find_source, named_source
 
 
@@ -38,11 +39,9 @@ def from_pretrained(name: str | Path, *, allow_other_weights: bool = False, **op
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = download_folder(str(name))
-    if (folder / "config.json").is_file():
-        if MARK in config_record(folder):
-            return load_without(folder, *read_config(folder), **options)
-        if (folder / REPORT).is_file():
-            return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False, **options}).eval()
+    if (model := _exported(folder, options)) is not None:
+        fix_dynamic_rope(model)  # as the model had when it was compared with the export
+        return model
     if not (folder / PLAN_FILE).is_file():
         raise ExportError(
             f"{folder} has no {PLAN_FILE} and no {REPORT}: it is neither a plan nor an export of adaskip; a plain "
@@ -55,6 +54,17 @@ def from_pretrained(name: str | Path, *, allow_other_weights: bool = False, **op
     except ModelError as error:
         raise ExportError(f"the model of the plan in {folder} cannot be loaded: {error}") from None
     return skipping_for_good(model, plan, allow_other_weights)
+
+
+def _exported(folder: Path, options: dict[str, Any]) -> PreTrainedModel | None:
+    """The model of an export; None if the folder has none."""
+    if not (folder / "config.json").is_file():
+        return None
+    if MARK in config_record(folder):
+        return load_without(folder, *read_config(folder), **options)
+    if not (folder / REPORT).is_file():
+        return None
+    return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False, **options}).eval()
 
 
 def _source(folder: Path, plan: SkipPlan) -> ModelSource:

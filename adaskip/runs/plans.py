@@ -38,7 +38,7 @@ from adaskip.runs.loading import prepare_torch
 from adaskip.runs.manifest import compensation_samples
 from adaskip.runs.pareto import NEW_TOKENS
 from adaskip.runs.profiles import find_compensation, profile_for
-from adaskip.runs.speedup import find_target
+from adaskip.runs.speedup import choose_target
 from adaskip.strategies import build, strategy_class
 
 
@@ -138,7 +138,7 @@ def plan_to(config: PlanConfig) -> tuple[SkipPlan, Path]:
     check_writable((folder if folder.is_dir() else folder.parent) / PLAN_FILE)
     check_card(folder / CARD_FILE)
     if job.speedup is not None:
-        job = job.with_sublayers(find_target(job).sublayers)
+        job = job.with_sublayers(choose_target(job, job.speedup).sublayers)
     compensation_samples(job)  # reads them before the model is loaded
     if job.calibration is None or job.given_profile is not None:
         _strategy(job, job.given_profile)  # which is refused, if at all, before the model is loaded

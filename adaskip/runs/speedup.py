@@ -107,10 +107,11 @@ def find_target(job: Job) -> Target:
         raise ValueError(
             f"several runs have a choice for this speedup: {', '.join(map(str, held))}; delete all but one"
         )
-    return Target.load(held[0]) if held else _choose(job, job.speedup)
+    return Target.load(held[0]) if held else choose_target(job, job.speedup)
 
 
-def _choose(job: Job, asked: SpeedupAsked) -> Target:
+def choose_target(job: Job, asked: SpeedupAsked) -> Target:
+    """A new choice, whatever earlier runs have chosen. Raises UnreachableSpeedupError like `find_target`."""
     loaded = job.loading.load()
     profile, _ = profile_for(job, loaded)
     assert isinstance(profile, SelectionProfile)

@@ -65,7 +65,7 @@ def test_a_continued_run_keeps_its_choice_and_is_measured_once(command, tmp_path
     (path,) = (tmp_path / "runs").glob("*/*-sublayers/speedup-*.json")
     whole, content, line = records(path.parent), path.read_bytes(), capsys.readouterr().out.splitlines()[-1]
     (path.parent / "gov_report.jsonl").write_bytes(b"")
-    monkeypatch.setattr(speedup, "_choose", None)
+    monkeypatch.setattr(speedup, "choose_target", None)
     assert cli.main(argv) == 0
     assert records(path.parent) == whole
     assert path.read_bytes() == content
@@ -89,7 +89,7 @@ def test_a_run_killed_before_it_was_measured_is_measured_when_it_is_continued(co
         assert cli.main(argv) == 1
     (path,) = (tmp_path / "runs").glob("*/*-sublayers/speedup-*.json")
     assert Target.load(path).attained is None
-    monkeypatch.setattr(speedup, "_choose", None)
+    monkeypatch.setattr(speedup, "choose_target", None)
     assert cli.main(argv) == 0
     assert Target.load(path).attained is not None
 

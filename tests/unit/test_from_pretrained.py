@@ -17,6 +17,7 @@ from adaskip.engines.errors import ExportError
 from adaskip.engines.export import export_to
 from adaskip.models.loading import load_weights
 from adaskip.models.pretrained import from_pretrained
+from adaskip.models.rope import fix_dynamic_rope
 from adaskip.models.source import find_source
 from adaskip.speculative import lossless
 from adaskip.strategies import FixedPlan
@@ -161,3 +162,18 @@ def test_a_plan_whose_model_was_moved_is_one_line(tmp_path):
     ) as error:
         from_pretrained(plan.save_pretrained(tmp_path / "plan"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["both", "whole layers"])
+def test_an_export_of_a_model_with_dynamic_rope_gives_the_tokens_of_skipping_beyond_the_limit(name, tmp_path, caplog):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = random_model("llama", rope_parameters=rope, max_position_embeddings=24)
+    export_to("hf", export_of(model, PLANS[name], tmp_path / "source"), tmp_path / "out", verify=False)
+    assert ("stock classes raise the base of dynamic NTK rope" in caplog.text) == (name == "whole layers")
+    assert fix_dynamic_rope(model)
+    loaded = from_pretrained(tmp_path / "out")
+    for length in (12, 40, 60, 30):
+        prompt = random_prompts([length])[0][None]
+        with skipping(model, PLANS[name]):
+            expected = tokens(model, prompt)
+        assert tokens(loaded, prompt) == expected

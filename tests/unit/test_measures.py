@@ -213,6 +213,42 @@ def test_a_strategy_with_less_loss_beats_adaskip_beyond_chance(tmp_path):
     assert not found["paired_better"].any()
 
 
+def test_runs_of_other_samples_are_compared_on_the_common_ones_and_named(tmp_path):
+    write(tmp_path, "full", "skipdecode", "unified", "adaskip")
+    write(tmp_path, "early_exit", num_samples=3)
+    results = load_results(tmp_path)
+    of = "the 3 samples of {} that both have, of 3 and 16"
+    assert results.notes == [
+        f"smollm2-EE-DECODE/8-sublayers: compared with smollm2-ADA-DECODE/8-sublayers on {of.format(task)}"
+        for task in ("gov_report", "multi_news")
+    ]
+    (row,) = comparisons(results, LOSS).query("other == 'early_exit' and task == 'gov_report'").itertuples()
+    common = [3.1 - 0.05, 3.1 + 0.05, 3.1 - 0.05]
+    assert row.ours == pytest.approx(sum(common) / 3, abs=1e-6)
+    assert row.theirs == pytest.approx(row.ours + 7.3 - 3.1)
+    assert row.low != row.low  # too few pairs
+
+
+def test_strategies_of_other_protocols_or_without_a_common_sample_are_not_compared(tmp_path):
+    write(tmp_path, "full", "unified", "adaskip")
+    rewrite(write(tmp_path, "early_exit"), max_new_tokens={"gov_report": 2, "multi_news": 2})
+    rewrite(tmp_path / "smollm2-ADA-DECODE/8-sublayers", max_new_tokens={"gov_report": 128, "multi_news": 128})
+    write(tmp_path, "skipdecode", first=16)
+    results = load_results(tmp_path)
+    assert set(comparisons(results, LOSS)["other"]) == {"unified"}
+    (note,) = [line for line in results.notes if "not compared with smollm2-ADA" in line]
+    assert note.startswith("smollm2-EE-DECODE/8-sublayers: not compared with smollm2-ADA-DECODE/8-sublayers, which has")
+    assert sum("on the 0 samples of" in line for line in results.notes) == 2
+    assert not len(contests(comparisons(results, LOSS)))
+    write_tables(results, tmp_path / "tables")
+    write_plots(results, tmp_path / "plots")
+
+
+def test_one_sample_is_at_no_floor(tmp_path):
+    write(tmp_path, "full", num_samples=1)
+    assert not load_results(tmp_path).cells["at_floor"].any()
+
+
 def withhold(folder: Path) -> None:
     """Take what the data set holds out of a run's records."""
     for path in folder.glob("*.jsonl"):

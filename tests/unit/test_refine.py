@@ -88,6 +88,15 @@ def selection(model):
     return replace(made, selected=enlarged)
 
 
+def scaled(chosen):
+    """The same set with other scales."""
+    return replace(
+        chosen,
+        attention={i: 1.01 * s for i, s in chosen.attention.items()},
+        ffn={i: 1.01 * s for i, s in chosen.ffn.items()},
+    )
+
+
 def test_the_sets_stay_and_diverge_less_as_recorded(model, selection):
     refined = refine_scales(model, selection, PROMPTS, [2, 3], data_ids=["b", "c"], **ENDS)
     divergence = OutputDivergence(model, PROMPTS, "decode", **ENDS)
@@ -98,7 +107,7 @@ def test_the_sets_stay_and_diverge_less_as_recorded(model, selection):
         assert after.found_by == before.found_by
         assert after.divergence == pytest.approx(fmean(divergence(after.plan)), rel=1e-4)
         assert after.divergence < 0.98 * fmean(divergence(before.plan))
-    assert refined.settings == {"refined_2": 1.0, "refined_3": 1.0}
+    assert {**refined.settings, "refined_from": None} == {"refined_2": 1.0, "refined_3": 1.0, "refined_from": None}
     assert refined.data_ids == ("a", "b", "c")
     assert refined.cost.num_forwards > selection.cost.num_forwards
     assert refined.cost.adaskip_seconds == selection.cost.adaskip_seconds
@@ -130,8 +139,14 @@ def test_a_stopped_refinement_goes_on_after_its_last_set(model, selection, tmp_p
     assert again.selected == whole.selected
     monkeypatch.setattr(refine, "OutputDivergence", None)
     assert refine_scales(model, selection, PROMPTS, [3, 2], path=path, **ENDS) == again  # nothing is left to do
-    with pytest.raises(ValueError, match=r"refined.json holds another selection; give another file"):
-        refine_scales(model, replace(selection, phase="e2e"), PROMPTS, [2], path=path, **ENDS)
+    others = {
+        "phase": (replace(selection, phase="e2e"), PROMPTS),
+        "prompts": (selection, [PROMPTS[0][:-1], *PROMPTS[1:]]),
+        "scales": (replace(selection, selected={**selection.selected, 1: scaled(selection.selected[1])}), PROMPTS),
+    }
+    for other, prompts in others.values():
+        with pytest.raises(ValueError, match=r"refined.json holds another selection; give another file"):
+            refine_scales(model, other, prompts, [2], path=path, **ENDS)
 
 
 def test_impossible_requests_are_refused_before_anything_is_measured(model, selection, monkeypatch):

@@ -1,4 +1,7 @@
-"""AdaSkip compared with every other strategy by cell and measure, over the samples that both have."""
+"""AdaSkip compared with every other strategy by cell and measure, over the samples that both have.
+
+Runs of different protocols, or without a common sample, are not compared (`Results.notes` names them).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from adaskip.common.intervals import mean_estimate
+from adaskip.common.intervals import Estimate, mean_estimate
 from adaskip.studies.tables.paper import Paper
-from adaskip.studies.tables.results import COMPARED, MEASURES, PLACE, SCORE, Measure, Results
+from adaskip.studies.tables.results import COMPARED, MEASURES, PLACE, SCORE, Measure, Results, estimate
 
 OURS = "adaskip"
 OTHERS = tuple(name for name in COMPARED if name != OURS)
@@ -24,9 +27,9 @@ CHANCE = ("interval_above", "paired_better", "paired_worse")
 
 @lru_cache(maxsize=len(MEASURES))
 def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
-    """A row for each cell and other strategy, if both runs are finished: the means `ours` and `theirs`, and the
-    interval `low` to `high` of the paired difference, positive if AdaSkip is better; per cent or nats, as printed. The
-    interval is NaN for fewer than `FEWEST_PAIRS`.
+    """A row for each cell and other strategy, if both runs are finished and can be compared: over their common samples
+    the means `ours` and `theirs`, and the interval `low` to `high` of the paired difference, positive if AdaSkip is
+    better; per cent or nats, as printed. The interval is NaN for fewer than `FEWEST_PAIRS`.
 
     `verdict` compares the means; `interval_above`: AdaSkip's interval is better than the other's. Scores at their floor
     are left out. The frames of the last results are kept, since several documents use them.
@@ -38,24 +41,38 @@ def comparisons(results: Results, measure: Measure) -> pd.DataFrame:
     for place, group in cells.groupby(PLACE, sort=False):
         by_strategy = {cell.strategy: cell for cell in group.itertuples()}
         if (ours := by_strategy.pop(OURS, None)) is not None:
-            rows += [(*place, name, *_compare(results, measure, ours, cell)) for name, cell in by_strategy.items()]
+            found = {name: _compare(results, measure, ours, cell) for name, cell in by_strategy.items()}
+            rows += [(*place, name, *values) for name, values in found.items() if values is not None]
     columns = [*PLACE, *("other", "ours", "theirs", "low", "high", "verdict", "interval_above")]
     return pd.DataFrame(rows, columns=columns).astype({"interval_above": bool, "low": float, "high": float})
 
 
-def _compare(results: Results, measure: Measure, ours: Any, other: Any) -> tuple[Any, ...]:
-    """ours, other: cells."""
-    means = [round(measure.scale * getattr(cell, measure.name), 6) for cell in (ours, other)]
-    mine, theirs = (
-        results.samples_of[cell.phase, cell.model, cell.strategy, cell.fraction, cell.task][measure.name]
-        for cell in (ours, other)
-    )
-    gaps = [*(measure.sign * measure.scale * (mine - theirs.reindex(mine.index))).dropna()]
+def _compare(results: Results, measure: Measure, ours: Any, other: Any) -> tuple[Any, ...] | None:
+    """ours, other: cells. None if they cannot be compared."""
+    rows = [(cell.phase, cell.model, cell.strategy, cell.fraction) for cell in (ours, other)]
+    if results.other_protocol(*rows):
+        return None
+    values = [results.samples_of[*row, ours.task][measure.name].dropna() for row in rows]
+    mine, theirs = (each[each.index.isin(values[0].index.intersection(values[1].index))] for each in values)
+    if mine.empty:
+        return None
+    gaps = [*(measure.sign * measure.scale * (mine - theirs.reindex(mine.index)))]
     difference = mean_estimate(gaps) if len(gaps) >= FEWEST_PAIRS else None
     low, high = (difference.low, difference.high) if difference else (None, None)
-    best_end, worst_end = ("_high", "_low") if measure.sign > 0 else ("_low", "_high")
-    above = measure.sign * (getattr(ours, measure.name + worst_end) - getattr(other, measure.name + best_end)) > 0
+    cells = zip((ours, other), values, (mine, theirs), strict=True)
+    estimates = [_estimate(cell, measure, every, common) for cell, every, common in cells]
+    means = [round(measure.scale * each.value, 6) for each in estimates]
+    (our_low, our_high), (their_low, their_high) = ((each.low, each.high) for each in estimates)
+    worst, best = (our_low, their_high) if measure.sign > 0 else (our_high, their_low)
+    above = worst is not None and best is not None and measure.sign * (worst - best) > 0
     return (*means, low, high, _verdict(measure.sign * (means[0] - means[1])), above)
+
+
+def _estimate(cell: Any, measure: Measure, values: pd.Series, common: pd.Series) -> Estimate:
+    """The mean over the `common` samples: that of the cell if these are all of its values."""
+    found = estimate(cell, measure.name) if len(values) == len(common) else mean_estimate([*common])
+    assert found is not None, "there is a common sample"
+    return found
 
 
 def _verdict(gap: float) -> str:

@@ -77,7 +77,34 @@ class Results:
         """A line for each run that cannot be compared."""
         alone = {row[:2] for row in self.runs} - {row[:2] for row in self.runs if row[2] == FULL}
         lines = [f"no run of the full model {model} in phase {phase}: no comparison" for phase, model in sorted(alone)]
-        return lines + [line for scored in self.runs.values() for line in scored.notes]
+        lines += [line for scored in self.runs.values() for line in scored.notes]
+        return lines + [line for pair in self._pairs() for line in self._differences(*pair)]
+
+    def _pairs(self) -> Iterator[tuple[Row, Row]]:
+        """AdaSkip's and each other run of a model, phase and budget."""
+        for row in self.runs:
+            ours = (*row[:2], "adaskip", row[3])
+            if row != ours and ours in self.runs:
+                yield row, ours
+
+    def _differences(self, row: Row, ours: Row) -> Iterator[str]:
+        """Why two runs are not compared, or only on some of their samples."""
+        label, other = (self.runs[each].run.cell.label for each in (row, ours))
+        if different := self.other_protocol(row, ours):
+            yield f"{label}: not compared with {other}, which has {different}"
+            return
+        for task in [task for task in self.runs[row].tasks if task in self.runs[ours].tasks]:
+            both = [self.runs[each].tasks[task].records for each in (row, ours)]
+            mine, theirs = ({*records.by_id} for records in both)
+            if mine != theirs and all(records.complete for records in both):
+                yield (
+                    f"{label}: compared with {other} on the {len(mine & theirs)} samples of {task} that both have, of "
+                    f"{len(mine)} and {len(theirs)}"
+                )
+
+    def other_protocol(self, row: Row, other: Row) -> str | None:
+        """The protocol field in which two runs differ, with both values; None if they can be compared."""
+        return self.runs[row].run.other_protocol(self.runs[other].run)
 
     @cached_property
     def models(self) -> list[str]:
@@ -162,7 +189,8 @@ class Results:
         numbers.
 
         Our scores, retention and fidelity are fractions of 1, the paper's scores per cent, as printed. `floor` is the
-        best score of a trivial answer; `at_floor`: the full model's interval includes it. `final`: the run is finished.
+        best score of a trivial answer; `at_floor`: the full model's interval, if it has one, includes it. `final`: the
+        run is finished.
         """
         cells = pd.DataFrame(
             self._cell(row, task, self.samples_of.get((*row, task)))
@@ -175,7 +203,8 @@ class Results:
         floor = self.floors.groupby(place)["score"].max().rename("floor")
         full_low = cells[cells["strategy"] == FULL].set_index(place)["score_low"].rename("full_low")
         cells = cells.join(floor, on=place).join(full_low, on=place)
-        cells["at_floor"] = cells["floor"].notna() & ~(cells.pop("full_low") > cells["floor"])
+        full_low = cells.pop("full_low")
+        cells["at_floor"] = cells["floor"].notna() & full_low.notna() & ~(full_low > cells["floor"])
         return cells
 
     @cached_property

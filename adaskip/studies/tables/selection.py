@@ -34,6 +34,9 @@ def matches(results: Results) -> pd.DataFrame:
                 tasks = telling.get((phase, model), ())
                 if not whole.get((phase, fraction, model), False) or not len(tasks):
                     continue
+                ours = (phase, model, CALIBRATED, fraction)
+                if any(results.other_protocol((phase, model, name, fraction), ours) for name in COMPARED):
+                    continue
                 found = {
                     name: [results.samples_of[phase, model, name, fraction, task]["score"] for task in tasks]
                     for name in STRATEGIES
@@ -42,6 +45,8 @@ def matches(results: Results) -> pd.DataFrame:
                 best = max(COMPARED, key=means.__getitem__)
                 pairs = zip(found[CALIBRATED], found[best], strict=True)
                 gaps = [[*(100 * (a - b.reindex(a.index))).dropna()] for a, b in pairs]
+                if not all(gaps):  # no common sample
+                    continue
                 gap = mean_of_means_estimate(gaps)
                 if min(map(len, gaps)) < FEWEST_PAIRS:
                     gap = Estimate(gap.value)

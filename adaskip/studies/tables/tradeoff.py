@@ -177,6 +177,8 @@ def _measure(results: Results, quality: Quality, row: Row, speeds: Mapping[str, 
         return AT_FLOOR
     if any(each.empty for each in known):
         return NOT_MEASURED
+    if quality.estimate(known) is None:
+        return AT_FLOOR
     kept = bool((results.runs[row].run.manifest.get("strategy_options") or {}).get("keep_kv"))
     same = strategy in (FULL, POP.name)  # whether `keep_kv` changes nothing
     having = (name for name, each in speeds.items() if key in each and (same or each[key]["keep_kv"] == kept))
