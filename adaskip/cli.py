@@ -75,7 +75,8 @@ def _run_script(phase: str, model: str, strategy: str, argv: Sequence[str]) -> i
                 f"{argv[0]} runs {name}, but --model is {asked!r}; use the script of that run, or leave --model out"
             )
         yaml_file = given.pop("config")
-        config = resolve(RunConfig, {**given, "phase": phase, "model": model, "strategy": strategy}, yaml_file)
+        cell = {"phase": phase, "model": model, "strategy": strategy}
+        config = resolve(RunConfig, {**given, **cell}, yaml_file, fixed=cell)
     return _run(config)
 
 
@@ -84,7 +85,7 @@ def _speed_script(model: str, argv: Sequence[str]) -> int:
     add_options(parser, BenchConfig, leave_out=("model", "figure"))
     given = vars(parser.parse_args(argv[1:]))
     yaml_file = given.pop("config")
-    return bench(resolve(BenchConfig, {**given, "model": model}, yaml_file))
+    return bench(resolve(BenchConfig, {**given, "model": model}, yaml_file, fixed=("model", "figure")))
 
 
 def _run(config: RunConfig) -> int:

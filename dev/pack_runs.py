@@ -13,6 +13,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+from adaskip.common.files import write_bytes_atomic
+from adaskip.studies.study import read_json
+from adaskip.studies.tables.runs import load_run
+
 WITHHELD = ("references", "all_classes")
 
 
@@ -31,20 +35,30 @@ def packed(path: Path) -> bytes:
 
 
 def pack(folder: Path) -> Path:
-    """Write `folder`/runs.tar.xz from its folders `runs` and `profiles`. Raises ValueError for a run without scores."""
+    """Write `folder`/runs.tar.xz from its folders `runs` and `profiles`, whole or not at all.
+
+    Raises:
+        ValueError: a run has no scores, or those of other answers.
+    """
     runs = sorted(manifest.parent for manifest in folder.glob("runs/*/*/manifest.json"))
-    unscored = [str(run) for run in runs if not (run / "scores.json").is_file()]
+    unscored = [str(run) for run in runs if not is_scored(run)]
     if not runs or unscored:
-        raise ValueError(f"no scores.json in {', '.join(unscored) or folder}; eval/tables.py writes them")
+        raise ValueError(f"no scores of the answers in {', '.join(unscored) or folder}; eval/tables.py writes them")
     files = [path for part in ("runs", "profiles") for path in sorted((folder / part).rglob("*.json*"))]
-    archive = folder / "runs.tar.xz"
-    with tarfile.open(archive, "w:xz", preset=9) as tar:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:xz", preset=9) as tar:
         for path in files:
             content = packed(path)
             entry = tarfile.TarInfo(str(path.relative_to(folder)))
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    return archive
+    return write_bytes_atomic(folder / "runs.tar.xz", archive.getvalue())
+
+
+def is_scored(folder: Path) -> bool:
+    """Whether the run has scores of its answers."""
+    saved = read_json(folder / "scores.json").get("made_from", {})
+    return saved.get("answers") == {name: task.answers_sha256 for name, task in load_run(folder).tasks.items()}
 
 
 if __name__ == "__main__":

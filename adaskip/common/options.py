@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,13 +81,19 @@ def resolve(
     given: Mapping[str, Any],
     yaml_file: str | None = None,
     preset: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: {},
+    fixed: Collection[str] = (),
 ) -> Config:
     """Build `config` from its defaults, then `preset` of the values given, then `yaml_file`, then `given`.
 
+    fixed: fields that the caller decides and a file may not name.
+
     Raises:
-        ValueError: an unknown name in the file, a value of the wrong type, or a missing required field.
+        ValueError: an unknown or fixed name in the file, a value of the wrong type, or a missing required field.
     """
-    values = {**(_read_yaml(config, yaml_file) if yaml_file else {}), **given}
+    told = _read_yaml(config, yaml_file) if yaml_file else {}
+    if fixed_here := [name for name in told if name in fixed]:
+        raise ValueError(f"{yaml_file} names {fixed_here[0]}, which is decided here: leave it out")
+    values = {**told, **given}
     values = {**preset(values), **values}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     missing = [field for field in _fields(config) if field.metadata["required"] and values.get(field.name) is None]

@@ -89,6 +89,11 @@ class CalibrateConfig(DataConfig):
             raise ValueError(
                 f"--budgets are for --method evopress and --refine, --effort for evopress, not for {self.method}"
             )
+        if self.batch_size != 1 and (self.method != SEARCH or self.refine is not None):
+            raise ValueError(
+                f"--batch-size {self.batch_size} is for importance and --method {SEARCH}; got "
+                + (f"--method {self.method}" if self.refine is None else "--refine")
+            )
         if METHODS[self.method].one_by_one and self.up_to is not None:
             raise ValueError(f"--method {self.method} searches for each set: give --budgets instead of --up-to")
         settings_of(self.method, self._given)  # raises ValueError for an impossible effort
@@ -102,8 +107,10 @@ class CalibrateConfig(DataConfig):
         """The sets, their phase and what they keep are those of the selection."""
         if self.select is not None or self.effort is not None:
             raise ValueError(f"--refine {self.refine} takes sets that are made: leave out --select and --effort")
-        if self.output is None:
-            raise ValueError(f"--refine {self.refine} needs --output, the file for the refined selection")
+        if self.output is None or self.output_dir is not None:
+            raise ValueError(
+                f"--refine {self.refine} needs --output, the file for the refined selection, and takes no --output-dir"
+            )
 
     @property
     def _given(self) -> dict[str, float]:

@@ -233,6 +233,8 @@ class StrategyConfig(DataConfig):
             raise ValueError(
                 f"--strategy {self.strategy} is defined for phase {' and '.join(allowed)}; got --phase {self.phase}"
             )
+        if self.profile is not None and not needs_profile(self.strategy):
+            raise ValueError(f"--profile {self.profile} is of no use: strategy {self.strategy!r} needs no profile")
         if self.allow_other_weights and self.profile is None:
             raise ValueError("--allow-other-weights needs --profile, the profile that it applies to")
         if self.keep_kv and (self.strategy == "full" or self.phase != "prefill" or self.target_speedup is not None):

@@ -64,11 +64,13 @@ def _cost(left: list[CellSize], times: dict[str, float], ceilings: Ceilings) -> 
     yield f"disk: the weights, about {_size(sum(map(result_bytes, left)))} of results{data}"
 
 
-def _search(job: Job) -> tuple[str, ...]:
-    """Equal for jobs that share a search: of one model and strategy, and of one phase or, if that is enough, tasks."""
+def _search(job: Job) -> tuple[object, ...]:
+    """Equal for jobs that share a search: of one model, strategy and numbers of sublayers, and of one phase or, if that
+    is enough, tasks."""
     method = job.selection_method
     of_phase = method is None or METHODS[method].by_phase
-    return (job.cell.model, job.strategy, *((job.phase,) if of_phase else job.answer_caps))
+    counts = () if method is None else job.counts
+    return (job.cell.model, job.strategy, *counts, *((job.phase,) if of_phase else job.answer_caps))
 
 
 def _samples(cells: Sequence[CellSize]) -> str:

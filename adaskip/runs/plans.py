@@ -228,6 +228,8 @@ def _export(plan: SkipPlan, config: ExportConfig) -> Iterator[Export]:
         yield Export(strategy, checkpoint, tokenizer=_tokenizer(source.path, config), weights_type=config.weights)
         return
     if config.to == "gguf":
+        if not config.tokenizer:
+            raise ExportError(f"--no-tokenizer is for folders; {source.path} is a GGUF file, whose tokenizer is copied")
         from adaskip.engines.gguf_identity import gguf_identity  # the package gguf is of an extra
 
         checkpoint = Checkpoint(source.path.parent, source.own_config)

@@ -251,7 +251,7 @@ def _others_line(wanted: Wanted, path: Path) -> str:
     if not found:
         return ""
     _, other, differing = min(found)
-    what = ", ".join(name.replace("_", " ") for name in differing) or "device, prompts or stop tokens"
+    what = ", ".join(name.replace("_", " ") for name in differing) or "device, prompts, batch size or stop tokens"
     usable = "" if {"weights_fingerprint", "config_fingerprint"} & differing.keys() else "; --profile takes it as it is"
     return f"{path} is made now: {other.name} beside it was made with other {what}{usable}"
 

@@ -9,6 +9,8 @@ import tarfile
 import pytest
 
 from adaskip import cli
+from adaskip.studies.tables.runs import load_run
+from adaskip.studies.tables.scores import score_run
 from dev.pack_runs import pack
 from dev.unpack_runs import unpack
 from tests.tiny_runs import cell, records
@@ -24,7 +26,7 @@ def published(options, tmp_path):
     at = options.index("--output-dir")
     given = [*options[:at], *options[at + 2 :]]
     assert cli.main([*RUN, "--limit", "2", *given, "--output-dir", str(tmp_path / "published/runs")]) == 0
-    (tmp_path / "published" / FOLDER / "scores.json").write_text("{}\n")
+    score_run(load_run(tmp_path / "published" / FOLDER))
     return pack(tmp_path / "published"), given
 
 
@@ -49,6 +51,18 @@ def test_an_unpacked_run_is_the_run_and_continues_with_more_samples(published, d
         assert cli.main([*RUN, "--limit", "3", *given, "--output-dir", str(tmp_path / base / "runs")]) == 0
     assert records(run) == records(original)
     assert {task: len(rows) for task, rows in records(run).items()} == dict.fromkeys(records(run), 3)
+
+
+def test_runs_with_scores_of_other_answers_are_not_packed_and_the_archive_stays(published, tmp_path):
+    before = published[0].read_bytes()
+    path = tmp_path / "published" / FOLDER / "trec.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps({**json.loads(first), "prediction": "another"}) + "\n", *rest]))
+    with pytest.raises(ValueError, match=r"no scores of the answers in .*2-sublayers; eval/tables\.py writes them"):
+        pack(tmp_path / "published")
+    assert published[0].read_bytes() == before
+    score_run(load_run(tmp_path / "published" / FOLDER))
+    assert pack(tmp_path / "published").read_bytes() != before
 
 
 def test_other_data_is_refused(published, data_dir, tmp_path):

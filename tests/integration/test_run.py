@@ -317,6 +317,20 @@ def test_a_script_refuses_another_runs_name(monkeypatch, capsys, asked):
     assert "llama-EE-PREFILL" in error_of(capsys)
 
 
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("prefill/run_llama_EE.py", "phase: decode"),
+        ("prefill/run_llama_EE.py", "model: vicuna"),
+        ("speed/run_llama_speed.py", "figure: overhead_100m"),
+    ],
+)
+def test_a_scripts_yaml_file_does_not_name_what_the_script_decides(monkeypatch, capsys, tmp_path, path, text):
+    (tmp_path / "c.yaml").write_text(f"{text}\n")
+    assert script(monkeypatch, path, "--config", str(tmp_path / "c.yaml")) == 2
+    assert f"c.yaml names {text.split(':')[0]}, which is decided here: leave it out" in error_of(capsys)
+
+
 def test_the_testbed_is_one_more_checkpoint_and_its_records(tmp_path):
     path = tmp_path / "checkpoint"
     tokenizer = build_tokenizer()

@@ -167,6 +167,7 @@ def test_the_full_model_has_no_budget():
         ),
         ({"budget": 4, "benchmark": "longbensh"}, "unknown benchmark 'longbensh'. Did you mean 'longbench'"),
         ({"budget": 4, "device": "cpu", "device_map": "auto"}, "give only one of them"),
+        ({"budget": 4, "profile": "p.json"}, "--profile p.json is of no use: strategy 'early_exit' needs no profile"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(given, message):
@@ -214,6 +215,18 @@ def test_what_is_not_given_lies_in_the_checkout_and_what_is_given_below_the_curr
         (lambda: RooflineConfig(models=("llama", "llama")), "--models names something twice"),
         (lambda: RooflineConfig(devices=("L20", "L20")), "--devices names something twice"),
         (lambda: RooflineConfig(budgets=(8, 8)), "--budgets names something twice"),
+        (
+            lambda: CalibrateConfig(model="llama", select="e2e", method="evopress", batch_size=2),
+            "--batch-size 2 is for importance and --method search; got --method evopress",
+        ),
+        (
+            lambda: CalibrateConfig(model="llama", refine="a.json", output="b.json", batch_size=2),
+            "--batch-size 2 is for importance and --method search; got --refine",
+        ),
+        (
+            lambda: CalibrateConfig(model="llama", refine="a.json", output="b.json", output_dir="d"),
+            "--refine a.json needs --output, .* and takes no --output-dir",
+        ),
     ],
 )
 def test_what_would_run_twice_or_as_something_else_is_refused(make, told):
