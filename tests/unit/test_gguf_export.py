@@ -145,6 +145,9 @@ def test_the_command_writes_a_file_of_a_folder_and_of_a_file(tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", plan, *to, str(tmp_path / "d.gguf"), "--model", str(whole), "--weights", "f16"]) == 2
     assert "keep their types; f16 takes a checkpoint folder" in capsys.readouterr().err
+    assert main(["export", plan, *to, str(tmp_path / "e.gguf"), "--model", str(whole), "--no-tokenizer"]) == 2
+    assert "--no-tokenizer is for folders" in capsys.readouterr().err
+    assert not (tmp_path / "e.gguf").exists()
     assert main(["export", plan, "--to", "hf", "--output", "x", "--model", str(folder), "--weights", "f16"]) == 2
     assert "--weights and --no-tokenizer apply to GGUF files only, not to hf" in capsys.readouterr().err
 
