@@ -201,7 +201,7 @@ def comparable(wanted: Mapping[str, Any], held: Mapping[str, Any] | None) -> dic
     known = {name: value for name, value in wanted.items() if name in held or name not in NEWER}
     if known.get("profile_given"):
         del known["profile_given"]
-    return {**gone, **known}
+    return {**known, **gone}
 
 
 def profile_fingerprint(profile: ImportanceProfile | SelectionProfile) -> str:

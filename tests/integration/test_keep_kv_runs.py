@@ -81,7 +81,8 @@ def test_a_finished_run_with_another_selection_is_not_taken_for_one_with_that_fo
     assert cli.main([*RUN, *without]) == 0  # it is finished
     capsys.readouterr()
     assert cli.main([*RUN, "--keep-kv", *given]) == 2
-    assert 'another configuration (selection was null, is "searched with keep_kv")' in error_of(capsys)
+    changes = 'selection was null, is "searched with keep_kv"; profile_given was true, is false'
+    assert f"another configuration ({changes})" in error_of(capsys)
 
 
 @pytest.mark.parametrize("budget", [["--budget", "3"], ["--target-speedup", "1.1", "--speedup-on", "L20"]])
