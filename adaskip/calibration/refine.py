@@ -61,8 +61,8 @@ def refine_scales(
 
     Raises:
         ProfileError: the selection was made for another model.
-        ValueError: it is not of method search, has no set of these sizes or a refined one, or the file at `path` is
-            another selection.
+        ValueError: it is not of method search, has no set of these sizes or a refined one, or the file at `path` is a
+            refinement of another selection or on other prompts.
     """
     wanted = [*dict.fromkeys(counts)]
     check_refinable(selection, wanted)
@@ -153,7 +153,7 @@ def _continued(path: Path, selection: SelectionProfile) -> SelectionProfile:
     """The selection at `path`, which a stopped call has written; ValueError if it is not a refinement of this one."""
     held = SelectionProfile.load(path)
     if _identity(held) != _identity(selection):
-        raise ValueError(f"{path} holds another selection; give another file")
+        raise ValueError(f"{path} holds a refinement of another selection or on other prompts; give another file")
     return held
 
 

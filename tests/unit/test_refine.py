@@ -145,7 +145,10 @@ def test_a_stopped_refinement_goes_on_after_its_last_set(model, selection, tmp_p
         "scales": (replace(selection, selected={**selection.selected, 1: scaled(selection.selected[1])}), PROMPTS),
     }
     for other, prompts in others.values():
-        with pytest.raises(ValueError, match=r"refined.json holds another selection; give another file"):
+        with pytest.raises(
+            ValueError,
+            match=r"refined\.json holds a refinement of another selection or on other prompts",
+        ):
             refine_scales(model, other, prompts, [2], path=path, **ENDS)
 
 

@@ -12,9 +12,8 @@ import pandas as pd
 
 from adaskip.common.intervals import Estimate, mean_estimate
 from adaskip.studies.tables.paper import Paper
-from adaskip.studies.tables.results import COMPARED, MEASURES, PLACE, SCORE, Measure, Results, estimate
+from adaskip.studies.tables.results import COMPARED, MEASURES, OURS, PLACE, SCORE, Measure, Results, estimate
 
-OURS = "adaskip"
 OTHERS = tuple(name for name in COMPARED if name != OURS)
 BETTER, TIED, WORSE = "better", "tied", "worse"
 OUTCOMES = {BETTER: "best", TIED: "tied", WORSE: "beaten"}

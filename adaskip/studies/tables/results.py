@@ -25,6 +25,7 @@ from adaskip.studies.tables.paper import load_paper
 from adaskip.studies.tables.runs import load_runs
 from adaskip.studies.tables.scores import ScoredRun, score_run
 
+OURS = "adaskip"
 COMPARED = PAPER_STRATEGIES[1:]
 """The four strategies that the paper compares."""
 PAPER_FRACTIONS = (0.125, 0.1875, 0.25)
@@ -83,7 +84,7 @@ class Results:
     def _pairs(self) -> Iterator[tuple[Row, Row]]:
         """AdaSkip's and each other run of a model, phase and budget."""
         for row in self.runs:
-            ours = (*row[:2], "adaskip", row[3])
+            ours = (*row[:2], OURS, row[3])
             if row != ours and ours in self.runs:
                 yield row, ours
 
